@@ -1,0 +1,49 @@
+# The README's two commands are `make ppo` and `make test`; both prepare .venv when it is missing.
+PYTHON ?= python3
+# Any torch >= 2.11 works; the pin is the version this repository is tested with.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: ppo test validate bench lint format clean
+
+ppo: $(READY)
+	$(BIN)/python -m kl_kernels ppo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+validate: $(READY)
+	$(BIN)/python -m kl_kernels validate $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+lint: $(VENV)/dev-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/dev-ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+clean:
+	rm -rf build kl_kernels/*.so
+
+# Torch goes in first: the extension compiles against the torch it will run with, so the build is not isolated.
+$(VENV)/torch-ready:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "setuptools>=77" wheel "$(TORCH)"
+	touch $@
+
+$(READY): $(VENV)/torch-ready pyproject.toml setup.py $(shell find csrc -type f)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/dev-ready: $(READY)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	touch $@

@@ -1,0 +1,75 @@
+"""Argument checks. Each failure names the argument, its value and what is accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, choices))}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}; it has to be a finite number above 0")
+
+
+def check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it has to be a finite number")
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} is a {type(logits).__name__}; it has to be a torch.Tensor")
+    if logits.dtype not in LOGITS_DTYPES:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in LOGITS_DTYPES)
+        raise TypeError(f"{name} has dtype {logits.dtype}; accepted: {accepted}")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)}; it has to be [..., V] with at least one logit"
+        )
+
+
+def check_per_token(name: str, tensor: Tensor, logits: Tensor) -> None:
+    """`tensor` has to be [...] where `logits` is [..., V], on the same device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+    if tensor.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; logits of shape {tuple(logits.shape)} "
+            f"need {tuple(logits.shape[:-1])}"
+        )
+    check_device(name, tensor, logits)
+
+
+def check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        raise ValueError(f"{name} is on {tensor.device}, logits are on {logits.device}")
+
+
+def check_token_ids(token_ids: Tensor, logits: Tensor) -> None:
+    check_per_token("token_ids", token_ids, logits)
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token_ids has dtype {token_ids.dtype}; accepted: int64, int32")
+
+
+def check_token_range(token_ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
+    """Token ids that count have to lie in [0, V). CPU only: on a GPU the check would synchronise."""
+    if token_ids.device.type != "cpu":
+        return
+    outside = (token_ids < 0) | (token_ids >= vocab_size)
+    if mask is not None:
+        outside &= mask
+    if outside.any():
+        raise ValueError(
+            f"token_ids holds {int(token_ids[outside][0])} at an unmasked position; "
+            f"accepted: 0 to {vocab_size - 1}"
+        )

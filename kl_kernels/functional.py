@@ -1,0 +1,232 @@
+"""The fused functions: check the arguments, call the operator, name the results.
+
+Logits are [..., V] and everything per token is [...], where V is the vocabulary. Outputs are
+float32 whatever the logits' dtype (float64 for float64 logits). Rows where the mask is False are
+not read: their outputs and gradients are exactly 0, even if the row holds NaN.
+
+Views are taken as they are (`logits[:, :-1]`, a slice of the vocabulary, any row stride) as long
+as neighbouring logits are neighbours in memory and at most two dimensions precede V; otherwise the
+logits are copied first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_kernels import checks
+from kl_kernels import ops as _ops  # noqa: F401  registers torch.ops.kl_kernels
+from kl_kernels.schemas import ESTIMATORS
+
+
+class TokenStats(NamedTuple):
+    """Per-token results of `token_stats`, each [...], in nats and differentiable."""
+
+    logprob: Tensor
+    entropy: Tensor
+
+
+class TokenKL(NamedTuple):
+    """Per-token results of `token_kl`, each [...], in nats; all but ref_logprob differentiable."""
+
+    logprob: Tensor
+    ref_logprob: Tensor
+    kl: Tensor  # KL(policy || reference), exact
+    forward_kl: Tensor  # KL(reference || policy), exact
+    entropy: Tensor
+
+
+class KLRewards(NamedTuple):
+    """Results of `kl_rewards`, each [B, T]; rewards and the correction carry no gradient."""
+
+    rewards: Tensor
+    advantage_correction: Tensor
+    kl: Tensor  # exact, whatever the estimator in the rewards
+    logprob: Tensor
+    ref_logprob: Tensor
+    entropy: Tensor
+
+
+def token_stats(
+    logits: Tensor,  # [..., V]
+    token_ids: Tensor,  # [...]
+    *,
+    mask: Tensor | None = None,  # [...]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """Log-probability of each token and entropy of its distribution, reading each logit once.
+
+    With z = softcap tanh(logits / softcap) / temperature (softcap None: z = logits / temperature):
+    logprob = z[token] - logsumexp(z) and entropy = -sum p log p, p = softmax(z).
+
+    Args:
+        logits: float32, bfloat16, float16 or float64.
+        token_ids: int64 or int32, in [0, V) where the mask is True.
+        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        temperature: divides the logits; finite and above 0.
+        softcap: Gemma-style soft cap applied before the temperature; `-inf` stays `-inf`.
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        TokenStats(logprob, entropy), each [...], in nats, differentiable in any mix.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+    """
+    _check_logits("", logits, temperature, softcap)
+    checks.check_token_ids(token_ids, logits)
+    shape = token_ids.shape
+    logprob, entropy, _ = torch.ops.kl_kernels.token_stats(
+        _as_rows(logits),
+        _as_tokens(token_ids).long(),
+        _as_mask(mask, logits),
+        temperature,
+        softcap,
+        backend,
+    )
+    return TokenStats(logprob.view(shape), entropy.view(shape))
+
+
+def token_kl(
+    logits: Tensor,  # [..., V]
+    ref_logits: Tensor,  # [..., V]
+    token_ids: Tensor,  # [...]
+    *,
+    mask: Tensor | None = None,  # [...]
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    backend: str | None = None,
+) -> TokenKL:
+    """Log-probabilities under both models, exact KL both ways and entropy, in one pass.
+
+    kl = sum p (log p - log q) and forward_kl = sum q (log q - log p) over the whole vocabulary,
+    with p and q the policy's and the reference's softmax (see `token_stats` for temperature and
+    softcap). They are never negative; q = 0 where p > 0 makes kl infinite, by definition, and its
+    gradient NaN in that row. The reference is a constant: it must not require grad.
+
+    Args:
+        logits: policy logits; float32, bfloat16, float16 or float64.
+        ref_logits: reference logits of the same shape and device; the dtype may differ.
+        token_ids: int64 or int32, in [0, V) where the mask is True.
+        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        temperature: of the policy; finite and above 0.
+        ref_temperature: of the reference; None: the policy's.
+        softcap: of the policy, None: none.
+        ref_softcap: of the reference; None: none, whatever the policy's.
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        TokenKL(logprob, ref_logprob, kl, forward_kl, entropy), each [...], in nats.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+    """
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    _check_logits("", logits, temperature, softcap)
+    _check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    checks.check_token_ids(token_ids, logits)
+    shape = token_ids.shape
+    logprob, ref_logprob, kl, forward_kl, entropy, _, _ = torch.ops.kl_kernels.token_kl(
+        _as_rows(logits),
+        _as_rows(ref_logits),
+        _as_tokens(token_ids).long(),
+        _as_mask(mask, logits),
+        temperature,
+        ref_temperature,
+        softcap,
+        ref_softcap,
+        backend,
+    )
+    return TokenKL(
+        *(t.view(shape) for t in (logprob, ref_logprob, kl, forward_kl, entropy)),
+    )
+
+
+def kl_rewards(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    scores: Tensor,  # [B]
+    mask: Tensor,  # [B, T]
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    score_position: str | Tensor = "last_token",  # or [B]
+    score_clip: float | None = None,
+    kl_clip: float | None = None,
+    biased: bool = False,
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    backend: str | None = None,
+) -> KLRewards:
+    """The shaped rewards of RLHF, -kl_coef * KL per token and the score once, in the same pass.
+
+    The KL of each token is k1 = logprob - ref_logprob or the exact KL over the vocabulary. Exact KL
+    has no sampling noise, but as a reward it does not depend on the sampled token; its policy
+    gradient is right only together with `advantage_correction` = -kl_coef (k1 - exact), to be
+    added to the advantages, or with the differentiable exact KL in the loss. (For k1 it is 0.)
+
+    Args:
+        logits: policy logits; see `token_kl` for these and for the temperature and softcap.
+        ref_logits: reference logits.
+        token_ids: the sampled tokens.
+        scores: one score per sequence, any float dtype.
+        mask: True at response tokens; may have holes (tool output), which change nothing.
+        kl_coef: beta, finite; 0 leaves the score alone.
+        kl_estimator: "k1" or "exact"; "k2", "k3" and "abs" only with `biased`.
+        score_position: "last_token" (last True of the mask), "after_last" (one later, as TRL does;
+            the last column where there is no later one) or an index per sequence, -1 for nowhere.
+            A response without tokens gets no reward anywhere.
+        score_clip: scores are clamped to [-score_clip, score_clip].
+        kl_clip: each token's KL is clamped to [-kl_clip, kl_clip] before kl_coef.
+        biased: accept an estimator whose expected policy gradient is not that of the KL.
+        temperature: of the policy.
+        ref_temperature: of the reference; None: the policy's.
+        softcap: of the policy.
+        ref_softcap: of the reference.
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        KLRewards(rewards, advantage_correction, kl, logprob, ref_logprob, entropy), each [B, T].
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+    """
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    _check_logits("", logits, temperature, softcap)
+    _check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    checks.check_token_ids(token_ids, logits)
+    checks.check_finite("kl_coef", kl_coef)
+    check_reward_estimator(kl_estimator, biased=biased)
+    if kl_clip is not None:
+        checks.check_positive("kl_clip", kl_clip)
+    if logits.ndim != 3:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; kl_rewards needs [B, T, V]")
+    bool_mask = _as_mask(mask, logits)
+    scores = clip_scores(scores, score_clip)
+    outputs = torch.ops.kl_kernels.kl_rewards(
+        logits,
+        ref_logits,
+        token_ids.long(),
+        bool_mask,
+        scores.detach().float(),
+        score_indices(score_position, bool_mask),
+        kl_coef,
+        ESTIMATORS.index(kl_estimator),
+        kl_clip,
+        temperature,
+        ref_temperature,
+        softcap,
+        ref_softcap,
+        backend,
+    )
+    rewards, correction, logprob, ref_logprob, kl, _, entropy, _, _ = outputs
+    return KLRewards(rewards, correction, kl, logprob, ref_logprob, entropy)

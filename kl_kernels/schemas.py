@@ -1,0 +1,50 @@
+"""What a backend has to provide: one schema per operator, and the facts all backends share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A backend is any namespace with these names (`dispatch.py` lists them); a compiled library
+# implements the same schemas in a namespace of its own (`native.py`).
+KERNELS = {
+    "token_stats": """(
+        Tensor logits, Tensor token_ids, Tensor? mask,
+        float temperature, float? softcap
+    ) -> (Tensor logprob, Tensor entropy, Tensor policy_state)""",
+    "token_stats_backward": """(
+        Tensor? grad_logprob, Tensor? grad_entropy,
+        Tensor logits, Tensor token_ids, Tensor? mask, Tensor policy_state, Tensor entropy,
+        float temperature, float? softcap
+    ) -> Tensor grad_logits""",
+    "token_kl": """(
+        Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor? mask,
+        float temperature, float ref_temperature, float? softcap, float? ref_softcap
+    ) -> (Tensor logprob, Tensor ref_logprob, Tensor kl, Tensor forward_kl, Tensor entropy,
+          Tensor policy_state, Tensor ref_state)""",
+    "token_kl_backward": """(
+        Tensor? grad_logprob, Tensor? grad_kl, Tensor? grad_forward_kl, Tensor? grad_entropy,
+        Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor? mask,
+        Tensor policy_state, Tensor ref_state, Tensor kl, Tensor entropy,
+        float temperature, float ref_temperature, float? softcap, float? ref_softcap
+    ) -> Tensor grad_logits""",
+    # `estimator` is an index into ESTIMATORS; `score_index` is where the score goes, -1 for nowhere.
+    "kl_rewards": """(
+        Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor mask,
+        Tensor scores, Tensor score_index, float kl_coef, int estimator, float? kl_clip,
+        float temperature, float ref_temperature, float? softcap, float? ref_softcap
+    ) -> (Tensor rewards, Tensor advantage_correction,
+          Tensor logprob, Tensor ref_logprob, Tensor kl, Tensor forward_kl, Tensor entropy,
+          Tensor policy_state, Tensor ref_state)""",
+    "gae": """(
+        Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, bool skip_masked
+    ) -> (Tensor advantages, Tensor returns)""",
+}
+
+# The per-token KL a reward can be shaped with, in the order kernels number them.
+ESTIMATORS = ("k1", "exact", "k2", "k3", "abs")
+
+
+def output_dtype(logits: Tensor) -> torch.dtype:
+    """Float32 for every dtype that is trained in; float64 stays, so that gradcheck can be used."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels import ops as _ops  # noqa: F401  registers torch.ops.kl_kernels
+from kl_kernels.rl.rewards import check_reward_estimator, clip_scores, score_indices
 from kl_kernels.schemas import ESTIMATORS
 
 
@@ -230,3 +231,61 @@ def kl_rewards(
     )
     rewards, correction, logprob, ref_logprob, kl, _, entropy, _, _ = outputs
     return KLRewards(rewards, correction, kl, logprob, ref_logprob, entropy)
+
+
+def selective_log_softmax(
+    logits: Tensor,  # [..., V]
+    index: Tensor,  # [...]
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,  # [...]
+) -> Tensor:
+    """Log-probability of `index` under softmax(logits / temperature), float32, under TRL's signature.
+
+    The same as `token_stats(...).logprob`; see there for the arguments and what is raised.
+    """
+    return token_stats(logits, index, mask=row_mask, temperature=temperature).logprob
+
+
+def _check_logits(prefix: str, logits: Tensor, temperature: float, softcap: float | None) -> None:
+    checks.check_logits(f"{prefix}logits", logits)
+    checks.check_positive(f"{prefix}temperature", temperature)
+    if softcap is not None:
+        checks.check_positive(f"{prefix}softcap", softcap)
+
+
+def _check_reference(
+    ref_logits: Tensor, logits: Tensor, temperature: float, softcap: float | None
+) -> None:
+    _check_logits("ref_", ref_logits, temperature, softcap)
+    if ref_logits.shape != logits.shape:
+        raise ValueError(
+            f"ref_logits has shape {tuple(ref_logits.shape)}, logits {tuple(logits.shape)}; "
+            "they have to be equal (slice both to the vocabulary they share)"
+        )
+    checks.check_device("ref_logits", ref_logits, logits)
+    if torch.is_grad_enabled() and ref_logits.requires_grad:
+        raise ValueError(
+            "ref_logits requires grad, but the reference is a constant: "
+            "detach it, or compute it under torch.no_grad()"
+        )
+
+
+def _as_rows(logits: Tensor) -> Tensor:  # [..., V] -> [B, T, V]
+    if logits.ndim == 3:
+        return logits
+    if logits.ndim < 3:
+        return logits[(None,) * (3 - logits.ndim)]
+    return logits.reshape(-1, *logits.shape[-2:])
+
+
+def _as_tokens(per_token: Tensor) -> Tensor:  # [...] -> [B, T]
+    if per_token.ndim < 2:
+        return per_token[(None,) * (2 - per_token.ndim)]
+    return per_token.reshape(-1, per_token.shape[-1])
+
+
+def _as_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:  # [...] -> [B, T] bool
+    if mask is None:
+        return None
+    checks.check_per_token("mask", mask, logits)
+    return _as_tokens(mask).bool()

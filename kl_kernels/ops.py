@@ -184,3 +184,13 @@ for _name, _setup, _backward in (
     torch.library.register_autograd(
         f"kl_kernels::{_name}", _backward, setup_context=_setup, lib=library
     )
+
+
+def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "kl_kernels has no second derivatives: the backward of a fused operator is final"
+    )
+
+
+for _name in ("token_stats_backward", "token_kl_backward"):
+    torch.library.register_autograd(f"kl_kernels::{_name}", _no_second_derivative, lib=library)

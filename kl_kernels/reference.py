@@ -240,7 +240,8 @@ def token_kl(
             finished[i][rows] = value.to(finished.dtype)
         for i, value in enumerate((saved.anchor, saved.sx, saved.ref_anchor, saved.sy)):
             states[i // 2, i % 2][rows] = value.to(states.dtype)
-    return (*finished.unbind(), *states.unbind())
+    # Outputs of an operator may not share memory.
+    return tuple(t.clone() for t in (*finished, *states))
 
 
 def token_stats_backward(

@@ -1,0 +1,1 @@
+"""RLHF arithmetic on per-token tensors: plain torch, no kernels, usable in any trainer."""

@@ -18,7 +18,7 @@ from setuptools.errors import BaseError, CCompilerError
 # gcc 12's own headers.)
 FLAGS = """
     -std=c++20 -O3 -g0 -fvisibility=hidden
-    -fno-trapping-math -fno-math-errno -ffp-contract=fast -Wno-psabi -Wno-maybe-uninitialized
+    -fno-trapping-math -fno-math-errno -ffp-contract=fast -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized
 """.split()
 MINIMUM_TORCH = "0x020b000000000000"  # 2.11
 X86_KERNELS = {

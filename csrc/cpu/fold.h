@@ -6,26 +6,30 @@
 namespace kl_kernels {
 namespace {
 
+template <bool kReference>
+KL_INLINE Sums<Floats> folded(Sums<Floats> s, Floats x, Floats y, float kx, float anchor, float ky,
+                              float ref_anchor) {
+  const Floats tx = from_anchor(x, kx, anchor);
+  if constexpr (kReference) {
+    const Floats ty = from_anchor(y, ky, ref_anchor);
+    fold(s, tx, ty, exp2(tx), exp2(ty));
+  } else {
+    fold(s, tx, exp2(tx));
+  }
+  return s;
+}
+
 // The vocabulary loop: no maximum, no rescaling, no test. Anything out of the ordinary (-inf, NaN,
 // a peak far above the anchor) shows in the sums. y == nullptr: no reference.
 template <bool kReference, class T>
 Sums<double> fold_fast(const T* x, const T* y, int64_t n, float kx, float anchor, float ky,
                        float ref_anchor) {
   Sums<Floats> s{};
-  const auto absorb = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
-    const Floats tx = from_anchor(xs, kx, anchor);
-    if constexpr (kReference) {
-      const Floats ty = from_anchor(ys, ky, ref_anchor);
-      fold(s, tx, ty, exp2(tx), exp2(ty));
-    } else {
-      fold(s, tx, exp2(tx));
-    }
-  };
   for (int64_t i = 0; i < n; i += kPair) {
     const Pair xs = load_pair(x + i);
     const Pair ys = kReference ? load_pair(y + i) : xs;
-    absorb(xs.first, ys.first);
-    absorb(xs.second, ys.second);
+    s = folded<kReference>(s, xs.first, ys.first, kx, anchor, ky, ref_anchor);
+    s = folded<kReference>(s, xs.second, ys.second, kx, anchor, ky, ref_anchor);
   }
   return {total(s.sx), total(s.sy), total(s.ex), total(s.rk), total(s.fk)};
 }

@@ -251,9 +251,14 @@ KL_INLINE double total(Doubles v) {
   return sum;
 }
 KL_INLINE double total(Floats v) {
+#if defined(__AVX512F__)
+  return total(Doubles(_mm512_cvtps_pd(_mm512_castps512_ps256(v))) +
+               Doubles(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+#else
   float lanes[kLanes];
   store(lanes, v);
   return total(widen(lanes) + widen(lanes + kWideLanes));
+#endif
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ def check_token_ids(token_ids: Tensor, logits: Tensor) -> None:
 
 
 def check_token_range(token_ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
-    """Token ids that count have to lie in [0, V). CPU only: on a GPU the check would synchronise."""
+    """Token ids that count have to lie in [0, V). On a GPU the check would synchronise: none."""
     if token_ids.device.type != "cpu":
         return
     outside = (token_ids < 0) | (token_ids >= vocab_size)

@@ -339,7 +339,7 @@ def gae(
     """
     r, v = (torch.where(mask, t, 0.0).double() for t in (rewards, values))
     advantages = torch.zeros_like(r)
-    next_value, next_advantage = torch.zeros_like(r[:, 0]), torch.zeros_like(r[:, 0])
+    next_value, next_advantage = r.new_zeros(2, r.shape[0])
     for t in reversed(range(r.shape[1])):
         delta = r[:, t] + gamma * next_value - v[:, t]
         advantage = delta + gamma * lam * next_advantage

@@ -10,6 +10,7 @@ from kl_kernels.checks import (
     check_choice,
     check_finite,
     check_like,
+    check_per_sequence,
     check_positive,
 )
 from kl_kernels.schemas import ESTIMATORS, output_dtype
@@ -53,7 +54,7 @@ def compute_rewards(
     """
     check_batch("kl", kl)
     check_like("mask", mask, "kl", kl)
-    check_like("scores", scores, "the batch of kl", kl.sum(1))
+    check_per_sequence("scores", scores, "kl", kl)
     check_finite("kl_coef", kl_coef)
     mask = mask.bool()
     dtype = output_dtype(kl)
@@ -101,7 +102,7 @@ def score_indices(score_position: str | Tensor, mask: Tensor) -> Tensor:  # [B, 
 def _check_indices(indices: Tensor, mask: Tensor) -> None:
     if indices.dtype == torch.bool or indices.is_floating_point():
         raise TypeError(f"score_position has dtype {indices.dtype}; accepted: integers")
-    check_like("score_position", indices, "the batch of mask", mask.any(1))
+    check_per_sequence("score_position", indices, "mask", mask)
     if indices.device.type != "cpu":
         return  # looking at the values would synchronise; such a score goes nowhere
     outside = (indices < -1) | (indices >= mask.shape[1])

@@ -271,17 +271,15 @@ def _check_reference(
 
 
 def _as_rows(logits: Tensor) -> Tensor:  # [..., V] -> [B, T, V]
-    if logits.ndim == 3:
-        return logits
     if logits.ndim < 3:
         return logits[(None,) * (3 - logits.ndim)]
-    return logits.reshape(-1, *logits.shape[-2:])
+    return logits.flatten(0, -3)
 
 
 def _as_tokens(per_token: Tensor) -> Tensor:  # [...] -> [B, T]
     if per_token.ndim < 2:
         return per_token[(None,) * (2 - per_token.ndim)]
-    return per_token.reshape(-1, per_token.shape[-1])
+    return per_token.flatten(0, -2)
 
 
 def _as_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:  # [...] -> [B, T] bool

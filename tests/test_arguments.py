@@ -41,7 +41,11 @@ BAD_REWARDS = [
     ({"kl_clip": 0.0}, ValueError, r"kl_clip is 0.0"),
     ({"score_clip": -1.0}, ValueError, r"score_clip is -1.0"),
     ({"score_position": "first"}, ValueError, r"score_position is 'first'; accepted: 'last_token'"),
-    ({"score_position": torch.zeros(3)}, ValueError, r"score_position has shape \(3,\)"),
+    (
+        {"score_position": torch.zeros(3, dtype=torch.long)},
+        ValueError,
+        r"score_position has shape \(3,\)",
+    ),
     ({"score_position": torch.tensor([0, 3])}, ValueError, r"score_position holds 3"),
     ({"scores": torch.zeros(3)}, ValueError, r"scores has shape \(3,\)"),
     ({"scores": 1.0}, TypeError, r"scores is a float"),

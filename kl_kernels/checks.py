@@ -17,12 +17,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # not math.isfinite: torch.compile cannot trace it
         raise ValueError(f"{name} is {value}; it has to be a finite number above 0")
 
 
 def check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value}; it has to be a finite number")
 
 

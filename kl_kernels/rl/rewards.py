@@ -61,7 +61,8 @@ def compute_rewards(
     scores = clip_scores(scores.detach().to(dtype), score_clip)
     index = score_indices(score_position, mask)
     at_score = torch.arange(mask.shape[1], device=mask.device) == index[:, None]
-    penalty = torch.where(mask, -kl_coef * kl.detach().to(dtype), 0.0)
+    # Selected: without a penalty an infinite KL is nobody's business, and 0 * inf would be NaN.
+    penalty = torch.where(mask & (kl_coef != 0), -kl_coef * kl.detach().to(dtype), 0.0)
     return penalty + torch.where(at_score, scores[:, None], 0.0)
 
 

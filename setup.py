@@ -4,7 +4,6 @@ Without a working C++ compiler the package installs all the same, without its cp
 in our own code fails the build.
 """
 
-import os
 import platform
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +13,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-# Never -ffast-math: NaN and -inf have a meaning here. (The last warning is false, and comes from
-# gcc 12's own headers.)
-FLAGS = """
-    -std=c++20 -O3 -g0 -fvisibility=hidden
-    -fno-trapping-math -fno-math-errno -ffp-contract=fast -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized
-""".split()
+# Never -ffast-math: NaN and -inf have a meaning here. (The last two warnings are false: they
+# come from gcc 12's own headers.)
+FLAGS = [
+    *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
+    *("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast"),
+    *("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+]
 MINIMUM_TORCH = "0x020b000000000000"  # 2.11
 X86_KERNELS = {
     "row_kernels_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
@@ -35,8 +35,8 @@ class BuildExtensions(build_ext):
         try:
             self.compile_nothing(ext)
         except (BaseError, CCompilerError, OSError) as error:
-            reason = f"not built: no working C++20 compiler ({error})"
-            print(f"kl_kernels: the cpu backend is {reason}; the package works without it.")
+            reason = f"is not built, for want of a working C++20 compiler ({error})"
+            print(f"kl_kernels: the cpu backend {reason}; the package works without it.")
             reason_file.parent.mkdir(parents=True, exist_ok=True)
             reason_file.write_text(reason + "\n")
             return

@@ -174,12 +174,14 @@ struct Coefficients {
 
 // From d logprob = [i = token] - p, d kl = p (log p - log q - kl), d forward_kl = p - q and
 // d entropy = -p (log p + entropy), each over the temperature, with p = w / sx and q = u / sy.
-// A zero upstream gradient is selected away before it meets an infinite kl.
+// A zero upstream gradient is selected away before it meets an infinite kl; any other makes the
+// whole row NaN, since an infinite kl has no gradient.
 template <class Real>
 KL_HOST_DEVICE Coefficients<Real> coefficients(const Upstream<Real>& g, Real sx, Real sy, Real kl,
                                                Real entropy, Real temperature) {
   const Real ln2 = kLn2, ln_sx = log(sx), ln_sy = log(sy);
-  const Real kl_term = g.kl == 0 ? Real(0) : g.kl * (ln_sy - ln_sx - kl);
+  const Real finite_kl = kl == Real(INFINITY) ? Real(NAN) : kl;
+  const Real kl_term = g.kl == 0 ? Real(0) : g.kl * (ln_sy - ln_sx - finite_kl);
   const Real entropy_term = g.entropy == 0 ? Real(0) : g.entropy * (ln_sx - entropy);
   const Real over_x = 1 / (temperature * sx), over_y = 1 / (temperature * sy);
   return {(kl_term + entropy_term - g.logprob + g.forward_kl) * over_x,
@@ -224,9 +226,10 @@ KL_HOST_DEVICE ShapedReward reward_epilogue(const Finished<float>& f, float kl_c
   if (estimator == Estimator::k3) estimate = expm1f(-k1) + k1;
   if (estimator == Estimator::abs) estimate = fabsf(k1);
   estimate = clip(estimate, kl_clip);
-  const float correction =
-      estimator == Estimator::exact ? -kl_coef * (clip(k1, kl_clip) - estimate) : 0.0f;
-  return {-kl_coef * estimate, correction};
+  const float shortfall = estimator == Estimator::exact ? clip(k1, kl_clip) - estimate : 0.0f;
+  // Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
+  if (kl_coef == 0) return {0.0f, 0.0f};
+  return {-kl_coef * estimate, -kl_coef * shortfall};
 }
 
 }  // namespace kl_kernels

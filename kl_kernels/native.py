@@ -22,12 +22,12 @@ def namespace(name: str) -> Any:
     """The operators of the compiled backend `name`; RuntimeError if it is unavailable."""
     reason = unavailable_reason(name)
     if reason is not None:
-        raise RuntimeError(f"the {name} backend is unavailable: {reason}")
+        raise RuntimeError(f"the {name} backend {reason}")
     return _load(name)
 
 
 def unavailable_reason(name: str) -> str | None:
-    """Why the compiled backend `name` cannot be used here, or None if it can."""
+    """What keeps the compiled backend `name` from being used ("is not built ..."), or None."""
     loaded = _load(name)
     return loaded if isinstance(loaded, str) else None
 
@@ -40,11 +40,11 @@ def _load(name: str) -> SimpleNamespace | str:
         reason = path.with_name(f"_C_{name}.unavailable")  # written by setup.py
         if reason.exists():
             return reason.read_text().strip()
-        return f"{path.name} is not built (python setup.py build_ext --inplace)"
+        return "is not built (python setup.py build_ext --inplace)"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        return f"does not load: {error}"
     library = torch.library.Library(f"kl_kernels_{name}", "DEF")
     for kernel, schema in KERNELS.items():
         library.define(kernel + schema)

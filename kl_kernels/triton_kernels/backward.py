@@ -55,25 +55,26 @@ def backward_kernel(
     n_rows, n_tokens, vocab_size, n_splits,
     batch_stride, token_stride, ref_batch_stride, ref_token_stride,
     temperature, k, ref_k, softcap, ref_softcap,
-    SPLIT: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
+    SPLIT: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """One program per row and split of the vocabulary."""
     HAS_REF: tl.constexpr = ref_ptr is not None
     HAS_KL: tl.constexpr = grad_kl_ptr is not None
     HAS_FORWARD_KL: tl.constexpr = grad_forward_kl_ptr is not None
     row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
-    tile = tile_offsets(0, N, LANE)
+    tile = tile_offsets(STEPS, N, LANE)
+    TILE: tl.constexpr = STEPS * N * LANE
     start = split * SPLIT
     end = tl.minimum(start + SPLIT, vocab_size)
-    last = end - (end - start) % (N * LANE)
+    last = end - (end - start) % TILE
     grad_row = row_pointer(
         grad_logits_ptr, row, n_tokens, n_tokens.to(tl.int64) * vocab_size, vocab_size, LANE
     )  # fmt: skip
 
     if mask_ptr is not None:
         if tl.load(mask_ptr + row) == 0:
-            zeros = tl.zeros((N, LANE), grad_logits_ptr.dtype.element_ty)
-            for i in range(start, last, N * LANE):
+            zeros = tl.zeros((STEPS, N, LANE), grad_logits_ptr.dtype.element_ty)
+            for i in range(start, last, TILE):
                 tl.store(grad_row + i + tile, zeros)
             tl.store(grad_row + last + tile, zeros, last + tile < end)
             return
@@ -95,7 +96,7 @@ def backward_kernel(
         sx, sy, kl, tl.load(entropy_ptr + row), temperature, HAS_REF,
     )  # fmt: skip
 
-    for i in range(start, last, N * LANE):
+    for i in range(start, last, TILE):
         grad = gradient(
             x_row, y_row, i + tile, None, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
             HAS_KL, HAS_FORWARD_KL,

@@ -14,7 +14,7 @@ from kl_kernels.triton_kernels.math import (
     RowState,
     empty_state,
     finish,
-    fold,
+    fold_tile,
     is_sound,
     merge,
     merge_lanes,
@@ -25,75 +25,81 @@ from kl_kernels.triton_kernels.rows import load, row_pointer, tile_offsets
 
 
 @triton.jit
+def by_lane(x):  # [STEPS, N, LANE] -> [N, STEPS LANE]
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (x.shape[1], x.shape[0] * x.shape[2]))
+
+
+@triton.jit
 def load_pair(x_row, y_row, offsets, softcap, ref_softcap, mask, HAS_REF: tl.constexpr):
-    x = load(x_row, offsets, softcap, mask)
+    x = by_lane(load(x_row, offsets, softcap, mask))
     y = x
     if HAS_REF:
-        y = load(y_row, offsets, ref_softcap, mask)
+        y = by_lane(load(y_row, offsets, ref_softcap, mask))
     return x, y
 
 
 @triton.jit
 def fold_anchored(
-    x_row, y_row, token, start, last, vocab_size, k, ref_k, softcap, ref_softcap,
-    N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
+    x_ptr, y_ptr, xt, yt, n_full, n_rest, k, ref_k, softcap, ref_softcap,
+    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
-    """The state of [start, vocab_size), whose last tile begins at `last`, and whether it is sound.
+    """The state of `n_full` tiles and `n_rest` logits of a last one, and whether it is sound.
 
     The anchor is fixed before the loop, at the larger of the first tile's maximum and the sampled
     token's logit, which is nearly always near the row's largest.
     """
-    tile = tile_offsets(0, N, LANE)
-    x, y = load_pair(
-        x_row, y_row, start + tile, softcap, ref_softcap, start + tile < vocab_size, HAS_REF
-    )  # fmt: skip
-    xt, yt = load_pair(x_row, y_row, token, softcap, ref_softcap, None, HAS_REF)
+    tile = tile_offsets(STEPS, N, LANE)
+    TILE: tl.constexpr = STEPS * N * LANE
+    first = tile < n_full * TILE + n_rest
+    x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, first, HAS_REF)
     anchor = tl.maximum(tl.maximum(tl.max(x), xt) * k, EMPTY_ANCHOR)
     ref_anchor = tl.maximum(tl.maximum(tl.max(y), yt) * ref_k, EMPTY_ANCHOR)
     # A row that rules tokens out mostly does so in the first tile too; unguarded, it would be
     # folded in vain. (The last tile is guarded, which covers the columns a vocabulary is padded by.)
-    promising = (tl.min(x) * k > -INF) & (tl.min(y) * ref_k > -INF)
-    stop = tl.where(promising, last, start)
+    hopeless = (tl.min(x) * k == -INF) | (tl.min(y) * ref_k == -INF)
+    n_tried = tl.where(hopeless, 0, n_full)
     s = empty_state(anchor, ref_anchor, N)
-    for i in range(start, stop, N * LANE):
-        x, y = load_pair(x_row, y_row, i + tile, softcap, ref_softcap, None, HAS_REF)
-        s = fold(s, x, y, k, ref_k, HAS_REF, False)
-    x, y = load_pair(
-        x_row, y_row, last + tile, softcap, ref_softcap, last + tile < vocab_size, HAS_REF
-    )  # fmt: skip
-    s = fold(s, x, y, k, ref_k, HAS_REF, True)
+    for _ in range(n_tried):
+        x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, None, HAS_REF)
+        s = fold_tile(s, x, y, k, ref_k, STEPS * LANE, HAS_REF, False)
+        x_ptr += TILE
+        y_ptr += TILE
+    x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, tile < n_rest, HAS_REF)
+    s = fold_tile(s, x, y, k, ref_k, STEPS * LANE, HAS_REF, True)
     s = RowState(
         anchor, ref_anchor, tl.sum(s.sx, 0), tl.sum(s.sy, 0), tl.sum(s.ex, 0),
         tl.sum(s.rk, 0), tl.sum(s.fk, 0), tl.max(s.gap, 0), tl.max(s.ref_gap, 0),
     )  # fmt: skip
-    return s, is_sound(s, HAS_REF) & (stop == last)
+    return s, is_sound(s, HAS_REF) & (n_tried == n_full)
 
 
 @triton.jit
-def fold_lanes(s, x, y, k, ref_k, HAS_REF: tl.constexpr):
+def fold_raised(s, x, y, k, ref_k, HAS_REF: tl.constexpr):
     """Raise each lane's anchors to its running maximum, then fold."""
     anchor = tl.maximum(s.anchor, tl.max(x, 1) * k)
     ref_anchor = s.ref_anchor
     if HAS_REF:
         ref_anchor = tl.maximum(ref_anchor, tl.max(y, 1) * ref_k)
-    return fold(move(s, anchor, ref_anchor, HAS_REF), x, y, k, ref_k, HAS_REF, True)
+    s = move(s, anchor, ref_anchor, HAS_REF)
+    return fold_tile(s, x, y, k, ref_k, x.shape[1], HAS_REF, True)
 
 
 @triton.jit
 def fold_careful(
-    x_row, y_row, start, last, vocab_size, k, ref_k, softcap, ref_softcap,
-    N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
+    x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap,
+    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
-    """The state of [start, vocab_size), whatever it holds."""
-    tile = tile_offsets(0, N, LANE)
+    """The same state, whatever the logits hold."""
+    tile = tile_offsets(STEPS, N, LANE)
+    TILE: tl.constexpr = STEPS * N * LANE
     s = empty_state(EMPTY_ANCHOR, EMPTY_ANCHOR, N)
-    for i in range(start, last, N * LANE):
-        x, y = load_pair(x_row, y_row, i + tile, softcap, ref_softcap, None, HAS_REF)
-        s = fold_lanes(s, x, y, k, ref_k, HAS_REF)
-    x, y = load_pair(
-        x_row, y_row, last + tile, softcap, ref_softcap, last + tile < vocab_size, HAS_REF
-    )  # fmt: skip
-    return merge_lanes(fold_lanes(s, x, y, k, ref_k, HAS_REF), HAS_REF)
+    for _ in range(n_full):
+        x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, None, HAS_REF)
+        s = fold_raised(s, x, y, k, ref_k, HAS_REF)
+        x_ptr += TILE
+        y_ptr += TILE
+    x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, tile < n_rest, HAS_REF)
+    return merge_lanes(fold_raised(s, x, y, k, ref_k, HAS_REF), HAS_REF)
 
 
 @triton.jit
@@ -146,7 +152,7 @@ def fold_kernel(
     n_rows, n_tokens, vocab_size, n_splits,
     batch_stride, token_stride, ref_batch_stride, ref_token_stride,
     k, ref_k, softcap, ref_softcap,
-    SPLIT: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
+    SPLIT: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """One program per row and split of the vocabulary: fold it, store its state."""
     HAS_REF: tl.constexpr = ref_ptr is not None
@@ -160,12 +166,18 @@ def fold_kernel(
         y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
     token = tl.load(token_ids_ptr + row)
     token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
+    xt = load(x_row, token, softcap)
+    yt = xt
+    if HAS_REF:
+        yt = load(y_row, token, ref_softcap)
     start = split * SPLIT
-    n_tiles = tl.cdiv(tl.minimum(SPLIT, vocab_size - start), N * LANE)
-    last = start + (n_tiles - 1) * (N * LANE)
+    size = tl.minimum(SPLIT, vocab_size - start)
+    n_full = (size - 1) // (STEPS * N * LANE)
+    n_rest = size - n_full * (STEPS * N * LANE)
+    x_ptr, y_ptr = x_row + start, y_row + start
     s, sound = fold_anchored(
-        x_row, y_row, token, start, last, vocab_size, k, ref_k, softcap, ref_softcap,
-        N, LANE, HAS_REF,
+        x_ptr, y_ptr, xt, yt, n_full, n_rest, k, ref_k, softcap, ref_softcap,
+        STEPS, N, LANE, HAS_REF,
     )  # fmt: skip
     state_ptr = states_ptr + split.to(tl.int64) * n_rows + row
     stride = n_rows.to(tl.int64) * n_splits
@@ -173,8 +185,7 @@ def fold_kernel(
         store_state(state_ptr, stride, s, HAS_REF)
     else:
         s = fold_careful(
-            x_row, y_row, start, last, vocab_size, k, ref_k, softcap, ref_softcap,
-            N, LANE, HAS_REF,
+            x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
         )  # fmt: skip
         store_state(state_ptr, stride, s, HAS_REF)
 

@@ -25,18 +25,19 @@ from kl_kernels.triton_kernels.scan import gae_kernel
 class LaunchConfig:
     """Sizes of the kernels' work, each a power of two."""
 
-    # Two lanes per thread and step: enough loads in flight, within 64 registers (2 x 5 sums).
-    lanes: int = 256
-    # Rows without 16-byte alignment are read logit by logit, four per thread and step.
-    unaligned_lanes: int = 512
+    # One lane per thread, 2 loads of it per step and tensor: enough bytes in flight, within 64
+    # registers. Rows that are not aligned are read logit by logit, so 8 loads.
     num_warps: int = 4
-    # 16 tiles of 2048: the work around the loop stays small beside it, and V = 128k still makes
+    lanes: int = 128
+    steps: int = 2
+    unaligned_steps: int = 8
+    # 16 tiles of 2048 (bf16): the work around the loop stays small beside it, and V = 128k still makes
     # four programs of a row, so that a few hundred rows fill a GPU.
     fold_split: int = 32768
     # No work around the loop to speak of.
     backward_split: int = 16384
     finish_rows: int = 128
-    gae_block: int = 1024
+    gae_block: int = 512
 
 
 CONFIG = LaunchConfig()
@@ -44,7 +45,10 @@ VECTOR_BYTES = 16  # the widest load of one thread
 
 # Explicit because Triton's default is about to change: without fusion a fold costs a fifth more.
 # One stage: there is nothing to pipeline through shared memory.
-COMPILE = {"enable_fp_fusion": True, "num_stages": 1}
+COMPILE: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
+# The loops fit into 64 registers; left alone, ptxas takes 72 for the code around them, and with
+# that an eighth of the occupancy. (AMD's compiler knows no such option.)
+FOLD_COMPILE = COMPILE | ({"maxnreg": 64} if torch.version.hip is None else {})
 
 
 def token_stats(
@@ -136,11 +140,10 @@ def _forward(
     states = torch.empty((fields, n_splits, n_rows), dtype=torch.float32, device=logits.device)
     sizes = (n_rows, token_ids.shape[1], vocab_size, n_splits, *_strides(logits, ref_logits))
     scales = (LOG2E.value / temperature, LOG2E.value / ref_temperature, softcap, ref_softcap)
-    lane = _lane(logits, ref_logits)
     with torch.cuda.device_of(logits):
         fold_kernel[(n_rows * n_splits,)](
             logits, ref_logits, token_ids, mask, states, *sizes, *scales,
-            SPLIT=split, N=_lanes(lane), LANE=lane, num_warps=CONFIG.num_warps, **COMPILE,
+            SPLIT=split, **_tile(logits, ref_logits), **FOLD_COMPILE,
         )  # fmt: skip
         finish_kernel[(-(-n_rows // CONFIG.finish_rows),)](
             states, logits, ref_logits, token_ids, mask,
@@ -196,7 +199,6 @@ def token_kl_backward(
         return grad_logits
     split = CONFIG.backward_split
     n_splits = -(-vocab_size // split)
-    lane = _lane(logits, ref_logits, grad_logits)
     with torch.cuda.device_of(logits):
         backward_kernel[(n_rows * n_splits,)](
             grad_logprob, grad_kl, grad_forward_kl, grad_entropy,
@@ -204,7 +206,7 @@ def token_kl_backward(
             n_rows, token_ids.shape[1], vocab_size, n_splits, *_strides(logits, ref_logits),
             temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
             softcap, ref_softcap,
-            SPLIT=split, N=_lanes(lane), LANE=lane, num_warps=CONFIG.num_warps, **COMPILE,
+            SPLIT=split, **_tile(logits, ref_logits, grad_logits), **COMPILE,
         )  # fmt: skip
     return grad_logits
 
@@ -234,18 +236,18 @@ def _strides(logits: Tensor, ref_logits: Tensor | None) -> tuple[int, ...]:
     return *logits.stride()[:2], *ref_logits.stride()[:2]
 
 
-def _lane(*tensors: Tensor | None) -> int:
-    """How many neighbouring logits one thread reads at once; every row has to start aligned.
+def _tile(*tensors: Tensor | None) -> dict[str, int]:
+    """The [STEPS, N, LANE] that one program reads at a time, in loads as wide as rows are aligned.
 
     The widest dtype decides, so that both tensors of a pair are read in the same pattern.
     """
     logits = [t for t in tensors if t is not None]
-    for t in logits:
-        starts = [t.data_ptr(), *(s * t.itemsize for s, n in zip(t.stride(), t.shape[:2]) if n > 1)]
-        if any(start % VECTOR_BYTES for start in starts):
-            return 1
-    return VECTOR_BYTES // max(t.itemsize for t in logits)
+    lane, steps = VECTOR_BYTES // max(t.itemsize for t in logits), CONFIG.steps
+    if not all(map(_rows_are_aligned, logits)):
+        lane, steps = 1, CONFIG.unaligned_steps
+    return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
 
 
-def _lanes(lane: int) -> int:
-    return CONFIG.unaligned_lanes if lane == 1 else CONFIG.lanes
+def _rows_are_aligned(t: Tensor) -> bool:  # [B, T, V]
+    steps = [s * t.itemsize for s, n in zip(t.stride()[:2], t.shape) if n > 1]
+    return all(start % VECTOR_BYTES == 0 for start in (t.data_ptr(), *steps))

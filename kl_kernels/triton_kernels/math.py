@@ -60,29 +60,55 @@ def empty_state(anchor, ref_anchor, N: tl.constexpr):
 
 @triton.jit
 def fold(s, x, y, k, ref_k, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
-    """Absorb x, y [N, LANE] into the lanes of `s`, anchors unchanged.
+    """Absorb one logit (pair) into each lane of `s`, anchors unchanged; x, y and `s` are [N].
 
     GUARDED takes -inf as it is meant: p = 0 adds nothing. Unguarded it makes a sum non-finite.
     """
     sy, rk, fk, gap, ref_gap = s.sy, s.rk, s.fk, s.gap, s.ref_gap
-    tx = tl.fma(x, k, -s.anchor[:, None])
+    tx = tl.fma(x, k, -s.anchor)
     if GUARDED:
         tx = tl.maximum(tx, FLOOR, KEEP_NAN)
     w = tl.exp2(tx)
-    sx = s.sx + tl.sum(w, 1)
-    ex = s.ex + tl.sum(w * tx, 1)
+    sx = s.sx + w
+    ex = tl.fma(w, tx, s.ex)
     if HAS_REF:
-        ty = tl.fma(y, ref_k, -s.ref_anchor[:, None])
+        ty = tl.fma(y, ref_k, -s.ref_anchor)
         if GUARDED:
             ty = tl.maximum(ty, FLOOR, KEEP_NAN)
-            gap = tl.maximum(gap, tl.max(x - y, 1))
-            ref_gap = tl.maximum(ref_gap, tl.max(y - x, 1))
+            gap = tl.maximum(gap, x - y)
+            ref_gap = tl.maximum(ref_gap, -(x - y))
         u = tl.exp2(ty)
-        log_ratio = tx - ty
-        sy += tl.sum(u, 1)
-        rk += tl.sum(w * log_ratio, 1)
-        fk -= tl.sum(u * log_ratio, 1)
+        sy += u
+        rk = tl.fma(w, tx - ty, rk)
+        fk = tl.fma(-u, tx - ty, fk)
     return RowState(s.anchor, s.ref_anchor, sx, sy, ex, rk, fk, gap, ref_gap)
+
+
+@triton.jit
+def fold_tile(s, x, y, k, ref_k, WIDTH: tl.constexpr, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
+    """Absorb x, y [N, WIDTH] into `s` [N], one after the other.
+
+    A chain of fma per sum: a reduction would multiply and add apart, and hold the tile's products
+    in registers meanwhile.
+    """
+    if WIDTH == 1:
+        s = fold(s, first_column(x), first_column(y), k, ref_k, HAS_REF, GUARDED)
+    else:
+        x0, x1 = halves(x)
+        y0, y1 = halves(y)
+        s = fold_tile(s, x0, y0, k, ref_k, WIDTH // 2, HAS_REF, GUARDED)
+        s = fold_tile(s, x1, y1, k, ref_k, WIDTH // 2, HAS_REF, GUARDED)
+    return s
+
+
+@triton.jit
+def first_column(x):  # [N, 1] -> [N]
+    return tl.reshape(x, (x.shape[0],))
+
+
+@triton.jit
+def halves(x):  # [N, WIDTH] -> two [N, WIDTH / 2], even and odd columns
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit

@@ -25,6 +25,7 @@ def load(ptr, offsets, softcap, mask=None):
 
 
 @triton.jit
-def tile_offsets(start, N: tl.constexpr, LANE: tl.constexpr):
-    """[N, LANE]: N lanes of LANE neighbours each, so that a lane reads them at once."""
-    return start + tl.arange(0, N)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+def tile_offsets(STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr):
+    """[STEPS, N, LANE]: one lane per thread, which reads LANE neighbours at once in each step."""
+    step = tl.arange(0, STEPS)[:, None, None] * (N * LANE)
+    return step + tl.arange(0, N)[None, :, None] * LANE + tl.arange(0, LANE)[None, None, :]

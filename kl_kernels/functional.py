@@ -239,7 +239,7 @@ def selective_log_softmax(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,  # [...]
 ) -> Tensor:
-    """Log-probability of `index` under softmax(logits / temperature), float32, under TRL's signature.
+    """Log-probability of `index` under softmax(logits / temperature), with TRL's signature.
 
     The same as `token_stats(...).logprob`; see there for the arguments and what is raised.
     """

@@ -5,3 +5,13 @@ A compiled backend is the namespace `torch.ops.kl_kernels_<name>`: the schemas a
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+
+def namespace(name: str) -> Any:
+    raise RuntimeError(f"the {name} library is not built")
+
+
+def unavailable_reason(name: str) -> str | None:
+    return "is not built"

@@ -161,7 +161,9 @@ def coefficients(
     d entropy = -p (log p + entropy), each over the temperature, with p = w/sx and q = u/sy.
     """
     ln_sx, ln_sy = torch.log(sx), torch.log(sy)
-    # A zero upstream gradient is selected away before it meets an infinite kl.
+    # A zero upstream gradient is selected away before it meets an infinite kl; any other makes the
+    # whole row NaN, since an infinite kl has no gradient.
+    kl = kl.masked_fill(kl == torch.inf, torch.nan)
     kl_term = torch.where(g.kl == 0, 0.0, g.kl * (ln_sy - ln_sx - kl))
     entropy_term = torch.where(g.entropy == 0, 0.0, g.entropy * (ln_sx - entropy))
     return Coefficients(
@@ -337,7 +339,7 @@ def gae(
     """
     r, v = (torch.where(mask, t, 0.0).double() for t in (rewards, values))
     advantages = torch.zeros_like(r)
-    next_value, next_advantage = torch.zeros_like(r[:, 0]), torch.zeros_like(r[:, 0])
+    next_value, next_advantage = r.new_zeros(2, r.shape[0])
     for t in reversed(range(r.shape[1])):
         delta = r[:, t] + gamma * next_value - v[:, t]
         advantage = delta + gamma * lam * next_advantage

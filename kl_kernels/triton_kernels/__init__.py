@@ -1,0 +1,5 @@
+"""The operators as Triton kernels."""
+
+
+def unavailable_reason() -> str | None:
+    return "is not built"

@@ -78,9 +78,7 @@ class Inputs:
         self.lm = load_model(config.model) if config.model else None
 
 
-def _resumed(
-    path: Path, out: str | None, given: dict[str, object]
-) -> tuple[RunFolder, PPOConfig]:
+def _resumed(path: Path, out: str | None, given: dict[str, object]) -> tuple[RunFolder, PPOConfig]:
     folder, config = open_run(path)
     if out or given.keys() - {"updates"}:
         raise ValueError(
@@ -113,9 +111,12 @@ def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs) -> None:
         lm = lm.cuda()
 
     prompts = _encode_prompts(config, inputs, lm, tokenizer)
-    # Gold is a matter of the embedded task: nobody knows what another reward is a proxy of.
-    gold = None if inputs.reward else GoldScore.of_corpus(inputs.paragraphs)
-    reward = inputs.reward or _reward_model(config, folder, lm, tokenizer, prompts, gold)
+    gold: GoldScore | None = None  # what a given reward is a proxy of, nobody knows
+    if inputs.reward:
+        reward = inputs.reward
+    else:
+        gold = GoldScore.of_corpus(inputs.paragraphs)
+        reward = _reward_model(config, folder, lm, tokenizer, prompts, gold)
     lm = train(config, folder, lm, tokenizer, prompts, reward, gold)
 
     save_model(folder.policy, lm, tokenizer)

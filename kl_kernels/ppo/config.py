@@ -175,15 +175,17 @@ class PPOConfig:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option per field; only those that are given appear in the parsed namespace."""
+    """One option per field; only those that are given appear in the parsed namespace.
+
+    Ranges and choices are left to `PPOConfig`, so that each is checked, and put in words, once.
+    """
     for f in dataclasses.fields(PPOConfig):
         kind = type(f.default)
         default = f"default: {f.default}" if f.default != "" else ""
         parser.add_argument(
             "--" + f.name.replace("_", "-"),
             type=kind,
-            choices=f.metadata["choices"],
-            metavar=None if f.metadata["choices"] else kind.__name__.upper(),
+            metavar="|".join(f.metadata["choices"] or [kind.__name__.upper()]),
             default=argparse.SUPPRESS,
             help=f"{f.metadata['reason']} ({default})" if default else f.metadata["reason"],
         )

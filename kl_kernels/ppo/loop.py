@@ -153,7 +153,7 @@ def train(
         batch = Batch(samples, shaped.logprob, values, advantages, returns)
 
         # 4. Optimisation: a few clipped steps, each on a random part of the batch.
-        steps = []
+        steps: list[dict[str, float]] = []
         for _ in range(config.epochs):
             for rows in torch.randperm(config.batch_size).chunk(config.minibatches):
                 part = batch.rows(rows.to(accelerator.device))
@@ -248,14 +248,14 @@ def ppo_loss(
     if config.kl_in_loss:
         with torch.no_grad():
             ref_logits, _ = causal_lm(reference, samples.ids, samples.attention_mask, n_answer)
-        tokens = token_kl(logits, ref_logits, samples.answers, mask=samples.mask)
-        kl_loss = masked_mean(tokens.kl, samples.mask)
+        logprob, _, kl, _, _ = token_kl(logits, ref_logits, samples.answers, mask=samples.mask)
+        kl_loss = masked_mean(kl, samples.mask)
     else:
-        tokens = token_stats(logits, samples.answers, mask=samples.mask)
-        kl_loss = torch.zeros(())
+        logprob, _ = token_stats(logits, samples.answers, mask=samples.mask)
+        kl_loss = torch.zeros((), device=logits.device)
 
     policy_loss, policy_metrics = ppo_policy_loss(
-        tokens.logprob,
+        logprob,
         batch.logprobs,
         batch.advantages,
         samples.mask,
@@ -266,7 +266,7 @@ def ppo_loss(
         values, batch.values, batch.returns, samples.mask, clip_range=config.value_clip
     )
     loss = policy_loss + config.value_coef * value_loss + kl_loss_coef * kl_loss
-    log_ratio = (tokens.logprob - batch.logprobs).detach()[samples.mask]
+    log_ratio = (logprob - batch.logprobs).detach()[samples.mask]
     return loss, {
         "policy_loss": policy_loss.item(),
         "value_loss": value_loss.item(),

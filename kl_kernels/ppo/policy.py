@@ -60,10 +60,16 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model is {str(folder)!r}, which does not load: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {str(folder)!r} has no EOS token, so answers cannot end")
-    # A folder may bring settings of its own (top-k, repetition penalty, ...). Sampling from anything
-    # but softmax(logits) makes every log-ratio wrong, and the policy is then paid to diverge.
-    lm.generation_config = GenerationConfig()
+        raise ValueError(
+            f"the tokenizer in {str(folder)!r} has no EOS token, so answers cannot end"
+        )
+    # A folder may bring settings of its own (top-k, repetition penalty, ...). Sampling from
+    # anything but softmax(logits) makes log-ratios wrong, and the policy is paid to diverge.
+    lm.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return lm, tokenizer
 
 
@@ -79,8 +85,9 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         width = lm.config.get_text_config().hidden_size
-        self.value_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
-        nn.init.zeros_(self.value_head[-1].weight)  # no opinion before the first return
+        estimate = nn.Linear(width, 1)
+        nn.init.zeros_(estimate.weight)  # no opinion before the first return
+        self.value_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), estimate)
         self.eval()
 
     def forward(
@@ -145,7 +152,7 @@ def sample(
     """One answer of at most `n_answer` tokens per prompt, drawn from softmax(logits) itself.
 
     top_k, top_p and temperature are spelled out: `generate` otherwise keeps only the 50 likeliest
-    tokens without saying so, and the log-probabilities of the loss are then of another distribution.
+    tokens without saying so, and the loss's log-probabilities are then of another distribution.
     """
     eos = tokenizer.eos_token_id
     filler = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -23,7 +23,7 @@ from kl_kernels.ppo.config import PPOConfig
 # PAD and EOS differ, so that an answer's end can be told from what fills its row.
 PAD, EOS = "<pad>", "<eos>"
 
-STEPS_PER_CHECKPOINT = 50
+STEPS_PER_CHECKPOINT = 25
 
 
 def train_tokenizer(paragraphs: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -60,7 +60,7 @@ def new_model(config: PPOConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaFor
 
 
 def pretrain(config: PPOConfig, paragraphs: list[str], run: RunFolder) -> None:
-    """Leave a language model of `paragraphs` in `run.reference`; an interrupted one is continued."""
+    """Leave a language model of `paragraphs` in `run.reference`, going on where one was stopped."""
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(paragraphs, config.vocab_size)
     text = torch.tensor(

@@ -12,6 +12,17 @@ from kl_kernels.ppo.config import PPOConfig
 
 Record = dict[str, Any]  # one update: see the end of the loop in loop.py
 
+COLUMNS = {
+    "update": "update",
+    "proxy": "proxy",
+    "gold": "gold",
+    "kl": "KL",
+    "kl_coef": "beta",
+    "entropy": "entropy",
+    "length": "length",
+    "clip_fraction": "clipped",
+}
+
 
 class MetricsLog:
     """metrics.jsonl, a line per update, flushed to disk before the update's checkpoint."""
@@ -47,13 +58,11 @@ def table(records: list[Record]) -> str:
     """About a dozen of the updates, first and last among them."""
     step = max(1, round(len(records) / 12))
     shown = [r for r in records if r["update"] % step == 0 or r is records[0] or r is records[-1]]
-    columns = ("update", "proxy", "gold", "kl", "kl_coef", "entropy", "length", "clip_fraction")
-    lines = ["".join(f"{name:>14}" if name == "clip_fraction" else f"{name:>9}" for name in columns)]
+    rows = [list(COLUMNS.values())]
     for record in shown:
-        cells = [f"{record['update']:>9}"]
-        cells += [f"{'-' if record[c] is None else format(record[c], '.3f'):>9}" for c in columns[1:-1]]
-        lines.append("".join(cells) + f"{record['clip_fraction']:>14.3f}")
-    return "\n".join(lines)
+        rest = (record[name] for name in list(COLUMNS)[1:])
+        rows.append([str(record["update"]), *("-" if x is None else f"{x:.3f}" for x in rest)])
+    return "\n".join("".join(f"{cell:>9}" for cell in row) for row in rows)
 
 
 def summary(config: PPOConfig, records: list[Record]) -> str:
@@ -70,7 +79,8 @@ def summary(config: PPOConfig, records: list[Record]) -> str:
     ]
     if first["gold"] is not None:
         lines.append(
-            f"gold score:   {first['gold']:.2f} at the start, {over('gold'):.2f} over the last third"
+            f"gold score:   {first['gold']:.2f} at the start, "
+            f"{over('gold'):.2f} over the last third"
         )
     target = f", target {config.kl_target:g}" if config.controller == "adaptive" else ""
     lines.append(f"KL per answer: {over('kl'):.1f} nats over the last third{target}")

@@ -47,7 +47,7 @@ def load_reward(spec: str) -> RewardFunction:
         raise ValueError(f"reward is {spec!r}, which cannot be imported: {error}") from error
     if not callable(function):
         raise ValueError(f"reward is {spec!r}, a {type(function).__name__}, not a function")
-    return function  # type: ignore[no-any-return]  # its signature shows when it is called
+    return function
 
 
 def scores_of(reward: RewardFunction, prompts: list[str], answers: list[str]) -> Tensor:
@@ -58,7 +58,9 @@ def scores_of(reward: RewardFunction, prompts: list[str], answers: list[str]) ->
     """
     scores = [float(score) for score in reward(prompts, answers)]
     if len(scores) != len(answers):
-        raise ValueError(f"the reward function gave {len(scores)} scores for {len(answers)} answers")
+        raise ValueError(
+            f"the reward function gave {len(scores)} scores for {len(answers)} answers"
+        )
     for score, answer in zip(scores, answers):
         if not math.isfinite(score):
             raise ValueError(f"the reward function gave {score} for the answer {answer!r}")

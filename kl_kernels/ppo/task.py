@@ -15,14 +15,15 @@ from itertools import pairwise
 N_TOPIC_WORDS = 60
 
 # English function words of four letters and more; shorter words never count as content.
-FUNCTION_WORDS = frozenset(
-    "about also although another because been before being both cannot could does each either "
-    "else even every from have here however into itself just like made make many more most much "
-    "must neither only other otherwise over same several should since some such than that their "
-    "them themselves then there therefore these they this those though thus under unless until "
-    "upon using very well were what when whenever where whether which while will with within "
-    "without would your".split()
-)
+_FUNCTION_WORDS = """
+    about also although another because been before being both cannot could does each either
+    else even every from have here however into itself just like made make many more most much
+    must neither only other otherwise over same several should since some such than that their
+    them themselves then there therefore these they this those though thus under unless until
+    upon using very well were what when whenever where whether which while will with within
+    without would your
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def load_corpus() -> list[str]:

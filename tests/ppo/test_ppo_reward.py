@@ -28,19 +28,21 @@ def test_reward_is_blind_to_the_order_of_tokens(tiny, words):
 
 
 def test_fitted_reward_learns_what_gold_counts(tiny):
-    """Gold that counts tokens is within a bag of tokens' reach, so new answers are ranked by it."""
+    """Counting a token is within reach of one weight per token, so new answers rank as by gold."""
     lm, tokenizer = tiny
     config = PPOConfig(reward_pairs=400, answer_tokens=12, label_sharpness=10.0)
-
-    def gold(answer):
-        return sum(answer.count(letter) for letter in "aeiou")
-
     prompts = [[5, 6, 7], [8, 9]]
     torch.manual_seed(0)
+    samples = sample(lm, tokenizer, prompts * 100, 12)
+    commonest = tokenizer.decode([int(samples.answers.flatten().mode().values)])
+
+    def gold(answer):
+        return answer.count(commonest)
+
     reward = fit_reward_model(config, lm, tokenizer, prompts, gold)
-    answers = answer_texts(sample(lm, tokenizer, prompts * 100, 12), tokenizer)
+    answers = answer_texts(samples, tokenizer)
     scores = torch.tensor([reward([], answers), [gold(answer) for answer in answers]])
-    assert torch.corrcoef(scores)[0, 1] > 0.8
+    assert torch.corrcoef(scores)[0, 1] > 0.9
 
 
 def test_fitted_reward_is_standardised_and_survives_saving(tiny):

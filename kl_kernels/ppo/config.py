@@ -29,16 +29,20 @@ def option(
     at_least: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
 ) -> Any:
     """A field of the configuration; `reason` is also its help on the command line."""
     return field(
         default=default,
         metadata={
             "reason": reason,
-            "above": above,
-            "at_least": at_least,
-            "at_most": at_most,
-            "choices": choices,
+            "metavar": metavar or "|".join(choices or [type(default).__name__.upper()]),
+            "limits": {
+                "above": above,
+                "at_least": at_least,
+                "at_most": at_most,
+                "choices": choices,
+            },
         },
     )
 
@@ -53,13 +57,19 @@ class PPOConfig:
 
     # What is trained, on what, towards what. Empty: the embedded task.
     model: str = option(
-        "", "folder of a Hugging Face causal LM with its tokenizer; default: pretrain a tiny one"
+        "",
+        "folder of a Hugging Face causal LM with its tokenizer; default: pretrain a tiny one",
+        metavar="DIR",
     )
     prompts: str = option(
-        "", "text file with one prompt per line; default: starts of the corpus's paragraphs"
+        "",
+        "text file with one prompt per line; default: starts of the corpus's paragraphs",
+        metavar="FILE",
     )
     reward: str = option(
-        "", "module:function, (prompts, answers) -> scores; default: fit a reward model"
+        "",
+        "a function (prompts, answers) -> scores, all lists; default: fit a reward model",
+        metavar="MODULE:FUNCTION",
     )
     seed: int = option(0, "seed of every random choice", at_least=0)
 
@@ -93,7 +103,9 @@ class PPOConfig:
 
     # The KL to the reference model.
     kl_coef: float = option(
-        0.2, "beta: nats to score; the start of an adaptive one [Ziegler]", at_least=0
+        0.1,
+        "beta, score per nat; the start of an adaptive one: fixed, it holds 18 nats",
+        at_least=0,
     )
     kl_estimator: str = option(
         "exact", "per-token KL in the reward: over the vocabulary, or sampled",
@@ -112,7 +124,9 @@ class PPOConfig:
         20.0, "adaptive: nats per answer, where the proxy still tells good from bad", above=0
     )
     kl_horizon: int = option(
-        128, "adaptive: answers to adapt over; the usual 10000 outlasts 60 updates", at_least=1
+        512,
+        "adaptive: answers to adapt over; 10000 [Ziegler] outlasts the run, 128 overshoots",
+        at_least=1,
     )
 
     # Advantages and losses.
@@ -140,10 +154,13 @@ class PPOConfig:
     checkpoint_every: int = option(1, "updates between checkpoints", at_least=1)
 
     def __post_init__(self) -> None:
-        for name, value, limits in (
-            (f.name, getattr(self, f.name), f.metadata) for f in dataclasses.fields(self)
-        ):
-            _check(name, value, **{k: v for k, v in limits.items() if k != "reason"})
+        for f in dataclasses.fields(self):
+            _check(f.name, getattr(self, f.name), **f.metadata["limits"])
+        if self.hidden_size % 8:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; it has to be a multiple of 8: four heads, "
+                "each of even width"
+            )
         if self.batch_size % self.minibatches:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it has to be a multiple of minibatches, "
@@ -180,14 +197,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Ranges and choices are left to `PPOConfig`, so that each is checked, and put in words, once.
     """
     for f in dataclasses.fields(PPOConfig):
-        kind = type(f.default)
-        default = f"default: {f.default}" if f.default != "" else ""
+        default = "" if f.default == "" else f" (default: {f.default})"
         parser.add_argument(
             "--" + f.name.replace("_", "-"),
-            type=kind,
-            metavar="|".join(f.metadata["choices"] or [kind.__name__.upper()]),
+            type=type(f.default),
+            metavar=f.metadata["metavar"],
             default=argparse.SUPPRESS,
-            help=f"{f.metadata['reason']} ({default})" if default else f.metadata["reason"],
+            help=f.metadata["reason"] + default,
         )
 
 

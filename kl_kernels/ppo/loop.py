@@ -41,14 +41,7 @@ from kl_kernels import (
 )
 from kl_kernels.ppo.checkpoint import RunFolder, load_state, restore_rng, rng_state, save_state
 from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.policy import (
-    Policy,
-    Samples,
-    answer_texts,
-    causal_lm,
-    frozen_copy,
-    sample,
-)
+from kl_kernels.ppo.policy import Policy, Samples, answer_texts, causal_lm, frozen_copy, sample
 from kl_kernels.ppo.report import MetricsLog, live_line
 from kl_kernels.ppo.reward import RewardFunction, scores_of
 
@@ -124,7 +117,7 @@ def train(
 
     log = MetricsLog(run.metrics, keep=done)
     progress = tqdm(range(done + 1, config.updates + 1), desc="PPO", unit="update",
-                    initial=done, total=config.updates)  # fmt: skip
+                    initial=done, total=config.updates, dynamic_ncols=True)  # fmt: skip
     for update in progress:
         started = time.perf_counter()
         kl_coef = controller.value
@@ -147,7 +140,7 @@ def train(
         if not config.kl_in_loss:
             advantages = advantages + shaped.advantage_correction
         # Whitened advantages measure rewards in standard deviations; so must the KL in the loss.
-        advantage_sd = masked_var(advantages, mask).sqrt().clamp_min(1e-8)
+        advantage_sd = masked_var(advantages, mask).sqrt().clamp_min(1e-8).item()
         kl_loss_coef = kl_coef / advantage_sd if config.kl_in_loss else 0.0
         advantages = masked_whiten(advantages, mask)
         batch = Batch(samples, shaped.logprob, values, advantages, returns)
@@ -179,7 +172,7 @@ def train(
             "kl_coef": kl_coef,
             "entropy": masked_mean(shaped.entropy, mask).item(),
             "length": mask.sum(1).float().mean().item(),
-            "advantage_sd": float(advantage_sd),
+            "advantage_sd": advantage_sd,
             **{name: mean([step[name] for step in steps]) for name in steps[0]},
             "seconds": time.perf_counter() - started,
             "sample": prompt_texts[0] + " |" + answers[0],
@@ -240,12 +233,16 @@ def ppo_loss(
     policy: Policy,
     reference: PreTrainedModel,
     batch: Batch,
-    kl_loss_coef: Tensor | float,
+    kl_loss_coef: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Clipped policy loss + value loss + KL to the reference, and what they were made of."""
+    """Clipped policy loss + value loss + KL to the reference, and what they were made of.
+
+    One pass over both models' logits gives the log-probabilities and the KL; where the loss holds
+    no KL, the reference is not run.
+    """
     samples, n_answer = batch.samples, batch.samples.mask.shape[1]
     logits, values = policy(samples.ids, samples.attention_mask, n_answer)
-    if config.kl_in_loss:
+    if kl_loss_coef > 0:
         with torch.no_grad():
             ref_logits, _ = causal_lm(reference, samples.ids, samples.attention_mask, n_answer)
         logprob, _, kl, _, _ = token_kl(logits, ref_logits, samples.answers, mask=samples.mask)

@@ -66,7 +66,7 @@ def table(records: list[Record]) -> str:
 
 
 def summary(config: PPOConfig, records: list[Record]) -> str:
-    """Start against end, in the three sentences a reader would work out from the table."""
+    """Start against end: what a reader would work out from the table, and how answers changed."""
     first, last_third = records[0], records[-max(1, len(records) // 3) :]
 
     def over(name: str) -> float:
@@ -84,6 +84,10 @@ def summary(config: PPOConfig, records: list[Record]) -> str:
         )
     target = f", target {config.kl_target:g}" if config.controller == "adaptive" else ""
     lines.append(f"KL per answer: {over('kl'):.1f} nats over the last third{target}")
+    lines += [
+        f"a sample, prompt | answer, of update {r['update']}:\n    {' '.join(r['sample'].split())}"
+        for r in (first, records[-1])
+    ]
     return "\n".join(lines)
 
 

@@ -80,6 +80,7 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, model_folder, monkeypatch, capsys):
         (["--gamma", "1.5"], "gamma is 1.5; it has to be at most 1"),
         (["--updates", "0"], "updates is 0; it has to be at least 1"),
         (["--batch-size", "62"], "batch_size is 62; it has to be a multiple of minibatches"),
+        (["--hidden-size", "20"], "hidden_size is 20; it has to be a multiple of 8"),
         (["--answer-tokens", "60"], "context is 64; it has to hold prompt_tokens"),
     ],
 )

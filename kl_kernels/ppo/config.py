@@ -124,7 +124,7 @@ class PPOConfig:
         20.0, "adaptive: nats per answer, where the proxy still tells good from bad", above=0
     )
     kl_horizon: int = option(
-        512,
+        256,
         "adaptive: answers to adapt over; 10000 [Ziegler] outlasts the run, 128 overshoots",
         at_least=1,
     )

@@ -87,6 +87,7 @@ class Policy(nn.Module):
         width = lm.config.get_text_config().hidden_size
         estimate = nn.Linear(width, 1)
         nn.init.zeros_(estimate.weight)  # no opinion before the first return
+        nn.init.zeros_(estimate.bias)
         self.value_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), estimate)
         self.eval()
 

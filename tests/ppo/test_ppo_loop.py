@@ -48,6 +48,39 @@ def test_every_form_of_the_kl_starts_at_ratio_one_and_kl_zero(tmp_path, model_fo
     assert math.isfinite(second["policy_loss"])
 
 
+def test_rewards_and_beta_in_another_unit_teach_the_same(tmp_path, model_folder):
+    """Whitening divides rewards by their spread, so the KL in the loss has to be divided as well.
+
+    Two updates: after the first, the value head's steps no longer scale with the rewards.
+    """
+    common = {"updates": 2, "controller": "fixed", "max_grad_norm": 1e9}
+    kls = [
+        train(
+            tmp_path / str(unit),
+            model_folder,
+            reward=lambda *texts, unit=unit: [unit * v for v in vowels(*texts)],
+            kl_coef=0.3 * unit,
+            **common,
+        )[1]["kl"]
+        for unit in (1, 128)
+    ]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-4)
+
+
+def test_one_token_answers_feel_corrected_exact_kl_as_they_feel_k1(tmp_path, model_folder):
+    """With no earlier token to credit, exact KL and its correction add up to k1.
+
+    Three updates: the KL is 0 in the first, and the value heads differ after the second.
+    """
+    common = {"updates": 3, "answer_tokens": 1, "controller": "fixed", "kl_coef": 5.0}
+    common |= {"max_grad_norm": 1e9, "learning_rate": 1e-2}
+    common |= {"reward": lambda prompts, answers: [sum(map(ord, a)) % 5 for a in answers]}
+    exact = train(tmp_path / "exact", model_folder, exact_kl_gradient="advantage", **common)
+    k1 = train(tmp_path / "k1", model_folder, kl_estimator="k1", **common)
+    assert exact[2]["kl"] == pytest.approx(k1[2]["kl"], rel=1e-4)
+    assert k1[1]["kl"] > 1e-3, "there is hardly a KL to be felt"
+
+
 def test_dropout_is_noticed(tmp_path, model_folder, monkeypatch):
     class Dropping(Policy):
         def __init__(self, lm):

@@ -27,9 +27,9 @@ def chi_square(counts, probabilities):
 
 
 def check_first_token_distribution(lm, tokenizer):
-    prompt = [5, 9, 70]
+    prompt, longer = [5, 9, 70], [8, 7, 6, 5, 4, 3]
     torch.manual_seed(1)
-    drawn = torch.cat([sample(lm, tokenizer, [prompt] * 2000, 1).answers for _ in range(2)])
+    drawn = sample(lm, tokenizer, [prompt] * 4000 + [longer], 1).answers[:-1]
     ids = torch.tensor([prompt])
     with torch.no_grad():
         logits = lm(ids).logits[0, -1].double()

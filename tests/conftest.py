@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in its interpreter; uninitialised memory is NaN in every test."""
+"""Without a GPU, Triton kernels run interpreted; uninitialised memory is NaN in every test."""
 
 import os
 

@@ -6,10 +6,8 @@ different paths for tails and whole blocks, so no size is a multiple of another.
 """
 
 import pytest
-import torch
 
-import kl_kernels
-from kl_kernels.validate.cases import DIFFICULTIES, Case, grid
+from kl_kernels.validate.cases import DIFFICULTIES, grid
 from kl_kernels.validate.errors import errors
 
 # The interpreter takes a second for each 10,000 logits, so Triton's sizes are small.

@@ -312,3 +312,24 @@ def test_arithmetic_is_float32_or_float64(dtype, expected):
 def test_bad_arguments_are_named(error, options, message):
     with pytest.raises(error, match=message):
         kl_penalty(log_p(POLICY), log_p(REFERENCE), **options)
+
+
+@pytest.mark.parametrize("scale", [10.0, 1.0, 1e-2, 1e-4])
+def test_k3_is_never_negative_in_float32(scale):
+    d = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * scale
+    assert (kl_penalty(d, torch.zeros_like(d), "k3") >= 0).all()
+
+
+def test_compiles_without_a_graph_break():
+    def loss(logprobs, ref, old):
+        options = {"log_ratio_clamp": 5.0, "kl_clamp": 2.0, "old_logprobs": old}
+        through = kl_penalty(logprobs, ref, "k3+", **options)
+        return (through + kl_penalty(logprobs, ref, gradient="score_function", **options)).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (loss, compiled):
+        logprobs = log_p(POLICY).requires_grad_()
+        value = function(logprobs, log_p(REFERENCE), log_p(OLD))
+        grads.append(torch.autograd.grad(value, logprobs)[0])
+    torch.testing.assert_close(*grads, rtol=1e-14, atol=1e-14)

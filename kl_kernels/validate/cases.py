@@ -1,4 +1,4 @@
-"""Inputs on which fused softmax and KL kernels have been seen to fail, each reproducible by name."""
+"""Inputs on which fused softmax and KL kernels have failed, each reproducible by name."""
 
 from __future__ import annotations
 
@@ -108,14 +108,14 @@ def _unlikely_token(vocab_size: int, g: torch.Generator) -> Inputs:
 
 
 def _near(vocab_size: int, g: torch.Generator) -> Inputs:
-    """q is p but for one part in a thousand: KL is tiny and p - q cancels."""
+    """The reference is the policy but for one part in a thousand: KL is tiny and p - q cancels."""
     inputs = _random(vocab_size, g)
     noise = 1e-3 * torch.randn(*ROWS, vocab_size, generator=g)
     return replace(inputs, ref_logits=inputs.logits + noise)
 
 
 def _equal(vocab_size: int, g: torch.Generator) -> Inputs:
-    """q is p: KL is exactly 0."""
+    """The reference is the policy: KL is exactly 0."""
     inputs = _random(vocab_size, g)
     return replace(inputs, ref_logits=inputs.logits.clone())
 
@@ -133,7 +133,7 @@ def _flat(vocab_size: int, g: torch.Generator) -> Inputs:
 
 
 def _ruled_out(*, policy: bool, ref: bool) -> Callable[[int, torch.Generator], Inputs]:
-    """A third of the vocabulary is -inf (top-k, top-p, padding) in the policy, the reference or both.
+    """A third of the vocabulary is -inf (top-k, padding) in the policy, the reference or both.
 
     In the reference alone, KL is +inf and forward KL is not.
     """
@@ -194,7 +194,7 @@ def _masked_nan(vocab_size: int, g: torch.Generator) -> Inputs:
 
 
 def _nan_row(vocab_size: int, g: torch.Generator) -> Inputs:
-    """One row has a NaN, one +inf, one nothing but -inf: they are NaN, the fourth is not touched."""
+    """One row has a NaN, one +inf, one only -inf: they are NaN and the fourth is not touched."""
     inputs = _random(vocab_size, g)
     logits = inputs.logits.clone()
     logits[0, 0, vocab_size // 2] = torch.nan

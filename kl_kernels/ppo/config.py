@@ -2,11 +2,6 @@
 
 The command line is derived from these fields (`add_arguments`), a run folder keeps them as
 config.json (`to_json`), and nothing else in this package holds a constant of its own.
-
-Literature: Schulman et al. (2016), "High-dimensional continuous control using generalized advantage
-estimation" [GAE]; Schulman et al. (2017), "Proximal policy optimization algorithms" [PPO]; Ziegler
-et al. (2019), "Fine-tuning language models from human preferences" [Ziegler]; Huang et al. (2022),
-"The 37 implementation details of PPO" [37 details].
 """
 
 from __future__ import annotations
@@ -20,6 +15,13 @@ from typing import Any
 
 from kl_kernels.checks import check_choice
 
+LITERATURE = """
+[GAE] Schulman et al. (2016), High-dimensional continuous control using generalized advantage
+estimation. [PPO] Schulman et al. (2017), Proximal policy optimization algorithms. [Ziegler] Ziegler
+et al. (2019), Fine-tuning language models from human preferences. [37 details] Huang et al. (2022),
+The 37 implementation details of proximal policy optimization.
+"""
+
 
 def option(
     default: Any,
@@ -28,6 +30,7 @@ def option(
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
 ) -> Any:
@@ -41,6 +44,7 @@ def option(
                 "above": above,
                 "at_least": at_least,
                 "at_most": at_most,
+                "below": below,
                 "choices": choices,
             },
         },
@@ -79,9 +83,7 @@ class PPOConfig:
     )
     hidden_size: int = option(128, "width of the tiny Llama, four heads", at_least=8)
     layers: int = option(4, "layers of the tiny Llama: 1.07M parameters in all", at_least=1)
-    pretrain_steps: int = option(
-        300, "where samples look like the corpus; 400 lower the loss by 0.6 more", at_least=1
-    )
+    pretrain_steps: int = option(300, "enough for samples that look like the corpus", at_least=1)
     pretrain_batch: int = option(32, "windows of text per pretraining step", at_least=1)
     pretrain_lr: float = option(3e-3, "peak of the cosine; high, as the model is small", above=0)
     context: int = option(64, "tokens per window; prompt and answer fit in", at_least=2)
@@ -96,7 +98,7 @@ class PPOConfig:
     reward_weight_decay: float = option(0.05, "AdamW's weight decay for it", at_least=0)
 
     # Rollouts.
-    updates: int = option(60, "PPO updates; the KL has settled after about 30", at_least=1)
+    updates: int = option(60, "PPO updates; the KL has settled after about 40", at_least=1)
     batch_size: int = option(64, "answers sampled per update", at_least=2)
     prompt_tokens: int = option(8, "tokens of a paragraph that make a prompt", at_least=1)
     answer_tokens: int = option(40, "longest answer", at_least=1)
@@ -108,9 +110,10 @@ class PPOConfig:
         at_least=0,
     )
     kl_estimator: str = option(
-        "exact", "per-token KL in the reward: over the vocabulary, or sampled",
+        "exact",
+        "per-token KL in the reward: over the vocabulary, or sampled",
         choices=("exact", "k1"),
-    )  # fmt: skip
+    )
     exact_kl_gradient: str = option(
         "loss",
         "how the sampled token feels the exact KL, which as a reward does not depend on it: "
@@ -145,9 +148,10 @@ class PPOConfig:
     value_lr: float = option(
         2e-3, "its rate for the value head, which starts from nothing", above=0
     )
-    adam_beta1: float = option(0.9, "Adam's usual", at_least=0, at_most=1)
-    adam_beta2: float = option(0.95, "short memory: the objective moves with the policy", above=0,
-                               at_most=1)  # fmt: skip
+    adam_beta1: float = option(0.9, "Adam's usual", at_least=0, below=1)
+    adam_beta2: float = option(
+        0.95, "short memory: the objective moves with the policy", at_least=0, below=1
+    )
     adam_eps: float = option(1e-5, "Adam's epsilon [37 details]", above=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
 
@@ -196,6 +200,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     Ranges and choices are left to `PPOConfig`, so that each is checked, and put in words, once.
     """
+    parser.epilog = LITERATURE
     for f in dataclasses.fields(PPOConfig):
         default = "" if f.default == "" else f" (default: {f.default})"
         parser.add_argument(
@@ -213,6 +218,7 @@ def _check(
     above: float | None,
     at_least: float | None,
     at_most: float | None,
+    below: float | None,
     choices: tuple[str, ...] | None,
 ) -> None:
     if choices is not None:
@@ -225,3 +231,5 @@ def _check(
         raise ValueError(f"{name} is {value}; it has to be at least {at_least}")
     if at_most is not None and not value <= at_most:
         raise ValueError(f"{name} is {value}; it has to be at most {at_most}")
+    if below is not None and not value < below:
+        raise ValueError(f"{name} is {value}; it has to be below {below}")

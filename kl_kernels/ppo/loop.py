@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -167,13 +168,13 @@ def train(
             "update": update,
             "proxy": scores.mean().item(),
             "proxy_sd": scores.std().item(),
-            "gold": mean([gold(answer) for answer in answers]) if gold else None,
+            "gold": fmean(map(gold, answers)) if gold else None,
             "kl": controlled.kl,
             "kl_coef": kl_coef,
             "entropy": masked_mean(shaped.entropy, mask).item(),
             "length": mask.sum(1).float().mean().item(),
             "advantage_sd": advantage_sd,
-            **{name: mean([step[name] for step in steps]) for name in steps[0]},
+            **{name: fmean(step[name] for step in steps) for name in steps[0]},
             "seconds": time.perf_counter() - started,
             "sample": prompt_texts[0] + " |" + answers[0],
         }
@@ -290,7 +291,3 @@ def check_start(ratio_deviation: float, kl: float) -> None:
             f"before the first step a token's KL to the reference is {kl:.2g}: the reference is "
             "not a copy of the policy, or the two are run differently"
         )
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)

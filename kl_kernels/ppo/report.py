@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from kl_kernels.ppo.checkpoint import write_atomically, write_text
@@ -70,7 +71,7 @@ def summary(config: PPOConfig, records: list[Record]) -> str:
     first, last_third = records[0], records[-max(1, len(records) // 3) :]
 
     def over(name: str) -> float:
-        return sum(record[name] for record in last_third) / len(last_third)
+        return fmean(record[name] for record in last_third)
 
     rise = (over("proxy") - first["proxy"]) / first["proxy_sd"] if first["proxy_sd"] else 0.0
     lines = [

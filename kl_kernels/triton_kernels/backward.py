@@ -10,7 +10,7 @@ from kl_kernels.triton_kernels.math import (
     soft_capped,
     soft_capped_grad,
 )
-from kl_kernels.triton_kernels.rows import row_pointer, tile_offsets
+from kl_kernels.triton_kernels.tiles import row_pointer, step_offsets
 
 
 @triton.jit
@@ -62,8 +62,8 @@ def backward_kernel(
     HAS_KL: tl.constexpr = grad_kl_ptr is not None
     HAS_FORWARD_KL: tl.constexpr = grad_forward_kl_ptr is not None
     row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
-    tile = tile_offsets(STEPS, N, LANE)
     TILE: tl.constexpr = STEPS * N * LANE
+    tile = step_offsets(0, STEPS * N, LANE)
     start = split * SPLIT
     end = tl.minimum(start + SPLIT, vocab_size)
     last = end - (end - start) % TILE
@@ -71,9 +71,9 @@ def backward_kernel(
         grad_logits_ptr, row, n_tokens, n_tokens.to(tl.int64) * vocab_size, vocab_size, LANE
     )  # fmt: skip
 
-    if mask_ptr is not None:
+    if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
         if tl.load(mask_ptr + row) == 0:
-            zeros = tl.zeros((STEPS, N, LANE), grad_logits_ptr.dtype.element_ty)
+            zeros = tl.zeros((STEPS * N, LANE), grad_logits_ptr.dtype.element_ty)
             for i in range(start, last, TILE):
                 tl.store(grad_row + i + tile, zeros)
             tl.store(grad_row + last + tile, zeros, last + tile < end)

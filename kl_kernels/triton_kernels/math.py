@@ -5,12 +5,12 @@ reference. What float32 changes:
 
 * tx and ty are always one fma, here and in the backward: A is k max(x) rounded, and only the same
   rounding everywhere lets it cancel. (At an offset of 1e4 a rounded product costs 1e-4.)
-* Sums live in lanes, [N], each absorbing [N, LANE] logits per step: all work across lanes comes
-  after the loop.
+* A state is [N], one per thread, while the vocabulary is read; the threads' states are merged after
+  the loop.
 * Infinite KL is kept apart from the sums, as the largest x - y and y - x: +inf where one of the
   distributions has no support, NaN (dropped by a maximum) where both have none.
 
-Functions whose name says nothing else take and return tensors of any one shape.
+All functions work elementwise on states and logits of one shape, unless they say otherwise.
 """
 
 from typing import NamedTuple
@@ -51,7 +51,7 @@ class RowState(NamedTuple):
 
 @triton.jit
 def empty_state(anchor, ref_anchor, N: tl.constexpr):
-    """N lanes without content, at the given anchors (scalars)."""
+    """N states of no vocabulary at all, [N], at the given anchors (scalars)."""
     zero = tl.zeros((N,), tl.float32)
     return RowState(
         zero + anchor, zero + ref_anchor, zero, zero, zero, zero, zero, zero - INF, zero - INF
@@ -60,7 +60,7 @@ def empty_state(anchor, ref_anchor, N: tl.constexpr):
 
 @triton.jit
 def fold(s, x, y, k, ref_k, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
-    """Absorb one logit (pair) into each lane of `s`, anchors unchanged; x, y and `s` are [N].
+    """Absorb one logit of each model, anchors unchanged.
 
     GUARDED takes -inf as it is meant: p = 0 adds nothing. Unguarded it makes a sum non-finite.
     """
@@ -82,33 +82,6 @@ def fold(s, x, y, k, ref_k, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
         rk = tl.fma(w, tx - ty, rk)
         fk = tl.fma(-u, tx - ty, fk)
     return RowState(s.anchor, s.ref_anchor, sx, sy, ex, rk, fk, gap, ref_gap)
-
-
-@triton.jit
-def fold_tile(s, x, y, k, ref_k, WIDTH: tl.constexpr, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
-    """Absorb x, y [N, WIDTH] into `s` [N], one after the other.
-
-    A chain of fma per sum: a reduction would multiply and add apart, and hold the tile's products
-    in registers meanwhile.
-    """
-    if WIDTH == 1:
-        s = fold(s, first_column(x), first_column(y), k, ref_k, HAS_REF, GUARDED)
-    else:
-        x0, x1 = halves(x)
-        y0, y1 = halves(y)
-        s = fold_tile(s, x0, y0, k, ref_k, WIDTH // 2, HAS_REF, GUARDED)
-        s = fold_tile(s, x1, y1, k, ref_k, WIDTH // 2, HAS_REF, GUARDED)
-    return s
-
-
-@triton.jit
-def first_column(x):  # [N, 1] -> [N]
-    return tl.reshape(x, (x.shape[0],))
-
-
-@triton.jit
-def halves(x):  # [N, WIDTH] -> two [N, WIDTH / 2], even and odd columns
-    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit
@@ -142,10 +115,15 @@ def merge(s, t, HAS_REF: tl.constexpr):
 
 
 @triton.jit
-def merge_lanes(s, HAS_REF: tl.constexpr):
-    """The lanes [N] of a state as one scalar state."""
+def merge_all(s, HAS_REF: tl.constexpr):
+    """The states [N] as one."""
     anchor, ref_anchor = tl.max(s.anchor, 0), tl.max(s.ref_anchor, 0)
-    s = move(s, anchor, ref_anchor, HAS_REF)
+    return add_all(move(s, anchor, ref_anchor, HAS_REF), anchor, ref_anchor)
+
+
+@triton.jit
+def add_all(s, anchor, ref_anchor):
+    """The states [N], which share these anchors (scalars), as one."""
     return RowState(
         anchor, ref_anchor, tl.sum(s.sx, 0), tl.sum(s.sy, 0), tl.sum(s.ex, 0),
         tl.sum(s.rk, 0), tl.sum(s.fk, 0), tl.max(s.gap, 0), tl.max(s.ref_gap, 0),
@@ -201,8 +179,9 @@ class Coefficients(NamedTuple):
 
 @triton.jit
 def coefficients(
-    g_logprob, g_kl, g_forward_kl, g_entropy, sx, sy, kl, entropy, temperature, HAS_REF: tl.constexpr
-):
+    g_logprob, g_kl, g_forward_kl, g_entropy, sx, sy, kl, entropy, temperature,
+    HAS_REF: tl.constexpr,
+):  # fmt: skip
     """See `reference.coefficients`; the gradient of an infinite KL is NaN."""
     ln_sx = tl.log(sx)
     a = tl.where(g_entropy == 0.0, 0.0, g_entropy * (ln_sx - entropy)) - g_logprob
@@ -270,7 +249,7 @@ def exp_minus_linear(d):
 
 @triton.jit
 def soft_capped(x, softcap):
-    """softcap tanh(x / softcap), x where softcap is None; infinities stay (see the reference).
+    """The softcap's tanh, nothing where softcap is None; infinities stay (see the reference).
 
     tanh near 0 is a polynomial in z^2, minimax on |z| < 0.55 (relative error 4e-8): the quotient
     would cancel there.

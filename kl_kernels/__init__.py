@@ -10,13 +10,29 @@ from kl_kernels.functional import (
     token_kl,
     token_stats,
 )
+from kl_kernels.rl.advantages import compute_gae
+from kl_kernels.rl.controllers import AdaptiveKLController, FixedKLController
+from kl_kernels.rl.estimators import kl_penalty
+from kl_kernels.rl.losses import ppo_policy_loss, ppo_value_loss
+from kl_kernels.rl.masked import masked_mean, masked_var, masked_whiten
+from kl_kernels.rl.rewards import compute_rewards
 
 __all__ = [
+    "AdaptiveKLController",
+    "FixedKLController",
     "KLRewards",
     "TokenKL",
     "TokenStats",
     "__version__",
+    "compute_gae",
+    "compute_rewards",
+    "kl_penalty",
     "kl_rewards",
+    "masked_mean",
+    "masked_var",
+    "masked_whiten",
+    "ppo_policy_loss",
+    "ppo_value_loss",
     "selective_log_softmax",
     "token_kl",
     "token_stats",

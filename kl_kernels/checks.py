@@ -17,13 +17,59 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # not math.isfinite: torch.compile cannot trace it
         raise ValueError(f"{name} is {value}; it has to be a finite number above 0")
 
 
 def check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value}; it has to be a finite number")
+
+
+def check_non_negative(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}; it has to be a finite number, 0 or above")
+
+
+def check_unit_interval(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; accepted: 0 to 1")
+
+
+def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """`tensor` has to be a tensor with the shape and device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+    if tensor.shape != like.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, {like_name} {tuple(like.shape)}; "
+            "they have to be equal"
+        )
+    check_same_device(name, tensor, like_name, like)
+
+
+def check_batch(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it has to be [B, T]")
+
+
+def check_per_sequence(name: str, tensor: Tensor, batch_name: str, batch: Tensor) -> None:
+    """`tensor` has to be [B] where `batch` is [B, T], on the same device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+    if tensor.shape != batch.shape[:1]:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; {batch_name} of shape {tuple(batch.shape)} "
+            f"needs {tuple(batch.shape[:1])}"
+        )
+    check_same_device(name, tensor, batch_name, batch)
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, {other_name} on {other.device}")
 
 
 def check_logits(name: str, logits: Tensor) -> None:
@@ -62,7 +108,7 @@ def check_token_ids(token_ids: Tensor, logits: Tensor) -> None:
 
 
 def check_token_range(token_ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
-    """Token ids that count have to lie in [0, V). CPU only: on a GPU the check would synchronise."""
+    """Token ids that count have to lie in [0, V). On a GPU the check would synchronise: none."""
     if token_ids.device.type != "cpu":
         return
     outside = (token_ids < 0) | (token_ids >= vocab_size)

@@ -1,19 +1,86 @@
 """Which backend runs an operator, and why not the others.
 
-A backend is any namespace that has the functions of `ops.KERNELS`: the module `reference`, the
+A backend is any namespace that has the functions of `schemas.KERNELS`: the module `reference`, the
 package `triton_kernels`, or the operators of a compiled library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from kl_kernels import native, reference, triton_kernels
+from kl_kernels.checks import check_choice
+
+
+@dataclass(frozen=True)
+class Backend:
+    kernels: Callable[[], Any]  # the namespace with the operators
+    unavailable_reason: Callable[[], str | None]  # why this machine lacks it, or None
+    device_types: tuple[str, ...] = ()  # of the tensors it takes; empty: any
+    takes_float64: bool = False
+
+
+def _compiled(name: str) -> Backend:
+    reason = cache(partial(native.unavailable_reason, name))
+    return Backend(partial(native.namespace, name), reason, device_types=(name,))
+
+
+# Best first: without a request, the first that can take the tensors runs.
+BACKENDS = {
+    "cuda": _compiled("cuda"),
+    "triton": Backend(
+        kernels=lambda: triton_kernels,
+        unavailable_reason=cache(triton_kernels.unavailable_reason),
+        # Triton's interpreter runs kernels on the host; compiled, they run on a GPU.
+        device_types=("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+    ),
+    "cpu": _compiled("cpu"),
+    "reference": Backend(lambda: reference, lambda: None, takes_float64=True),
+}
+# The interpreter is for checking kernels, a thousand times slower than anything else.
+ONLY_ON_REQUEST = {("triton", "cpu")}
+
+
+def refusal(name: str, device_type: str, *, float64: bool) -> str | None:
+    """Why backend `name` cannot run on such tensors, or None."""
+    backend = BACKENDS[name]
+    if reason := backend.unavailable_reason():
+        return reason
+    if backend.device_types and device_type not in backend.device_types:
+        return f"runs on {' and '.join(backend.device_types)} tensors, these are on {device_type}"
+    if float64 and not backend.takes_float64:
+        return "takes float32, bfloat16 and float16, one of these is float64"
+    return None
+
+
+@cache
+def _choose(requested: str | None, device_type: str, float64: bool) -> Any:
+    if requested is None:
+        candidates = [n for n in BACKENDS if (n, device_type) not in ONLY_ON_REQUEST]
+        usable = (n for n in candidates if refusal(n, device_type, float64=float64) is None)
+        return BACKENDS[next(usable)].kernels()
+    check_choice("backend", requested, tuple(BACKENDS))
+    refusals = {n: refusal(n, device_type, float64=float64) for n in BACKENDS}
+    if refusals[requested] is not None:
+        possible = ", ".join(repr(n) for n, reason in refusals.items() if reason is None)
+        others = "; ".join(f"{n!r} {reason}" for n, reason in refusals.items() if reason)
+        raise ValueError(f"backend {requested!r} cannot run here; possible: {possible}; {others}")
+    return BACKENDS[requested].kernels()
 
 
 def choose(requested: str | None, tensors: Sequence[Tensor]) -> Any:
-    """The backend for these tensors: the requested one, or the best that can take them."""
-    from kl_kernels import reference
+    """The operators of the requested backend, or of the best that can take these tensors.
 
-    return reference
+    Raises:
+        ValueError: the request is unknown or impossible; the message lists what is possible, and
+            why the rest is not.
+    """
+    float64 = any(t.dtype == torch.float64 for t in tensors)
+    return _choose(requested, tensors[0].device.type, float64)

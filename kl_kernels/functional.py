@@ -19,7 +19,7 @@ from torch import Tensor
 from kl_kernels import checks
 from kl_kernels import ops as _ops  # noqa: F401  registers torch.ops.kl_kernels
 from kl_kernels.rl.rewards import check_reward_estimator, clip_scores, score_indices
-from kl_kernels.schemas import ESTIMATORS
+from kl_kernels.schemas import ESTIMATORS, output_dtype
 
 
 class TokenStats(NamedTuple):
@@ -204,22 +204,23 @@ def kl_rewards(
     ref_temperature = temperature if ref_temperature is None else ref_temperature
     _check_logits("", logits, temperature, softcap)
     _check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    if logits.ndim != 3:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
     checks.check_token_ids(token_ids, logits)
+    checks.check_per_token("mask", mask, logits)
+    checks.check_like("scores", scores, "the batch of logits", mask.any(1))
     checks.check_finite("kl_coef", kl_coef)
     check_reward_estimator(kl_estimator, biased=biased)
     if kl_clip is not None:
         checks.check_positive("kl_clip", kl_clip)
-    if logits.ndim != 3:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; kl_rewards needs [B, T, V]")
-    bool_mask = _as_mask(mask, logits)
-    scores = clip_scores(scores, score_clip)
+    mask = mask.bool()
     outputs = torch.ops.kl_kernels.kl_rewards(
         logits,
         ref_logits,
         token_ids.long(),
-        bool_mask,
-        scores.detach().float(),
-        score_indices(score_position, bool_mask),
+        mask,
+        clip_scores(scores.detach().to(output_dtype(logits)), score_clip),
+        score_indices(score_position, mask),
         kl_coef,
         ESTIMATORS.index(kl_estimator),
         kl_clip,
@@ -239,7 +240,7 @@ def selective_log_softmax(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,  # [...]
 ) -> Tensor:
-    """Log-probability of `index` under softmax(logits / temperature), float32, under TRL's signature.
+    """Log-probability of `index` under softmax(logits / temperature), with TRL's signature.
 
     The same as `token_stats(...).logprob`; see there for the arguments and what is raised.
     """
@@ -271,17 +272,15 @@ def _check_reference(
 
 
 def _as_rows(logits: Tensor) -> Tensor:  # [..., V] -> [B, T, V]
-    if logits.ndim == 3:
-        return logits
     if logits.ndim < 3:
         return logits[(None,) * (3 - logits.ndim)]
-    return logits.reshape(-1, *logits.shape[-2:])
+    return logits.flatten(0, -3)
 
 
 def _as_tokens(per_token: Tensor) -> Tensor:  # [...] -> [B, T]
     if per_token.ndim < 2:
         return per_token[(None,) * (2 - per_token.ndim)]
-    return per_token.reshape(-1, per_token.shape[-1])
+    return per_token.flatten(0, -2)
 
 
 def _as_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:  # [...] -> [B, T] bool

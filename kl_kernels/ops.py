@@ -188,7 +188,7 @@ for _name, _setup, _backward in (
 
 def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError(
-        "kl_kernels has no second derivatives: the backward of a fused operator is final"
+        "kl_kernels has no second derivatives: a fused operator is differentiable once"
     )
 
 

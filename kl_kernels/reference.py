@@ -161,7 +161,9 @@ def coefficients(
     d entropy = -p (log p + entropy), each over the temperature, with p = w/sx and q = u/sy.
     """
     ln_sx, ln_sy = torch.log(sx), torch.log(sy)
-    # A zero upstream gradient is selected away before it meets an infinite kl.
+    # A zero upstream gradient is selected away before it meets an infinite kl; any other makes the
+    # whole row NaN, since an infinite kl has no gradient.
+    kl = kl.masked_fill(kl == torch.inf, torch.nan)
     kl_term = torch.where(g.kl == 0, 0.0, g.kl * (ln_sy - ln_sx - kl))
     entropy_term = torch.where(g.entropy == 0, 0.0, g.entropy * (ln_sx - entropy))
     return Coefficients(
@@ -191,11 +193,14 @@ def reward_epilogue(
     estimate = (k1, f.kl, k1 * k1 / 2, torch.expm1(-k1) + k1, k1.abs())[estimator]
     if kl_clip is not None:
         k1, estimate = k1.clamp(-kl_clip, kl_clip), estimate.clamp(-kl_clip, kl_clip)
-    correction = -kl_coef * (k1 - estimate) if estimator == EXACT else torch.zeros_like(k1)
-    return -kl_coef * estimate, correction
+    # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
+    shortfall = k1 - estimate if estimator == EXACT else torch.zeros_like(k1)
+    if kl_coef == 0:
+        return torch.zeros_like(estimate), torch.zeros_like(shortfall)
+    return -kl_coef * estimate, -kl_coef * shortfall
 
 
-# The backend: the operators of `ops.KERNELS`, made of the verbs above. Only rows under the mask are
+# The backend: the operators of `schemas.KERNELS`, made of the verbs above. Only rows under the mask are
 # read; all others are exactly 0.
 
 
@@ -230,8 +235,8 @@ def token_kl(
     for rows in _row_groups(logits, mask):
         state = empty_state(len(rows[0]), logits.device)
         for block in _blocks(logits):
-            x, y = policy(logits[(*rows, block)]), ref(ref_logits[(*rows, block)])
-            state = merge(state, fold(x, y))
+            here = (*rows, block)
+            state = merge(state, fold(policy(logits[here]), ref(ref_logits[here])))
         # The saved anchor is what backward will subtract, so the saved sum has to belong to it.
         saved = _move(state, *(a.to(states.dtype).double() for a in state[:2]))
         token = (*rows, token_ids[rows])
@@ -286,19 +291,20 @@ def token_kl_backward(
     for rows in _row_groups(logits, mask):
         zero = torch.zeros(len(rows[0]), dtype=torch.float64, device=logits.device)
         upstream = Upstream(*(zero if g is None else g[rows].double() for g in grads))
+        flat = rows[0] * logits.shape[1] + rows[1]
         (anchor, sx), (ref_anchor, sy) = (
-            state[(slice(None), *rows)].double() for state in (policy_state, ref_state)
+            state.flatten(1)[:, flat].double() for state in (policy_state, ref_state)
         )
         c = coefficients(upstream, sx, sy, kl[rows].double(), entropy[rows].double(), temperature)
         for block in _blocks(logits):
-            raw = logits[(*rows, block)]
-            tx = from_anchor(policy(raw), anchor)
-            ty = from_anchor(ref(ref_logits[(*rows, block)]), ref_anchor)
+            here = (*rows, block)
+            tx = from_anchor(policy(logits[here]), anchor)
+            ty = from_anchor(ref(ref_logits[here]), ref_anchor)
             grad = backward(tx, ty, c)
             own = token_ids[rows] - block.start
-            here = ((own >= 0) & (own < grad.shape[-1])).nonzero().squeeze(-1)
-            grad[here, own[here]] += upstream.logprob[here] / temperature
-            grad_logits[(*rows, block)] = (grad * policy.softcap_grad(raw)).to(logits.dtype)
+            has = ((own >= 0) & (own < grad.shape[-1])).nonzero().squeeze(-1)
+            grad[has, own[has]] += upstream.logprob[has] / temperature
+            grad_logits[here] = (grad * policy.softcap_grad(logits[here])).to(logits.dtype)
     return grad_logits
 
 
@@ -337,7 +343,7 @@ def gae(
     """
     r, v = (torch.where(mask, t, 0.0).double() for t in (rewards, values))
     advantages = torch.zeros_like(r)
-    next_value, next_advantage = torch.zeros_like(r[:, 0]), torch.zeros_like(r[:, 0])
+    next_value, next_advantage = r.new_zeros(len(r)), r.new_zeros(len(r))
     for t in reversed(range(r.shape[1])):
         delta = r[:, t] + gamma * next_value - v[:, t]
         advantage = delta + gamma * lam * next_advantage

@@ -28,7 +28,7 @@ KERNELS = {
         Tensor policy_state, Tensor ref_state, Tensor kl, Tensor entropy,
         float temperature, float ref_temperature, float? softcap, float? ref_softcap
     ) -> Tensor grad_logits""",
-    # `estimator` is an index into ESTIMATORS; `score_index` is where the score goes, -1 for nowhere.
+    # `estimator` indexes ESTIMATORS; `score_index` is where the score goes, -1 for nowhere.
     "kl_rewards": """(
         Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor mask,
         Tensor scores, Tensor score_index, float kl_coef, int estimator, float? kl_clip,

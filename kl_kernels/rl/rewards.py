@@ -5,11 +5,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_kernels.checks import check_choice, check_positive
-from kl_kernels.schemas import ESTIMATORS
+from kl_kernels.checks import (
+    check_batch,
+    check_choice,
+    check_finite,
+    check_like,
+    check_per_sequence,
+    check_positive,
+)
+from kl_kernels.schemas import ESTIMATORS, output_dtype
 
 SCORE_POSITIONS = ("last_token", "after_last")
 UNBIASED_REWARDS = ("k1", "exact")
+
+
+def compute_rewards(
+    scores: Tensor,  # [B]
+    kl: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    kl_coef: float,
+    *,
+    score_position: str | Tensor = "last_token",  # or [B]
+    score_clip: float | None = None,
+) -> Tensor:
+    """Shaped rewards, -kl_coef * KL per token and the score once: `kl_rewards` without the logits.
+
+    Use it where the per-token KL is at hand already. k1 is right as it is; exact KL needs its
+    correction or a KL in the loss besides (see `kl_rewards`); k2, k3 and abs bias the policy
+    gradient. Ziegler et al. (2019), arXiv 1909.08593, equation 2, token by token.
+
+    Args:
+        scores: one score per sequence, any float dtype.
+        kl: per-token KL(policy || reference) in nats, an estimate or exact.
+        mask: bool or numeric, non-zero at response tokens; may have holes (tool output), which
+            change nothing. NaN where it is 0 changes nothing either.
+        kl_coef: beta, finite.
+        score_position: "last_token" (last set position of the mask), "after_last" (one later, as
+            TRL does; the last column where there is no later one) or an integer index per
+            sequence, -1 for nowhere. A response without tokens gets no reward anywhere.
+        score_clip: scores are clamped to [-score_clip, score_clip].
+
+    Returns:
+        [B, T] float32 (float64 for float64 kl), without gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or range; on the CPU
+            also an index outside [-1, T).
+    """
+    check_batch("kl", kl)
+    check_like("mask", mask, "kl", kl)
+    check_per_sequence("scores", scores, "kl", kl)
+    check_finite("kl_coef", kl_coef)
+    mask = mask.bool()
+    dtype = output_dtype(kl)
+    scores = clip_scores(scores.detach().to(dtype), score_clip)
+    index = score_indices(score_position, mask)
+    at_score = torch.arange(mask.shape[1], device=mask.device) == index[:, None]
+    # Selected: without a penalty an infinite KL is nobody's business, and 0 * inf would be NaN.
+    penalty = torch.where(mask & (kl_coef != 0), -kl_coef * kl.detach().to(dtype), 0.0)
+    return penalty + torch.where(at_score, scores[:, None], 0.0)
 
 
 def check_reward_estimator(kl_estimator: str, *, biased: bool) -> None:
@@ -35,17 +89,26 @@ def score_indices(score_position: str | Tensor, mask: Tensor) -> Tensor:  # [B, 
     """
     n_tokens = mask.shape[1]
     positions = torch.arange(n_tokens, device=mask.device)
-    last = (
-        torch.where(mask, positions, -1).amax(1) if n_tokens else mask.new_full(mask.shape[:1], -1)
-    )
+    nowhere = positions.new_full(mask.shape[:1], -1)
+    last = torch.where(mask, positions, -1).amax(1) if n_tokens else nowhere
     if isinstance(score_position, Tensor):
-        if score_position.shape != last.shape:
-            raise ValueError(
-                f"score_position has shape {tuple(score_position.shape)}; "
-                f"a mask of shape {tuple(mask.shape)} needs {tuple(last.shape)}"
-            )
+        _check_indices(score_position, mask)
         wanted = score_position.long()
     else:
         check_choice("score_position", score_position, SCORE_POSITIONS)
         wanted = last if score_position == "last_token" else (last + 1).clamp_max(n_tokens - 1)
-    return torch.where(last >= 0, wanted, -1)
+    return torch.where(last >= 0, wanted, nowhere)
+
+
+def _check_indices(indices: Tensor, mask: Tensor) -> None:
+    if indices.dtype == torch.bool or indices.is_floating_point():
+        raise TypeError(f"score_position has dtype {indices.dtype}; accepted: integers")
+    check_per_sequence("score_position", indices, "mask", mask)
+    if indices.device.type != "cpu":
+        return  # looking at the values would synchronise; such a score goes nowhere
+    outside = (indices < -1) | (indices >= mask.shape[1])
+    if outside.any():
+        raise ValueError(
+            f"score_position holds {int(indices[outside][0])}; accepted: -1 (nowhere) to "
+            f"{mask.shape[1] - 1}"
+        )

@@ -1,0 +1,7 @@
+"""`python -m kl_kernels`."""
+
+import sys
+
+from kl_kernels.cli import main
+
+sys.exit(main())

@@ -1,0 +1,74 @@
+"""Generalised advantage estimation over masked token sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kl_kernels import ops as _ops  # noqa: F401  registers torch.ops.kl_kernels
+from kl_kernels.checks import check_batch, check_choice, check_like, check_unit_interval
+from kl_kernels.schemas import output_dtype
+
+MASKED = ("skip", "zero")
+
+
+def compute_gae(
+    rewards: Tensor,  # [B, T]
+    values: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    masked: str = "skip",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of each token, by generalised advantage estimation.
+
+        delta_t = rewards_t + gamma values_{t+1} - values_t
+        advantages_t = delta_t + gamma lam advantages_{t+1}
+        returns_t = advantages_t + values_t
+
+    (Schulman et al. 2016, arXiv 1506.02438, equation 16.) After a sequence's last token everything
+    is 0: the response is taken as finished, not cut off.
+
+    Masked positions carry neither reward nor value, and "skip" and "zero" differ in whether time
+    passes over them. "skip": it does not, t + 1 is the next unmasked token (verl, miles); tool
+    output in the middle of a response changes nothing. "zero": it does, they are tokens of reward
+    and value 0 (TRL); the same where masked positions only follow the response.
+
+    A reward at a masked position is dropped. With score_position "after_last" the score lies one
+    position after the response, so `mask` has to include that position.
+
+    Args:
+        rewards: any float dtype, as `kl_rewards` and `compute_rewards` make them.
+        values: the value function's estimate at each token, before it is sampled.
+        mask: bool or numeric, non-zero at response tokens; NaN where it is 0 changes nothing.
+        gamma: discount per token, 0 to 1.
+        lam: lambda, 0 to 1; 1 gives the discounted reward-to-go minus the value.
+        masked: "skip" or "zero".
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        (advantages, returns), each [B, T], float32 (float64 if either input is), exactly 0 where
+        masked, without gradient. Advantages are not whitened: see `masked_whiten`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or range.
+    """
+    check_batch("rewards", rewards)
+    check_like("values", values, "rewards", rewards)
+    check_like("mask", mask, "rewards", rewards)
+    check_unit_interval("gamma", gamma)
+    check_unit_interval("lam", lam)
+    check_choice("masked", masked, MASKED)
+    dtype = torch.promote_types(output_dtype(rewards), output_dtype(values))
+    advantages, returns = torch.ops.kl_kernels.gae(
+        rewards.detach().to(dtype),
+        values.detach().to(dtype),
+        mask.bool(),
+        gamma,
+        lam,
+        masked == "skip",
+        backend,
+    )
+    return advantages, returns

@@ -1,0 +1,65 @@
+"""`python -m kl_kernels validate`: a table of errors beside torch eager's own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+
+from tqdm import tqdm
+
+from kl_kernels.checks import check_choice
+from kl_kernels.dispatch import BACKENDS
+from kl_kernels.validate.cases import grid
+from kl_kernels.validate.errors import Error, errors
+
+SIZES = (1, 2, 1023, 1025, 50257, 131072, 151936)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", nargs="+", metavar="NAME", help="backends to check (default: all there are)"
+    )
+    parser.add_argument(
+        "--vocab-size", nargs="+", type=int, default=SIZES, metavar="V", help="default: %(default)s"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    for vocab_size in args.vocab_size:
+        if vocab_size < 1:
+            raise ValueError(f"vocab-size is {vocab_size}; it has to be at least 1")
+    missing = {name: backend.unavailable_reason() for name, backend in BACKENDS.items()}
+    wanted = args.backend or [name for name, reason in missing.items() if reason is None]
+    for name in wanted:
+        check_choice("backend", name, tuple(BACKENDS))
+        if missing[name]:
+            raise ValueError(f"backend {name!r} is not available: {missing[name]}")
+    for name, reason in missing.items():
+        if reason:
+            print(f"{name}: not available: {reason}")
+    failed = [e for name in wanted for e in _validate(name, tuple(args.vocab_size))]
+    for error in failed:
+        print(f"WORSE THAN EAGER {error}")
+    return 1 if failed else 0
+
+
+def _validate(backend: str, vocab_sizes: tuple[int, ...]) -> list[Error]:
+    """Print one backend's table, a row per difficulty and dtype; return what is not accepted."""
+    rows: dict[tuple[str, str], list[Error]] = defaultdict(list)
+    cases = grid(vocab_sizes)
+    for case in tqdm(cases, desc=backend, leave=False, disable=not sys.stderr.isatty()):
+        dtype = case.name.rsplit("-", 1)[1]
+        rows[case.difficulty, dtype] += errors(case, backend)
+    print(
+        f"\n{backend}: worst error over V = {', '.join(map(str, vocab_sizes))} (eager's beside it)"
+    )
+    print(f"{'':24}{'values':>22}{'gradients':>22}")
+    for (difficulty, dtype), found in rows.items():
+        print(f"{difficulty:15}{dtype:9}{_worst(found, False):>22}{_worst(found, True):>22}")
+    return [e for found in rows.values() for e in found if not e.accepted]
+
+
+def _worst(found: list[Error], gradients: bool) -> str:
+    chosen = [e for e in found if e.quantity.startswith("d ") == gradients]
+    return f"{max(e.ours for e in chosen):.1e} ({max(e.eager for e in chosen):.1e})"

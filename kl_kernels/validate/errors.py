@@ -1,0 +1,139 @@
+"""How far a result is from the truth, in units that one number can bound.
+
+What is accepted: an error within the budget, or at most torch eager's own error in float32
+arithmetic on the same logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kl_kernels
+from kl_kernels.validate.cases import Case, Inputs
+from kl_kernels.validate.truth import DIFFERENTIABLE, OUTPUTS, eager, gradients
+
+VALUE_BUDGET = 2e-6
+GRADIENT_BUDGET = 1e-5
+
+
+@dataclass(frozen=True)
+class Error:
+    """One quantity of one case: its largest error over the rows, and what is accepted."""
+
+    case: Case
+    quantity: str
+    ours: float
+    eager: float
+
+    @property
+    def budget(self) -> float:
+        return GRADIENT_BUDGET if self.quantity.startswith("d ") else VALUE_BUDGET
+
+    @property
+    def accepted(self) -> bool:
+        return self.ours <= max(self.budget, self.eager)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.case.name}: {self.quantity} is off by {self.ours:.2e}; "
+            f"budget {self.budget:.0e}, eager {self.eager:.2e}"
+        )
+
+
+def value_error(quantity: str, got: Tensor, true: Tensor) -> float:
+    """Largest |got - true| / scale; NaN and infinities have to be in the same places.
+
+    The scale is max(1, |true|) for logarithms and 0.15 + |true| for divergences, so that a budget
+    of 2e-6 means 3e-7 + 2e-6 kl.
+    """
+    size = true.abs()
+    scale = 0.15 + size if "kl" in quantity else size.clamp_min(1.0)
+    return _largest((got.double() - true).abs() / scale, got, true)
+
+
+def gradient_error(got: Tensor, true: Tensor, upstream: Tensor) -> float:  # [B, T, V] x2, [B, T]
+    """Largest excess over half a unit in the last place of the dtype, relative to the row's norm.
+
+    The norm counts as at least 1/40 of the upstream gradient, so that a budget of 1e-5 allows two
+    float32 roundings of it where the truth vanishes (V = 1, p_token = 1).
+    """
+    norm = torch.linalg.vector_norm(true, dim=-1, keepdim=True)
+    scale = torch.maximum(norm, upstream[..., None].abs() / 40)
+    excess = (got.double() - true).abs() - half_ulp(true, got.dtype)
+    return _largest(excess.clamp_min(0.0) / scale, got, true)
+
+
+def half_ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the spacing of `dtype` around `value`, subnormals included."""
+    limits = torch.finfo(dtype)
+    _, exponent = torch.frexp(value.abs().clamp_min(limits.tiny))
+    # The top of the range of a half-ulp belongs to the next binade; frexp gives m in [0.5, 1).
+    return torch.ldexp(torch.full_like(value, limits.eps / 2), exponent - 1)
+
+
+def _largest(error: Tensor, got: Tensor, true: Tensor) -> float:
+    if not got.numel():
+        return 0.0
+    special = ~true.isfinite() | ~got.isfinite()
+    same = (got.isnan() & true.isnan()) | (got.double() == true)
+    error = torch.where(special, torch.where(same, 0.0, torch.inf), error)
+    return float(error.detach().max())
+
+
+def errors(case: Case, backend: str | None) -> list[Error]:
+    """Every output of `token_kl` and `token_stats`; the gradient of each alone and of all mixed."""
+    inputs = case.inputs()
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(inputs.token_ids.shape, generator=generator) for name in DIFFERENTIABLE
+    }
+    upstream = torch.stack(list(weights.values())).abs().sum(0) / inputs.temperature
+    true, plain = (_eager(inputs, weights, dtype) for dtype in (torch.float64, torch.float32))
+    found = []
+    for quantity, got in _fused(inputs, weights, backend).items():
+        is_gradient = quantity.startswith("d ")
+        expected = quantity.removeprefix("stats ")
+        ours, theirs = (
+            gradient_error(value, true[expected], upstream)
+            if is_gradient
+            else value_error(quantity, value, true[expected])
+            for value in (got, plain[expected].to(got.dtype))
+        )
+        found.append(Error(case, quantity, ours, theirs))
+    return found
+
+
+MIX = "d all"
+STATS_MIX = "d logprob + entropy"
+
+
+def _eager(inputs: Inputs, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    found = eager(inputs, dtype)
+    grads = gradients(inputs, weights, dtype)
+    found |= {f"d {name}": grad for name, grad in grads.items()}
+    found[MIX] = torch.stack(list(grads.values())).sum(0)
+    found[STATS_MIX] = grads["logprob"] + grads["entropy"]
+    return found
+
+
+def _fused(inputs: Inputs, weights: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
+    logits = inputs.logits.clone().requires_grad_()
+    arguments = vars(inputs) | {"logits": logits, "backend": backend}
+    result = kl_kernels.token_kl(**arguments)._asdict()
+    for name in ("ref_logits", "ref_temperature", "ref_softcap"):
+        del arguments[name]
+    stats = kl_kernels.token_stats(**arguments)._asdict()
+
+    def grad(outputs: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
+        total = torch.stack([(weights[n] * outputs[n]).sum() for n in names]).sum()
+        return torch.autograd.grad(total, logits, retain_graph=True)[0]
+
+    found = {name: result[name] for name in OUTPUTS}
+    found |= {f"stats {name}": value for name, value in stats.items()}
+    found |= {f"d {name}": grad(result, (name,)) for name in DIFFERENTIABLE}
+    found[MIX] = grad(result, DIFFERENTIABLE)
+    found[STATS_MIX] = grad(stats, ("logprob", "entropy"))
+    return found

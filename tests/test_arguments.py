@@ -1,0 +1,103 @@
+"""Every bad argument gets one sentence: its name, its value, what is accepted."""
+
+import pytest
+import torch
+
+import kl_kernels
+
+V = 7
+LOGITS = torch.zeros(2, 3, V)
+IDS = torch.zeros(2, 3, dtype=torch.long)
+MASK = torch.ones(2, 3, dtype=torch.bool)
+TOKEN_KL = {"logits": LOGITS, "ref_logits": LOGITS, "token_ids": IDS}
+REWARDS = TOKEN_KL | {"scores": torch.zeros(2), "mask": MASK, "kl_coef": 0.1}
+
+BAD_TOKEN_KL = [
+    ({"temperature": 0.0}, ValueError, r"temperature is 0.0; .* above 0"),
+    ({"temperature": float("nan")}, ValueError, r"temperature is nan"),
+    ({"temperature": float("inf")}, ValueError, r"temperature is inf"),
+    ({"ref_temperature": -1.0}, ValueError, r"ref_temperature is -1.0"),
+    ({"softcap": 0.0}, ValueError, r"softcap is 0.0"),
+    ({"ref_softcap": -3.0}, ValueError, r"ref_softcap is -3.0"),
+    ({"logits": LOGITS.long()}, TypeError, r"logits has dtype torch.int64; accepted: float32"),
+    ({"logits": [1.0]}, TypeError, r"logits is a list"),
+    ({"logits": LOGITS[..., :0]}, ValueError, r"logits has shape \(2, 3, 0\)"),
+    ({"logits": torch.tensor(1.0)}, ValueError, r"logits has shape \(\)"),
+    ({"ref_logits": LOGITS[..., 1:]}, ValueError, r"ref_logits has shape \(2, 3, 6\)"),
+    ({"ref_logits": LOGITS.to("meta")}, ValueError, r"ref_logits is on meta, logits are on cpu"),
+    ({"ref_logits": LOGITS.clone().requires_grad_()}, ValueError, r"ref_logits requires grad"),
+    ({"token_ids": IDS[:, 1:]}, ValueError, r"token_ids has shape \(2, 2\).* need \(2, 3\)"),
+    ({"token_ids": IDS.float()}, TypeError, r"token_ids has dtype torch.float32; accepted: int64"),
+    ({"token_ids": [[0]]}, TypeError, r"token_ids is a list"),
+    ({"token_ids": IDS.to("meta")}, ValueError, r"token_ids is on meta"),
+    ({"mask": MASK[:1]}, ValueError, r"mask has shape \(1, 3\)"),
+    ({"mask": MASK.to("meta")}, ValueError, r"mask is on meta"),
+    ({"backend": "tpu"}, ValueError, r"backend is 'tpu'; accepted: 'cuda', 'triton'"),
+]
+BAD_REWARDS = [
+    ({"kl_estimator": "k4"}, ValueError, r"kl_estimator is 'k4'; accepted: 'k1', 'exact'"),
+    ({"kl_estimator": "k3"}, ValueError, r"kl_estimator is 'k3'.*biased=True"),
+    ({"kl_coef": float("nan")}, ValueError, r"kl_coef is nan"),
+    ({"kl_clip": 0.0}, ValueError, r"kl_clip is 0.0"),
+    ({"score_clip": -1.0}, ValueError, r"score_clip is -1.0"),
+    ({"score_position": "first"}, ValueError, r"score_position is 'first'; accepted: 'last_token'"),
+    (
+        {"score_position": torch.zeros(3, dtype=torch.long)},
+        ValueError,
+        r"score_position has shape \(3,\)",
+    ),
+    ({"score_position": torch.tensor([0, 3])}, ValueError, r"score_position holds 3"),
+    ({"scores": torch.zeros(3)}, ValueError, r"scores has shape \(3,\)"),
+    ({"scores": 1.0}, TypeError, r"scores is a float"),
+    ({"mask": None}, TypeError, r"mask is a NoneType"),
+    ({"logits": LOGITS[0], "ref_logits": LOGITS[0]}, ValueError, r"logits has shape \(3, 7\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_TOKEN_KL)
+def test_token_kl(change, error, message):
+    with pytest.raises(error, match=message):
+        kl_kernels.token_kl(**(TOKEN_KL | change))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_TOKEN_KL + BAD_REWARDS)
+def test_kl_rewards(change, error, message):
+    if "token_ids" in change or "logits" not in change or "ref_logits" in change:
+        with pytest.raises(error, match=message):
+            kl_kernels.kl_rewards(**(REWARDS | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), [b for b in BAD_TOKEN_KL if "ref_" not in next(iter(b[0]))]
+)
+def test_token_stats(change, error, message):
+    arguments = {k: v for k, v in TOKEN_KL.items() if k != "ref_logits"}
+    with pytest.raises(error, match=message):
+        kl_kernels.token_stats(**(arguments | change))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("bad", [-1, V, 10**12])
+def test_token_ids_out_of_range(backend, bad):
+    token_ids = IDS.clone()
+    token_ids[1, 2] = bad
+    with pytest.raises(ValueError, match=rf"token_ids holds {bad} .*accepted: 0 to {V - 1}"):
+        kl_kernels.token_kl(LOGITS, LOGITS, token_ids, backend=backend)
+    mask = MASK.clone()
+    mask[1, 2] = False
+    result = kl_kernels.token_kl(LOGITS, LOGITS, token_ids, mask=mask, backend=backend)
+    assert result.logprob[1, 2] == 0
+
+
+def test_an_impossible_backend_lists_the_possible_ones_and_the_reasons():
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run here") as caught:
+        kl_kernels.token_kl(**TOKEN_KL, backend="cuda")
+    assert "possible: 'triton', 'cpu', 'reference'" in str(caught.value)
+    with pytest.raises(ValueError, match="'cpu' takes float32, bfloat16 and float16"):
+        kl_kernels.token_kl(LOGITS.double(), LOGITS, IDS, backend="cpu")
+
+
+def test_a_reference_that_requires_grad_is_fine_without_grad_mode():
+    ref_logits = LOGITS.clone().requires_grad_()
+    with torch.no_grad():
+        kl_kernels.token_kl(LOGITS, ref_logits, IDS)

@@ -1,0 +1,204 @@
+"""How the operators behave inside autograd, torch.compile and the dispatcher."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kl_kernels
+
+BACKENDS = ("reference", "cpu", "triton")
+V = 41
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators of this package that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "kl_kernels":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def make(dtype=torch.float32, requires_grad=True):
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 3, V, generator=g, dtype=dtype).requires_grad_(requires_grad)
+    ref_logits = torch.randn(2, 3, V, generator=g, dtype=dtype)
+    return logits, ref_logits, torch.randint(V, (2, 3), generator=g)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_mix_takes_one_backward_call(backend):
+    result = kl_kernels.token_kl(*make(), backend=backend)
+    with Calls() as calls:
+        (result.kl + result.logprob + result.entropy * result.forward_kl).sum().backward()
+    assert calls.names == ["token_kl_backward"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_kl_gradient_the_reference_is_not_read_again(backend):
+    logits, ref_logits, token_ids = make()
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=backend)
+    ref_logits.data.fill_(torch.nan)
+    with Calls() as calls:
+        (result.logprob - 0.1 * result.entropy).sum().backward()
+    assert calls.names == ["token_stats_backward"]
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_rows_are_not_read_by_backward(backend):
+    logits, ref_logits, token_ids = make()
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids, mask=mask, backend=backend)
+    logits.data[~mask] = torch.nan
+    result.kl.sum().backward()
+    assert torch.equal(logits.grad[~mask], torch.zeros(3, V))
+    assert (logits.grad[mask] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_upstream_at_masked_rows_does_not_leak(backend):
+    logits, ref_logits, token_ids = make()
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids, mask=mask, backend=backend)
+    upstream = torch.ones(2, 3).masked_fill(~mask, torch.nan)
+    result.kl.backward(upstream)
+    assert torch.equal(logits.grad[~mask], torch.zeros(3, V))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_upstream_gradient_never_meets_an_infinite_kl(backend):
+    logits, ref_logits, token_ids = make()
+    ref_logits[0, 0, 5] = -torch.inf
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=backend)
+    assert result.kl[0, 0] == torch.inf
+    keep = result.kl.isfinite()
+    torch.where(keep, result.kl, 0.0).sum().backward()
+    assert torch.equal(logits.grad[0, 0], torch.zeros(V))
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_nothing_is_saved(backend):
+    def tensors_alive():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    logits, ref_logits, token_ids = make()
+    with torch.no_grad():
+        result = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=backend)
+    assert all(t.grad_fn is None for t in result)
+    logits = logits.detach()
+    before = tensors_alive()
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=backend)
+    assert all(t.grad_fn is None for t in result)
+    assert tensors_alive() == before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_can_be_used_twice_and_the_graph_kept(backend):
+    logits, ref_logits, token_ids = make()
+    before = logits.detach().clone()
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=backend)
+    first = torch.autograd.grad(result.kl.sum(), logits, retain_graph=True)[0]
+    second = torch.autograd.grad(result.kl.sum(), logits)[0]
+    assert torch.equal(first, second)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_changed_in_place_before_backward_are_noticed(backend):
+    leaf, ref_logits, token_ids = make()
+    logits = leaf * 1.0
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=backend)
+    logits.div_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.kl.sum().backward()
+
+
+def test_second_derivatives_are_refused():
+    logits, ref_logits, token_ids = make()
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids)
+    grad = torch.autograd.grad(result.kl.sum(), logits, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("output", ["logprob", "kl", "forward_kl", "entropy"])
+def test_gradcheck_in_float64(output):
+    logits, ref_logits, token_ids = make(torch.float64)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+
+    def function(x):
+        result = kl_kernels.token_kl(
+            x, ref_logits, token_ids, mask=mask, temperature=0.7, softcap=4.0, ref_softcap=3.0
+        )
+        return getattr(result, output)
+
+    assert torch.autograd.gradcheck(function, logits)
+
+
+def arguments(name):
+    """Arguments of each operator, without the backend."""
+    logits, ref_logits, token_ids = make()
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    per_token = torch.rand(2, 3)
+    state = torch.rand(2, 2, 3) + 1.0
+    scales = (0.7, 1.1, None, 5.0)
+    constants = logits.detach(), ref_logits, token_ids, mask
+    return {
+        "token_stats": (logits, token_ids, mask, 0.7, None),
+        "token_kl": (logits, ref_logits, token_ids, mask, *scales),
+        "kl_rewards": (
+            *(logits, ref_logits, token_ids, mask),
+            *(torch.rand(2), torch.tensor([1, 2]), 0.1, 0, None, *scales),
+        ),
+        "token_stats_backward": (
+            *(per_token, None, logits.detach(), token_ids, mask),
+            *(state, per_token, 0.7, None),
+        ),
+        "token_kl_backward": (
+            *(None, per_token, None, per_token, *constants),
+            *(state, state, per_token, per_token, *scales),
+        ),
+        "gae": (per_token, per_token, mask, 0.9, 0.95, True),
+    }[name]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "name",
+    ["token_stats", "token_kl", "kl_rewards", "token_stats_backward", "token_kl_backward", "gae"],
+)
+def test_operators_are_registered_completely(name, backend):
+    """Schema, fake and autograd registration agree with what the kernels do."""
+    op = getattr(torch.ops.kl_kernels, name).default
+    torch.library.opcheck(op, (*arguments(name), backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_compiles_whole_and_once_for_all_lengths(backend):
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+
+    def loss(logits, ref_logits, token_ids, mask):
+        result = kl_kernels.token_kl(logits, ref_logits, token_ids, mask=mask, backend=backend)
+        return (result.kl + result.logprob).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for n_tokens in (3, 5, 7, 11):
+        logits = torch.randn(2, n_tokens, V, requires_grad=True)
+        ids = torch.randint(V, (2, n_tokens))
+        ref_logits, mask = torch.randn(2, n_tokens, V), torch.rand(2, n_tokens) < 0.7
+        compiled(logits, ref_logits, ids, mask).backward()
+        grad, logits.grad = logits.grad, None
+        loss(logits, ref_logits, ids, mask).backward()
+        assert torch.equal(grad, logits.grad)
+    assert counter.frame_count == 1

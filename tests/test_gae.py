@@ -1,0 +1,51 @@
+"""Generalised advantage estimation of every backend, against the definition on plain lists."""
+
+import pytest
+import torch
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def advantages_of(rewards, values, gamma, lam):
+    """Equation 16 of Schulman et al. (2016): the sum over l of (gamma lam)^l delta_{t+l}."""
+    n = len(rewards)
+    after = [*values[1:], 0.0]
+    delta = [rewards[t] + gamma * after[t] - values[t] for t in range(n)]
+    return [sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
+
+
+def expected(rewards, values, mask, gamma, lam, skip_masked):
+    """Skipping works on the sequence without its masked tokens; otherwise those count as 0."""
+    advantages = torch.zeros_like(rewards, dtype=torch.float64)
+    for b in range(len(rewards)):
+        r, v = rewards[b].double(), values[b].double()
+        if skip_masked:
+            keep = mask[b].nonzero().squeeze(-1)
+            advantages[b, keep] = torch.tensor(
+                advantages_of(r[keep].tolist(), v[keep].tolist(), gamma, lam), dtype=torch.float64
+            )
+        else:
+            r, v = (torch.where(mask[b], t, 0.0) for t in (r, v))
+            all_tokens = torch.tensor(
+                advantages_of(r.tolist(), v.tolist(), gamma, lam), dtype=torch.float64
+            )
+            advantages[b] = torch.where(mask[b], all_tokens, 0.0)
+    return advantages, torch.where(mask, advantages + values.double(), 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("skip_masked", [True, False])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0)])
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 31, 130])
+def test_gae_is_the_definition(backend, skip_masked, gamma, lam, n_tokens):
+    g = torch.Generator().manual_seed(n_tokens)
+    rewards = torch.randn(5, n_tokens, generator=g)
+    values = torch.randn(5, n_tokens, generator=g)
+    mask = torch.rand(5, n_tokens, generator=g) < 0.6
+    if n_tokens:
+        mask[0], mask[1] = True, False
+    rewards[~mask], values[~mask] = torch.nan, torch.inf  # must not be read
+    got = torch.ops.kl_kernels.gae(rewards, values, mask, gamma, lam, skip_masked, backend)
+    for a, b in zip(got, expected(rewards, values, mask, gamma, lam, skip_masked)):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)

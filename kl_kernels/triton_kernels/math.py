@@ -18,6 +18,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+# A constant stands right of the tensor it multiplies: the interpreter makes constants of products
+# the other way round.
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
@@ -154,15 +156,15 @@ class Finished(NamedTuple):
 def finish(s, xt, yt, k, ref_k, HAS_REF: tl.constexpr):
     """xt, yt: the token's logits, after softcap. Without a reference only the policy's count."""
     ln_sx = tl.log(s.sx)
-    logprob = LN2 * tl.fma(xt, k, -s.anchor) - ln_sx
-    entropy = tl.maximum(ln_sx - LN2 * s.ex / s.sx, 0.0, KEEP_NAN)
+    logprob = tl.fma(xt, k, -s.anchor) * LN2 - ln_sx
+    entropy = tl.maximum(ln_sx - s.ex / s.sx * LN2, 0.0, KEEP_NAN)
     ref_logprob, kl, forward_kl = logprob, logprob, logprob
     if HAS_REF:
         ln_sy = tl.log(s.sy)
-        ref_logprob = LN2 * tl.fma(yt, ref_k, -s.ref_anchor) - ln_sy
+        ref_logprob = tl.fma(yt, ref_k, -s.ref_anchor) * LN2 - ln_sy
         # Infinity is added, not selected: a row that is NaN for another reason stays NaN.
-        kl = LN2 * s.rk / s.sx - (ln_sx - ln_sy) + tl.where(s.gap == INF, INF, 0.0)
-        forward_kl = LN2 * s.fk / s.sy + (ln_sx - ln_sy) + tl.where(s.ref_gap == INF, INF, 0.0)
+        kl = s.rk / s.sx * LN2 - (ln_sx - ln_sy) + tl.where(s.gap == INF, INF, 0.0)
+        forward_kl = s.fk / s.sy * LN2 + (ln_sx - ln_sy) + tl.where(s.ref_gap == INF, INF, 0.0)
         kl = tl.maximum(kl, 0.0, KEEP_NAN)
         forward_kl = tl.maximum(forward_kl, 0.0, KEEP_NAN)
     return Finished(logprob, ref_logprob, kl, forward_kl, entropy)
@@ -191,7 +193,7 @@ def coefficients(
         a += tl.where(g_kl == 0.0, 0.0, kl_term) + g_forward_kl
         d = g_forward_kl / (temperature * sy)
     scale = 1.0 / (temperature * sx)
-    return Coefficients(a * scale, LN2 * (g_kl - g_entropy) * scale, -LN2 * g_kl * scale, d)
+    return Coefficients(a * scale, scale * LN2 * (g_kl - g_entropy), -scale * LN2 * g_kl, d)
 
 
 @triton.jit
@@ -260,7 +262,7 @@ def soft_capped(x, softcap):
         small = tl.fma(z * z, small, 0.13320942)
         small = tl.fma(z * z, small, -0.33332957)
         small = tl.fma(z * z * z, small, z)
-        e = tl.exp2(-2.0 * LOG2E * tl.abs(z))
+        e = tl.exp2(tl.abs(z) * (-2.0 * LOG2E))
         large = (1.0 - e) / (1.0 + e)
         tanh = tl.where(tl.abs(z) < 0.55, small, tl.where(z < 0.0, -large, large))
         x = tl.where(tl.abs(x) == INF, x, softcap * tanh)
@@ -271,6 +273,6 @@ def soft_capped(x, softcap):
 def soft_capped_grad(grad, x, softcap):
     """`grad` with respect to x, given `grad` with respect to soft_capped(x): 1 / cosh^2."""
     if softcap is not None:
-        e = tl.exp2(-2.0 * LOG2E * tl.abs(x / softcap))
+        e = tl.exp2(tl.abs(x / softcap) * (-2.0 * LOG2E))
         grad *= 4.0 * e / ((1.0 + e) * (1.0 + e))
     return grad

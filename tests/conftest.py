@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,13 +20,23 @@ def _poison_uninitialised_memory():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _patch_interpreted_modules_once():
-    """Triton's interpreter patches the language anew in every call of a device function.
+def _mend_interpreter():
+    """Make Triton's interpreter round as GPUs do, and four times faster.
 
-    Once per module is enough, and makes interpreted kernels four times faster.
+    To bfloat16 it truncates, where GPUs round to nearest even. And it patches the language anew in
+    every call of a device function, where once per module is enough.
     """
-    interpreter = pytest.importorskip("triton.runtime.interpreter", exc_type=ImportError)
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
     patched = set()
+
+    def round_to_bfloat16(x, source, target, rounding):
+        if (source, target) != (interpreter.tl.float32, interpreter.tl.bfloat16):
+            return convert(x, source, target, rounding)
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(x), 0x7FC0, nearest).astype(np.uint16)
 
     def call(self, *args, **kwargs):
         if id(self.fn.__globals__) not in patched:
@@ -33,6 +44,7 @@ def _patch_interpreted_modules_once():
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(interpreter, "_convert_float", round_to_bfloat16)
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         yield

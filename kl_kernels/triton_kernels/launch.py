@@ -249,5 +249,10 @@ def _tile(*tensors: Tensor | None) -> dict[str, int]:
 
 
 def _rows_are_aligned(t: Tensor) -> bool:  # [B, T, V]
-    steps = [s * t.itemsize for s, n in zip(t.stride()[:2], t.shape) if n > 1]
+    """Whether every row starts at a multiple of the widest load.
+
+    The answer holds for any rows of the tensor, and for an expanded row as for its copies (a stride
+    of 0 counts as V), so that a row's rounding does not depend on the company it is in.
+    """
+    steps = [(stride or t.shape[-1]) * t.itemsize for stride in t.stride()[:2]]
     return all(start % VECTOR_BYTES == 0 for start in (t.data_ptr(), *steps))

@@ -171,7 +171,11 @@ def finish(s, xt, yt, k, ref_k, HAS_REF: tl.constexpr):
 
 
 class Coefficients(NamedTuple):
-    """A row's gradient is w (a + b tx + c ty) - d u."""
+    """A row's gradient is w (a + b tx + c (tx - ty)) - d u.
+
+    The reference's formula with b and c exchanged for their sum and -c: where policy and reference
+    are equal, the KL's gradient is exactly 0.
+    """
 
     a: tl.tensor
     b: tl.tensor
@@ -193,7 +197,7 @@ def coefficients(
         a += tl.where(g_kl == 0.0, 0.0, kl_term) + g_forward_kl
         d = g_forward_kl / (temperature * sy)
     scale = 1.0 / (temperature * sx)
-    return Coefficients(a * scale, scale * LN2 * (g_kl - g_entropy), -scale * LN2 * g_kl, d)
+    return Coefficients(a * scale, -scale * LN2 * g_entropy, scale * LN2 * g_kl, d)
 
 
 @triton.jit
@@ -203,11 +207,15 @@ def anchored(x, k, anchor):
 
 
 @triton.jit
-def backward(tx, ty, c, HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr):
+def backward(
+    tx, ty, c, HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr
+):
     """The gradient, all but the token's own + g_logprob / temperature."""
-    slope = tl.fma(tx, c.b, c.a)
+    slope = c.a
+    if HAS_ENTROPY:
+        slope = tl.fma(tx, c.b, slope)
     if HAS_KL:
-        slope = tl.fma(ty, c.c, slope)
+        slope = tl.fma(tx - ty, c.c, slope)
     grad = tl.exp2(tx) * slope
     if HAS_FORWARD_KL:
         grad = tl.fma(tl.exp2(ty), -c.d, grad)
@@ -236,8 +244,10 @@ def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
         estimate = tl.clamp(estimate, -kl_clip, kl_clip, KEEP_NAN)
     correction = tl.zeros_like(k1)
     if ESTIMATOR == 1:
-        correction = -kl_coef * (k1 - estimate)
-    return -kl_coef * estimate, correction
+        correction = (k1 - estimate) * -kl_coef
+    # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
+    reward = tl.where(kl_coef == 0.0, 0.0, estimate * -kl_coef)
+    return reward, tl.where(kl_coef == 0.0, 0.0, correction)
 
 
 @triton.jit

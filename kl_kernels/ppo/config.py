@@ -127,8 +127,9 @@ class PPOConfig:
         20.0, "adaptive: nats per answer, where the proxy still tells good from bad", above=0
     )
     kl_horizon: int = option(
-        256,
-        "adaptive: answers to adapt over; 10000 [Ziegler] outlasts the run, 128 overshoots",
+        192,
+        "adaptive: answers to adapt over; the KL follows beta by ten updates, so that faster "
+        "overshoots, and 10000 [Ziegler] outlasts the run",
         at_least=1,
     )
 

@@ -24,19 +24,23 @@ def cpu_table(results: dict[str, Any]) -> str:
         rows.setdefault((m["job"], m["dtype"], m["rows"]), {})[m["contender"]] = m
     vocab_size = results["measurements"][0]["vocab_size"]
     lines = [
-        f"| `token_kl`, V = {vocab_size} | rows | kl_kernels | torch.compile | eager "
-        "| extra memory: ours | torch.compile | eager |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| `token_kl`, V = {vocab_size} | rows | kl_kernels (spread) | torch.compile | eager "
+        "| extra MB | page faults |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (job, dtype, n_rows), by in rows.items():
-        ours, compiled, eager = by["kl_kernels"], by["torch.compile"], by["eager"]
-        memory = " | ".join(f"{m['extra_mb']:.0f} MB" for m in (ours, compiled, eager))
+        all_three = ours, compiled, eager = by["kl_kernels"], by["torch.compile"], by["eager"]
+        memory = " / ".join(f"{m['extra_mb']:.0f}" for m in all_three)
+        faults = " / ".join(f"{m['page_faults']:.0f}" for m in all_three)
+        spread = f"{ours['fastest_ms']:.1f} to {ours['slowest_ms']:.1f}"
         lines.append(
-            f"| {job}, {dtype} | {n_rows} | {ours['median_ms']:.1f} ms "
-            f"| {compiled['ratio']:.1f}x | {eager['ratio']:.1f}x | {memory} |"
+            f"| {job}, {dtype} | {n_rows} | {ours['median_ms']:.1f} ms ({spread}) "
+            f"| {compiled['ratio']:.1f}x | {eager['ratio']:.1f}x | {memory} | {faults} |"
         )
     lines.append(
-        f"\nMedians of interleaved rounds, a contender's time as a multiple of ours, on "
+        "\nMedians of interleaved rounds; torch.compile and eager as multiples of ours; memory and "
+        "faults of a call in the order of the columns before them. Gradient of logprob + kl + "
+        "entropy. On "
         f"{results['device']} with {results['threads']} threads that read "
         f"{results['read_gb_per_s']:.0f} GB/s; torch {results['facts']['torch']}, commit "
         f"{results['commit']}. From `bench/results/cpu.json`, made by `make bench-cpu`."

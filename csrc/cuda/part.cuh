@@ -1,0 +1,75 @@
+// One part of one row of both models, and the loop over the logits in it.
+#pragma once
+
+#include "logits.cuh"
+
+namespace kl_kernels {
+
+__device__ inline bool counts(const Rows& rows, int64_t row) {
+  return rows.mask == nullptr || rows.mask[row];
+}
+
+__device__ inline int64_t row_offset(const Logits& logits, const Rows& rows, int64_t row) {
+  return row / rows.n_tokens * logits.stride_b + row % rows.n_tokens * logits.stride_t;
+}
+
+// NaN for a token outside the vocabulary: nothing is read out of bounds.
+__device__ inline float token_logit(const Logits& logits, const Rows& rows, int64_t row) {
+  const int64_t token = rows.token_ids[row];
+  if (token < 0 || token >= rows.vocab_size) return NAN;
+  return Row<Any>(logits, row_offset(logits, rows, row))[token];
+}
+
+// The logits of both models that a thread holds of one row's part; without a reference y is x.
+template <class T, bool kReference>
+struct Part {
+  Row<T> x, y;
+  int size;
+  float kx, ky;
+
+  __device__ int whole() const { return size / kLanes * kLanes; }
+};
+
+template <class Policy, class T, bool kReference>
+__device__ Part<T, kReference> part_of(const Rows& rows, const Logits& policy,
+                                       const Logits& reference, int64_t row, int64_t begin) {
+  const Logits& other = kReference ? reference : policy;
+  const int64_t left = rows.vocab_size - begin;
+  return {{policy, row_offset(policy, rows, row) + begin},
+          {other, row_offset(other, rows, row) + begin},
+          static_cast<int>(left < Policy::kPart ? left : Policy::kPart),
+          policy.k,
+          other.k};
+}
+
+// Calls `eight(i, x, y)` for every 8 logits of this thread's, from the part's i-th on, and
+// `one(i, x, y)` for what is left, in an order that depends on the part's size alone.
+template <class Policy, bool kAligned, class T, bool kReference, class Eight, class One>
+__device__ __forceinline__ void for_each(const Part<T, kReference>& part, const Eight& eight,
+                                         const One& one) {
+  using Packed = typename Row<T>::Eight;
+  constexpr int kStep = Policy::kThreads * kLanes, kUnroll = Policy::kUnroll;
+  const int whole = part.whole();
+  int i = threadIdx.x * kLanes;
+  for (; i + (kUnroll - 1) * kStep < whole; i += kUnroll * kStep) {
+    Packed xs[kUnroll], ys[kUnroll];
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) {
+      xs[j] = part.x.template eight<kAligned>(i + j * kStep);
+      if constexpr (kReference) ys[j] = part.y.template eight<kAligned>(i + j * kStep);
+    }
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) eight(i + j * kStep, xs[j], kReference ? ys[j] : xs[j]);
+  }
+  for (; i < whole; i += kStep) {
+    const Packed xs = part.x.template eight<kAligned>(i);
+    if constexpr (kReference)
+      eight(i, xs, part.y.template eight<kAligned>(i));
+    else
+      eight(i, xs, xs);
+  }
+  for (i = whole + threadIdx.x; i < part.size; i += Policy::kThreads)
+    one(i, part.x[i], kReference ? part.y[i] : part.x[i]);
+}
+
+}  // namespace kl_kernels

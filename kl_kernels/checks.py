@@ -45,8 +45,7 @@ def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
             f"{name} has shape {tuple(tensor.shape)}, {like_name} {tuple(like.shape)}; "
             "they have to be equal"
         )
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, {like_name} on {like.device}")
+    check_same_device(name, tensor, like_name, like)
 
 
 def check_batch(name: str, tensor: Tensor) -> None:
@@ -54,6 +53,23 @@ def check_batch(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
     if tensor.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it has to be [B, T]")
+
+
+def check_per_sequence(name: str, tensor: Tensor, batch_name: str, batch: Tensor) -> None:
+    """`tensor` has to be [B] where `batch` is [B, T], on the same device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+    if tensor.shape != batch.shape[:1]:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; {batch_name} of shape {tuple(batch.shape)} "
+            f"needs {tuple(batch.shape[:1])}"
+        )
+    check_same_device(name, tensor, batch_name, batch)
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, {other_name} on {other.device}")
 
 
 def check_logits(name: str, logits: Tensor) -> None:

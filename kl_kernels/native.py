@@ -1,17 +1,59 @@
 """Loads the compiled backends, each from a library of its own, so that one cannot cost the other.
 
 A compiled backend is the namespace `torch.ops.kl_kernels_<name>`: the schemas are ours
-(`ops.KERNELS`), the library only implements them.
+(`schemas.KERNELS`), the library only implements them.
 """
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+
+from kl_kernels.schemas import KERNELS
+
+DIRECTORY = Path(__file__).parent
 
 
 def namespace(name: str) -> Any:
-    raise RuntimeError(f"the {name} library is not built")
+    """The operators of the compiled backend `name`; RuntimeError if it is unavailable."""
+    reason = unavailable_reason(name)
+    if reason is not None:
+        raise RuntimeError(f"the {name} backend {reason}")
+    return _load(name)
 
 
 def unavailable_reason(name: str) -> str | None:
-    return "is not built"
+    """What keeps the compiled backend `name` from being used ("is not built ..."), or None."""
+    loaded = _load(name)
+    return loaded if isinstance(loaded, str) else None
+
+
+@functools.cache
+def _load(name: str) -> SimpleNamespace | str:
+    """The operators, or the reason why there are none."""
+    path = library_path(name)
+    if not path.exists():
+        reason = path.with_name(f"_C_{name}.unavailable")  # written by setup.py
+        if reason.exists():
+            return reason.read_text().strip()
+        return "is not built (python setup.py build_ext --inplace)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"does not load: {error}"
+    library = torch.library.Library(f"kl_kernels_{name}", "DEF")
+    for kernel, schema in KERNELS.items():
+        library.define(kernel + schema)
+    operators = getattr(torch.ops, f"kl_kernels_{name}")
+    return SimpleNamespace(
+        library=library,  # its operators live as long as it does
+        **{kernel: getattr(operators, kernel).default for kernel in KERNELS},
+    )
+
+
+def library_path(name: str) -> Path:
+    return DIRECTORY / f"_C_{name}.abi3.so"

@@ -193,11 +193,14 @@ def reward_epilogue(
     estimate = (k1, f.kl, k1 * k1 / 2, torch.expm1(-k1) + k1, k1.abs())[estimator]
     if kl_clip is not None:
         k1, estimate = k1.clamp(-kl_clip, kl_clip), estimate.clamp(-kl_clip, kl_clip)
-    correction = -kl_coef * (k1 - estimate) if estimator == EXACT else torch.zeros_like(k1)
-    return -kl_coef * estimate, correction
+    # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
+    shortfall = k1 - estimate if estimator == EXACT else torch.zeros_like(k1)
+    if kl_coef == 0:
+        return torch.zeros_like(estimate), torch.zeros_like(shortfall)
+    return -kl_coef * estimate, -kl_coef * shortfall
 
 
-# The backend: the operators of `ops.KERNELS`, made of the verbs above. Only rows under the mask are
+# The backend: the operators of `schemas.KERNELS`, made of the verbs above. Only rows under the mask are
 # read; all others are exactly 0.
 
 

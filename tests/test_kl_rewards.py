@@ -159,3 +159,24 @@ def test_a_score_that_is_nan_stays_in_its_sequence(backend, inputs):
     result = kl_kernels.kl_rewards(*inputs, scores, MASK, kl_coef=0.2, backend=backend)
     assert result.rewards.isnan().sum() == 1
     assert result.rewards[1, 3].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ["k1", "exact"])
+def test_a_zero_coefficient_leaves_the_score_alone_even_where_kl_is_infinite(
+    backend, estimator, inputs
+):
+    logits, ref_logits, token_ids = inputs
+    ref_logits[0, 0, token_ids[0, 0]] = -torch.inf
+    result = kl_kernels.kl_rewards(
+        logits, ref_logits, token_ids, SCORES, MASK,
+        kl_coef=0.0, kl_estimator=estimator, backend=backend,
+    )  # fmt: skip
+    assert result.kl[0, 0] == torch.inf
+    expected_rewards = torch.zeros(5, T)
+    for b, position in enumerate(POSITIONS["last_token"][:4]):
+        expected_rewards[b, position] = SCORES[b]
+    assert torch.equal(result.rewards, expected_rewards)
+    assert torch.equal(result.advantage_correction, torch.zeros(5, T))
+    composed = kl_kernels.compute_rewards(SCORES, result.kl, MASK, 0.0)
+    assert torch.equal(composed, expected_rewards)

@@ -60,7 +60,7 @@ def measure_kl(kl: Tensor | float, mask: Tensor | None, unit: str) -> float:
     if mask is None:
         raise ValueError(f"kl has shape {tuple(kl.shape)}, so it needs a mask of that shape")
     check_like("mask", mask, "kl", kl)
-    per_token = masked_mean(kl.detach(), mask)
+    per_token = masked_mean(kl, mask)
     if unit == "token_mean":
         return float(per_token)
     n_sequences = mask.bool().any(1).sum().clamp_min(1)

@@ -10,6 +10,7 @@ from kl_kernels.checks import (
     check_choice,
     check_finite,
     check_like,
+    check_per_sequence,
     check_positive,
 )
 from kl_kernels.schemas import ESTIMATORS, output_dtype
@@ -53,14 +54,15 @@ def compute_rewards(
     """
     check_batch("kl", kl)
     check_like("mask", mask, "kl", kl)
-    check_like("scores", scores, "the batch of kl", kl.sum(1))
+    check_per_sequence("scores", scores, "kl", kl)
     check_finite("kl_coef", kl_coef)
     mask = mask.bool()
     dtype = output_dtype(kl)
     scores = clip_scores(scores.detach().to(dtype), score_clip)
     index = score_indices(score_position, mask)
     at_score = torch.arange(mask.shape[1], device=mask.device) == index[:, None]
-    penalty = torch.where(mask, -kl_coef * kl.detach().to(dtype), 0.0)
+    # Selected: without a penalty an infinite KL is nobody's business, and 0 * inf would be NaN.
+    penalty = torch.where(mask & (kl_coef != 0), -kl_coef * kl.detach().to(dtype), 0.0)
     return penalty + torch.where(at_score, scores[:, None], 0.0)
 
 
@@ -101,7 +103,7 @@ def score_indices(score_position: str | Tensor, mask: Tensor) -> Tensor:  # [B, 
 def _check_indices(indices: Tensor, mask: Tensor) -> None:
     if indices.dtype == torch.bool or indices.is_floating_point():
         raise TypeError(f"score_position has dtype {indices.dtype}; accepted: integers")
-    check_like("score_position", indices, "the batch of mask", mask.any(1))
+    check_per_sequence("score_position", indices, "mask", mask)
     if indices.device.type != "cpu":
         return  # looking at the values would synchronise; such a score goes nowhere
     outside = (indices < -1) | (indices >= mask.shape[1])

@@ -1,0 +1,316 @@
+// The operators of kl_kernels/schemas.py for the CPU; the schemas themselves are defined in Python
+// (kl_kernels/native.py), this library only implements them.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <tuple>
+
+#include "gae.h"
+#include "parallel.h"
+#include "tensors.h"
+
+namespace kl_kernels {
+namespace {
+
+Tensor per_token(const Tensor& logits, ScalarType dtype = ScalarType::Float) {  // [B, T]
+  return torch::stable::new_empty(logits, {logits.size(0), logits.size(1)}, dtype);
+}
+
+// Anchor and sum of one model's row, [2, B, T] float32.
+class States {
+ public:
+  explicit States(const Tensor& logits)
+      : tensor_(torch::stable::new_empty(logits, {2, logits.size(0), logits.size(1)},
+                                         ScalarType::Float)),
+        data_(float_data(tensor_)),
+        n_rows_(logits.size(0) * logits.size(1)) {}
+
+  void set(int64_t row, double anchor, double sum) {
+    data_[row] = float(anchor);
+    data_[n_rows_ + row] = float(sum);
+  }
+  const Tensor& tensor() const { return tensor_; }
+
+ private:
+  Tensor tensor_;
+  float* data_;
+  int64_t n_rows_;
+};
+
+// The sampled tokens of the rows that count.
+class Tokens {
+ public:
+  Tokens(const Tensor& token_ids, const std::optional<Tensor>& mask, const Logits& logits)
+      : ids_(data_of<int64_t>(token_ids, "token_ids", ScalarType::Long, logits.n_rows())),
+        mask_(data_of<bool>(mask, "mask", ScalarType::Bool, logits.n_rows())) {
+    const int64_t n_rows = logits.n_rows();
+    for (int64_t row = 0; row < n_rows; ++row) {
+      if (counts(row) && (ids_[row] < 0 || ids_[row] >= logits.vocab_size()))
+        throw std::invalid_argument("token_ids holds " + std::to_string(ids_[row]) +
+                                    " at an unmasked position; accepted: 0 to " +
+                                    std::to_string(logits.vocab_size() - 1));
+    }
+  }
+
+  bool counts(int64_t row) const { return mask_ == nullptr || mask_[row]; }
+  int64_t operator[](int64_t row) const { return ids_[row]; }
+
+ private:
+  const int64_t* ids_;
+  const bool* mask_;
+};
+
+Finished<float> to_float(const Finished<double>& f) {
+  return {float(f.logprob), float(f.ref_logprob), float(f.kl), float(f.forward_kl),
+          float(f.entropy)};
+}
+
+// The anchor backward will subtract is a float, so the saved sum has to belong to that.
+RowState<double> as_saved(const RowState<double>& s) {
+  return move(s, double(float(s.anchor)), double(float(s.ref_anchor)));
+}
+
+const Row kNoReference{nullptr, Dtype::float32, 1, 0};
+
+std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits_tensor, const Tensor& token_ids,
+                                               const std::optional<Tensor>& mask,
+                                               double temperature, std::optional<double> softcap) {
+  const Logits logits(logits_tensor, "logits", temperature, softcap);
+  const Tokens tokens(token_ids, mask, logits);
+  Tensor logprob = per_token(logits_tensor), entropy = per_token(logits_tensor);
+  States states(logits_tensor);
+  float *logprob_data = float_data(logprob), *entropy_data = float_data(entropy);
+  const RowKernels& kernels = row_kernels();
+  for_each_row(logits.n_rows(), logits.vocab_size(), [&](int64_t row) {
+    if (!tokens.counts(row)) {
+      logprob_data[row] = entropy_data[row] = 0;
+      states.set(row, 0, 0);
+      return;
+    }
+    double tx, ty;
+    const RowState<double> state =
+        kernels.fold(logits.row(row), kNoReference, logits.vocab_size(), tokens[row], &tx, &ty);
+    const Finished<double> f = finish(state.sums, tx, ty);
+    logprob_data[row] = float(f.logprob);
+    entropy_data[row] = float(f.entropy);
+    const RowState<double> saved = as_saved(state);
+    states.set(row, saved.anchor, saved.sums.sx);
+  });
+  return {logprob, entropy, states.tensor()};
+}
+
+// What token_kl and kl_rewards return for every row; `epilogue(row, finished)` adds to that.
+struct KlOutputs {
+  explicit KlOutputs(const Tensor& logits)
+      : logprob(per_token(logits)),
+        ref_logprob(per_token(logits)),
+        kl(per_token(logits)),
+        forward_kl(per_token(logits)),
+        entropy(per_token(logits)),
+        policy_states(logits),
+        ref_states(logits) {}
+
+  Tensor logprob, ref_logprob, kl, forward_kl, entropy;
+  States policy_states, ref_states;
+};
+
+template <class Epilogue>
+KlOutputs fold_rows(const Tensor& logits_tensor, const Logits& logits, const Logits& ref_logits,
+                    const Tokens& tokens, const Epilogue& epilogue) {
+  check(logits.same_shape(ref_logits), "ref_logits has to have the shape of logits");
+  KlOutputs out(logits_tensor);
+  float* const logprob = float_data(out.logprob);
+  float* const ref_logprob = float_data(out.ref_logprob);
+  float* const kl = float_data(out.kl);
+  float* const forward_kl = float_data(out.forward_kl);
+  float* const entropy = float_data(out.entropy);
+  const RowKernels& kernels = row_kernels();
+  for_each_row(logits.n_rows(), 2 * logits.vocab_size(), [&](int64_t row) {
+    Finished<float> f{};
+    RowState<double> saved{};
+    if (tokens.counts(row)) {
+      double tx, ty;
+      const RowState<double> state = kernels.fold(logits.row(row), ref_logits.row(row),
+                                                  logits.vocab_size(), tokens[row], &tx, &ty);
+      f = to_float(finish(state.sums, tx, ty));
+      saved = as_saved(state);
+    }
+    logprob[row] = f.logprob;
+    ref_logprob[row] = f.ref_logprob;
+    kl[row] = f.kl;
+    forward_kl[row] = f.forward_kl;
+    entropy[row] = f.entropy;
+    out.policy_states.set(row, saved.anchor, saved.sums.sx);
+    out.ref_states.set(row, saved.ref_anchor, saved.sums.sy);
+    epilogue(row, f);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_kl(
+    const Tensor& logits_tensor, const Tensor& ref_logits_tensor, const Tensor& token_ids,
+    const std::optional<Tensor>& mask, double temperature, double ref_temperature,
+    std::optional<double> softcap, std::optional<double> ref_softcap) {
+  const Logits logits(logits_tensor, "logits", temperature, softcap);
+  const Logits ref_logits(ref_logits_tensor, "ref_logits", ref_temperature, ref_softcap);
+  const Tokens tokens(token_ids, mask, logits);
+  const KlOutputs out =
+      fold_rows(logits_tensor, logits, ref_logits, tokens, [](int64_t, const Finished<float>&) {});
+  return {out.logprob,
+          out.ref_logprob,
+          out.kl,
+          out.forward_kl,
+          out.entropy,
+          out.policy_states.tensor(),
+          out.ref_states.tensor()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> kl_rewards(
+    const Tensor& logits_tensor, const Tensor& ref_logits_tensor, const Tensor& token_ids,
+    const Tensor& mask, const Tensor& scores, const Tensor& score_index, double kl_coef,
+    int64_t estimator, std::optional<double> kl_clip, double temperature, double ref_temperature,
+    std::optional<double> softcap, std::optional<double> ref_softcap) {
+  const Logits logits(logits_tensor, "logits", temperature, softcap);
+  const Logits ref_logits(ref_logits_tensor, "ref_logits", ref_temperature, ref_softcap);
+  const Tokens tokens(token_ids, mask, logits);
+  const float* const score_data =
+      data_of<float>(scores, "scores", ScalarType::Float, logits.n_batch());
+  const int64_t* const index_data =
+      data_of<int64_t>(score_index, "score_index", ScalarType::Long, logits.n_batch());
+  Tensor rewards = per_token(logits_tensor), correction = per_token(logits_tensor);
+  float *reward_data = float_data(rewards), *correction_data = float_data(correction);
+  const float bound = float(kl_clip.value_or(INFINITY));
+  const KlOutputs out = fold_rows(
+      logits_tensor, logits, ref_logits, tokens, [&](int64_t row, const Finished<float>& f) {
+        ShapedReward shaped{};
+        if (tokens.counts(row))
+          shaped = reward_epilogue(f, float(kl_coef), Estimator(estimator), bound);
+        reward_data[row] = shaped.reward;
+        correction_data[row] = shaped.advantage_correction;
+      });
+  for (int64_t b = 0; b < logits.n_batch(); ++b) {
+    const int64_t at = index_data[b];
+    if (at >= 0 && at < logits.n_tokens()) reward_data[b * logits.n_tokens() + at] += score_data[b];
+  }
+  return {rewards,
+          correction,
+          out.logprob,
+          out.ref_logprob,
+          out.kl,
+          out.forward_kl,
+          out.entropy,
+          out.policy_states.tensor(),
+          out.ref_states.tensor()};
+}
+
+// Upstream gradients and saved values of every row; what is absent reads as 0.
+struct PerToken {
+  PerToken(const std::optional<Tensor>& tensor, const char* name, int64_t n_rows)
+      : data(data_of<float>(tensor, name, ScalarType::Float, n_rows)) {}
+  double operator[](int64_t row) const { return data == nullptr ? 0 : data[row]; }
+  const float* data;
+};
+
+struct Saved {
+  PerToken grad_logprob, grad_kl, grad_forward_kl, grad_entropy;
+  PerToken policy_state, ref_state, kl, entropy;
+};
+
+// A row none of whose KL gradients is asked for does not read its reference.
+Tensor backward_rows(const Tensor& logits_tensor, const Logits& logits, const Logits* ref_logits,
+                     const Tokens& tokens, const Saved& saved, double temperature) {
+  Tensor grad = torch::stable::new_empty(
+      logits_tensor, {logits.n_batch(), logits.n_tokens(), logits.vocab_size()});
+  char* const grad_data = static_cast<char*>(grad.mutable_data_ptr());
+  const int64_t n_rows = logits.n_rows(), row_bytes = logits.row_bytes();
+  advise_huge_pages(grad_data, n_rows * row_bytes);
+  const RowKernels& kernels = row_kernels();
+  for_each_row(n_rows, 2 * logits.vocab_size(), [&](int64_t row) {
+    char* const grad_row = grad_data + row * row_bytes;
+    if (!tokens.counts(row)) {
+      std::memset(grad_row, 0, row_bytes);
+      return;
+    }
+    const Upstream<double> upstream{saved.grad_logprob[row], saved.grad_kl[row],
+                                    saved.grad_forward_kl[row], saved.grad_entropy[row]};
+    const bool alone = upstream.kl == 0 && upstream.forward_kl == 0;
+    const double anchor = saved.policy_state[row], sx = saved.policy_state[n_rows + row];
+    const double ref_anchor = alone ? 0 : saved.ref_state[row];
+    const double sy = alone ? 1 : saved.ref_state[n_rows + row];
+    const Coefficients<double> c =
+        coefficients(upstream, sx, sy, saved.kl[row], saved.entropy[row], temperature);
+    kernels.backward(logits.row(row), alone ? kNoReference : ref_logits->row(row),
+                     logits.vocab_size(), tokens[row], anchor, ref_anchor, c,
+                     upstream.logprob / temperature, grad_row);
+  });
+  return grad;
+}
+
+Tensor token_stats_backward(const std::optional<Tensor>& grad_logprob,
+                            const std::optional<Tensor>& grad_entropy, const Tensor& logits_tensor,
+                            const Tensor& token_ids, const std::optional<Tensor>& mask,
+                            const Tensor& policy_state, const Tensor& entropy, double temperature,
+                            std::optional<double> softcap) {
+  const Logits logits(logits_tensor, "logits", temperature, softcap);
+  const Tokens tokens(token_ids, mask, logits);
+  const int64_t n = logits.n_rows();
+  const PerToken none(std::nullopt, "", 0);
+  const Saved saved{
+      {grad_logprob, "grad_logprob", n},     none, none, {grad_entropy, "grad_entropy", n},
+      {policy_state, "policy_state", 2 * n}, none, none, {entropy, "entropy", n}};
+  return backward_rows(logits_tensor, logits, nullptr, tokens, saved, temperature);
+}
+
+Tensor token_kl_backward(const std::optional<Tensor>& grad_logprob,
+                         const std::optional<Tensor>& grad_kl,
+                         const std::optional<Tensor>& grad_forward_kl,
+                         const std::optional<Tensor>& grad_entropy, const Tensor& logits_tensor,
+                         const Tensor& ref_logits_tensor, const Tensor& token_ids,
+                         const std::optional<Tensor>& mask, const Tensor& policy_state,
+                         const Tensor& ref_state, const Tensor& kl, const Tensor& entropy,
+                         double temperature, double ref_temperature, std::optional<double> softcap,
+                         std::optional<double> ref_softcap) {
+  const Logits logits(logits_tensor, "logits", temperature, softcap);
+  const Logits ref_logits(ref_logits_tensor, "ref_logits", ref_temperature, ref_softcap);
+  check(logits.same_shape(ref_logits), "ref_logits has to have the shape of logits");
+  const Tokens tokens(token_ids, mask, logits);
+  const int64_t n = logits.n_rows();
+  const Saved saved{{grad_logprob, "grad_logprob", n},
+                    {grad_kl, "grad_kl", n},
+                    {grad_forward_kl, "grad_forward_kl", n},
+                    {grad_entropy, "grad_entropy", n},
+                    {policy_state, "policy_state", 2 * n},
+                    {ref_state, "ref_state", 2 * n},
+                    {kl, "kl", n},
+                    {entropy, "entropy", n}};
+  return backward_rows(logits_tensor, logits, &ref_logits, tokens, saved, temperature);
+}
+
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask,
+                               double gamma, double lam, bool skip_masked) {
+  const int64_t n_batch = rewards.size(0), n_tokens = rewards.size(1), n = n_batch * n_tokens;
+  const float* const reward_data = data_of<float>(rewards, "rewards", ScalarType::Float, n);
+  const float* const value_data = data_of<float>(values, "values", ScalarType::Float, n);
+  const bool* const mask_data = data_of<bool>(mask, "mask", ScalarType::Bool, n);
+  Tensor advantages = per_token(rewards), returns = per_token(rewards);
+  float *advantage_data = float_data(advantages), *return_data = float_data(returns);
+  for_each_row(n_batch, std::max<int64_t>(1, n_tokens), [&](int64_t b) {
+    const int64_t at = b * n_tokens;
+    gae_sequence(reward_data + at, value_data + at, mask_data + at, n_tokens, gamma, lam,
+                 skip_masked, advantage_data + at, return_data + at);
+  });
+  return {advantages, returns};
+}
+
+}  // namespace
+}  // namespace kl_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(kl_kernels_cpu, CPU, m) {
+  m.impl("token_stats", TORCH_BOX(&kl_kernels::token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&kl_kernels::token_stats_backward));
+  m.impl("token_kl", TORCH_BOX(&kl_kernels::token_kl));
+  m.impl("token_kl_backward", TORCH_BOX(&kl_kernels::token_kl_backward));
+  m.impl("kl_rewards", TORCH_BOX(&kl_kernels::kl_rewards));
+  m.impl("gae", TORCH_BOX(&kl_kernels::gae));
+}

@@ -1,0 +1,89 @@
+// A row's logits, a block of the vocabulary at a time: as they lie in memory, or staged as floats
+// where they first have to be softcapped, brought to one type or padded to whole vectors.
+#pragma once
+
+#include "row.h"
+#include "simd.h"
+
+namespace kl_kernels {
+namespace {
+
+// Large enough to hide what is done once per block, small enough that a block folded a second time
+// and the staging buffers are in the first-level cache.
+constexpr int64_t kBlock = 2048;
+
+struct Block {
+  int64_t start, size;
+};
+
+KL_INLINE int64_t whole_pairs(int64_t size) { return (size + kPair - 1) / kPair * kPair; }
+
+template <class T>
+KL_INLINE const T* logits_of(const Row& row, int64_t start) {
+  return static_cast<const T*>(row.logits) + start;
+}
+
+template <class T>
+KL_INLINE void widen_logits(const Row& row, Block block, float* to) {
+  const T* from = logits_of<T>(row, block.start);
+  for (int64_t i = 0; i < block.size; ++i) to[i] = to_float(from[i]);
+}
+
+struct Staged {
+  alignas(64) float values[kBlock];
+
+  // Softcapped logits as floats; what is left of the last pair of vectors holds `padding`.
+  void stage(const Row& row, Block block, float padding) {
+    if (row.dtype == Dtype::float32) widen_logits<float>(row, block, values);
+    if (row.dtype == Dtype::bfloat16) widen_logits<BFloat16>(row, block, values);
+    if (row.dtype == Dtype::float16) widen_logits<Float16>(row, block, values);
+    const int64_t padded = whole_pairs(block.size);
+    for (int64_t i = block.size; i < padded; ++i) values[i] = 0;
+    if (row.softcap != 0) {
+      for (int64_t i = 0; i < padded; i += kLanes)
+        store(values + i, softcapped(load<Floats>(values + i), row.softcap));
+    }
+    for (int64_t i = block.size; i < padded; ++i) values[i] = padding;
+  }
+
+  float largest_value(Block block) const {  // after padding with -inf
+    Floats most = Floats{} - INFINITY;
+    for (int64_t i = 0; i < whole_pairs(block.size); i += kLanes)
+      most = largest(load<Floats>(values + i), most);
+    float value = -INFINITY;
+    for (int i = 0; i < kLanes; ++i) value = most[i] > value ? most[i] : value;
+    return value;
+  }
+
+  bool holds_minus_infinity(Block block) const {
+    bool found = false;
+    for (int64_t i = 0; i < block.size; ++i) found |= values[i] == -INFINITY;
+    return found;
+  }
+};
+
+KL_INLINE float logit_at(const Row& row, int64_t index) {
+  Staged one;
+  one.stage(row, {index, 1}, 0);
+  return one.values[0];
+}
+
+// The token's position from the anchor, the same number the vocabulary loops saw.
+KL_INLINE double token_from_anchor(const Row& row, int64_t token, double anchor) {
+  return from_anchor(double(logit_at(row, token)), double(row.k), anchor);
+}
+
+// Rows whose blocks can be read where they lie; a last block of odd size is staged all the same.
+KL_INLINE bool read_in_place(const Row& policy, const Row& reference) {
+  const bool alone = reference.logits == nullptr;
+  return policy.softcap == 0 &&
+         (alone || (reference.softcap == 0 && reference.dtype == policy.dtype));
+}
+
+// A logit that lies so far below the anchor that it adds nothing, yet stays finite.
+KL_INLINE float far_below(float anchor, float k) { return (anchor - 1000) / k; }
+
+KL_INLINE bool is_finite(double value) { return value * 0 == 0; }
+
+}  // namespace
+}  // namespace kl_kernels

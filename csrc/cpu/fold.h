@@ -1,0 +1,174 @@
+// One row's state: a fast loop around fixed anchors, and a careful one for whatever defeats it.
+#pragma once
+
+#include "blocks.h"
+
+namespace kl_kernels {
+namespace {
+
+template <bool kReference>
+KL_INLINE Sums<Floats> folded(Sums<Floats> s, Floats x, Floats y, float kx, float anchor, float ky,
+                              float ref_anchor) {
+  const Floats tx = from_anchor(x, kx, anchor);
+  if constexpr (kReference) {
+    const Floats ty = from_anchor(y, ky, ref_anchor);
+    fold(s, tx, ty, exp2(tx), exp2(ty));
+  } else {
+    fold(s, tx, exp2(tx));
+  }
+  return s;
+}
+
+// The vocabulary loop: no maximum, no rescaling, no test. Anything out of the ordinary (-inf, NaN,
+// a peak far above the anchor) shows in the sums. y == nullptr: no reference.
+template <bool kReference, class T>
+Sums<double> fold_fast(const T* x, const T* y, int64_t n, float kx, float anchor, float ky,
+                       float ref_anchor) {
+  Sums<Floats> s{};
+  for (int64_t i = 0; i < n; i += kPair) {
+    const Pair xs = load_pair(x + i);
+    const Pair ys = kReference ? load_pair(y + i) : xs;
+    s = folded<kReference>(s, xs.first, ys.first, kx, anchor, ky, ref_anchor);
+    s = folded<kReference>(s, xs.second, ys.second, kx, anchor, ky, ref_anchor);
+  }
+  return {total(s.sx), total(s.sy), total(s.ex), total(s.rk), total(s.fk)};
+}
+
+// In float64, with the block's own maxima as anchors and -inf handled by support.
+inline Sums<double> fold_careful(const float* x, const float* y, int64_t n, double kx,
+                                 double anchor, double ky, double ref_anchor) {
+  constexpr double kFloor = Limits<double>::kFloor;
+  Sums<Doubles> s{};
+  for (int64_t i = 0; i < n; i += kWideLanes) {
+    const Doubles xs = widen(x + i), ys = widen(y + i);
+    Doubles tx = from_anchor(xs, kx, anchor), ty = from_anchor(ys, ky, ref_anchor);
+    tx = tx < kFloor ? Doubles{} + kFloor : tx;
+    ty = ty < kFloor ? Doubles{} + kFloor : ty;
+    fold_by_support(s, xs, ys, tx, ty, exp2(tx), exp2(ty));
+  }
+  return {total(s.sx), total(s.sy), total(s.ex), total(s.rk), total(s.fk)};
+}
+
+class RowFold {
+ public:
+  RowFold(const Row& policy, const Row& reference)
+      : policy_(policy), reference_(reference), in_place_(read_in_place(policy, reference)) {}
+
+  RowState<double> operator()(int64_t vocab_size, int64_t token) {
+    const auto block_at = [&](int64_t start) {
+      return Block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
+    };
+    // The sampled token is nearly always close to the top, wherever that is.
+    RowState<double> state = raise_anchors(empty_state<double>(), {token, 1});
+    state = raise_anchors(state, block_at(0));
+    bool careful = false;
+    for (int64_t start = 0; start < vocab_size; start += kBlock) {
+      const Block block = block_at(start);
+      RowState<double> part = state;
+      if (careful || !fast(block, part)) careful = slow(block, part);
+      state = merge(state, part);
+    }
+    return state;
+  }
+
+ private:
+  bool alone() const { return reference_.logits == nullptr; }
+
+  // Sums of the block into `part`, around its anchors or higher ones; false if that will not do.
+  bool fast(Block block, RowState<double>& part) {
+    part.sums = fast_sums(block, part);
+    if (!is_finite(part)) return false;
+    // Many or large weights. What matters is that none of them lies far above its anchor: t has
+    // an absolute error of 2^-24 t, and so has the KL.
+    constexpr double kCrowded = kBlock / 8;
+    if (part.sums.sx <= kCrowded && part.sums.sy <= kCrowded) return true;
+    const RowState<double> raised = raise_anchors(part, block);
+    if (raised.anchor > part.anchor || raised.ref_anchor > part.ref_anchor) {
+      part = raised;
+      part.sums = fast_sums(block, part);
+    }
+    return is_finite(part);
+  }
+
+  // True if there was -inf in the block, so that the next one had better come here at once.
+  bool slow(Block block, RowState<double>& part) {
+    part = raise_anchors(part, block);  // stages the block, too
+    const Staged& y = alone() ? x_ : y_;
+    part.sums =
+        fold_careful(x_.values, y.values, whole_pairs(block.size), policy_.k, part.anchor,
+                     alone() ? policy_.k : reference_.k, alone() ? part.anchor : part.ref_anchor);
+    return x_.holds_minus_infinity(block) || y.holds_minus_infinity(block);
+  }
+
+  Sums<double> fast_sums(Block block, const RowState<double>& anchors) {
+    const float anchor = float(anchors.anchor), ref_anchor = float(anchors.ref_anchor);
+    if (in_place_ && block.size % kPair == 0) {
+      switch (policy_.dtype) {
+        case Dtype::float32:
+          return fast_sums<float>(block, anchor, ref_anchor);
+        case Dtype::bfloat16:
+          return fast_sums<BFloat16>(block, anchor, ref_anchor);
+        case Dtype::float16:
+          return fast_sums<Float16>(block, anchor, ref_anchor);
+      }
+    }
+    stage(block, far_below(anchor, policy_.k), far_below(ref_anchor, reference_.k));
+    return fast_sums(x_.values, y_.values, whole_pairs(block.size), anchor, ref_anchor);
+  }
+
+  template <class T>
+  Sums<double> fast_sums(Block block, float anchor, float ref_anchor) {
+    return fast_sums(logits_of<T>(policy_, block.start), logits_of<T>(reference_, block.start),
+                     block.size, anchor, ref_anchor);
+  }
+
+  template <class T>
+  Sums<double> fast_sums(const T* x, const T* y, int64_t n, float anchor, float ref_anchor) {
+    return alone() ? fold_fast<false>(x, y, n, policy_.k, anchor, 0, 0)
+                   : fold_fast<true>(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
+  }
+
+  void stage(Block block, float padding, float ref_padding) {
+    x_.stage(policy_, block, padding);
+    if (!alone()) y_.stage(reference_, block, ref_padding);
+  }
+
+  // The same anchors, or the block's maxima where those are larger; its sums are zero.
+  RowState<double> raise_anchors(const RowState<double>& near, Block block) {
+    stage(block, -INFINITY, -INFINITY);
+    const double anchor = scaled(x_.largest_value(block), policy_.k);
+    const double ref_anchor =
+        alone() ? near.ref_anchor : scaled(y_.largest_value(block), reference_.k);
+    return {anchor > near.anchor ? anchor : near.anchor,
+            ref_anchor > near.ref_anchor ? ref_anchor : near.ref_anchor,
+            {}};
+  }
+
+  // A float32 number unless that overflows: the anchor saved for backward is one.
+  static double scaled(float logit, double k) {
+    const double product = logit * k;
+    return is_finite(float(product)) ? float(product) : product;
+  }
+
+  static bool is_finite(double value) { return kl_kernels::is_finite(value); }
+  static bool is_finite(const RowState<double>& s) {
+    return is_finite(s.sums.sx + s.sums.sy + s.sums.ex + s.sums.rk + s.sums.fk);
+  }
+
+  const Row& policy_;
+  const Row& reference_;
+  const bool in_place_;
+  Staged x_, y_;
+};
+
+RowState<double> fold_row(const Row& policy, const Row& reference, int64_t vocab_size,
+                          int64_t token, double* token_tx, double* token_ty) {
+  const RowState<double> state = RowFold(policy, reference)(vocab_size, token);
+  *token_tx = token_from_anchor(policy, token, state.anchor);
+  *token_ty =
+      reference.logits == nullptr ? 0 : token_from_anchor(reference, token, state.ref_anchor);
+  return state;
+}
+
+}  // namespace
+}  // namespace kl_kernels

@@ -1,0 +1,46 @@
+// What the CPU kernels do, one row (token) at a time, on raw pointers; no torch below this line.
+#pragma once
+
+#include <stdint.h>
+
+#include "../kl_math.h"
+
+namespace kl_kernels {
+
+enum class Dtype { float32, bfloat16, float16 };
+
+// One model's logits of one row, and how to read them.
+struct Row {
+  const void* logits;  // [V]
+  Dtype dtype;
+  float k;        // log2(e) / temperature
+  float softcap;  // 0: none
+};
+
+// One instruction set's kernels. A missing reference has logits == nullptr.
+struct RowKernels {
+  // The row's state, and its token's position from the anchors in *token_tx and *token_ty.
+  RowState<double> (*fold)(const Row& policy, const Row& reference, int64_t vocab_size,
+                           int64_t token, double* token_tx, double* token_ty);
+  // Writes grad_logits [V] in the policy's dtype, for the anchors in `state` (its sums are unused).
+  // `own` is the sampled token's own share, g_logprob / temperature.
+  void (*backward)(const Row& policy, const Row& reference, int64_t vocab_size, int64_t token,
+                   double anchor, double ref_anchor, const Coefficients<double>& c, double own,
+                   void* grad_logits);
+};
+
+// One object file each (row.cpp); all but the last exist on x86-64 only.
+extern const RowKernels row_kernels_v4;    // AVX-512
+extern const RowKernels row_kernels_v3;    // AVX2, FMA, F16C
+extern const RowKernels row_kernels_base;  // what every machine of the architecture has
+
+// The kernels in use: the best the machine can run, unless select_instruction_set chose others.
+const RowKernels& row_kernels();
+
+}  // namespace kl_kernels
+
+// The name of the instruction set in use: "x86-64-v4", "x86-64-v3" or "base". A name as argument
+// selects it for all later calls, "best" the best; nullptr is returned where the machine lacks it.
+// Exported so that tests can compare them (not thread-safe; nullptr only asks).
+extern "C" __attribute__((visibility("default"))) const char* kl_kernels_instruction_set(
+    const char* select);

@@ -1,5 +1,32 @@
-"""The operators as Triton kernels."""
+"""The Triton backend: the operators of `schemas.KERNELS` for NVIDIA and AMD GPUs.
+
+This is the only file that knows Triton may be missing: the kernels are imported when the first
+operator is asked for. With TRITON_INTERPRET=1 set before that they run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from kl_kernels.schemas import KERNELS
 
 
 def unavailable_reason() -> str | None:
-    return "is not built"
+    """Why this backend cannot run here, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "torch finds no GPU"
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    if name not in KERNELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kl_kernels.triton_kernels import launch
+
+    return getattr(launch, name)

@@ -1,0 +1,122 @@
+"""The backward kernel: one more look at the logits gives the gradient of any mix of outputs."""
+
+import triton
+import triton.language as tl
+
+from kl_kernels.triton_kernels.math import (
+    anchored,
+    backward,
+    coefficients,
+    soft_capped,
+    soft_capped_grad,
+)
+from kl_kernels.triton_kernels.rows import row_pointer, tile_offsets
+
+
+@triton.jit
+def upstream(grad_ptr, row):
+    """The row's upstream gradient, 0 where there is none."""
+    grad = 0.0
+    if grad_ptr is not None:
+        grad = tl.load(grad_ptr + row).to(tl.float32)
+    return grad
+
+
+@triton.jit
+def gradient(
+    x_row, y_row, offsets, mask, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+    HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr,
+):  # fmt: skip
+    """The float32 gradient at `offsets`, without the token's own + g_logprob / temperature."""
+    raw = tl.load(x_row + offsets, mask).to(tl.float32)
+    tx = anchored(soft_capped(raw, softcap), k, anchor)
+    ty = tx
+    if HAS_KL or HAS_FORWARD_KL:
+        y = tl.load(y_row + offsets, mask).to(tl.float32)
+        ty = anchored(soft_capped(y, ref_softcap), ref_k, ref_anchor)
+    return soft_capped_grad(backward(tx, ty, c, HAS_KL, HAS_FORWARD_KL), raw, softcap)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_rows", "n_tokens",
+        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
+    ]
+)  # fmt: skip
+def backward_kernel(
+    grad_logprob_ptr, grad_kl_ptr, grad_forward_kl_ptr, grad_entropy_ptr,  # [B, T] or None
+    logits_ptr,  # [B, T, V]
+    ref_ptr,  # [B, T, V], or None: neither KL has a gradient
+    token_ids_ptr,  # [B, T]
+    mask_ptr,  # [B, T] or None
+    policy_state_ptr, ref_state_ptr,  # [2, B, T]; ref_state and kl None with ref
+    kl_ptr, entropy_ptr,  # [B, T]
+    grad_logits_ptr,  # [B, T, V], contiguous
+    n_rows, n_tokens, vocab_size, n_splits,
+    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
+    temperature, k, ref_k, softcap, ref_softcap,
+    SPLIT: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """One program per row and split of the vocabulary."""
+    HAS_REF: tl.constexpr = ref_ptr is not None
+    HAS_KL: tl.constexpr = grad_kl_ptr is not None
+    HAS_FORWARD_KL: tl.constexpr = grad_forward_kl_ptr is not None
+    row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
+    tile = tile_offsets(STEPS, N, LANE)
+    TILE: tl.constexpr = STEPS * N * LANE
+    start = split * SPLIT
+    end = tl.minimum(start + SPLIT, vocab_size)
+    last = end - (end - start) % TILE
+    grad_row = row_pointer(
+        grad_logits_ptr, row, n_tokens, n_tokens.to(tl.int64) * vocab_size, vocab_size, LANE
+    )  # fmt: skip
+
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + row) == 0:
+            zeros = tl.zeros((STEPS, N, LANE), grad_logits_ptr.dtype.element_ty)
+            for i in range(start, last, TILE):
+                tl.store(grad_row + i + tile, zeros)
+            tl.store(grad_row + last + tile, zeros, last + tile < end)
+            return
+
+    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)
+    g_logprob = upstream(grad_logprob_ptr, row)
+    anchor, sx = tl.load(policy_state_ptr + row), tl.load(policy_state_ptr + n_rows + row)
+    y_row, ref_anchor, sy, kl = x_row, anchor, sx, sx
+    if HAS_REF:
+        y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
+        ref_anchor, sy = tl.load(ref_state_ptr + row), tl.load(ref_state_ptr + n_rows + row)
+        kl = tl.load(kl_ptr + row)
+    token = tl.load(token_ids_ptr + row)
+    # An id out of range shows as NaN, but not where its gradient is not wanted.
+    misplaced = ((token < 0) | (token >= vocab_size)) & (g_logprob != 0.0)
+    c = coefficients(
+        tl.where(misplaced, float("nan"), g_logprob), upstream(grad_kl_ptr, row),
+        upstream(grad_forward_kl_ptr, row), upstream(grad_entropy_ptr, row),
+        sx, sy, kl, tl.load(entropy_ptr + row), temperature, HAS_REF,
+    )  # fmt: skip
+
+    for i in range(start, last, TILE):
+        grad = gradient(
+            x_row, y_row, i + tile, None, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+            HAS_KL, HAS_FORWARD_KL,
+        )  # fmt: skip
+        tl.store(grad_row + i + tile, grad.to(grad_logits_ptr.dtype.element_ty))
+    rest = last + tile
+    grad = gradient(
+        x_row, y_row, rest, rest < end, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+        HAS_KL, HAS_FORWARD_KL,
+    )  # fmt: skip
+    tl.store(grad_row + rest, grad.to(grad_logits_ptr.dtype.element_ty), rest < end)
+
+    if grad_logprob_ptr is not None:
+        here = (token >= start) & (token < end)
+        own = gradient(
+            x_row, y_row, token, here, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+            HAS_KL, HAS_FORWARD_KL,
+        )  # fmt: skip
+        raw = tl.load(x_row + token, here).to(tl.float32)
+        own += soft_capped_grad(g_logprob / temperature, raw, softcap)
+        # The barrier orders this store after another thread's to the same address.
+        tl.debug_barrier()
+        tl.store(grad_row + token, own.to(grad_logits_ptr.dtype.element_ty), here)

@@ -1,0 +1,265 @@
+"""The forward kernels: `fold_kernel` makes one state per split of a row, `finish_kernel` the outputs.
+
+Splits make enough programs of few rows, and confine a row's trouble to a part of it. Their size
+comes from the vocabulary alone and they are merged in order, so a row's results never depend on how
+many rows there are.
+"""
+
+import triton
+import triton.language as tl
+
+from kl_kernels.triton_kernels.math import (
+    EMPTY_ANCHOR,
+    INF,
+    RowState,
+    empty_state,
+    finish,
+    fold_tile,
+    is_sound,
+    merge,
+    merge_lanes,
+    move,
+    reward_epilogue,
+)
+from kl_kernels.triton_kernels.rows import load, row_pointer, tile_offsets
+
+
+@triton.jit
+def by_lane(x):  # [STEPS, N, LANE] -> [N, STEPS LANE]
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (x.shape[1], x.shape[0] * x.shape[2]))
+
+
+@triton.jit
+def load_pair(x_row, y_row, offsets, softcap, ref_softcap, mask, HAS_REF: tl.constexpr):
+    x = by_lane(load(x_row, offsets, softcap, mask))
+    y = x
+    if HAS_REF:
+        y = by_lane(load(y_row, offsets, ref_softcap, mask))
+    return x, y
+
+
+@triton.jit
+def fold_anchored(
+    x_ptr, y_ptr, xt, yt, n_full, n_rest, k, ref_k, softcap, ref_softcap,
+    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
+):  # fmt: skip
+    """The state of `n_full` tiles and `n_rest` logits of a last one, and whether it is sound.
+
+    The anchor is fixed before the loop, at the larger of the first tile's maximum and the sampled
+    token's logit, which is nearly always near the row's largest.
+    """
+    tile = tile_offsets(STEPS, N, LANE)
+    TILE: tl.constexpr = STEPS * N * LANE
+    first = tile < n_full * TILE + n_rest
+    x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, first, HAS_REF)
+    anchor = tl.maximum(tl.maximum(tl.max(x), xt) * k, EMPTY_ANCHOR)
+    ref_anchor = tl.maximum(tl.maximum(tl.max(y), yt) * ref_k, EMPTY_ANCHOR)
+    # A row that rules tokens out mostly does so in the first tile too; unguarded, it would be
+    # folded in vain. (The last tile is guarded, which covers the columns a vocabulary is padded by.)
+    hopeless = (tl.min(x) * k == -INF) | (tl.min(y) * ref_k == -INF)
+    n_tried = tl.where(hopeless, 0, n_full)
+    s = empty_state(anchor, ref_anchor, N)
+    for _ in range(n_tried):
+        x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, None, HAS_REF)
+        s = fold_tile(s, x, y, k, ref_k, STEPS * LANE, HAS_REF, False)
+        x_ptr += TILE
+        y_ptr += TILE
+    x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, tile < n_rest, HAS_REF)
+    s = fold_tile(s, x, y, k, ref_k, STEPS * LANE, HAS_REF, True)
+    s = RowState(
+        anchor, ref_anchor, tl.sum(s.sx, 0), tl.sum(s.sy, 0), tl.sum(s.ex, 0),
+        tl.sum(s.rk, 0), tl.sum(s.fk, 0), tl.max(s.gap, 0), tl.max(s.ref_gap, 0),
+    )  # fmt: skip
+    return s, is_sound(s, HAS_REF) & (n_tried == n_full)
+
+
+@triton.jit
+def fold_raised(s, x, y, k, ref_k, HAS_REF: tl.constexpr):
+    """Raise each lane's anchors to its running maximum, then fold."""
+    anchor = tl.maximum(s.anchor, tl.max(x, 1) * k)
+    ref_anchor = s.ref_anchor
+    if HAS_REF:
+        ref_anchor = tl.maximum(ref_anchor, tl.max(y, 1) * ref_k)
+    s = move(s, anchor, ref_anchor, HAS_REF)
+    return fold_tile(s, x, y, k, ref_k, x.shape[1], HAS_REF, True)
+
+
+@triton.jit
+def fold_careful(
+    x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap,
+    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
+):  # fmt: skip
+    """The same state, whatever the logits hold."""
+    tile = tile_offsets(STEPS, N, LANE)
+    TILE: tl.constexpr = STEPS * N * LANE
+    s = empty_state(EMPTY_ANCHOR, EMPTY_ANCHOR, N)
+    for _ in range(n_full):
+        x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, None, HAS_REF)
+        s = fold_raised(s, x, y, k, ref_k, HAS_REF)
+        x_ptr += TILE
+        y_ptr += TILE
+    x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, tile < n_rest, HAS_REF)
+    return merge_lanes(fold_raised(s, x, y, k, ref_k, HAS_REF), HAS_REF)
+
+
+@triton.jit
+def store_state(state_ptr, stride, s, HAS_REF: tl.constexpr):
+    tl.store(state_ptr, s.anchor)
+    tl.store(state_ptr + stride, s.sx)
+    tl.store(state_ptr + 2 * stride, s.ex)
+    if HAS_REF:
+        tl.store(state_ptr + 3 * stride, s.ref_anchor)
+        tl.store(state_ptr + 4 * stride, s.sy)
+        tl.store(state_ptr + 5 * stride, s.rk)
+        tl.store(state_ptr + 6 * stride, s.fk)
+        tl.store(state_ptr + 7 * stride, s.gap)
+        tl.store(state_ptr + 8 * stride, s.ref_gap)
+
+
+@triton.jit
+def load_state(state_ptr, stride, mask, HAS_REF: tl.constexpr):
+    anchor = tl.load(state_ptr, mask, 0.0)
+    sx = tl.load(state_ptr + stride, mask, 1.0)
+    ex = tl.load(state_ptr + 2 * stride, mask, 0.0)
+    ref_anchor, sy, rk, fk, gap, ref_gap = anchor, sx, ex, ex, ex, ex
+    if HAS_REF:
+        ref_anchor = tl.load(state_ptr + 3 * stride, mask, 0.0)
+        sy = tl.load(state_ptr + 4 * stride, mask, 1.0)
+        rk = tl.load(state_ptr + 5 * stride, mask, 0.0)
+        fk = tl.load(state_ptr + 6 * stride, mask, 0.0)
+        gap = tl.load(state_ptr + 7 * stride, mask, 0.0)
+        ref_gap = tl.load(state_ptr + 8 * stride, mask, 0.0)
+    return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, gap, ref_gap)
+
+
+STATE_FIELDS = 9  # what the two functions above agree on
+POLICY_STATE_FIELDS = 3
+
+
+# Sizes that change from batch to batch must not compile anew; LANE says what is known of strides.
+@triton.jit(
+    do_not_specialize=[
+        "n_rows", "n_tokens",
+        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
+    ]
+)  # fmt: skip
+def fold_kernel(
+    logits_ptr,  # [B, T, V]
+    ref_ptr,  # [B, T, V] or None
+    token_ids_ptr,  # [B, T]
+    mask_ptr,  # [B, T] or None
+    states_ptr,  # [fields, splits, B T]
+    n_rows, n_tokens, vocab_size, n_splits,
+    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
+    k, ref_k, softcap, ref_softcap,
+    SPLIT: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """One program per row and split of the vocabulary: fold it, store its state."""
+    HAS_REF: tl.constexpr = ref_ptr is not None
+    row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + row) == 0:
+            return
+    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)
+    y_row = x_row
+    if HAS_REF:
+        y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
+    token = tl.load(token_ids_ptr + row)
+    token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
+    xt = load(x_row, token, softcap)
+    yt = xt
+    if HAS_REF:
+        yt = load(y_row, token, ref_softcap)
+    start = split * SPLIT
+    size = tl.minimum(SPLIT, vocab_size - start)
+    n_full = (size - 1) // (STEPS * N * LANE)
+    n_rest = size - n_full * (STEPS * N * LANE)
+    x_ptr, y_ptr = x_row + start, y_row + start
+    s, sound = fold_anchored(
+        x_ptr, y_ptr, xt, yt, n_full, n_rest, k, ref_k, softcap, ref_softcap,
+        STEPS, N, LANE, HAS_REF,
+    )  # fmt: skip
+    state_ptr = states_ptr + split.to(tl.int64) * n_rows + row
+    stride = n_rows.to(tl.int64) * n_splits
+    if sound:
+        store_state(state_ptr, stride, s, HAS_REF)
+    else:
+        s = fold_careful(
+            x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
+        )  # fmt: skip
+        store_state(state_ptr, stride, s, HAS_REF)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_rows", "n_tokens",
+        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
+    ]
+)  # fmt: skip
+def finish_kernel(
+    states_ptr,  # [fields, splits, B T]
+    logits_ptr,  # [B, T, V]
+    ref_ptr,  # [B, T, V] or None
+    token_ids_ptr,  # [B, T]
+    mask_ptr,  # [B, T] or None
+    logprob_ptr, ref_logprob_ptr, kl_ptr, forward_kl_ptr, entropy_ptr,  # [B, T]; None without ref
+    policy_state_ptr, ref_state_ptr,  # [2, B, T]
+    rewards_ptr, correction_ptr,  # [B, T], or None: no reward epilogue
+    scores_ptr, score_index_ptr,  # [B]
+    n_rows, n_tokens, vocab_size, n_splits,
+    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
+    k, ref_k, softcap, ref_softcap, kl_coef, kl_clip,
+    ESTIMATOR: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One thread per row: merge the splits in order, finish, store; masked rows are exactly 0."""
+    HAS_REF: tl.constexpr = ref_ptr is not None
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < n_rows
+    counts = valid
+    if mask_ptr is not None:
+        counts = valid & (tl.load(mask_ptr + rows, valid, 0) != 0)
+
+    stride = n_rows.to(tl.int64) * n_splits
+    state_ptr = states_ptr + rows
+    s = load_state(state_ptr, stride, counts, HAS_REF)
+    for _ in range(1, n_splits):
+        state_ptr += n_rows
+        s = merge(s, load_state(state_ptr, stride, counts, HAS_REF), HAS_REF)
+
+    token = tl.load(token_ids_ptr + rows, counts, 0)
+    in_range = (token >= 0) & (token < vocab_size)
+    readable = counts & in_range
+    x_row = row_pointer(logits_ptr, rows, n_tokens, batch_stride, token_stride, 1)
+    xt = load(x_row, token, softcap, readable)
+    xt = tl.where(in_range, xt, float("nan"))
+    yt = xt
+    if HAS_REF:
+        y_row = row_pointer(ref_ptr, rows, n_tokens, ref_batch_stride, ref_token_stride, 1)
+        yt = tl.where(in_range, load(y_row, token, ref_softcap, readable), float("nan"))
+    f = finish(s, xt, yt, k, ref_k, HAS_REF)
+
+    store(logprob_ptr + rows, f.logprob, counts, valid)
+    store(entropy_ptr + rows, f.entropy, counts, valid)
+    store(policy_state_ptr + rows, s.anchor, counts, valid)
+    store(policy_state_ptr + n_rows + rows, s.sx, counts, valid)
+    if HAS_REF:
+        store(ref_logprob_ptr + rows, f.ref_logprob, counts, valid)
+        store(kl_ptr + rows, f.kl, counts, valid)
+        store(forward_kl_ptr + rows, f.forward_kl, counts, valid)
+        store(ref_state_ptr + rows, s.ref_anchor, counts, valid)
+        store(ref_state_ptr + n_rows + rows, s.sy, counts, valid)
+    if rewards_ptr is not None:
+        reward, correction = reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR)
+        b, t = rows // n_tokens, rows % n_tokens
+        # The score may lie at a masked position (one after the last token).
+        at_score = t == tl.load(score_index_ptr + b, valid, -1)
+        score = tl.load(scores_ptr + b, valid & at_score, 0.0)
+        reward = tl.where(counts, reward, 0.0) + score
+        store(rewards_ptr + rows, reward, valid, valid)
+        store(correction_ptr + rows, correction, counts, valid)
+
+
+@triton.jit
+def store(ptr, value, counts, valid):
+    """Selected, not multiplied: a masked row may hold anything."""
+    tl.store(ptr, tl.where(counts, value, 0.0), valid)

@@ -1,0 +1,253 @@
+"""The operators: allocate the outputs, choose sizes, launch. No host synchronisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels.checks import check_token_range
+from kl_kernels.schemas import output_dtype
+from kl_kernels.triton_kernels.backward import backward_kernel
+from kl_kernels.triton_kernels.fold import (
+    POLICY_STATE_FIELDS,
+    STATE_FIELDS,
+    finish_kernel,
+    fold_kernel,
+)
+from kl_kernels.triton_kernels.math import LOG2E
+from kl_kernels.triton_kernels.scan import gae_kernel
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Sizes of the kernels' work, each a power of two."""
+
+    # One lane per thread, 2 loads of it per step and tensor: enough bytes in flight, within 64
+    # registers. Rows that are not aligned are read logit by logit, so 8 loads.
+    num_warps: int = 4
+    lanes: int = 128
+    steps: int = 2
+    unaligned_steps: int = 8
+    # 16 tiles of 2048 (bf16): the work around the loop stays small beside it, and V = 128k still makes
+    # four programs of a row, so that a few hundred rows fill a GPU.
+    fold_split: int = 32768
+    # No work around the loop to speak of.
+    backward_split: int = 16384
+    finish_rows: int = 128
+    gae_block: int = 512
+
+
+CONFIG = LaunchConfig()
+VECTOR_BYTES = 16  # the widest load of one thread
+
+# Explicit because Triton's default is about to change: without fusion a fold costs a fifth more.
+# One stage: there is nothing to pipeline through shared memory.
+COMPILE: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
+# The loops fit into 64 registers; left alone, ptxas takes 72 for the code around them, and with
+# that an eighth of the occupancy. (AMD's compiler knows no such option.)
+FOLD_COMPILE = COMPILE | ({"maxnreg": 64} if torch.version.hip is None else {})
+
+
+def token_stats(
+    logits: Tensor,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor | None,  # [B, T]
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, ...]:
+    logprob, _, _, _, entropy, policy_state, _, _, _ = _forward(
+        logits, None, token_ids, mask, temperature, temperature, softcap, None
+    )
+    return logprob, entropy, policy_state
+
+
+def token_kl(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor | None,  # [B, T]
+    temperature: float,
+    ref_temperature: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+) -> tuple[Tensor, ...]:
+    *outputs, _, _ = _forward(
+        logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
+    )
+    return tuple(outputs)
+
+
+def kl_rewards(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    scores: Tensor,  # [B]
+    score_index: Tensor,  # [B]
+    kl_coef: float,
+    estimator: int,
+    kl_clip: float | None,
+    temperature: float,
+    ref_temperature: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+) -> tuple[Tensor, ...]:
+    *outputs, rewards, correction = _forward(
+        logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap,
+        (scores, score_index, kl_coef, estimator, kl_clip),
+    )  # fmt: skip
+    return rewards, correction, *outputs
+
+
+def _forward(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor | None,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor | None,  # [B, T]
+    temperature: float,
+    ref_temperature: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+    reward: tuple[Tensor, Tensor, float, int, float | None] | None = None,
+) -> tuple[Any, ...]:
+    """Outputs in the order of `token_kl`, then rewards and correction; None for what is not asked."""
+    check_token_range(token_ids, mask, logits.shape[-1])
+    n_rows, vocab_size = token_ids.numel(), logits.shape[-1]
+    has_ref = ref_logits is not None
+
+    def per_token(*leading: int, wanted: bool = True) -> Tensor | None:
+        if not wanted:
+            return None
+        return torch.empty(
+            (*leading, *token_ids.shape), dtype=output_dtype(logits), device=logits.device
+        )
+
+    logprob, entropy = per_token(), per_token()
+    ref_logprob, kl, forward_kl = (per_token(wanted=has_ref) for _ in range(3))
+    policy_state, ref_state = per_token(2), per_token(2, wanted=has_ref)
+    rewards, correction = (per_token(wanted=reward is not None) for _ in range(2))
+    scores, score_index, kl_coef, estimator, kl_clip = reward or (None, None, 0.0, 0, None)
+    outputs = (logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state)
+    if n_rows == 0:
+        return *outputs, rewards, correction
+
+    split = CONFIG.fold_split
+    n_splits = -(-vocab_size // split)
+    fields = STATE_FIELDS if has_ref else POLICY_STATE_FIELDS
+    states = torch.empty((fields, n_splits, n_rows), dtype=torch.float32, device=logits.device)
+    sizes = (n_rows, token_ids.shape[1], vocab_size, n_splits, *_strides(logits, ref_logits))
+    scales = (LOG2E.value / temperature, LOG2E.value / ref_temperature, softcap, ref_softcap)
+    with torch.cuda.device_of(logits):
+        fold_kernel[(n_rows * n_splits,)](
+            logits, ref_logits, token_ids, mask, states, *sizes, *scales,
+            SPLIT=split, **_tile(logits, ref_logits), **FOLD_COMPILE,
+        )  # fmt: skip
+        finish_kernel[(-(-n_rows // CONFIG.finish_rows),)](
+            states, logits, ref_logits, token_ids, mask,
+            logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state,
+            rewards, correction, scores, score_index, *sizes, *scales, kl_coef, kl_clip,
+            ESTIMATOR=estimator, ROWS=CONFIG.finish_rows, num_warps=CONFIG.num_warps, **COMPILE,
+        )  # fmt: skip
+    return *outputs, rewards, correction
+
+
+def token_stats_backward(
+    grad_logprob: Tensor | None,  # [B, T]
+    grad_entropy: Tensor | None,  # [B, T]
+    logits: Tensor,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor | None,  # [B, T]
+    policy_state: Tensor,  # [2, B, T]
+    entropy: Tensor,  # [B, T]
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    return token_kl_backward(
+        grad_logprob, None, None, grad_entropy,
+        logits, None, token_ids, mask, policy_state, None, None,
+        entropy, temperature, temperature, softcap, None,
+    )  # fmt: skip
+
+
+def token_kl_backward(
+    grad_logprob: Tensor | None,  # [B, T]
+    grad_kl: Tensor | None,  # [B, T]
+    grad_forward_kl: Tensor | None,  # [B, T]
+    grad_entropy: Tensor | None,  # [B, T]
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor | None,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor | None,  # [B, T]
+    policy_state: Tensor,  # [2, B, T]
+    ref_state: Tensor | None,  # [2, B, T]
+    kl: Tensor | None,  # [B, T]
+    entropy: Tensor,  # [B, T]
+    temperature: float,
+    ref_temperature: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+) -> Tensor:
+    """What belongs to the reference may be None where neither KL has a gradient."""
+    if grad_kl is None and grad_forward_kl is None:
+        ref_logits = ref_state = kl = None
+    n_rows, vocab_size = token_ids.numel(), logits.shape[-1]
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if n_rows == 0:
+        return grad_logits
+    split = CONFIG.backward_split
+    n_splits = -(-vocab_size // split)
+    with torch.cuda.device_of(logits):
+        backward_kernel[(n_rows * n_splits,)](
+            grad_logprob, grad_kl, grad_forward_kl, grad_entropy,
+            logits, ref_logits, token_ids, mask, policy_state, ref_state, kl, entropy, grad_logits,
+            n_rows, token_ids.shape[1], vocab_size, n_splits, *_strides(logits, ref_logits),
+            temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
+            softcap, ref_softcap,
+            SPLIT=split, **_tile(logits, ref_logits, grad_logits), **COMPILE,
+        )  # fmt: skip
+    return grad_logits
+
+
+def gae(
+    rewards: Tensor,  # [B, T]
+    values: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    gamma: float,
+    lam: float,
+    skip_masked: bool,
+) -> tuple[Tensor, Tensor]:
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    n_sequences, n_tokens = rewards.shape
+    if rewards.numel():
+        with torch.cuda.device_of(rewards):
+            gae_kernel[(n_sequences,)](
+                rewards, values, mask, advantages, returns, n_tokens, gamma, lam,
+                SKIP_MASKED=skip_masked, BLOCK_T=CONFIG.gae_block,
+                num_warps=CONFIG.num_warps, **COMPILE,
+            )  # fmt: skip
+    return advantages, returns
+
+
+def _strides(logits: Tensor, ref_logits: Tensor | None) -> tuple[int, ...]:
+    ref_logits = logits if ref_logits is None else ref_logits
+    return *logits.stride()[:2], *ref_logits.stride()[:2]
+
+
+def _tile(*tensors: Tensor | None) -> dict[str, int]:
+    """The [STEPS, N, LANE] that one program reads at a time, in loads as wide as rows are aligned.
+
+    The widest dtype decides, so that both tensors of a pair are read in the same pattern.
+    """
+    logits = [t for t in tensors if t is not None]
+    lane, steps = VECTOR_BYTES // max(t.itemsize for t in logits), CONFIG.steps
+    if not all(map(_rows_are_aligned, logits)):
+        lane, steps = 1, CONFIG.unaligned_steps
+    return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
+
+
+def _rows_are_aligned(t: Tensor) -> bool:  # [B, T, V]
+    steps = [s * t.itemsize for s, n in zip(t.stride()[:2], t.shape) if n > 1]
+    return all(start % VECTOR_BYTES == 0 for start in (t.data_ptr(), *steps))

@@ -1,0 +1,297 @@
+"""The algebra of `reference.py` as device functions, in float32.
+
+Notation is the reference's: tx = k x - A, w = 2^tx for the policy, ty = k y - B, u = 2^ty for the
+reference. What float32 changes:
+
+* tx and ty are always one fma, here and in the backward: A is k max(x) rounded, and only the same
+  rounding everywhere lets it cancel. (At an offset of 1e4 a rounded product costs 1e-4.)
+* Sums live in lanes, [N], each absorbing [N, LANE] logits per step: all work across lanes comes
+  after the loop.
+* Infinite KL is kept apart from the sums, as the largest x - y and y - x: +inf where one of the
+  distributions has no support, NaN (dropped by a maximum) where both have none.
+
+Functions whose name says nothing else take and return tensors of any one shape.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+
+# Stands for -inf after subtracting an anchor: 2^FLOOR is 0, yet FLOOR - FLOOR is 0 and not NaN, and
+# a whole vocabulary of -FLOOR does not overflow.
+FLOOR = tl.constexpr(-1.0e30)
+# The anchor of an empty state: below any logit that counts, and rescaling from it stays finite.
+EMPTY_ANCHOR = tl.constexpr(-1.0e32)
+# Anchored sums above this are folded again with a running maximum: a weight that large has lost
+# sight of the others, and one much larger would overflow.
+LARGE_SUM = tl.constexpr(1048576.0)
+
+# A maximum drops NaN unless told not to.
+KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+class RowState(NamedTuple):
+    """Anchors and sums over the vocabulary seen so far; see `reference.RowState`."""
+
+    anchor: tl.tensor
+    ref_anchor: tl.tensor
+    sx: tl.tensor
+    sy: tl.tensor
+    ex: tl.tensor
+    rk: tl.tensor
+    fk: tl.tensor
+    gap: tl.tensor  # max (x - y); +inf: KL is infinite by support
+    ref_gap: tl.tensor  # max (y - x); +inf: so is forward KL
+
+
+@triton.jit
+def empty_state(anchor, ref_anchor, N: tl.constexpr):
+    """N lanes without content, at the given anchors (scalars)."""
+    zero = tl.zeros((N,), tl.float32)
+    return RowState(
+        zero + anchor, zero + ref_anchor, zero, zero, zero, zero, zero, zero - INF, zero - INF
+    )
+
+
+@triton.jit
+def fold(s, x, y, k, ref_k, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
+    """Absorb one logit (pair) into each lane of `s`, anchors unchanged; x, y and `s` are [N].
+
+    GUARDED takes -inf as it is meant: p = 0 adds nothing. Unguarded it makes a sum non-finite.
+    """
+    sy, rk, fk, gap, ref_gap = s.sy, s.rk, s.fk, s.gap, s.ref_gap
+    tx = tl.fma(x, k, -s.anchor)
+    if GUARDED:
+        tx = tl.maximum(tx, FLOOR, KEEP_NAN)
+    w = tl.exp2(tx)
+    sx = s.sx + w
+    ex = tl.fma(w, tx, s.ex)
+    if HAS_REF:
+        ty = tl.fma(y, ref_k, -s.ref_anchor)
+        if GUARDED:
+            ty = tl.maximum(ty, FLOOR, KEEP_NAN)
+            gap = tl.maximum(gap, x - y)
+            ref_gap = tl.maximum(ref_gap, -(x - y))
+        u = tl.exp2(ty)
+        sy += u
+        rk = tl.fma(w, tx - ty, rk)
+        fk = tl.fma(-u, tx - ty, fk)
+    return RowState(s.anchor, s.ref_anchor, sx, sy, ex, rk, fk, gap, ref_gap)
+
+
+@triton.jit
+def fold_tile(s, x, y, k, ref_k, WIDTH: tl.constexpr, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
+    """Absorb x, y [N, WIDTH] into `s` [N], one after the other.
+
+    A chain of fma per sum: a reduction would multiply and add apart, and hold the tile's products
+    in registers meanwhile.
+    """
+    if WIDTH == 1:
+        s = fold(s, first_column(x), first_column(y), k, ref_k, HAS_REF, GUARDED)
+    else:
+        x0, x1 = halves(x)
+        y0, y1 = halves(y)
+        s = fold_tile(s, x0, y0, k, ref_k, WIDTH // 2, HAS_REF, GUARDED)
+        s = fold_tile(s, x1, y1, k, ref_k, WIDTH // 2, HAS_REF, GUARDED)
+    return s
+
+
+@triton.jit
+def first_column(x):  # [N, 1] -> [N]
+    return tl.reshape(x, (x.shape[0],))
+
+
+@triton.jit
+def halves(x):  # [N, WIDTH] -> two [N, WIDTH / 2], even and odd columns
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def move(s, anchor, ref_anchor, HAS_REF: tl.constexpr):
+    """The same sums measured from other anchors: tx becomes tx - da, w becomes w 2^-da."""
+    sy, rk, fk = s.sy, s.rk, s.fk
+    da = anchor - s.anchor
+    ca = tl.exp2(-da)
+    sx = ca * s.sx
+    ex = ca * tl.fma(-da, s.sx, s.ex)
+    if HAS_REF:
+        db = ref_anchor - s.ref_anchor
+        cb = tl.exp2(-db)
+        sy = cb * s.sy
+        rk = ca * tl.fma(db - da, s.sx, s.rk)
+        fk = cb * tl.fma(da - db, s.sy, s.fk)
+    return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, s.gap, s.ref_gap)
+
+
+@triton.jit
+def merge(s, t, HAS_REF: tl.constexpr):
+    """Bring both states to common anchors and add. Associative up to rounding."""
+    anchor = tl.maximum(s.anchor, t.anchor)
+    ref_anchor = tl.maximum(s.ref_anchor, t.ref_anchor)
+    s = move(s, anchor, ref_anchor, HAS_REF)
+    t = move(t, anchor, ref_anchor, HAS_REF)
+    return RowState(
+        anchor, ref_anchor, s.sx + t.sx, s.sy + t.sy, s.ex + t.ex, s.rk + t.rk, s.fk + t.fk,
+        tl.maximum(s.gap, t.gap), tl.maximum(s.ref_gap, t.ref_gap),
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_lanes(s, HAS_REF: tl.constexpr):
+    """The lanes [N] of a state as one scalar state."""
+    anchor, ref_anchor = tl.max(s.anchor, 0), tl.max(s.ref_anchor, 0)
+    s = move(s, anchor, ref_anchor, HAS_REF)
+    return RowState(
+        anchor, ref_anchor, tl.sum(s.sx, 0), tl.sum(s.sy, 0), tl.sum(s.ex, 0),
+        tl.sum(s.rk, 0), tl.sum(s.fk, 0), tl.max(s.gap, 0), tl.max(s.ref_gap, 0),
+    )  # fmt: skip
+
+
+@triton.jit
+def is_sound(s, HAS_REF: tl.constexpr):
+    """Whether the anchors of an unguarded fold were well chosen and nothing needed guarding."""
+    sound = (s.sx <= LARGE_SUM) & (tl.abs(s.ex) < INF)
+    if HAS_REF:
+        sound &= (s.sy <= LARGE_SUM) & (tl.abs(s.rk) < INF) & (tl.abs(s.fk) < INF)
+        sound &= (s.gap < INF) & (s.ref_gap < INF)
+    return sound
+
+
+class Finished(NamedTuple):
+    """What `finish` makes of a state, in nats; KL and entropy are never negative."""
+
+    logprob: tl.tensor
+    ref_logprob: tl.tensor
+    kl: tl.tensor
+    forward_kl: tl.tensor
+    entropy: tl.tensor
+
+
+@triton.jit
+def finish(s, xt, yt, k, ref_k, HAS_REF: tl.constexpr):
+    """xt, yt: the token's logits, after softcap. Without a reference only the policy's count."""
+    ln_sx = tl.log(s.sx)
+    logprob = LN2 * tl.fma(xt, k, -s.anchor) - ln_sx
+    entropy = tl.maximum(ln_sx - LN2 * s.ex / s.sx, 0.0, KEEP_NAN)
+    ref_logprob, kl, forward_kl = logprob, logprob, logprob
+    if HAS_REF:
+        ln_sy = tl.log(s.sy)
+        ref_logprob = LN2 * tl.fma(yt, ref_k, -s.ref_anchor) - ln_sy
+        # Infinity is added, not selected: a row that is NaN for another reason stays NaN.
+        kl = LN2 * s.rk / s.sx - (ln_sx - ln_sy) + tl.where(s.gap == INF, INF, 0.0)
+        forward_kl = LN2 * s.fk / s.sy + (ln_sx - ln_sy) + tl.where(s.ref_gap == INF, INF, 0.0)
+        kl = tl.maximum(kl, 0.0, KEEP_NAN)
+        forward_kl = tl.maximum(forward_kl, 0.0, KEEP_NAN)
+    return Finished(logprob, ref_logprob, kl, forward_kl, entropy)
+
+
+class Coefficients(NamedTuple):
+    """A row's gradient is w (a + b tx + c ty) - d u."""
+
+    a: tl.tensor
+    b: tl.tensor
+    c: tl.tensor
+    d: tl.tensor
+
+
+@triton.jit
+def coefficients(
+    g_logprob, g_kl, g_forward_kl, g_entropy, sx, sy, kl, entropy, temperature, HAS_REF: tl.constexpr
+):
+    """See `reference.coefficients`; the gradient of an infinite KL is NaN."""
+    ln_sx = tl.log(sx)
+    a = tl.where(g_entropy == 0.0, 0.0, g_entropy * (ln_sx - entropy)) - g_logprob
+    d = 0.0
+    if HAS_REF:
+        kl_term = g_kl * (tl.log(sy) - ln_sx - kl) + (kl - kl)
+        a += tl.where(g_kl == 0.0, 0.0, kl_term) + g_forward_kl
+        d = g_forward_kl / (temperature * sy)
+    scale = 1.0 / (temperature * sx)
+    return Coefficients(a * scale, LN2 * (g_kl - g_entropy) * scale, -LN2 * g_kl * scale, d)
+
+
+@triton.jit
+def anchored(x, k, anchor):
+    """Log2 units from the anchor, -inf at the floor."""
+    return tl.maximum(tl.fma(x, k, -anchor), FLOOR, KEEP_NAN)
+
+
+@triton.jit
+def backward(tx, ty, c, HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr):
+    """The gradient, all but the token's own + g_logprob / temperature."""
+    slope = tl.fma(tx, c.b, c.a)
+    if HAS_KL:
+        slope = tl.fma(ty, c.c, slope)
+    grad = tl.exp2(tx) * slope
+    if HAS_FORWARD_KL:
+        grad = tl.fma(tl.exp2(ty), -c.d, grad)
+    return grad
+
+
+@triton.jit
+def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
+    """The KL reward without the score, and what to add to the advantage (see the reference).
+
+    ESTIMATOR: an index into `schemas.ESTIMATORS`, k1, exact, k2, k3, abs.
+    """
+    k1 = f.logprob - f.ref_logprob
+    if ESTIMATOR == 0:
+        estimate = k1
+    elif ESTIMATOR == 1:
+        estimate = f.kl
+    elif ESTIMATOR == 2:
+        estimate = 0.5 * k1 * k1
+    elif ESTIMATOR == 3:
+        estimate = exp_minus_linear(-k1)
+    else:
+        estimate = tl.abs(k1)
+    if kl_clip is not None:
+        k1 = tl.clamp(k1, -kl_clip, kl_clip, KEEP_NAN)
+        estimate = tl.clamp(estimate, -kl_clip, kl_clip, KEEP_NAN)
+    correction = tl.zeros_like(k1)
+    if ESTIMATOR == 1:
+        correction = -kl_coef * (k1 - estimate)
+    return -kl_coef * estimate, correction
+
+
+@triton.jit
+def exp_minus_linear(d):
+    """exp(d) - 1 - d; near 0 by its series, where the difference would cancel."""
+    series = d * d * (
+        1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))))
+    )  # fmt: skip
+    return tl.where(tl.abs(d) < 0.35, series, tl.exp(d) - 1.0 - d)
+
+
+@triton.jit
+def soft_capped(x, softcap):
+    """softcap tanh(x / softcap), x where softcap is None; infinities stay (see the reference).
+
+    tanh near 0 is a polynomial in z^2, minimax on |z| < 0.55 (relative error 4e-8): the quotient
+    would cancel there.
+    """
+    if softcap is not None:
+        z = x / softcap
+        small = tl.fma(z * z, 0.01645873, -0.05268413)
+        small = tl.fma(z * z, small, 0.13320942)
+        small = tl.fma(z * z, small, -0.33332957)
+        small = tl.fma(z * z * z, small, z)
+        e = tl.exp2(-2.0 * LOG2E * tl.abs(z))
+        large = (1.0 - e) / (1.0 + e)
+        tanh = tl.where(tl.abs(z) < 0.55, small, tl.where(z < 0.0, -large, large))
+        x = tl.where(tl.abs(x) == INF, x, softcap * tanh)
+    return x
+
+
+@triton.jit
+def soft_capped_grad(grad, x, softcap):
+    """`grad` with respect to x, given `grad` with respect to soft_capped(x): 1 / cosh^2."""
+    if softcap is not None:
+        e = tl.exp2(-2.0 * LOG2E * tl.abs(x / softcap))
+        grad *= 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return grad

@@ -92,7 +92,8 @@ __device__ void zero_part(const GradRow<T>& grad, int size) {
   float zeros[kLanes] = {};
   for (int i = threadIdx.x * kLanes; i < whole; i += Policy::kThreads * kLanes)
     grad.template put_eight<kAligned>(i, zeros, zeros);
-  for (int i = whole + threadIdx.x; i < size; i += Policy::kThreads) grad.put(i, 0.0f, 0.0f);
+  const int i = whole + threadIdx.x;
+  if (i < size) grad.put(i, 0.0f, 0.0f);
 }
 
 // CUDA kernels
@@ -110,9 +111,10 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
                    : zero_part<Policy, false>(grad, part.size);
     return;
   }
-  __shared__ RowGradient r;
-  if (threadIdx.x == 0) r = row_gradient<kTerms>(rows, saved, row);
+  __shared__ RowGradient of_row;
+  if (threadIdx.x == 0) of_row = row_gradient<kTerms>(rows, saved, row);
   __syncthreads();  // without it the others would use coefficients that are not there yet
+  const RowGradient r = of_row;  // in registers, not read again for every logit
   const int64_t token = rows.token_ids[row] - begin;
   if (grad.aligned() && part.x.aligned() && part.y.aligned())
     backward_part<Policy, true, kTerms>(part, r, grad, token);

@@ -69,7 +69,7 @@ cudaError_t backward(const Rows& rows, const Logits& policy, const Logits& refer
                      const Saved& saved, void* grad_logits, cudaStream_t stream);
 
 // All [B, T].
-cudaError_t gae(const float* rewards, const float* values, const bool* mask, int64_t n_batch,
+cudaError_t gae_rows(const float* rewards, const float* values, const bool* mask, int64_t n_batch,
                 int64_t n_tokens, double gamma, double lam, bool skip_masked, float* advantages,
                 float* returns, cudaStream_t stream);
 

@@ -68,7 +68,9 @@ __device__ __forceinline__ void for_each(const Part<T, kReference>& part, const 
     else
       eight(i, xs, xs);
   }
-  for (i = whole + threadIdx.x; i < part.size; i += Policy::kThreads)
+  static_assert(kLanes <= Policy::kThreads, "what is left has to fit into the block");
+  i = whole + threadIdx.x;
+  if (i < part.size)
     one(i, part.x[i], kReference ? part.y[i] : part.x[i]);
 }
 

@@ -166,10 +166,11 @@ struct Upstream {
   Real logprob, kl, forward_kl, entropy;
 };
 
-// A row's gradient is w (a + b tx + c ty) - d u.
+// A row's gradient is w (a + b (tx - ty - mean_gap) + c tx) - d u.
 template <class Real>
 struct Coefficients {
   Real a, b, c, d;
+  Real mean_gap;  // E[tx - ty] under p; subtracted first, since the rest cancels as p nears q or 1
 };
 
 // From d logprob = [i = token] - p, d kl = p (log p - log q - kl), d forward_kl = p - q and
@@ -181,27 +182,34 @@ KL_HOST_DEVICE Coefficients<Real> coefficients(const Upstream<Real>& g, Real sx,
                                                Real entropy, Real temperature) {
   const Real ln2 = kLn2, ln_sx = log(sx), ln_sy = log(sy);
   const Real finite_kl = kl == Real(INFINITY) ? Real(NAN) : kl;
-  const Real kl_term = g.kl == 0 ? Real(0) : g.kl * (ln_sy - ln_sx - finite_kl);
+  const Real mean_gap = g.kl == 0 ? Real(0) : (finite_kl + ln_sx - ln_sy) / ln2;
   const Real entropy_term = g.entropy == 0 ? Real(0) : g.entropy * (ln_sx - entropy);
   const Real over_x = 1 / (temperature * sx), over_y = 1 / (temperature * sy);
-  return {(kl_term + entropy_term - g.logprob + g.forward_kl) * over_x,
-          ln2 * (g.kl - g.entropy) * over_x, -ln2 * g.kl * over_x, g.forward_kl * over_y};
+  return {(entropy_term - g.logprob + g.forward_kl) * over_x, ln2 * g.kl * over_x,
+          -ln2 * g.entropy * over_x, g.forward_kl * over_y, mean_gap};
+}
+
+// To float32; what mean_gap loses goes into a.
+KL_HOST_DEVICE Coefficients<float> rounded(const Coefficients<double>& c) {
+  const float mean_gap = float(c.mean_gap);
+  const double a = c.b == 0 ? c.a : c.a + c.b * (double(mean_gap) - c.mean_gap);
+  return {float(a), float(c.b), float(c.c), float(c.d), mean_gap};
 }
 
 // The gradient of one logit, all but the token's own + g.logprob / temperature.
 template <class Real, class Scalar>
 KL_HOST_DEVICE Real backward(const Coefficients<Scalar>& c, Real tx, Real ty, Real w, Real u) {
-  return w * (c.a + c.b * tx + c.c * ty) - c.d * u;
+  return w * (c.a + c.b * (tx - ty - c.mean_gap) + c.c * tx) - c.d * u;
 }
 
 // The same where no gradient of forward_kl is asked for, and where none of either KL is.
 template <class Real, class Scalar>
 KL_HOST_DEVICE Real backward(const Coefficients<Scalar>& c, Real tx, Real ty, Real w) {
-  return w * (c.a + c.b * tx + c.c * ty);
+  return w * (c.a + c.b * (tx - ty - c.mean_gap) + c.c * tx);
 }
 template <class Real, class Scalar>
 KL_HOST_DEVICE Real backward(const Coefficients<Scalar>& c, Real tx, Real w) {
-  return w * (c.a + c.b * tx);
+  return w * (c.a + c.c * tx);
 }
 
 // In the order of ESTIMATORS in kl_kernels/schemas.py.

@@ -66,7 +66,7 @@ class RowBackward {
         anchor_(anchor),
         ref_anchor_(ref_anchor),
         c_(c),
-        c32_{float(c.a), float(c.b), float(c.c), float(c.d)},
+        c32_(rounded(c)),
         in_place_(read_in_place(policy, reference)),
         grad_logits_(grad_logits) {}
 

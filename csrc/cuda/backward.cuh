@@ -37,9 +37,7 @@ __device__ RowGradient row_gradient(const Rows& rows, const Saved& saved, int64_
     kl = saved.kl[row];
   }
   const double sx = saved.policy_state[rows.n_rows + row], entropy = saved.entropy[row];
-  const Coefficients<double> c = coefficients(g, sx, sy, kl, entropy, saved.temperature);
-  r.c = {static_cast<float>(c.a), static_cast<float>(c.b), static_cast<float>(c.c),
-         static_cast<float>(c.d)};
+  r.c = rounded(coefficients(g, sx, sy, kl, entropy, saved.temperature));
   r.anchor = saved.policy_state[row];
   r.own = static_cast<float>(g.logprob / saved.temperature);
   return r;

@@ -166,11 +166,27 @@ struct Upstream {
   Real logprob, kl, forward_kl, entropy;
 };
 
-// A row's gradient is w (a + b (tx - ty - mean_gap) + c tx) - d u.
+template <class Real>
+struct Anchored {
+  Real anchor;  // B
+  Real sum;     // sum u
+};
+
+// The reference measured from where the policy's mean of tx - ty is nearly 0, for backward. From
+// its own maximum, the gradient of a large kl is the small difference of numbers as large as that
+// kl. Bounded, because u grows by as much as the anchor sinks.
+template <class Real>
+KL_HOST_DEVICE Anchored<Real> centred(const Anchored<Real>& ref, Real sx, Real kl) {
+  const Real ln2 = kLn2, bound = 64;
+  const Real mean = (kl + log(sx) - log(ref.sum)) / ln2;
+  const Real anchor = float(ref.anchor - (mean < bound ? mean : bound));
+  return {anchor, ref.sum * exp2(ref.anchor - anchor)};
+}
+
+// A row's gradient is w (a + b tx + c ty) - d u.
 template <class Real>
 struct Coefficients {
   Real a, b, c, d;
-  Real mean_gap;  // E[tx - ty] under p; subtracted first, since the rest cancels as p nears q or 1
 };
 
 // From d logprob = [i = token] - p, d kl = p (log p - log q - kl), d forward_kl = p - q and
@@ -182,34 +198,27 @@ KL_HOST_DEVICE Coefficients<Real> coefficients(const Upstream<Real>& g, Real sx,
                                                Real entropy, Real temperature) {
   const Real ln2 = kLn2, ln_sx = log(sx), ln_sy = log(sy);
   const Real finite_kl = kl == Real(INFINITY) ? Real(NAN) : kl;
-  const Real mean_gap = g.kl == 0 ? Real(0) : (finite_kl + ln_sx - ln_sy) / ln2;
+  const Real kl_term = g.kl == 0 ? Real(0) : g.kl * (ln_sy - ln_sx - finite_kl);
   const Real entropy_term = g.entropy == 0 ? Real(0) : g.entropy * (ln_sx - entropy);
   const Real over_x = 1 / (temperature * sx), over_y = 1 / (temperature * sy);
-  return {(entropy_term - g.logprob + g.forward_kl) * over_x, ln2 * g.kl * over_x,
-          -ln2 * g.entropy * over_x, g.forward_kl * over_y, mean_gap};
-}
-
-// To float32; what mean_gap loses goes into a.
-KL_HOST_DEVICE Coefficients<float> rounded(const Coefficients<double>& c) {
-  const float mean_gap = float(c.mean_gap);
-  const double a = c.b == 0 ? c.a : c.a + c.b * (double(mean_gap) - c.mean_gap);
-  return {float(a), float(c.b), float(c.c), float(c.d), mean_gap};
+  return {(kl_term + entropy_term - g.logprob + g.forward_kl) * over_x,
+          ln2 * (g.kl - g.entropy) * over_x, -ln2 * g.kl * over_x, g.forward_kl * over_y};
 }
 
 // The gradient of one logit, all but the token's own + g.logprob / temperature.
 template <class Real, class Scalar>
 KL_HOST_DEVICE Real backward(const Coefficients<Scalar>& c, Real tx, Real ty, Real w, Real u) {
-  return w * (c.a + c.b * (tx - ty - c.mean_gap) + c.c * tx) - c.d * u;
+  return w * (c.a + c.b * tx + c.c * ty) - c.d * u;
 }
 
 // The same where no gradient of forward_kl is asked for, and where none of either KL is.
 template <class Real, class Scalar>
 KL_HOST_DEVICE Real backward(const Coefficients<Scalar>& c, Real tx, Real ty, Real w) {
-  return w * (c.a + c.b * (tx - ty - c.mean_gap) + c.c * tx);
+  return w * (c.a + c.b * tx + c.c * ty);
 }
 template <class Real, class Scalar>
 KL_HOST_DEVICE Real backward(const Coefficients<Scalar>& c, Real tx, Real w) {
-  return w * (c.a + c.c * tx);
+  return w * (c.a + c.b * tx);
 }
 
 // In the order of ESTIMATORS in kl_kernels/schemas.py.

@@ -129,11 +129,13 @@ def test_a_row_does_not_depend_on_the_others(backend, inputs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_equal_rows_have_exactly_no_divergence_and_no_gradient(backend, dtype, inputs):
+def test_equal_rows_have_exactly_no_divergence_and_hardly_a_gradient(backend, dtype, inputs):
     logits = (10 * inputs[0]).to(dtype).requires_grad_()
     result = kl_kernels.token_kl(logits, logits.detach().clone(), inputs[2], backend=backend)
     assert torch.equal(result.kl, torch.zeros(3, 5))
     assert torch.equal(result.forward_kl, torch.zeros(3, 5))
     assert torch.equal(result.logprob, result.ref_logprob)
-    grad = torch.autograd.grad(result.kl.sum(), logits)[0]
-    assert torch.equal(grad, torch.zeros_like(grad))
+    # The terms of the gradient cancel to within a rounding of themselves, p times log p.
+    grad = torch.autograd.grad(result.kl.sum(), logits)[0].abs()
+    log_p = logits.detach().float().log_softmax(-1)
+    assert (grad <= 2**-23 * log_p.exp() * log_p.abs().clamp_min(1.0)).all()

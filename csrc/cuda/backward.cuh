@@ -26,6 +26,8 @@ __device__ RowGradient row_gradient(const Rows& rows, const Saved& saved, int64_
   constexpr bool kReference = kTerms != Terms::policy;
   Upstream<double> g{};
   g.logprob = value_or_zero(saved.grad_logprob, row);
+  // A token outside the vocabulary shows, unless nobody asks for its gradient.
+  if (g.logprob != 0 && !in_vocabulary(rows, rows.token_ids[row])) g.logprob = NAN;
   g.entropy = value_or_zero(saved.grad_entropy, row);
   double sy = 1, kl = 0;
   RowGradient r{};

@@ -13,10 +13,14 @@ __device__ inline int64_t row_offset(const Logits& logits, const Rows& rows, int
   return row / rows.n_tokens * logits.stride_b + row % rows.n_tokens * logits.stride_t;
 }
 
+__device__ inline bool in_vocabulary(const Rows& rows, int64_t token) {
+  return token >= 0 && token < rows.vocab_size;
+}
+
 // NaN for a token outside the vocabulary: nothing is read out of bounds.
 __device__ inline float token_logit(const Logits& logits, const Rows& rows, int64_t row) {
   const int64_t token = rows.token_ids[row];
-  if (token < 0 || token >= rows.vocab_size) return NAN;
+  if (!in_vocabulary(rows, token)) return NAN;
   return Row<Any>(logits, row_offset(logits, rows, row))[token];
 }
 

@@ -201,7 +201,16 @@ class Coefficients(NamedTuple):
 
 @triton.jit
 def coefficients(
-    g_logprob, g_kl, g_forward_kl, g_entropy, sx, sy, kl, entropy, temperature, HAS_REF: tl.constexpr
+    g_logprob,
+    g_kl,
+    g_forward_kl,
+    g_entropy,
+    sx,
+    sy,
+    kl,
+    entropy,
+    temperature,
+    HAS_REF: tl.constexpr,
 ):
     """See `reference.coefficients`; the gradient of an infinite KL is NaN."""
     ln_sx = tl.log(sx)

@@ -54,14 +54,15 @@ def value_error(quantity: str, got: Tensor, true: Tensor) -> float:
     return _largest((got.double() - true).abs() / scale, got, true)
 
 
-def gradient_error(got: Tensor, true: Tensor, upstream: Tensor) -> float:  # [B, T, V] x2, [B, T]
+def gradient_error(got: Tensor, true: Tensor, terms: Tensor) -> float:  # [B, T, V] x2, [B, T]
     """Largest excess over half a unit in the last place of the dtype, relative to the row's norm.
 
-    The norm counts as at least 1/40 of the upstream gradient, so that a budget of 1e-5 allows two
-    float32 roundings of it where the truth vanishes (V = 1, p_token = 1).
+    The norm counts as at least 1/40 of the size of the terms that a gradient is the difference of,
+    so that a budget of 1e-5 allows two float32 roundings of them where the truth vanishes (V = 1,
+    p_token = 1).
     """
     norm = torch.linalg.vector_norm(true, dim=-1, keepdim=True)
-    scale = torch.maximum(norm, upstream[..., None].abs() / 40)
+    scale = torch.maximum(norm, terms[..., None] / 40)
     excess = (got.double() - true).abs() - half_ulp(true, got.dtype)
     return _largest(excess.clamp_min(0.0) / scale, got, true)
 
@@ -90,14 +91,16 @@ def errors(case: Case, backend: str | None) -> list[Error]:
     weights = {
         name: torch.randn(inputs.token_ids.shape, generator=generator) for name in DIFFERENTIABLE
     }
-    upstream = torch.stack(list(weights.values())).abs().sum(0) / inputs.temperature
     true, plain = (_eager(inputs, weights, dtype) for dtype in (torch.float64, torch.float32))
+    # The gradient of KL is p (log p - log q - KL): its terms are as large as the KL.
+    upstream = torch.stack(list(weights.values())).abs().sum(0) / inputs.temperature
+    terms = upstream * true["kl"].nan_to_num(1.0, 1.0).clamp_min(1.0)
     found = []
     for quantity, got in _fused(inputs, weights, backend).items():
         is_gradient = quantity.startswith("d ")
         expected = quantity.removeprefix("stats ")
         ours, theirs = (
-            gradient_error(value, true[expected], upstream)
+            gradient_error(value, true[expected], terms)
             if is_gradient
             else value_error(quantity, value, true[expected])
             for value in (got, plain[expected].to(got.dtype))

@@ -29,18 +29,22 @@ __device__ RowGradient row_gradient(const Rows& rows, const Saved& saved, int64_
   // A token outside the vocabulary shows, unless nobody asks for its gradient.
   if (g.logprob != 0 && !in_vocabulary(rows, rows.token_ids[row])) g.logprob = NAN;
   g.entropy = value_or_zero(saved.grad_entropy, row);
-  double sy = 1, kl = 0;
-  RowGradient r{};
+  const double sx = saved.policy_state[rows.n_rows + row], entropy = saved.entropy[row];
+  Anchored<double> ref{0, 1};
+  double kl = 0;
   if constexpr (kReference) {
     g.kl = value_or_zero(saved.grad_kl, row);
     g.forward_kl = value_or_zero(saved.grad_forward_kl, row);
-    r.ref_anchor = saved.ref_state[row];
-    sy = saved.ref_state[rows.n_rows + row];
+    ref = {saved.ref_state[row], saved.ref_state[rows.n_rows + row]};
     kl = saved.kl[row];
+    if (g.kl != 0) ref = centred(ref, sx, kl);
   }
-  const double sx = saved.policy_state[rows.n_rows + row], entropy = saved.entropy[row];
-  r.c = rounded(coefficients(g, sx, sy, kl, entropy, saved.temperature));
+  const Coefficients<double> c = coefficients(g, sx, ref.sum, kl, entropy, saved.temperature);
+  RowGradient r;
+  r.c = {static_cast<float>(c.a), static_cast<float>(c.b), static_cast<float>(c.c),
+         static_cast<float>(c.d)};
   r.anchor = saved.policy_state[row];
+  r.ref_anchor = static_cast<float>(ref.anchor);
   r.own = static_cast<float>(g.logprob / saved.temperature);
   return r;
 }

@@ -38,20 +38,22 @@ struct float2 {
   float x, y;
 };
 
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
 namespace cuda_on_host {
 
 constexpr int kWarp = 32;
 
-// A warp's shuffles: everyone writes, everyone waits, everyone reads, everyone waits.
+// A warp's shuffles: everyone writes, everyone waits, everyone reads. Two places to write take
+// turns: nobody gets to the first again before all have read it.
 struct Warp {
-  explicit Warp(int n_lanes) : here(n_lanes) {}
-  std::barrier<> here;
-  uint64_t exchange[kWarp] = {};
+  std::barrier<> here{kWarp};
+  uint64_t exchange[2][kWarp] = {};
 };
 
 struct Block {
   explicit Block(int n_threads) : here(n_threads), flags(n_threads) {
-    for (int i = 0; i < n_threads; i += kWarp) warps.push_back(std::make_unique<Warp>(kWarp));
+    for (int i = 0; i < n_threads; i += kWarp) warps.push_back(std::make_unique<Warp>());
   }
   std::barrier<> here;
   std::vector<int> flags;
@@ -59,10 +61,20 @@ struct Block {
 };
 
 inline thread_local Block* block;
+inline thread_local int turn;
+
+template <class T>
+T shuffle(T value, int from_lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Warp& warp = *block->warps[threadIdx.x / kWarp];
+  uint64_t* const exchange = warp.exchange[turn ^= 1];
+  memcpy(&exchange[threadIdx.x % kWarp], &value, sizeof(T));
+  warp.here.arrive_and_wait();
+  memcpy(&value, &exchange[from_lane % kWarp], sizeof(T));
+  return value;
+}
 
 }  // namespace cuda_on_host
-
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { cuda_on_host::block->here.arrive_and_wait(); }
 
@@ -77,27 +89,17 @@ inline int __syncthreads_or(int flag) {
 }
 
 template <class T>
-T shuffle_from(T value, int lane) {
-  cuda_on_host::Warp& warp = *cuda_on_host::block->warps[threadIdx.x / cuda_on_host::kWarp];
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  memcpy(&warp.exchange[threadIdx.x % cuda_on_host::kWarp], &value, sizeof(T));
-  warp.here.arrive_and_wait();
-  memcpy(&value, &warp.exchange[lane % cuda_on_host::kWarp], sizeof(T));
-  warp.here.arrive_and_wait();
-  return value;
-}
-template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
-  return shuffle_from(value, lane);
+  return cuda_on_host::shuffle(value, lane);
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int by) {
-  return shuffle_from(value, static_cast<int>(threadIdx.x) ^ by);
+  return cuda_on_host::shuffle(value, static_cast<int>(threadIdx.x) ^ by);
 }
 template <class T>
 T __shfl_down_sync(unsigned, T value, int by) {
-  const int lane = threadIdx.x % cuda_on_host::kWarp + by;
-  return shuffle_from(value, lane < cuda_on_host::kWarp ? lane : lane - by);
+  const int lane = threadIdx.x % cuda_on_host::kWarp;
+  return cuda_on_host::shuffle(value, lane + by < cuda_on_host::kWarp ? lane + by : lane);
 }
 
 template <class... Parameters>
@@ -107,6 +109,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   cuda_on_host::Block block(n_threads);
   const auto run = [&](unsigned thread) {
     cuda_on_host::block = &block;
+    cuda_on_host::turn = 0;
     threadIdx = dim3(thread);
     blockDim = config->blockDim;
     gridDim = config->gridDim;

@@ -15,12 +15,11 @@ from torch import Tensor
 HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # -fno-strict-aliasing: as nvcc has it. The kernels' unrolling is not for g++.
-FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread"]
 
 
-def compile_host(target: Path, *flags: str) -> Path:
-    sources = [str(HERE / "kernels.cpp")]
-    command = ["g++", *FLAGS, *flags, f"-I{HERE}", *sources, "-o", str(target), "-pthread"]
+def compile_host(source: str, target: Path, *flags: str) -> Path:
+    command = ["g++", *FLAGS, *flags, f"-I{HERE}", str(HERE / source), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return target

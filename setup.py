@@ -3,9 +3,10 @@
 cpu: without a working C++ compiler the package installs all the same, without it; an error in our
 own code fails the build.
 
-cuda: KL_KERNELS_CUDA=1 builds it or fails, 0 leaves it out. Unset, it is built where there are both
-nvcc and a torch with CUDA; the build says so where it is not. No GPU is needed. TORCH_CUDA_ARCH_LIST
-says for which ("9.0 10.0+PTX"); without it, those of CUDA_ARCHITECTURES that nvcc knows.
+cuda: KL_KERNELS_CUDA=1 builds it or fails, 0 leaves it out. Unset, it is built where there are
+both nvcc and a torch with CUDA; the build says so where it is not. No GPU is needed.
+TORCH_CUDA_ARCH_LIST says for which ("9.0 10.0+PTX"); without it, those of CUDA_ARCHITECTURES that
+nvcc knows.
 """
 
 import os
@@ -67,10 +68,11 @@ class BuildExtensions(build_ext):
         return Path("." if self.inplace else self.build_lib) / path
 
     def leave_out(self, name, reason):
-        print(f"kl_kernels: the {name} backend is not built, {reason}; the package works without it.")
+        reason = f"is not built, {reason}"
+        print(f"kl_kernels: the {name} backend {reason}; the package works without it.")
         path = self.in_build(reason_file(name))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"is not built, {reason}\n")
+        path.write_text(reason + "\n")
 
     def compile_nothing(self, ext):
         """Raise unless the compiler compiles and links an empty C++20 program."""
@@ -127,7 +129,9 @@ class Cuda:
         self.home = self.find_home()
         self.reason = self.reason_against(wish)
         if wish == "1" and self.reason:
-            raise SystemExit(f"KL_KERNELS_CUDA=1, but the cuda backend cannot be built: {self.reason}")
+            raise SystemExit(
+                f"KL_KERNELS_CUDA=1, but the cuda backend cannot be built: {self.reason}"
+            )
 
     @staticmethod
     def find_home():

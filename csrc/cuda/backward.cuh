@@ -22,7 +22,7 @@ __device__ inline double value_or_zero(const float* values, int64_t at) {
 
 // In float64, by one thread per block.
 template <Terms kTerms>
-__device__ RowGradient row_gradient(const Rows& rows, const Saved& saved, int64_t row) {
+__device__ RowGradient row_gradient(const Rows& rows, const Saved& saved, uint32_t row) {
   constexpr bool kReference = kTerms != Terms::policy;
   Upstream<double> g{};
   g.logprob = value_or_zero(saved.grad_logprob, row);
@@ -105,11 +105,12 @@ __device__ void zero_part(const GradRow<T>& grad, int size) {
 // One block per part of a row.
 template <class Policy, class T, Terms kTerms>
 __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
-    backward_kernel(Rows rows, Logits policy, Logits reference, Saved saved, void* grad_logits) {
-  const int64_t per_row = n_parts<Policy>(rows.vocab_size);
-  const int64_t row = blockIdx.x / per_row, begin = blockIdx.x % per_row * Policy::kPart;
-  const GradRow<T> grad(grad_logits, policy, row * rows.vocab_size + begin);
-  const auto part = part_of<Policy, T, kTerms != Terms::policy>(rows, policy, reference, row, begin);
+    backward_kernel(Rows rows, Split split, Logits policy, Logits reference, Saved saved,
+                    void* grad_logits) {
+  const Place place = place_of_block(split);
+  const uint32_t row = place.row;
+  const GradRow<T> grad(grad_logits, policy, row * rows.vocab_size + place.begin);
+  const auto part = part_of<T, kTerms != Terms::policy>(rows, split, policy, reference, place);
   if (!counts(rows, row)) {
     grad.aligned() ? zero_part<Policy, true>(grad, part.size)
                    : zero_part<Policy, false>(grad, part.size);
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
   if (threadIdx.x == 0) of_row = row_gradient<kTerms>(rows, saved, row);
   __syncthreads();  // without it the others would use coefficients that are not there yet
   const RowGradient r = of_row;  // in registers, not read again for every logit
-  const int64_t token = rows.token_ids[row] - begin;
+  const int64_t token = rows.token_ids[row] - place.begin;
   if (grad.aligned() && part.x.aligned() && part.y.aligned())
     backward_part<Policy, true, kTerms>(part, r, grad, token);
   else
@@ -133,15 +134,15 @@ cudaError_t launch_backward(const Rows& rows, const Logits& policy, const Logits
                             const Saved& saved, void* grad_logits, cudaStream_t stream) {
   const bool any_kl = saved.grad_kl != nullptr || saved.grad_forward_kl != nullptr;
   const Logits read = any_kl ? reference : Logits{};
-  const int64_t n_blocks = rows.n_rows * n_parts<Policy>(rows.vocab_size);
+  const Split split = split_of<Policy>(rows.vocab_size);
   return with_element_type(policy, read, [&](auto element) {
     using T = decltype(element);
     const auto kernel = !any_kl ? backward_kernel<Policy, T, Terms::policy>
                         : saved.grad_forward_kl == nullptr
                             ? backward_kernel<Policy, T, Terms::kl>
                             : backward_kernel<Policy, T, Terms::both_kls>;
-    return launch(kernel, n_blocks, Policy::kThreads, stream, rows, policy, read, saved,
-                  grad_logits);
+    return launch(kernel, rows.n_rows * split.n_parts, Policy::kThreads, stream, rows, split,
+                  policy, read, saved, grad_logits);
   });
 }
 

@@ -1,10 +1,10 @@
 // The forward pass over one part of a row: its logits, read once, become a state.
 //
-// The fast loop has no maximum, no rescaling and no test: it measures from anchors fixed beforehand,
-// the larger of the first tile's maximum and the sampled token's logit (which is nearly always close
-// to the top). Whatever defeats it (-inf, NaN, a peak far above the anchor) shows in the sums, and
-// the careful loop, with a running maximum, folds that part again. Both the choice and the split
-// into parts depend on the row alone.
+// The fast loop has no maximum, no rescaling and no test: it measures from anchors fixed
+// beforehand, the larger of the first tile's maximum and the sampled token's logit (which is nearly
+// always close to the top). Whatever defeats it (-inf, NaN, a peak far above the anchor) shows in
+// the sums, and the careful loop, with a running maximum, folds that part again. Both the choice
+// and the split into parts depend on the row alone.
 #pragma once
 
 #include "block.cuh"

@@ -14,7 +14,7 @@ __device__ inline void write(float* to, int64_t at, double value) {
 
 // The KL's share of the reward, and the score's where this is its place (which need not count).
 __device__ inline void write_rewards(const Rows& rows, const Outputs& out, const RewardShape& shape,
-                                     int64_t row, const ShapedReward& shaped) {
+                                     uint32_t row, const ShapedReward& shaped) {
   if (out.rewards == nullptr) return;
   const int64_t b = row / rows.n_tokens, t = row % rows.n_tokens;
   out.rewards[row] = shaped.reward + (shape.score_index[b] == t ? shape.scores[b] : 0.0f);
@@ -23,7 +23,7 @@ __device__ inline void write_rewards(const Rows& rows, const Outputs& out, const
 
 // A row that counts for nothing is 0 everywhere.
 __device__ inline void write_masked(const Rows& rows, const Outputs& out, const RewardShape& shape,
-                                    int64_t row) {
+                                    uint32_t row) {
   float* const outputs[] = {out.logprob, out.ref_logprob, out.kl, out.forward_kl, out.entropy};
   for (float* output : outputs) write(output, row, 0);
   float* const states[] = {out.policy_state, out.ref_state};
@@ -37,7 +37,7 @@ __device__ inline void write_masked(const Rows& rows, const Outputs& out, const 
 // In float64: one thread's work per row, and the difference of two logarithms cancels as p nears q.
 __device__ inline void write_finished(const Rows& rows, const Logits& policy,
                                       const Logits& reference, const Outputs& out,
-                                      const RewardShape& shape, int64_t row,
+                                      const RewardShape& shape, uint32_t row,
                                       const RowState<double>& s) {
   const double x = token_logit(policy, rows, row);
   const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
@@ -56,9 +56,9 @@ __device__ inline void write_finished(const Rows& rows, const Logits& policy,
   write(out.policy_state, rows.n_rows + row, s.sums.sx);
   write(out.ref_state, row, s.ref_anchor);
   write(out.ref_state, rows.n_rows + row, s.sums.sy);
-  const Finished<float> rounded{
-      static_cast<float>(f.logprob), static_cast<float>(f.ref_logprob), static_cast<float>(f.kl),
-      static_cast<float>(f.forward_kl), static_cast<float>(f.entropy)};
+  const Finished<float> rounded{static_cast<float>(f.logprob), static_cast<float>(f.ref_logprob),
+                                static_cast<float>(f.kl), static_cast<float>(f.forward_kl),
+                                static_cast<float>(f.entropy)};
   write_rewards(rows, out, shape, row,
                 reward_epilogue(rounded, shape.kl_coef, shape.estimator, shape.kl_clip));
 }
@@ -71,20 +71,21 @@ __device__ inline RowState<double> widened(const RowState<float>& s) {
 
 template <class Policy, class T, bool kReference>
 __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
-    fold_kernel(Rows rows, Logits policy, Logits reference, Outputs out, RewardShape shape,
+    fold_kernel(Rows rows, Split split, Logits policy, Logits reference, Outputs out,
+                RewardShape shape,
                 RowState<float>* parts) {  // parts: [B T, n_parts], nullptr where that is 1
-  const int64_t per_row = n_parts<Policy>(rows.vocab_size);
-  const int64_t row = blockIdx.x / per_row, begin = blockIdx.x % per_row * Policy::kPart;
+  const Place place = place_of_block(split);
+  const uint32_t row = place.row;
   if (!counts(rows, row)) {  // the whole block returns
     if (parts == nullptr && threadIdx.x == 0) write_masked(rows, out, shape, row);
     return;
   }
-  const auto part = part_of<Policy, T, kReference>(rows, policy, reference, row, begin);
+  const auto part = part_of<T, kReference>(rows, split, policy, reference, place);
   const float x = token_logit(policy, rows, row);
   const float y = kReference ? token_logit(reference, rows, row) : x;
   const bool aligned = part.x.aligned() && part.y.aligned();
-  const RowState<float> s = aligned ? fold_part<Policy, true>(part, x, y)
-                                    : fold_part<Policy, false>(part, x, y);
+  const RowState<float> s =
+      aligned ? fold_part<Policy, true>(part, x, y) : fold_part<Policy, false>(part, x, y);
   if (threadIdx.x != 0) return;
   if (parts == nullptr)
     write_finished(rows, policy, reference, out, shape, row, widened(s));
@@ -92,18 +93,17 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
     parts[blockIdx.x] = s;
 }
 
-template <class Policy>
-__global__ void finish_kernel(Rows rows, Logits policy, Logits reference, Outputs out,
+__global__ void finish_kernel(Rows rows, Split split, Logits policy, Logits reference, Outputs out,
                               RewardShape shape, const RowState<float>* parts) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const uint32_t row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= rows.n_rows) return;
   if (!counts(rows, row)) {
     write_masked(rows, out, shape, row);
     return;
   }
-  const int64_t per_row = n_parts<Policy>(rows.vocab_size);
+  parts += static_cast<int64_t>(row) * split.n_parts;
   RowState<double> s = empty_state<double>();
-  for (int64_t i = 0; i < per_row; ++i) s = merge(s, widened(parts[row * per_row + i]));
+  for (uint32_t i = 0; i < split.n_parts; ++i) s = merge(s, widened(parts[i]));
   write_finished(rows, policy, reference, out, shape, row, s);
 }
 
@@ -111,27 +111,28 @@ __global__ void finish_kernel(Rows rows, Logits policy, Logits reference, Output
 
 template <class Policy>
 int64_t forward_scratch_bytes(const Rows& rows) {
-  const int64_t per_row = n_parts<Policy>(rows.vocab_size);
-  return per_row == 1 ? 0 : rows.n_rows * per_row * sizeof(RowState<float>);
+  const Split split = split_of<Policy>(rows.vocab_size);
+  return split.n_parts == 1 ? 0 : rows.n_rows * split.n_parts * sizeof(RowState<float>);
 }
 
 template <class Policy>
 cudaError_t launch_forward(const Rows& rows, const Logits& policy, const Logits& reference,
                            const Outputs& out, const RewardShape& shape, void* scratch,
                            cudaStream_t stream) {
-  const int64_t per_row = n_parts<Policy>(rows.vocab_size);
-  RowState<float>* const parts = per_row == 1 ? nullptr : static_cast<RowState<float>*>(scratch);
+  const Split split = split_of<Policy>(rows.vocab_size);
+  const bool whole = split.n_parts == 1;
+  RowState<float>* const parts = whole ? nullptr : static_cast<RowState<float>*>(scratch);
   const cudaError_t error = with_element_type(policy, reference, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = reference.data == nullptr ? fold_kernel<Policy, T, false>
-                                                  : fold_kernel<Policy, T, true>;
-    return launch(kernel, rows.n_rows * per_row, Policy::kThreads, stream, rows, policy, reference,
-                  out, shape, parts);
+    const auto kernel =
+        reference.data == nullptr ? fold_kernel<Policy, T, false> : fold_kernel<Policy, T, true>;
+    return launch(kernel, rows.n_rows * split.n_parts, Policy::kThreads, stream, rows, split,
+                  policy, reference, out, shape, parts);
   });
-  if (error != cudaSuccess || per_row == 1) return error;
+  if (error != cudaSuccess || whole) return error;
   constexpr int kThreads = 128;
-  return launch(finish_kernel<Policy>, (rows.n_rows + kThreads - 1) / kThreads, kThreads, stream,
-                rows, policy, reference, out, shape, parts);
+  return launch(finish_kernel, (rows.n_rows + kThreads - 1) / kThreads, kThreads, stream, rows,
+                split, policy, reference, out, shape, parts);
 }
 
 }  // namespace kl_kernels

@@ -22,15 +22,28 @@ struct LaunchPolicy {
   // bound by their tanh, not by memory, and would spill.
   static constexpr int kBlocksPerSm = 4, kBlocksPerSmForAny = 2;
 
-  // A row is split into parts of this many logits, a block each. The split depends on V alone, so
-  // that a row's numbers never depend on the rest of the batch. Parts this small let 33 rows of
-  // V = 128k fill an H200; parts much smaller would mostly start and finish.
-  static constexpr int kPart = 32768;
+  // A row is split into parts of at most this many logits, a block each. The split depends on V
+  // alone, so that a row's numbers never depend on the rest of the batch. Two parts of V = 128k let
+  // 66 rows occupy an H200. Of smaller parts, starting and finishing would be a larger share: about
+  // 400 instructions a thread, beside 13 for each of its 256 pairs of logits.
+  static constexpr int kPart = 65536;
+};
+
+// How a row is split: parts of about the same size, each but the last of whole tiles. (Blocks are
+// numbered in 32 bits, and so are rows; offsets are not.)
+struct Split {
+  uint32_t n_parts;
+  int part_size;
 };
 
 template <class Policy>
-KL_HOST_DEVICE int64_t n_parts(int64_t vocab_size) {
-  return (vocab_size + Policy::kPart - 1) / Policy::kPart;
+Split split_of(int64_t vocab_size) {
+  constexpr int64_t kTile = Policy::kThreads * kLanes;
+  static_assert(Policy::kPart % kTile == 0, "parts are whole tiles");
+  const auto divide_up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
+  const int64_t n_parts = divide_up(vocab_size, Policy::kPart);
+  const int64_t part_size = divide_up(vocab_size, n_parts * kTile) * kTile;
+  return {static_cast<uint32_t>(divide_up(vocab_size, part_size)), static_cast<int>(part_size)};
 }
 
 // Launches `kernel` unless there is nothing to do. (A function, where <<<>>> is syntax: tests run

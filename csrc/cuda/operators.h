@@ -30,8 +30,8 @@ struct Rows {
   const bool* mask;          // [B, T]; nullptr: all rows count
 };
 
-// What the forward pass writes, each [B, T] or nullptr where it is not wanted. A state is [2, B, T]:
-// the anchors, then the sums.
+// What the forward pass writes, each [B, T] or nullptr where it is not wanted. A state is [2, B,
+// T]: the anchors, then the sums.
 struct Outputs {
   float *logprob, *ref_logprob, *kl, *forward_kl, *entropy;
   float *policy_state, *ref_state;
@@ -70,7 +70,7 @@ cudaError_t backward(const Rows& rows, const Logits& policy, const Logits& refer
 
 // All [B, T].
 cudaError_t gae_rows(const float* rewards, const float* values, const bool* mask, int64_t n_batch,
-                int64_t n_tokens, double gamma, double lam, bool skip_masked, float* advantages,
-                float* returns, cudaStream_t stream);
+                     int64_t n_tokens, double gamma, double lam, bool skip_masked,
+                     float* advantages, float* returns, cudaStream_t stream);
 
 }  // namespace kl_kernels

@@ -5,12 +5,13 @@
 
 namespace kl_kernels {
 
-__device__ inline bool counts(const Rows& rows, int64_t row) {
+__device__ inline bool counts(const Rows& rows, uint32_t row) {
   return rows.mask == nullptr || rows.mask[row];
 }
 
-__device__ inline int64_t row_offset(const Logits& logits, const Rows& rows, int64_t row) {
-  return row / rows.n_tokens * logits.stride_b + row % rows.n_tokens * logits.stride_t;
+__device__ inline int64_t row_offset(const Logits& logits, const Rows& rows, uint32_t row) {
+  const uint32_t n_tokens = static_cast<uint32_t>(rows.n_tokens);
+  return row / n_tokens * logits.stride_b + row % n_tokens * logits.stride_t;
 }
 
 __device__ inline bool in_vocabulary(const Rows& rows, int64_t token) {
@@ -18,13 +19,13 @@ __device__ inline bool in_vocabulary(const Rows& rows, int64_t token) {
 }
 
 // NaN for a token outside the vocabulary: nothing is read out of bounds.
-__device__ inline float token_logit(const Logits& logits, const Rows& rows, int64_t row) {
+__device__ inline float token_logit(const Logits& logits, const Rows& rows, uint32_t row) {
   const int64_t token = rows.token_ids[row];
   if (!in_vocabulary(rows, token)) return NAN;
   return Row<Any>(logits, row_offset(logits, rows, row))[token];
 }
 
-// The logits of both models that a thread holds of one row's part; without a reference y is x.
+// One part of one row, of both models; without a reference y is x.
 template <class T, bool kReference>
 struct Part {
   Row<T> x, y;
@@ -34,14 +35,25 @@ struct Part {
   __device__ int whole() const { return size / kLanes * kLanes; }
 };
 
-template <class Policy, class T, bool kReference>
-__device__ Part<T, kReference> part_of(const Rows& rows, const Logits& policy,
-                                       const Logits& reference, int64_t row, int64_t begin) {
+// Which row and which part of it this block is to work on.
+struct Place {
+  uint32_t row;
+  int64_t begin;
+};
+
+__device__ inline Place place_of_block(const Split& split) {
+  return {blockIdx.x / split.n_parts,
+          static_cast<int64_t>(blockIdx.x % split.n_parts) * split.part_size};
+}
+
+template <class T, bool kReference>
+__device__ Part<T, kReference> part_of(const Rows& rows, const Split& split, const Logits& policy,
+                                       const Logits& reference, const Place& place) {
   const Logits& other = kReference ? reference : policy;
-  const int64_t left = rows.vocab_size - begin;
-  return {{policy, row_offset(policy, rows, row) + begin},
-          {other, row_offset(other, rows, row) + begin},
-          static_cast<int>(left < Policy::kPart ? left : Policy::kPart),
+  const int64_t left = rows.vocab_size - place.begin;
+  return {{policy, row_offset(policy, rows, place.row) + place.begin},
+          {other, row_offset(other, rows, place.row) + place.begin},
+          static_cast<int>(left < split.part_size ? left : split.part_size),
           policy.k,
           other.k};
 }
@@ -74,8 +86,7 @@ __device__ __forceinline__ void for_each(const Part<T, kReference>& part, const 
   }
   static_assert(kLanes <= Policy::kThreads, "what is left has to fit into the block");
   i = whole + threadIdx.x;
-  if (i < part.size)
-    one(i, part.x[i], kReference ? part.y[i] : part.x[i]);
+  if (i < part.size) one(i, part.x[i], kReference ? part.y[i] : part.x[i]);
 }
 
 }  // namespace kl_kernels

@@ -15,7 +15,14 @@ from torch import Tensor
 HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # -fno-strict-aliasing: as nvcc has it. The kernels' unrolling is not for g++.
-FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread"]
+FLAGS = [
+    "-std=c++20",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-pthread",
+]
 
 
 def compile_host(source: str, target: Path, *flags: str) -> Path:

@@ -18,7 +18,8 @@ int64_t host_scratch_bytes(const Rows* rows) { return forward_scratch_bytes<Smal
 
 int host_forward(const Rows* rows, const Logits* policy, const Logits* reference,
                  const Outputs* outputs, const RewardShape* shape, void* scratch) {
-  return launch_forward<SmallLaunch>(*rows, *policy, *reference, *outputs, *shape, scratch, nullptr);
+  return launch_forward<SmallLaunch>(*rows, *policy, *reference, *outputs, *shape, scratch,
+                                     nullptr);
 }
 
 int host_backward(const Rows* rows, const Logits* policy, const Logits* reference,

@@ -1,6 +1,7 @@
-// Every kernel once, for AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: on arrays
-// of exactly the right size, aligned and not, with rows that take both loops, masked rows and token
-// ids outside the vocabulary. Whether the numbers are right is tests/test_cuda_on_host.py's job.
+// Every kernel once, for AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: on
+// arrays of exactly the right size, aligned and not, with rows that take both loops, masked rows
+// and token ids outside the vocabulary. Whether the numbers are right is
+// tests/test_cuda_on_host.py's job.
 #include "kernels.cpp"
 
 #include <stdio.h>
@@ -66,14 +67,15 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   Array<int64_t> score_index(kBatch, 1);
   const auto value = [&](int i) { return values.values + i * kRows; };
   float *policy_state = states.values, *ref_state = states.values + 2 * kRows;
-  const Outputs outputs{value(0), value(1),  value(2), value(3), value(4),
+  const Outputs outputs{value(0),     value(1),  value(2), value(3), value(4),
                         policy_state, ref_state, value(5), value(6)};
   const RewardShape shape{scores.values, score_index.values, 0.1f, Estimator::exact, INFINITY};
   Array<char> scratch(host_scratch_bytes(&rows));
-  check(launch_forward<SmallLaunch>(rows, policy, reference, outputs, shape, scratch.values, nullptr));
+  check(launch_forward<SmallLaunch>(rows, policy, reference, outputs, shape, scratch.values,
+                                    nullptr));
 
   Array<T> grad(kRows * vocab_size);
-  Saved saved{ones.values, nullptr,   nullptr,  ones.values, policy_state,
+  Saved saved{ones.values, nullptr,  nullptr,  ones.values, policy_state,
               ref_state,   value(2), value(4), 1.1};
   check(launch_backward<SmallLaunch>(rows, policy, reference, saved, grad.values, nullptr));
   saved.grad_kl = ones.values;

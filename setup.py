@@ -39,42 +39,50 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibilit
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
-def reason_file(name):
-    """Why a backend is not built, as `python -m kl_kernels info` shows it."""
-    return Path("kl_kernels") / f"_C_{name}.unavailable"
-
-
 class BuildExtensions(build_ext):
     def run(self):
-        super().run()
+        # The base class builds as if not in place, and copies to the checkout afterwards.
+        self.package_roots = [Path(self.build_lib), *([Path()] if self.inplace else [])]
         if CUDA.reason:
             self.leave_out("cuda", CUDA.reason)
+        super().run()
+
+    def build_extensions(self):
+        self.extensions = [ext for ext in self.extensions if self.has_compiler(ext)]
+        super().build_extensions()
 
     def build_extension(self, ext):
-        name = ext.name.rpartition("_")[2]
-        self.in_build(reason_file(name)).unlink(missing_ok=True)
-        if name == "cuda":
-            ext.extra_objects = self.compile_cuda_kernels()
-        else:
-            try:
-                self.compile_nothing(ext)
-            except (BaseError, CCompilerError, OSError) as error:
-                self.leave_out("cpu", f"for want of a working C++20 compiler ({error})")
-                return
-            ext.extra_objects = self.compile_row_kernels(ext)
+        cuda = ext.name.endswith("cuda")
+        ext.extra_objects = self.compile_cuda_kernels() if cuda else self.compile_row_kernels(ext)
         super().build_extension(ext)
 
-    def in_build(self, path):
-        return Path("." if self.inplace else self.build_lib) / path
+    def has_compiler(self, ext):
+        """Whether to build `ext`."""
+        name = ext.name.rpartition("_")[2]
+        for file in self.reason_files(name):
+            file.unlink(missing_ok=True)
+        try:
+            self.compile_nothing()
+        except (BaseError, CCompilerError, OSError) as error:
+            if name == "cuda" and CUDA.required:
+                raise
+            self.leave_out(name, f"for want of a working C++20 compiler ({error})")
+            return False
+        return True
 
-    def leave_out(self, name, reason):
-        reason = f"is not built, {reason}"
+    def reason_files(self, name):
+        """Where `python -m kl_kernels info` looks for the reason why a backend is not built."""
+        return [root / "kl_kernels" / f"_C_{name}.unavailable" for root in self.package_roots]
+
+    def leave_out(self, name, why):
+        reason = f"is not built, {why}"
         print(f"kl_kernels: the {name} backend {reason}; the package works without it.")
-        path = self.in_build(reason_file(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(reason + "\n")
+        for file in self.reason_files(name):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(reason + "\n")
+            file.with_suffix(".abi3.so").unlink(missing_ok=True)  # of an earlier build
 
-    def compile_nothing(self, ext):
+    def compile_nothing(self):
         """Raise unless the compiler compiles and links an empty C++20 program."""
         with tempfile.TemporaryDirectory() as directory:
             source = Path(directory) / "nothing.cpp"
@@ -126,9 +134,10 @@ class Cuda:
         wish = os.environ.get("KL_KERNELS_CUDA", "")
         if wish not in ("", "0", "1"):
             raise SystemExit(f"KL_KERNELS_CUDA is {wish!r}; accepted: 0, 1 or nothing")
+        self.required = wish == "1"
         self.home = self.find_home()
         self.reason = self.reason_against(wish)
-        if wish == "1" and self.reason:
+        if self.required and self.reason:
             raise SystemExit(
                 f"KL_KERNELS_CUDA=1, but the cuda backend cannot be built: {self.reason}"
             )

@@ -39,11 +39,11 @@ __device__ inline void write_finished(const Rows& rows, const Logits& policy,
                                       const Logits& reference, const Outputs& out,
                                       const RewardShape& shape, uint32_t row,
                                       const RowState<double>& s) {
-  const double x = token_logit(policy, rows, row);
+  const double x = token_logit<Any>(policy, rows, row);
   const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
   double ty = 0;
   if (reference.data != nullptr) {
-    const double y = token_logit(reference, rows, row);
+    const double y = token_logit<Any>(reference, rows, row);
     ty = from_anchor(y, static_cast<double>(reference.k), s.ref_anchor);
   }
   const Finished<double> f = finish(s.sums, tx, ty);
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
     return;
   }
   const auto part = part_of<T, kReference>(rows, split, policy, reference, place);
-  const float x = token_logit(policy, rows, row);
-  const float y = kReference ? token_logit(reference, rows, row) : x;
+  const float x = token_logit<T>(policy, rows, row);
+  const float y = kReference ? token_logit<T>(reference, rows, row) : x;
   const bool aligned = part.x.aligned() && part.y.aligned();
   const RowState<float> s =
       aligned ? fold_part<Policy, true>(part, x, y) : fold_part<Policy, false>(part, x, y);

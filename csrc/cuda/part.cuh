@@ -19,10 +19,11 @@ __device__ inline bool in_vocabulary(const Rows& rows, int64_t token) {
 }
 
 // NaN for a token outside the vocabulary: nothing is read out of bounds.
-__device__ inline float token_logit(const Logits& logits, const Rows& rows, uint32_t row) {
+template <class T>
+__device__ float token_logit(const Logits& logits, const Rows& rows, uint32_t row) {
   const int64_t token = rows.token_ids[row];
   if (!in_vocabulary(rows, token)) return NAN;
-  return Row<Any>(logits, row_offset(logits, rows, row))[token];
+  return Row<T>(logits, row_offset(logits, rows, row))[token];
 }
 
 // One part of one row, of both models; without a reference y is x.

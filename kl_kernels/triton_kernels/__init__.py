@@ -1,7 +1,8 @@
 """The Triton backend: the operators of `schemas.KERNELS` for NVIDIA and AMD GPUs.
 
 This is the only file that knows Triton may be missing: the kernels are imported when the first
-operator is asked for. With TRITON_INTERPRET=1 set before that they run on the CPU, slowly, for tests.
+operator is asked for. With TRITON_INTERPRET=1 set before that, they run on the CPU: slowly, but
+enough for tests.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from kl_kernels.triton_kernels.math import (
     soft_capped,
     soft_capped_grad,
 )
-from kl_kernels.triton_kernels.rows import row_pointer, tile_offsets
+from kl_kernels.triton_kernels.tiles import row_pointer, step_offsets
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def upstream(grad_ptr, row):
 @triton.jit
 def gradient(
     x_row, y_row, offsets, mask, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
-    HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr,
+    HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """The float32 gradient at `offsets`, without the token's own + g_logprob / temperature."""
     raw = tl.load(x_row + offsets, mask).to(tl.float32)
@@ -34,7 +34,8 @@ def gradient(
     if HAS_KL or HAS_FORWARD_KL:
         y = tl.load(y_row + offsets, mask).to(tl.float32)
         ty = anchored(soft_capped(y, ref_softcap), ref_k, ref_anchor)
-    return soft_capped_grad(backward(tx, ty, c, HAS_KL, HAS_FORWARD_KL), raw, softcap)
+    grad = backward(tx, ty, c, HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY)
+    return soft_capped_grad(grad, raw, softcap)
 
 
 @triton.jit(
@@ -61,9 +62,10 @@ def backward_kernel(
     HAS_REF: tl.constexpr = ref_ptr is not None
     HAS_KL: tl.constexpr = grad_kl_ptr is not None
     HAS_FORWARD_KL: tl.constexpr = grad_forward_kl_ptr is not None
+    HAS_ENTROPY: tl.constexpr = grad_entropy_ptr is not None
     row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
-    tile = tile_offsets(STEPS, N, LANE)
     TILE: tl.constexpr = STEPS * N * LANE
+    tile = step_offsets(0, STEPS * N, LANE)
     start = split * SPLIT
     end = tl.minimum(start + SPLIT, vocab_size)
     last = end - (end - start) % TILE
@@ -71,9 +73,9 @@ def backward_kernel(
         grad_logits_ptr, row, n_tokens, n_tokens.to(tl.int64) * vocab_size, vocab_size, LANE
     )  # fmt: skip
 
-    if mask_ptr is not None:
+    if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
         if tl.load(mask_ptr + row) == 0:
-            zeros = tl.zeros((STEPS, N, LANE), grad_logits_ptr.dtype.element_ty)
+            zeros = tl.zeros((STEPS * N, LANE), grad_logits_ptr.dtype.element_ty)
             for i in range(start, last, TILE):
                 tl.store(grad_row + i + tile, zeros)
             tl.store(grad_row + last + tile, zeros, last + tile < end)
@@ -99,13 +101,13 @@ def backward_kernel(
     for i in range(start, last, TILE):
         grad = gradient(
             x_row, y_row, i + tile, None, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
-            HAS_KL, HAS_FORWARD_KL,
+            HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY,
         )  # fmt: skip
         tl.store(grad_row + i + tile, grad.to(grad_logits_ptr.dtype.element_ty))
     rest = last + tile
     grad = gradient(
         x_row, y_row, rest, rest < end, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
-        HAS_KL, HAS_FORWARD_KL,
+        HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY,
     )  # fmt: skip
     tl.store(grad_row + rest, grad.to(grad_logits_ptr.dtype.element_ty), rest < end)
 
@@ -113,7 +115,7 @@ def backward_kernel(
         here = (token >= start) & (token < end)
         own = gradient(
             x_row, y_row, token, here, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
-            HAS_KL, HAS_FORWARD_KL,
+            HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY,
         )  # fmt: skip
         raw = tl.load(x_row + token, here).to(tl.float32)
         own += soft_capped_grad(g_logprob / temperature, raw, softcap)

@@ -1,4 +1,4 @@
-"""The forward kernels: `fold_kernel` makes one state per split of a row, `finish_kernel` the outputs.
+"""The forward kernels: `fold_kernel` makes a state of each split of a row, `finish_kernel` outputs.
 
 Splits make enough programs of few rows, and confine a row's trouble to a part of it. Their size
 comes from the vocabulary alone and they are merged in order, so a row's results never depend on how
@@ -12,30 +12,23 @@ from kl_kernels.triton_kernels.math import (
     EMPTY_ANCHOR,
     INF,
     RowState,
+    add_all,
     empty_state,
     finish,
-    fold_tile,
     is_sound,
     merge,
-    merge_lanes,
+    merge_all,
     move,
     reward_epilogue,
 )
-from kl_kernels.triton_kernels.rows import load, row_pointer, tile_offsets
-
-
-@triton.jit
-def by_lane(x):  # [STEPS, N, LANE] -> [N, STEPS LANE]
-    return tl.reshape(tl.permute(x, (1, 0, 2)), (x.shape[1], x.shape[0] * x.shape[2]))
-
-
-@triton.jit
-def load_pair(x_row, y_row, offsets, softcap, ref_softcap, mask, HAS_REF: tl.constexpr):
-    x = by_lane(load(x_row, offsets, softcap, mask))
-    y = x
-    if HAS_REF:
-        y = by_lane(load(y_row, offsets, ref_softcap, mask))
-    return x, y
+from kl_kernels.triton_kernels.tiles import (
+    fold_tile,
+    lane_max,
+    lane_min,
+    load,
+    load_pair,
+    row_pointer,
+)
 
 
 @triton.jit
@@ -48,40 +41,36 @@ def fold_anchored(
     The anchor is fixed before the loop, at the larger of the first tile's maximum and the sampled
     token's logit, which is nearly always near the row's largest.
     """
-    tile = tile_offsets(STEPS, N, LANE)
     TILE: tl.constexpr = STEPS * N * LANE
-    first = tile < n_full * TILE + n_rest
-    x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, first, HAS_REF)
-    anchor = tl.maximum(tl.maximum(tl.max(x), xt) * k, EMPTY_ANCHOR)
-    ref_anchor = tl.maximum(tl.maximum(tl.max(y), yt) * ref_k, EMPTY_ANCHOR)
+    x, y = load_pair(
+        x_ptr, y_ptr, softcap, ref_softcap, n_full * TILE + n_rest, STEPS, N, LANE, HAS_REF
+    )  # fmt: skip
+    anchor = tl.maximum(tl.maximum(tl.max(lane_max(x), 0), xt) * k, EMPTY_ANCHOR)
+    ref_anchor = tl.maximum(tl.maximum(tl.max(lane_max(y), 0), yt) * ref_k, EMPTY_ANCHOR)
     # A row that rules tokens out mostly does so in the first tile too; unguarded, it would be
-    # folded in vain. (The last tile is guarded, which covers the columns a vocabulary is padded by.)
-    hopeless = (tl.min(x) * k == -INF) | (tl.min(y) * ref_k == -INF)
+    # folded in vain. (The last tile is guarded: there are the columns a vocabulary is padded by.)
+    hopeless = tl.min(tl.minimum(lane_min(x) * k, lane_min(y) * ref_k), 0) == -INF
     n_tried = tl.where(hopeless, 0, n_full)
     s = empty_state(anchor, ref_anchor, N)
     for _ in range(n_tried):
-        x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, None, HAS_REF)
-        s = fold_tile(s, x, y, k, ref_k, STEPS * LANE, HAS_REF, False)
+        x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, None, STEPS, N, LANE, HAS_REF)
+        s = fold_tile(s, x, y, k, ref_k, HAS_REF, False)
         x_ptr += TILE
         y_ptr += TILE
-    x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, tile < n_rest, HAS_REF)
-    s = fold_tile(s, x, y, k, ref_k, STEPS * LANE, HAS_REF, True)
-    s = RowState(
-        anchor, ref_anchor, tl.sum(s.sx, 0), tl.sum(s.sy, 0), tl.sum(s.ex, 0),
-        tl.sum(s.rk, 0), tl.sum(s.fk, 0), tl.max(s.gap, 0), tl.max(s.ref_gap, 0),
-    )  # fmt: skip
+    x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, n_rest, STEPS, N, LANE, HAS_REF)
+    s = fold_tile(s, x, y, k, ref_k, HAS_REF, True)
+    s = add_all(s, anchor, ref_anchor)
     return s, is_sound(s, HAS_REF) & (n_tried == n_full)
 
 
 @triton.jit
 def fold_raised(s, x, y, k, ref_k, HAS_REF: tl.constexpr):
     """Raise each lane's anchors to its running maximum, then fold."""
-    anchor = tl.maximum(s.anchor, tl.max(x, 1) * k)
+    anchor = tl.maximum(s.anchor, lane_max(x) * k)
     ref_anchor = s.ref_anchor
     if HAS_REF:
-        ref_anchor = tl.maximum(ref_anchor, tl.max(y, 1) * ref_k)
-    s = move(s, anchor, ref_anchor, HAS_REF)
-    return fold_tile(s, x, y, k, ref_k, x.shape[1], HAS_REF, True)
+        ref_anchor = tl.maximum(ref_anchor, lane_max(y) * ref_k)
+    return fold_tile(move(s, anchor, ref_anchor, HAS_REF), x, y, k, ref_k, HAS_REF, True)
 
 
 @triton.jit
@@ -90,16 +79,14 @@ def fold_careful(
     STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
     """The same state, whatever the logits hold."""
-    tile = tile_offsets(STEPS, N, LANE)
-    TILE: tl.constexpr = STEPS * N * LANE
     s = empty_state(EMPTY_ANCHOR, EMPTY_ANCHOR, N)
     for _ in range(n_full):
-        x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, None, HAS_REF)
+        x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, None, STEPS, N, LANE, HAS_REF)
         s = fold_raised(s, x, y, k, ref_k, HAS_REF)
-        x_ptr += TILE
-        y_ptr += TILE
-    x, y = load_pair(x_ptr, y_ptr, tile, softcap, ref_softcap, tile < n_rest, HAS_REF)
-    return merge_lanes(fold_raised(s, x, y, k, ref_k, HAS_REF), HAS_REF)
+        x_ptr += STEPS * N * LANE
+        y_ptr += STEPS * N * LANE
+    x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, n_rest, STEPS, N, LANE, HAS_REF)
+    return merge_all(fold_raised(s, x, y, k, ref_k, HAS_REF), HAS_REF)
 
 
 @triton.jit
@@ -157,7 +144,7 @@ def fold_kernel(
     """One program per row and split of the vocabulary: fold it, store its state."""
     HAS_REF: tl.constexpr = ref_ptr is not None
     row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
-    if mask_ptr is not None:
+    if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
         if tl.load(mask_ptr + row) == 0:
             return
     x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)

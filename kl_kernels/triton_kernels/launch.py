@@ -25,14 +25,14 @@ from kl_kernels.triton_kernels.scan import gae_kernel
 class LaunchConfig:
     """Sizes of the kernels' work, each a power of two."""
 
-    # One lane per thread, 2 loads of it per step and tensor: enough bytes in flight, within 64
-    # registers. Rows that are not aligned are read logit by logit, so 8 loads.
+    # One lane per thread and two loads of 16 bytes per tile: enough bytes in flight, within 64
+    # registers. Rows that are not aligned are read logit by logit, so they need more loads.
     num_warps: int = 4
     lanes: int = 128
     steps: int = 2
     unaligned_steps: int = 8
-    # 16 tiles of 2048 (bf16): the work around the loop stays small beside it, and V = 128k still makes
-    # four programs of a row, so that a few hundred rows fill a GPU.
+    # 16 tiles of 2048 (bf16): the work around the loop stays small beside it, and V = 128k still
+    # makes four programs of a row, so that a few hundred rows fill a GPU.
     fold_split: int = 32768
     # No work around the loop to speak of.
     backward_split: int = 16384
@@ -113,7 +113,7 @@ def _forward(
     ref_softcap: float | None,
     reward: tuple[Tensor, Tensor, float, int, float | None] | None = None,
 ) -> tuple[Any, ...]:
-    """Outputs in the order of `token_kl`, then rewards and correction; None for what is not asked."""
+    """Outputs in the order of `token_kl`, then rewards and correction; None where not asked for."""
     check_token_range(token_ids, mask, logits.shape[-1])
     n_rows, vocab_size = token_ids.numel(), logits.shape[-1]
     has_ref = ref_logits is not None
@@ -249,5 +249,10 @@ def _tile(*tensors: Tensor | None) -> dict[str, int]:
 
 
 def _rows_are_aligned(t: Tensor) -> bool:  # [B, T, V]
-    steps = [s * t.itemsize for s, n in zip(t.stride()[:2], t.shape) if n > 1]
+    """Whether every row starts at a multiple of the widest load.
+
+    The answer holds for any rows of the tensor, and for an expanded row as for its copies (a stride
+    of 0 counts as V), so that a row's rounding does not depend on the company it is in.
+    """
+    steps = [(stride or t.shape[-1]) * t.itemsize for stride in t.stride()[:2]]
     return all(start % VECTOR_BYTES == 0 for start in (t.data_ptr(), *steps))

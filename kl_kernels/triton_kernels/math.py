@@ -5,12 +5,12 @@ reference. What float32 changes:
 
 * tx and ty are always one fma, here and in the backward: A is k max(x) rounded, and only the same
   rounding everywhere lets it cancel. (At an offset of 1e4 a rounded product costs 1e-4.)
-* Sums live in lanes, [N], each absorbing [N, LANE] logits per step: all work across lanes comes
-  after the loop.
+* A state is [N], one per thread, while the vocabulary is read; the threads' states are merged after
+  the loop.
 * Infinite KL is kept apart from the sums, as the largest x - y and y - x: +inf where one of the
   distributions has no support, NaN (dropped by a maximum) where both have none.
 
-Functions whose name says nothing else take and return tensors of any one shape.
+All functions work elementwise on states and logits of one shape, unless they say otherwise.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+# A constant stands right of the tensor it multiplies: the interpreter makes constants of products
+# the other way round.
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
@@ -51,7 +53,7 @@ class RowState(NamedTuple):
 
 @triton.jit
 def empty_state(anchor, ref_anchor, N: tl.constexpr):
-    """N lanes without content, at the given anchors (scalars)."""
+    """N states of no vocabulary at all, [N], at the given anchors (scalars)."""
     zero = tl.zeros((N,), tl.float32)
     return RowState(
         zero + anchor, zero + ref_anchor, zero, zero, zero, zero, zero, zero - INF, zero - INF
@@ -60,7 +62,7 @@ def empty_state(anchor, ref_anchor, N: tl.constexpr):
 
 @triton.jit
 def fold(s, x, y, k, ref_k, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
-    """Absorb one logit (pair) into each lane of `s`, anchors unchanged; x, y and `s` are [N].
+    """Absorb one logit of each model, anchors unchanged.
 
     GUARDED takes -inf as it is meant: p = 0 adds nothing. Unguarded it makes a sum non-finite.
     """
@@ -82,33 +84,6 @@ def fold(s, x, y, k, ref_k, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
         rk = tl.fma(w, tx - ty, rk)
         fk = tl.fma(-u, tx - ty, fk)
     return RowState(s.anchor, s.ref_anchor, sx, sy, ex, rk, fk, gap, ref_gap)
-
-
-@triton.jit
-def fold_tile(s, x, y, k, ref_k, WIDTH: tl.constexpr, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
-    """Absorb x, y [N, WIDTH] into `s` [N], one after the other.
-
-    A chain of fma per sum: a reduction would multiply and add apart, and hold the tile's products
-    in registers meanwhile.
-    """
-    if WIDTH == 1:
-        s = fold(s, first_column(x), first_column(y), k, ref_k, HAS_REF, GUARDED)
-    else:
-        x0, x1 = halves(x)
-        y0, y1 = halves(y)
-        s = fold_tile(s, x0, y0, k, ref_k, WIDTH // 2, HAS_REF, GUARDED)
-        s = fold_tile(s, x1, y1, k, ref_k, WIDTH // 2, HAS_REF, GUARDED)
-    return s
-
-
-@triton.jit
-def first_column(x):  # [N, 1] -> [N]
-    return tl.reshape(x, (x.shape[0],))
-
-
-@triton.jit
-def halves(x):  # [N, WIDTH] -> two [N, WIDTH / 2], even and odd columns
-    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit
@@ -142,10 +117,15 @@ def merge(s, t, HAS_REF: tl.constexpr):
 
 
 @triton.jit
-def merge_lanes(s, HAS_REF: tl.constexpr):
-    """The lanes [N] of a state as one scalar state."""
+def merge_all(s, HAS_REF: tl.constexpr):
+    """The states [N] as one."""
     anchor, ref_anchor = tl.max(s.anchor, 0), tl.max(s.ref_anchor, 0)
-    s = move(s, anchor, ref_anchor, HAS_REF)
+    return add_all(move(s, anchor, ref_anchor, HAS_REF), anchor, ref_anchor)
+
+
+@triton.jit
+def add_all(s, anchor, ref_anchor):
+    """The states [N], which share these anchors (scalars), as one."""
     return RowState(
         anchor, ref_anchor, tl.sum(s.sx, 0), tl.sum(s.sy, 0), tl.sum(s.ex, 0),
         tl.sum(s.rk, 0), tl.sum(s.fk, 0), tl.max(s.gap, 0), tl.max(s.ref_gap, 0),
@@ -176,22 +156,26 @@ class Finished(NamedTuple):
 def finish(s, xt, yt, k, ref_k, HAS_REF: tl.constexpr):
     """xt, yt: the token's logits, after softcap. Without a reference only the policy's count."""
     ln_sx = tl.log(s.sx)
-    logprob = LN2 * tl.fma(xt, k, -s.anchor) - ln_sx
-    entropy = tl.maximum(ln_sx - LN2 * s.ex / s.sx, 0.0, KEEP_NAN)
+    logprob = tl.fma(xt, k, -s.anchor) * LN2 - ln_sx
+    entropy = tl.maximum(ln_sx - s.ex / s.sx * LN2, 0.0, KEEP_NAN)
     ref_logprob, kl, forward_kl = logprob, logprob, logprob
     if HAS_REF:
         ln_sy = tl.log(s.sy)
-        ref_logprob = LN2 * tl.fma(yt, ref_k, -s.ref_anchor) - ln_sy
+        ref_logprob = tl.fma(yt, ref_k, -s.ref_anchor) * LN2 - ln_sy
         # Infinity is added, not selected: a row that is NaN for another reason stays NaN.
-        kl = LN2 * s.rk / s.sx - (ln_sx - ln_sy) + tl.where(s.gap == INF, INF, 0.0)
-        forward_kl = LN2 * s.fk / s.sy + (ln_sx - ln_sy) + tl.where(s.ref_gap == INF, INF, 0.0)
+        kl = s.rk / s.sx * LN2 - (ln_sx - ln_sy) + tl.where(s.gap == INF, INF, 0.0)
+        forward_kl = s.fk / s.sy * LN2 + (ln_sx - ln_sy) + tl.where(s.ref_gap == INF, INF, 0.0)
         kl = tl.maximum(kl, 0.0, KEEP_NAN)
         forward_kl = tl.maximum(forward_kl, 0.0, KEEP_NAN)
     return Finished(logprob, ref_logprob, kl, forward_kl, entropy)
 
 
 class Coefficients(NamedTuple):
-    """A row's gradient is w (a + b tx + c ty) - d u."""
+    """A row's gradient is w (a + b tx + c (tx - ty)) - d u.
+
+    The reference's formula with b and c exchanged for their sum and -c: where policy and reference
+    are equal, the KL's gradient is exactly 0.
+    """
 
     a: tl.tensor
     b: tl.tensor
@@ -201,17 +185,9 @@ class Coefficients(NamedTuple):
 
 @triton.jit
 def coefficients(
-    g_logprob,
-    g_kl,
-    g_forward_kl,
-    g_entropy,
-    sx,
-    sy,
-    kl,
-    entropy,
-    temperature,
+    g_logprob, g_kl, g_forward_kl, g_entropy, sx, sy, kl, entropy, temperature,
     HAS_REF: tl.constexpr,
-):
+):  # fmt: skip
     """See `reference.coefficients`; the gradient of an infinite KL is NaN."""
     ln_sx = tl.log(sx)
     a = tl.where(g_entropy == 0.0, 0.0, g_entropy * (ln_sx - entropy)) - g_logprob
@@ -221,7 +197,7 @@ def coefficients(
         a += tl.where(g_kl == 0.0, 0.0, kl_term) + g_forward_kl
         d = g_forward_kl / (temperature * sy)
     scale = 1.0 / (temperature * sx)
-    return Coefficients(a * scale, LN2 * (g_kl - g_entropy) * scale, -LN2 * g_kl * scale, d)
+    return Coefficients(a * scale, -scale * LN2 * g_entropy, scale * LN2 * g_kl, d)
 
 
 @triton.jit
@@ -231,11 +207,15 @@ def anchored(x, k, anchor):
 
 
 @triton.jit
-def backward(tx, ty, c, HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr):
+def backward(
+    tx, ty, c, HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr
+):
     """The gradient, all but the token's own + g_logprob / temperature."""
-    slope = tl.fma(tx, c.b, c.a)
+    slope = c.a
+    if HAS_ENTROPY:
+        slope = tl.fma(tx, c.b, slope)
     if HAS_KL:
-        slope = tl.fma(ty, c.c, slope)
+        slope = tl.fma(tx - ty, c.c, slope)
     grad = tl.exp2(tx) * slope
     if HAS_FORWARD_KL:
         grad = tl.fma(tl.exp2(ty), -c.d, grad)
@@ -264,8 +244,10 @@ def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
         estimate = tl.clamp(estimate, -kl_clip, kl_clip, KEEP_NAN)
     correction = tl.zeros_like(k1)
     if ESTIMATOR == 1:
-        correction = -kl_coef * (k1 - estimate)
-    return -kl_coef * estimate, correction
+        correction = (k1 - estimate) * -kl_coef
+    # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
+    reward = tl.where(kl_coef == 0.0, 0.0, estimate * -kl_coef)
+    return reward, tl.where(kl_coef == 0.0, 0.0, correction)
 
 
 @triton.jit
@@ -279,7 +261,7 @@ def exp_minus_linear(d):
 
 @triton.jit
 def soft_capped(x, softcap):
-    """softcap tanh(x / softcap), x where softcap is None; infinities stay (see the reference).
+    """The softcap's tanh, nothing where softcap is None; infinities stay (see the reference).
 
     tanh near 0 is a polynomial in z^2, minimax on |z| < 0.55 (relative error 4e-8): the quotient
     would cancel there.
@@ -290,7 +272,7 @@ def soft_capped(x, softcap):
         small = tl.fma(z * z, small, 0.13320942)
         small = tl.fma(z * z, small, -0.33332957)
         small = tl.fma(z * z * z, small, z)
-        e = tl.exp2(-2.0 * LOG2E * tl.abs(z))
+        e = tl.exp2(tl.abs(z) * (-2.0 * LOG2E))
         large = (1.0 - e) / (1.0 + e)
         tanh = tl.where(tl.abs(z) < 0.55, small, tl.where(z < 0.0, -large, large))
         x = tl.where(tl.abs(x) == INF, x, softcap * tanh)
@@ -301,6 +283,6 @@ def soft_capped(x, softcap):
 def soft_capped_grad(grad, x, softcap):
     """`grad` with respect to x, given `grad` with respect to soft_capped(x): 1 / cosh^2."""
     if softcap is not None:
-        e = tl.exp2(-2.0 * LOG2E * tl.abs(x / softcap))
+        e = tl.exp2(tl.abs(x / softcap) * (-2.0 * LOG2E))
         grad *= 4.0 * e / ((1.0 + e) * (1.0 + e))
     return grad

@@ -152,8 +152,9 @@ class Cuda:
             nvcc and Path(nvcc).resolve().parent.parent,
             "/usr/local/cuda",
         ]
+        files = ("bin/nvcc", "include/cuda_runtime_api.h")
         homes = (Path(home) for home in candidates if home)
-        return next((home for home in homes if (home / "bin" / "nvcc").exists()), None)
+        return next((home for home in homes if all((home / f).exists() for f in files)), None)
 
     def reason_against(self, wish):
         """Why it is not to be built, or None."""

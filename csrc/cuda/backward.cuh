@@ -22,7 +22,7 @@ __device__ inline double value_or_zero(const float* values, int64_t at) {
 
 // In float64, by one thread per block.
 template <Terms kTerms>
-__device__ RowGradient row_gradient(const Rows& rows, const Saved& saved, uint32_t row) {
+__device__ void set_gradient(const Rows& rows, const Saved& saved, uint32_t row, RowGradient& r) {
   constexpr bool kReference = kTerms != Terms::policy;
   Upstream<double> g{};
   g.logprob = value_or_zero(saved.grad_logprob, row);
@@ -40,13 +40,13 @@ __device__ RowGradient row_gradient(const Rows& rows, const Saved& saved, uint32
     if (g.kl != 0) ref = centred(ref, sx, kl);
   }
   const Coefficients<double> c = coefficients(g, sx, ref.sum, kl, entropy, saved.temperature);
-  RowGradient r;
-  r.c = {static_cast<float>(c.a), static_cast<float>(c.b), static_cast<float>(c.c),
-         static_cast<float>(c.d)};
+  r.c.a = static_cast<float>(c.a);
+  r.c.b = static_cast<float>(c.b);
+  r.c.c = static_cast<float>(c.c);
+  r.c.d = static_cast<float>(c.d);
   r.anchor = saved.policy_state[row];
   r.ref_anchor = static_cast<float>(ref.anchor);
   r.own = static_cast<float>(g.logprob / saved.temperature);
-  return r;
 }
 
 // The gradient of one logit, all but the token's own share.
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
     return;
   }
   __shared__ RowGradient of_row;
-  if (threadIdx.x == 0) of_row = row_gradient<kTerms>(rows, saved, row);
+  if (threadIdx.x == 0) set_gradient<kTerms>(rows, saved, row, of_row);
   __syncthreads();  // without it the others would use coefficients that are not there yet
   const RowGradient r = of_row;  // in registers, not read again for every logit
   const int64_t token = rows.token_ids[row] - place.begin;

@@ -1,7 +1,7 @@
 """Renders the committed results files into the README, between their markers.
 
-    python bench/readme.py          # rewrite README.md
-    python bench/readme.py --check  # exit 1 if README.md is not what the files say
+python bench/readme.py          # rewrite README.md
+python bench/readme.py --check  # exit 1 if README.md is not what the files say
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def rendered(readme: str) -> str:
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(readme):
             raise ValueError(f"README.md has no section between {begin!r} and {end!r}")
-        readme = pattern.sub(lambda _, t=text: f"{begin}\n{t}\n{end}", readme)
+        section = f"{begin}\n{text}\n{end}"
+        readme = pattern.sub(section.replace("\\", r"\\"), readme)
     return readme
 
 

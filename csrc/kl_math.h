@@ -70,20 +70,28 @@ KL_HOST_DEVICE double from_anchor(double x, double k, double anchor) { return fm
 
 // Absorb one pair of logits.
 template <class Real>
-KL_HOST_DEVICE void fold(Sums<Real>& s, Real tx, Real ty, Real w, Real u) {
+KL_HOST_DEVICE void fold_moments(Sums<Real>& s, Real tx, Real ty, Real w, Real u) {
   const Real gap = tx - ty;
-  s.sx += w;
-  s.sy += u;
   s.ex += w * tx;
   s.rk += w * gap;
   s.fk -= u * gap;
 }
+template <class Real>
+KL_HOST_DEVICE void fold(Sums<Real>& s, Real tx, Real ty, Real w, Real u) {
+  s.sx += w;
+  s.sy += u;
+  fold_moments(s, tx, ty, w, u);
+}
 
 // Absorb one logit of a policy without a reference.
 template <class Real>
+KL_HOST_DEVICE void fold_moments(Sums<Real>& s, Real tx, Real w) {
+  s.ex += w * tx;
+}
+template <class Real>
 KL_HOST_DEVICE void fold(Sums<Real>& s, Real tx, Real w) {
   s.sx += w;
-  s.ex += w * tx;
+  fold_moments(s, tx, w);
 }
 
 // Absorb one pair that may hold -inf, with tx and ty no lower than kFloor. p = 0 adds nothing to

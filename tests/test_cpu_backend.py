@@ -132,6 +132,9 @@ def test_a_row_does_not_depend_on_its_batch_or_layout(dtype):
     wide = torch.full((3, 9, V + 13), 5.0, dtype=dtype)
     wide[:, ::2][:, :4, 7 : 7 + V] = logits
     strided = wide[:, ::2][:, :4, 7 : 7 + V]
+    as_view, as_view_grad = values_and_gradient(strided, ref_logits, token_ids)
+    assert torch.equal(as_view, values)
+    assert torch.equal(as_view_grad, grad)
     for b, t in itertools.product(range(3), range(4)):
         one = (slice(b, b + 1), slice(t, t + 1))
         alone, alone_grad = values_and_gradient(strided[one], ref_logits[one], token_ids[one])

@@ -6,32 +6,60 @@
 namespace kl_kernels {
 namespace {
 
-template <bool kReference>
-KL_INLINE Sums<Floats> folded(Sums<Floats> s, Floats x, Floats y, float kx, float anchor, float ky,
-                              float ref_anchor) {
-  const Floats tx = from_anchor(x, kx, anchor);
-  if constexpr (kReference) {
-    const Floats ty = from_anchor(y, ky, ref_anchor);
-    fold(s, tx, ty, exp2(tx), exp2(ty));
-  } else {
-    fold(s, tx, exp2(tx));
+// A sum and what rounding took from it. Equal weights (a flat row) lose the same part of a unit at
+// every addition, and KL is the difference of the logarithms of two such sums.
+struct CompensatedSum {
+  Floats sum{}, lost{};
+
+  KL_INLINE void add(Floats value) {  // no larger than the sum, but for the first few
+    const Floats next = sum + value;
+    lost += value - (next - sum);
+    sum = next;
   }
-  return s;
+  double total() const { return kl_kernels::total(sum) + kl_kernels::total(lost); }
+};
+
+// Logits measured from an anchor, and their weights.
+struct Weighed {
+  Floats t, weight;
+};
+KL_INLINE Weighed weigh(Floats logits, float k, float anchor) {
+  const Floats t = from_anchor(logits, k, anchor);
+  return {t, exp2(t)};
 }
 
 // The vocabulary loop: no maximum, no rescaling, no test. Anything out of the ordinary (-inf, NaN,
-// a peak far above the anchor) shows in the sums. y == nullptr: no reference.
-template <bool kReference, class T>
+// a peak far above the anchor) shows in the sums.
+template <class T>
 Sums<double> fold_fast(const T* x, const T* y, int64_t n, float kx, float anchor, float ky,
                        float ref_anchor) {
+  CompensatedSum sx, sy;
+  Sums<Floats> s{};  // but for sx and sy
+  for (int64_t i = 0; i < n; i += kPair) {
+    const Pair xs = load_pair(x + i), ys = load_pair(y + i);
+    const Weighed x1 = weigh(xs.first, kx, anchor), y1 = weigh(ys.first, ky, ref_anchor);
+    const Weighed x2 = weigh(xs.second, kx, anchor), y2 = weigh(ys.second, ky, ref_anchor);
+    fold_moments(s, x1.t, y1.t, x1.weight, y1.weight);
+    fold_moments(s, x2.t, y2.t, x2.weight, y2.weight);
+    sx.add(x1.weight + x2.weight);
+    sy.add(y1.weight + y2.weight);
+  }
+  return {sx.total(), sy.total(), total(s.ex), total(s.rk), total(s.fk)};
+}
+
+// The same without a reference.
+template <class T>
+Sums<double> fold_fast(const T* x, int64_t n, float kx, float anchor) {
+  CompensatedSum sx;
   Sums<Floats> s{};
   for (int64_t i = 0; i < n; i += kPair) {
     const Pair xs = load_pair(x + i);
-    const Pair ys = kReference ? load_pair(y + i) : xs;
-    s = folded<kReference>(s, xs.first, ys.first, kx, anchor, ky, ref_anchor);
-    s = folded<kReference>(s, xs.second, ys.second, kx, anchor, ky, ref_anchor);
+    const Weighed x1 = weigh(xs.first, kx, anchor), x2 = weigh(xs.second, kx, anchor);
+    fold_moments(s, x1.t, x1.weight);
+    fold_moments(s, x2.t, x2.weight);
+    sx.add(x1.weight + x2.weight);
   }
-  return {total(s.sx), total(s.sy), total(s.ex), total(s.rk), total(s.fk)};
+  return {sx.total(), 0, total(s.ex), 0, 0};
 }
 
 // In float64, with the block's own maxima as anchors and -inf handled by support.
@@ -124,8 +152,8 @@ class RowFold {
 
   template <class T>
   Sums<double> fast_sums(const T* x, const T* y, int64_t n, float anchor, float ref_anchor) {
-    return alone() ? fold_fast<false>(x, y, n, policy_.k, anchor, 0, 0)
-                   : fold_fast<true>(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
+    return alone() ? fold_fast(x, n, policy_.k, anchor)
+                   : fold_fast(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
   }
 
   void stage(Block block, float padding, float ref_padding) {

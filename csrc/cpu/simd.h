@@ -176,9 +176,8 @@ KL_INLINE void store_pair(Float16* to, Pair v) {
 }
 #endif
 
-// 2^t. Polynomials of degree 5 with constant term 1, minimax in relative error.
-
-// 2^f for |f| <= 1/2, within 9.2e-8.
+// 2^f for |f| <= 1/2, within 9.2e-8 and far closer around 0, where the largest weights are: minimax
+// in relative error among the polynomials of degree 5 with constant term 1.
 template <class Real>
 KL_INLINE Real exp2_around_zero(Real f) {
   Real q = f * 1.326472731e-3f + 9.671512991e-3f;
@@ -191,14 +190,9 @@ KL_INLINE Real exp2_around_zero(Real f) {
 constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
 
 #if defined(__AVX512F__)
-// 2^f for 0 <= f <= 1, within 8.3e-8: the instructions split t at its floor, and they take any t.
 KL_INLINE Floats exp2(Floats t) {
-  const Floats f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Floats q = f * 1.867130050e-3f + 9.017030708e-3f;
-  q = q * f + 5.579991266e-2f;
-  q = q * f + 0.2401644439f;
-  q = q * f + 0.6931512952f;
-  return _mm512_scalef_ps(q * f + 1.0f, t);
+  const Floats nearest = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_around_zero(t - nearest), nearest);
 }
 #else
 // Above 127 the result stays 2^127: enough to be noticed, and the exponent must not wrap.
@@ -245,21 +239,24 @@ KL_INLINE Vector largest(Vector a, Vector b) {  // b where a is NaN
   return a > b ? a : b;
 }
 
+// The sum of the lower and the upper lanes.
+KL_INLINE Doubles halves(Floats v) {
+#if defined(__AVX512F__)
+  return Doubles(_mm512_cvtps_pd(_mm512_castps512_ps256(v))) +
+         Doubles(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+#else
+  float lanes[kLanes];
+  store(lanes, v);
+  return widen(lanes) + widen(lanes + kWideLanes);
+#endif
+}
+
 KL_INLINE double total(Doubles v) {
   double sum = 0;
   for (int i = 0; i < kWideLanes; ++i) sum += v[i];
   return sum;
 }
-KL_INLINE double total(Floats v) {
-#if defined(__AVX512F__)
-  return total(Doubles(_mm512_cvtps_pd(_mm512_castps512_ps256(v))) +
-               Doubles(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
-#else
-  float lanes[kLanes];
-  store(lanes, v);
-  return total(widen(lanes) + widen(lanes + kWideLanes));
-#endif
-}
+KL_INLINE double total(Floats v) { return total(halves(v)); }
 
 }  // namespace
 }  // namespace kl_kernels

@@ -1,10 +1,19 @@
 """Builds the compiled backends; everything else about the package is in pyproject.toml.
 
-Without a working C++ compiler the package installs all the same, without its cpu backend; an error
-in our own code fails the build.
+cpu: without a working C++ compiler the package installs all the same, without it; an error in our
+own code fails the build.
+
+cuda: KL_KERNELS_CUDA=1 builds it or fails, 0 leaves it out. Unset, it is built where there are
+both nvcc and a torch with CUDA; the build says so where it is not. No GPU is needed.
+TORCH_CUDA_ARCH_LIST says for which ("9.0 10.0+PTX"); without it, those of CUDA_ARCHITECTURES that
+nvcc knows.
 """
 
+import os
 import platform
+import re
+import shutil
+import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,13 +34,17 @@ X86_KERNELS = {
     "row_kernels_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "row_kernels_v3": ["-march=x86-64-v3"],
 }
-REASON = ".unavailable"  # a file with the reason, which `python -m kl_kernels info` shows
+# -ftz: a weight below 2^-126 is 0, and 2^x is one instruction.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
 class BuildExtensions(build_ext):
     def run(self):
         # The base class builds as if not in place, and copies to the checkout afterwards.
         self.package_roots = [Path(self.build_lib), *([Path()] if self.inplace else [])]
+        if CUDA.reason:
+            self.leave_out("cuda", CUDA.reason)
         super().run()
 
     def build_extensions(self):
@@ -39,24 +52,35 @@ class BuildExtensions(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext):
-        ext.extra_objects = self.compile_row_kernels(ext)
+        cuda = ext.name.endswith("cuda")
+        ext.extra_objects = self.compile_cuda_kernels() if cuda else self.compile_row_kernels(ext)
         super().build_extension(ext)
 
     def has_compiler(self, ext):
-        """Whether to build `ext`; if not, its place is taken by a file that says why."""
-        reason_files = [root / (ext.name.replace(".", "/") + REASON) for root in self.package_roots]
-        for file in reason_files:
+        """Whether to build `ext`."""
+        name = ext.name.rpartition("_")[2]
+        for file in self.reason_files(name):
             file.unlink(missing_ok=True)
         try:
             self.compile_nothing()
         except (BaseError, CCompilerError, OSError) as error:
-            reason = f"is not built, for want of a working C++20 compiler ({error})"
-            print(f"kl_kernels: the cpu backend {reason}; the package works without it.")
-            for file in reason_files:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(reason + "\n")
+            if name == "cuda" and CUDA.required:
+                raise
+            self.leave_out(name, f"for want of a working C++20 compiler ({error})")
             return False
         return True
+
+    def reason_files(self, name):
+        """Where `python -m kl_kernels info` looks for the reason why a backend is not built."""
+        return [root / "kl_kernels" / f"_C_{name}.unavailable" for root in self.package_roots]
+
+    def leave_out(self, name, why):
+        reason = f"is not built, {why}"
+        print(f"kl_kernels: the {name} backend {reason}; the package works without it.")
+        for file in self.reason_files(name):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(reason + "\n")
+            file.with_suffix(".abi3.so").unlink(missing_ok=True)  # of an earlier build
 
     def compile_nothing(self):
         """Raise unless the compiler compiles and links an empty C++20 program."""
@@ -88,26 +112,130 @@ class BuildExtensions(build_ext):
         with ThreadPoolExecutor() as pool:
             return [name for objects in pool.map(compile_one, kernels) for name in objects]
 
+    def compile_cuda_kernels(self):
+        """Each csrc/cuda/*.cu, for all architectures."""
+        directory = Path(self.build_temp) / "cuda"
+        directory.mkdir(parents=True, exist_ok=True)
+        flags = NVCC_FLAGS + CUDA.architecture_flags()
 
-def cpu_extension():
+        def compile_one(source):
+            target = str(directory / f"{source.stem}.o")
+            self.spawn([CUDA.nvcc, *flags, "-c", str(source), "-o", target])
+            return target
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(compile_one, sorted(Path("csrc/cuda").glob("*.cu"))))
+
+
+class Cuda:
+    """Whether to build the cuda backend, and with what."""
+
+    def __init__(self):
+        wish = os.environ.get("KL_KERNELS_CUDA", "")
+        if wish not in ("", "0", "1"):
+            raise SystemExit(f"KL_KERNELS_CUDA is {wish!r}; accepted: 0, 1 or nothing")
+        self.required = wish == "1"
+        self.home = self.find_home()
+        self.reason = self.reason_against(wish)
+        if self.required and self.reason:
+            raise SystemExit(
+                f"KL_KERNELS_CUDA=1, but the cuda backend cannot be built: {self.reason}"
+            )
+
+    @staticmethod
+    def find_home():
+        """The CUDA toolkit's directory, or None."""
+        nvcc = shutil.which("nvcc")
+        candidates = [
+            os.environ.get("CUDA_HOME"),
+            os.environ.get("CUDA_PATH"),
+            nvcc and Path(nvcc).resolve().parent.parent,
+            "/usr/local/cuda",
+        ]
+        files = ("bin/nvcc", "include/cuda_runtime_api.h")
+        homes = (Path(home) for home in candidates if home)
+        return next((home for home in homes if all((home / f).exists() for f in files)), None)
+
+    def reason_against(self, wish):
+        """Why it is not to be built, or None."""
+        import torch
+
+        if wish == "0":
+            return "as KL_KERNELS_CUDA=0 asks"
+        if self.home is None:
+            return "for want of nvcc (set CUDA_HOME)"
+        if wish == "" and torch.version.cuda is None:
+            return "this torch being one without CUDA (KL_KERNELS_CUDA=1 builds it all the same)"
+        return None
+
+    @property
+    def nvcc(self):
+        return str(self.home / "bin" / "nvcc")
+
+    def architecture_flags(self):
+        """-gencode flags for TORCH_CUDA_ARCH_LIST, or for CUDA_ARCHITECTURES."""
+        wanted = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+        if wanted == [""]:
+            query = [self.nvcc, "--list-gpu-code"]
+            known = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()
+            wanted = [sm for sm in CUDA_ARCHITECTURES if f"sm_{sm}" in known]
+            wanted[-1] += "+PTX"
+        flags = []
+        for architecture in wanted:
+            match = re.fullmatch(r"(\d+)\.?(\d[af]?)(\+PTX)?", architecture)
+            if match is None:
+                raise SystemExit(
+                    f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; accepted: numbers such as "
+                    "9.0, 9.0a or 10.0+PTX"
+                )
+            sm = match[1] + match[2]
+            codes = [f"sm_{sm}", f"compute_{sm}"] if match[3] else [f"sm_{sm}"]
+            flags += [f"-gencode=arch=compute_{sm},code=[{','.join(codes)}]"]
+        return flags
+
+
+CUDA = Cuda()
+
+
+def extension(name, sources, **arguments):
     from torch.utils.cpp_extension import include_paths, library_paths
 
     return Extension(
-        "kl_kernels._C_cpu",
-        sources=["csrc/cpu/bindings.cpp", "csrc/cpu/instruction_set.cpp"],
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
-        include_dirs=include_paths(),
-        library_dirs=library_paths(),
-        libraries=["torch_cpu"],
-        define_macros=[("TORCH_TARGET_VERSION", MINIMUM_TORCH), ("Py_LIMITED_API", "0x030a0000")],
+        f"kl_kernels._C_{name}",
+        sources=[f"csrc/{name}/{source}" for source in sources],
+        depends=[str(path) for path in Path("csrc").rglob("*") if path.is_file()],
+        include_dirs=include_paths() + arguments.pop("include_dirs", []),
+        library_dirs=library_paths() + arguments.pop("library_dirs", []),
+        libraries=["torch_cpu", *arguments.pop("libraries", [])],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", MINIMUM_TORCH),
+            ("Py_LIMITED_API", "0x030a0000"),
+            *arguments.pop("define_macros", []),
+        ],
         extra_compile_args=FLAGS,
         language="c++",
         py_limited_api=True,
+        **arguments,
     )
 
 
+def extensions():
+    yield extension("cpu", ["bindings.cpp", "instruction_set.cpp"])
+    if not CUDA.reason:
+        yield extension(
+            "cuda",
+            ["bindings.cpp"],
+            include_dirs=[str(CUDA.home / "include")],
+            # The static runtime, kept to ourselves: this library loads on machines without CUDA.
+            library_dirs=[str(CUDA.home / directory) for directory in ("lib64", "lib")],
+            libraries=["cudart_static", "dl", "pthread", "rt"],
+            extra_link_args=["-Wl,--exclude-libs,ALL"],
+            define_macros=[("USE_CUDA", None)],
+        )
+
+
 setup(
-    ext_modules=[cpu_extension()],
+    ext_modules=list(extensions()),
     cmdclass={"build_ext": BuildExtensions},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -29,7 +29,11 @@ def namespace(name: str) -> Any:
 def unavailable_reason(name: str) -> str | None:
     """What keeps the compiled backend `name` from being used ("is not built ..."), or None."""
     loaded = _load(name)
-    return loaded if isinstance(loaded, str) else None
+    if isinstance(loaded, str):
+        return loaded
+    if name == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return None
 
 
 @functools.cache

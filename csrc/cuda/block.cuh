@@ -1,0 +1,59 @@
+// What the threads of a block find out together. Every order is fixed, so results are repeatable.
+#pragma once
+
+#include "operators.h"
+
+namespace kl_kernels {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+__device__ __forceinline__ RowState<float> shuffle_down(const RowState<float>& s, int by) {
+  const auto from = [by](float value) { return __shfl_down_sync(kAllLanes, value, by); };
+  return {from(s.anchor),
+          from(s.ref_anchor),
+          {from(s.sums.sx), from(s.sums.sy), from(s.sums.ex), from(s.sums.rk), from(s.sums.fk)}};
+}
+
+// The threads' states merged; right in thread 0 alone. Call it once per kernel.
+template <int kThreads>
+__device__ RowState<float> merge_block(RowState<float> s) {
+  __shared__ RowState<float> of_warp[kThreads / kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int by = kWarp / 2; by > 0; by /= 2) s = merge(s, shuffle_down(s, by));
+  if (lane == 0) of_warp[warp] = s;
+  __syncthreads();  // without it thread 0 would merge states that are not there yet
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < kThreads / kWarp; ++i) s = merge(s, of_warp[i]);
+  }
+  return s;
+}
+
+struct Extent {
+  float largest, ref_largest;  // of the logits looked at; NaN is not seen
+  float smallest;              // of both models'
+};
+
+__device__ __forceinline__ Extent join(const Extent& s, const Extent& t) {
+  return {fmaxf(s.largest, t.largest), fmaxf(s.ref_largest, t.ref_largest),
+          fminf(s.smallest, t.smallest)};
+}
+
+// The threads' extents joined, in every thread. Call it once per kernel.
+template <int kThreads>
+__device__ Extent join_block(Extent e) {
+  __shared__ Extent of_warp[kThreads / kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int by = kWarp / 2; by > 0; by /= 2) {
+    e = join(e, {__shfl_xor_sync(kAllLanes, e.largest, by),
+                 __shfl_xor_sync(kAllLanes, e.ref_largest, by),
+                 __shfl_xor_sync(kAllLanes, e.smallest, by)});
+  }
+  if (lane == 0) of_warp[warp] = e;
+  __syncthreads();  // without it a thread would read extents that are not there yet
+  e = of_warp[0];
+  for (int i = 1; i < kThreads / kWarp; ++i) e = join(e, of_warp[i]);
+  return e;
+}
+
+}  // namespace kl_kernels

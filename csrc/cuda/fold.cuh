@@ -1,0 +1,120 @@
+// The forward pass over one part of a row: its logits, read once, become a state.
+//
+// The fast loop has no maximum, no rescaling and no test: it measures from anchors fixed
+// beforehand, the larger of the first tile's maximum and the sampled token's logit (which is nearly
+// always close to the top). Whatever defeats it (-inf, NaN, a peak far above the anchor) shows in
+// the sums, and the careful loop, with a running maximum, folds that part again. Both the choice
+// and the split into parts depend on the row alone.
+#pragma once
+
+#include "block.cuh"
+#include "part.cuh"
+
+namespace kl_kernels {
+
+// The first tile and the last logit: where to anchor, and whether -inf is about.
+template <class Policy, bool kAligned, class T, bool kReference>
+__device__ Extent look(const Part<T, kReference>& part) {
+  Extent e{-INFINITY, -INFINITY, INFINITY};
+  const auto see = [&e](float x, float y) { e = join(e, {x, y, fminf(x, y)}); };
+  const int i = threadIdx.x * kLanes;
+  if (i < part.whole()) {
+    float x[kLanes], y[kLanes];
+    unpack(part.x.template eight<kAligned>(i), x);
+    unpack(part.y.template eight<kAligned>(i), y);
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) see(x[j], y[j]);
+  }
+  see(part.x[part.size - 1], part.y[part.size - 1]);
+  return join_block<Policy::kThreads>(e);
+}
+
+template <class Policy, bool kAligned, class T, bool kReference>
+__device__ __forceinline__ RowState<float> fold_fast(const Part<T, kReference>& part, float anchor,
+                                                     float ref_anchor) {
+  const float kx = part.kx, ky = part.ky;
+  Sums<float> s{};
+  const auto absorb = [&](float x, float y) {
+    const float tx = from_anchor(x, kx, anchor);
+    if constexpr (kReference) {
+      const float ty = from_anchor(y, ky, ref_anchor);
+      fold(s, tx, ty, exp2f(tx), exp2f(ty));
+    } else {
+      fold(s, tx, exp2f(tx));
+    }
+  };
+  const auto eight = [&](int, const auto& xs, const auto& ys) {
+    float x[kLanes], y[kLanes];
+    unpack(xs, x);
+    unpack(ys, y);
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) absorb(x[j], y[j]);
+  };
+  const auto one = [&](int, float x, float y) { absorb(x, y); };
+  for_each<Policy, kAligned>(part, eight, one);
+  return {anchor, ref_anchor, s};
+}
+
+// Each thread measures from the largest logits it has seen so far.
+template <class Policy, bool kAligned, class T, bool kReference>
+__device__ RowState<float> fold_careful(const Part<T, kReference>& part) {
+  constexpr float kFloor = Limits<float>::kFloor;
+  const float kx = part.kx, ky = part.ky;
+  RowState<float> s = empty_state<float>();
+  const auto raise_anchors = [&](float x, float y) {
+    const float anchor = fmaxf(s.anchor, kx * x), ref_anchor = fmaxf(s.ref_anchor, ky * y);
+    if (anchor > s.anchor || ref_anchor > s.ref_anchor) s = move(s, anchor, ref_anchor);
+  };
+  const auto absorb = [&](float x, float y) {
+    float tx = from_anchor(x, kx, s.anchor), ty = from_anchor(y, ky, s.ref_anchor);
+    tx = tx < kFloor ? kFloor : tx;  // not fmaxf, which drops NaN
+    ty = ty < kFloor ? kFloor : ty;
+    fold_by_support(s.sums, x, y, tx, ty, exp2f(tx), exp2f(ty));
+  };
+  const auto one = [&](int, float x, float y) {
+    raise_anchors(x, y);
+    absorb(x, y);
+  };
+  const auto eight = [&](int, const auto& xs, const auto& ys) {
+    float x[kLanes], y[kLanes];
+    unpack(xs, x);
+    unpack(ys, y);
+    float largest = x[0], ref_largest = y[0];
+#pragma unroll
+    for (int j = 1; j < kLanes; ++j) {
+      largest = fmaxf(largest, x[j]);
+      ref_largest = fmaxf(ref_largest, y[j]);
+    }
+    raise_anchors(largest, ref_largest);
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) absorb(x[j], y[j]);
+  };
+  for_each<Policy, kAligned>(part, eight, one);
+  return s;
+}
+
+// Whether this thread's sums can be kept. A t of 16 has an absolute error of 2^-20, and so has the
+// KL: no weight may lie far above its anchor.
+template <class Policy>
+__device__ bool defeated(const Sums<float>& s) {
+  constexpr float kCrowded = 2.0f * Policy::kPart / Policy::kThreads;
+  return !isfinite(s.sx + s.sy + s.ex + s.rk + s.fk) || s.sx > kCrowded || s.sy > kCrowded;
+}
+
+// The part's state; right in thread 0 alone. The token's logits may be NaN: there is no such token.
+template <class Policy, bool kAligned, class T, bool kReference>
+__device__ RowState<float> fold_part(const Part<T, kReference>& part, float token_x,
+                                     float token_y) {
+  const Extent e = look<Policy, kAligned>(part);
+  RowState<float> s = empty_state<float>();
+  bool careful = e.smallest == -INFINITY;  // the same in all threads
+  if (!careful) {
+    const float anchor = part.kx * fmaxf(e.largest, token_x);
+    s = fold_fast<Policy, kAligned>(part, anchor, part.ky * fmaxf(e.ref_largest, token_y));
+    careful = __syncthreads_or(defeated<Policy>(s.sums));
+  }
+  if (careful) s = fold_careful<Policy, kAligned>(part);
+  return merge_block<Policy::kThreads>(s);
+}
+
+}  // namespace kl_kernels

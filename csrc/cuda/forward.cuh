@@ -1,0 +1,138 @@
+// token_stats, token_kl and kl_rewards: one row's logits to all of its numbers, reading each once.
+//
+//   fold_kernel    one block per part of a row; where a row is one part, it finishes it, too
+//   finish_kernel  one thread per row: merges the parts, in order, and finishes
+#pragma once
+
+#include "fold.cuh"
+
+namespace kl_kernels {
+
+__device__ inline void write(float* to, int64_t at, double value) {
+  if (to != nullptr) to[at] = static_cast<float>(value);
+}
+
+// The KL's share of the reward, and the score's where this is its place (which need not count).
+__device__ inline void write_rewards(const Rows& rows, const Outputs& out, const RewardShape& shape,
+                                     uint32_t row, const ShapedReward& shaped) {
+  if (out.rewards == nullptr) return;
+  const int64_t b = row / rows.n_tokens, t = row % rows.n_tokens;
+  out.rewards[row] = shaped.reward + (shape.score_index[b] == t ? shape.scores[b] : 0.0f);
+  out.advantage_correction[row] = shaped.advantage_correction;
+}
+
+// A row that counts for nothing is 0 everywhere.
+__device__ inline void write_masked(const Rows& rows, const Outputs& out, const RewardShape& shape,
+                                    uint32_t row) {
+  float* const outputs[] = {out.logprob, out.ref_logprob, out.kl, out.forward_kl, out.entropy};
+  for (float* output : outputs) write(output, row, 0);
+  float* const states[] = {out.policy_state, out.ref_state};
+  for (float* state : states) {
+    write(state, row, 0);
+    write(state, rows.n_rows + row, 0);
+  }
+  write_rewards(rows, out, shape, row, {0.0f, 0.0f});
+}
+
+// In float64: one thread's work per row, and the difference of two logarithms cancels as p nears q.
+__device__ inline void write_finished(const Rows& rows, const Logits& policy,
+                                      const Logits& reference, const Outputs& out,
+                                      const RewardShape& shape, uint32_t row,
+                                      const RowState<double>& s) {
+  const double x = token_logit<Any>(policy, rows, row);
+  const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
+  double ty = 0;
+  if (reference.data != nullptr) {
+    const double y = token_logit<Any>(reference, rows, row);
+    ty = from_anchor(y, static_cast<double>(reference.k), s.ref_anchor);
+  }
+  const Finished<double> f = finish(s.sums, tx, ty);
+  write(out.logprob, row, f.logprob);
+  write(out.ref_logprob, row, f.ref_logprob);
+  write(out.kl, row, f.kl);
+  write(out.forward_kl, row, f.forward_kl);
+  write(out.entropy, row, f.entropy);
+  write(out.policy_state, row, s.anchor);
+  write(out.policy_state, rows.n_rows + row, s.sums.sx);
+  write(out.ref_state, row, s.ref_anchor);
+  write(out.ref_state, rows.n_rows + row, s.sums.sy);
+  const Finished<float> rounded{static_cast<float>(f.logprob), static_cast<float>(f.ref_logprob),
+                                static_cast<float>(f.kl), static_cast<float>(f.forward_kl),
+                                static_cast<float>(f.entropy)};
+  write_rewards(rows, out, shape, row,
+                reward_epilogue(rounded, shape.kl_coef, shape.estimator, shape.kl_clip));
+}
+
+__device__ inline RowState<double> widened(const RowState<float>& s) {
+  return {s.anchor, s.ref_anchor, {s.sums.sx, s.sums.sy, s.sums.ex, s.sums.rk, s.sums.fk}};
+}
+
+// CUDA kernels
+
+template <class Policy, class T, bool kReference>
+__global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
+    fold_kernel(Rows rows, Split split, Logits policy, Logits reference, Outputs out,
+                RewardShape shape,
+                RowState<float>* parts) {  // parts: [B T, n_parts], nullptr where that is 1
+  const Place place = place_of_block(split);
+  const uint32_t row = place.row;
+  if (!counts(rows, row)) {  // the whole block returns
+    if (parts == nullptr && threadIdx.x == 0) write_masked(rows, out, shape, row);
+    return;
+  }
+  const auto part = part_of<T, kReference>(rows, split, policy, reference, place);
+  const float x = token_logit<T>(policy, rows, row);
+  const float y = kReference ? token_logit<T>(reference, rows, row) : x;
+  const bool aligned = part.x.aligned() && part.y.aligned();
+  const RowState<float> s =
+      aligned ? fold_part<Policy, true>(part, x, y) : fold_part<Policy, false>(part, x, y);
+  if (threadIdx.x != 0) return;
+  if (parts == nullptr)
+    write_finished(rows, policy, reference, out, shape, row, widened(s));
+  else
+    parts[blockIdx.x] = s;
+}
+
+__global__ void finish_kernel(Rows rows, Split split, Logits policy, Logits reference, Outputs out,
+                              RewardShape shape, const RowState<float>* parts) {
+  const uint32_t row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= rows.n_rows) return;
+  if (!counts(rows, row)) {
+    write_masked(rows, out, shape, row);
+    return;
+  }
+  parts += static_cast<int64_t>(row) * split.n_parts;
+  RowState<double> s = empty_state<double>();
+  for (uint32_t i = 0; i < split.n_parts; ++i) s = merge(s, widened(parts[i]));
+  write_finished(rows, policy, reference, out, shape, row, s);
+}
+
+// Launchers
+
+template <class Policy>
+int64_t forward_scratch_bytes(const Rows& rows) {
+  const Split split = split_of<Policy>(rows.vocab_size);
+  return split.n_parts == 1 ? 0 : rows.n_rows * split.n_parts * sizeof(RowState<float>);
+}
+
+template <class Policy>
+cudaError_t launch_forward(const Rows& rows, const Logits& policy, const Logits& reference,
+                           const Outputs& out, const RewardShape& shape, void* scratch,
+                           cudaStream_t stream) {
+  const Split split = split_of<Policy>(rows.vocab_size);
+  const bool whole = split.n_parts == 1;
+  RowState<float>* const parts = whole ? nullptr : static_cast<RowState<float>*>(scratch);
+  const cudaError_t error = with_element_type(policy, reference, [&](auto element) {
+    using T = decltype(element);
+    const auto kernel =
+        reference.data == nullptr ? fold_kernel<Policy, T, false> : fold_kernel<Policy, T, true>;
+    return launch(kernel, rows.n_rows * split.n_parts, Policy::kThreads, stream, rows, split,
+                  policy, reference, out, shape, parts);
+  });
+  if (error != cudaSuccess || whole) return error;
+  constexpr int kThreads = 128;
+  return launch(finish_kernel, (rows.n_rows + kThreads - 1) / kThreads, kThreads, stream, rows,
+                split, policy, reference, out, shape, parts);
+}
+
+}  // namespace kl_kernels

@@ -1,0 +1,64 @@
+// How the vocabulary is spread over threads and blocks: all of the launch policy, with its reasons.
+#pragma once
+
+#include <utility>
+
+#include "operators.h"
+
+namespace kl_kernels {
+
+// A lane owns 8 neighbouring logits: one 16-byte load in 16-bit types, two in float32.
+constexpr int kLanes = 8;
+
+struct LaunchPolicy {
+  static constexpr int kThreads = 256;
+
+  // Loads of 8 logits (of each model) in flight per thread. By Little's law 4.8 TB/s over 132 SMs,
+  // at 800 ns, needs 29 kB in flight per SM. Four blocks of 256 threads with two 16-byte loads of
+  // two models each have 64 kB, so half of the threads may be computing; of a policy alone 32 kB.
+  static constexpr int kUnroll = 2;
+
+  // At most 64 registers, so that four blocks fit: the 1024 threads counted on above. Softcaps are
+  // bound by their tanh, not by memory, and would spill.
+  static constexpr int kBlocksPerSm = 4, kBlocksPerSmForAny = 2;
+
+  // A row is split into parts of at most this many logits, a block each. The split depends on V
+  // alone, so that a row's numbers never depend on the rest of the batch. Two parts of V = 128k let
+  // 66 rows occupy an H200. Of smaller parts, starting and finishing would be a larger share: about
+  // 400 instructions a thread, beside 13 for each of its 256 pairs of logits.
+  static constexpr int kPart = 65536;
+};
+
+// How a row is split: parts of about the same size, each but the last of whole tiles. (Blocks are
+// numbered in 32 bits, and so are rows; offsets are not.)
+struct Split {
+  uint32_t n_parts;
+  int part_size;
+};
+
+template <class Policy>
+Split split_of(int64_t vocab_size) {
+  constexpr int64_t kTile = Policy::kThreads * kLanes;
+  static_assert(Policy::kPart % kTile == 0, "parts are whole tiles");
+  const auto divide_up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
+  const int64_t n_parts = divide_up(vocab_size, Policy::kPart);
+  const int64_t part_size = divide_up(vocab_size, n_parts * kTile) * kTile;
+  return {static_cast<uint32_t>(divide_up(vocab_size, part_size)), static_cast<int>(part_size)};
+}
+
+// Launches `kernel` unless there is nothing to do. (A function, where <<<>>> is syntax: tests run
+// this very code as plain C++.)
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t n_blocks, int n_threads,
+                   cudaStream_t stream, Arguments&&... arguments) {
+  constexpr int64_t kMostBlocks = 0x7fffffff;
+  if (n_blocks == 0) return cudaSuccess;
+  if (n_blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(n_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(n_threads));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
+}
+
+}  // namespace kl_kernels

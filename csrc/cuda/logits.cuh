@@ -1,0 +1,175 @@
+// One part of a row of one model's logits, or of their gradient, in a type that is known to the
+// compiler or in Any.
+#pragma once
+
+#include "vector.cuh"
+
+namespace kl_kernels {
+
+// Softcap bends finite logits; -inf stays ruled out, +inf stays an error to be seen.
+__device__ inline float softcapped(float x, float cap) {
+  return isinf(x) ? x : cap * tanhf(x / cap);
+}
+
+// The derivative of softcap, from its value; 0 at the ends.
+__device__ inline float softcap_grad(float value, float cap) {
+  const float ratio = value / cap;
+  return fmaxf(1.0f - ratio * ratio, 0.0f);
+}
+
+// Stands for a type known at run time only, or for logits with a softcap.
+struct Any {};
+
+template <class Policy, class T>
+constexpr int kBlocks = Policy::kBlocksPerSm;
+template <class Policy>
+constexpr int kBlocks<Policy, Any> = Policy::kBlocksPerSmForAny;
+
+// A part of one row of one model's logits, counted from 0.
+template <class T>
+class Row {
+ public:
+  using Eight = Packed<T>;
+
+  __device__ Row(const Logits& logits, int64_t offset)
+      : at_(static_cast<const T*>(logits.data) + offset) {}
+
+  __device__ bool aligned() const { return is_aligned(at_); }
+  __device__ float operator[](int64_t i) const { return to_float(at_[i]); }
+  template <bool kAligned>
+  __device__ __forceinline__ Eight eight(int i) const {
+    return load<kAligned>(at_ + i);
+  }
+
+ private:
+  const T* at_;
+};
+
+template <>
+class Row<Any> {
+ public:
+  using Eight = Packed<float>;
+
+  __device__ Row(const Logits& logits, int64_t offset)
+      : at_(logits.data), offset_(offset), dtype_(logits.dtype), softcap_(logits.softcap) {}
+
+  __device__ bool aligned() const {
+    return is_aligned(static_cast<const char*>(at_) + offset_ * (dtype_ == Dtype::float32 ? 4 : 2));
+  }
+
+  __device__ float operator[](int64_t i) const {
+    return dtype_ == Dtype::float32    ? one<float>(i)
+           : dtype_ == Dtype::bfloat16 ? one<__nv_bfloat16>(i)
+                                       : one<__half>(i);
+  }
+
+  template <bool kAligned>
+  __device__ __forceinline__ Eight eight(int i) const {
+    float x[kLanes];
+    if (dtype_ == Dtype::float32) unpack(load<kAligned>(as<float>() + i), x);
+    if (dtype_ == Dtype::bfloat16) unpack(load<kAligned>(as<__nv_bfloat16>() + i), x);
+    if (dtype_ == Dtype::float16) unpack(load<kAligned>(as<__half>() + i), x);
+    if (softcap_ != 0) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) x[j] = softcapped(x[j], softcap_);
+    }
+    Eight packed;
+    pack(x, packed);
+    return packed;
+  }
+
+ private:
+  template <class T>
+  __device__ const T* as() const {
+    return static_cast<const T*>(at_) + offset_;
+  }
+  template <class T>
+  __device__ float one(int64_t i) const {
+    const float x = to_float(as<T>()[i]);
+    return softcap_ == 0 ? x : softcapped(x, softcap_);
+  }
+
+  const void* at_;
+  int64_t offset_;
+  Dtype dtype_;
+  float softcap_;
+};
+
+// Writes one part of a row of grad_logits, in the policy's element type.
+template <class T>
+class GradRow {
+ public:
+  __device__ GradRow(void* grad_logits, const Logits&, int64_t offset)
+      : at_(static_cast<T*>(grad_logits) + offset) {}
+
+  __device__ bool aligned() const { return is_aligned(at_); }
+  __device__ __forceinline__ void put(int64_t i, float grad, float) const {
+    from_float(grad, at_[i]);
+  }
+  template <bool kAligned>
+  __device__ __forceinline__ void put_eight(int i, float (&grad)[kLanes],
+                                            const float (&)[kLanes]) const {
+    Packed<T> packed;
+    pack(grad, packed);
+    store<kAligned>(at_ + i, packed);
+  }
+
+ private:
+  T* at_;
+};
+
+template <>
+class GradRow<Any> {
+ public:
+  __device__ GradRow(void* grad_logits, const Logits& policy, int64_t offset)
+      : at_(grad_logits), offset_(offset), dtype_(policy.dtype), softcap_(policy.softcap) {}
+
+  __device__ bool aligned() const {
+    return is_aligned(static_cast<char*>(at_) + offset_ * (dtype_ == Dtype::float32 ? 4 : 2));
+  }
+
+  __device__ void put(int64_t i, float grad, float value) const {
+    if (softcap_ != 0) grad *= softcap_grad(value, softcap_);
+    if (dtype_ == Dtype::float32) as<float>().put(i, grad, value);
+    if (dtype_ == Dtype::bfloat16) as<__nv_bfloat16>().put(i, grad, value);
+    if (dtype_ == Dtype::float16) as<__half>().put(i, grad, value);
+  }
+
+  // `value` is the softcapped logit.
+  template <bool kAligned>
+  __device__ void put_eight(int i, float (&grad)[kLanes], const float (&value)[kLanes]) const {
+    if (softcap_ != 0) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) grad[j] *= softcap_grad(value[j], softcap_);
+    }
+    if (dtype_ == Dtype::float32) as<float>().template put_eight<kAligned>(i, grad, value);
+    if (dtype_ == Dtype::bfloat16) as<__nv_bfloat16>().template put_eight<kAligned>(i, grad, value);
+    if (dtype_ == Dtype::float16) as<__half>().template put_eight<kAligned>(i, grad, value);
+  }
+
+ private:
+  template <class T>
+  __device__ GradRow<T> as() const {
+    return GradRow<T>(at_, Logits{}, offset_);
+  }
+
+  void* at_;
+  int64_t offset_;
+  Dtype dtype_;
+  float softcap_;
+};
+
+// Calls `use(T{})` with the element type to read both models' logits as. Types that differ and
+// softcaps share one kernel: rare enough not to be worth nine.
+template <class Use>
+cudaError_t with_element_type(const Logits& policy, const Logits& reference, const Use& use) {
+  const bool alone = reference.data == nullptr;
+  const bool plain =
+      policy.softcap == 0 && (alone || (reference.softcap == 0 && reference.dtype == policy.dtype));
+  if (!plain) return use(Any{});
+  if (policy.dtype == Dtype::float32) return use(float{});
+  if (policy.dtype == Dtype::bfloat16) return use(__nv_bfloat16{});
+  return use(__half{});
+}
+
+}  // namespace kl_kernels

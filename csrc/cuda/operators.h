@@ -1,0 +1,76 @@
+// What the CUDA kernels compute, on raw device pointers; no torch below this line.
+//
+// Every function enqueues on `stream` and returns at once; it may be captured in a CUDA graph.
+#pragma once
+
+#include <stdint.h>
+
+#include "../kl_math.h"
+#include "runtime.h"
+
+namespace kl_kernels {
+
+enum class Dtype { float32, bfloat16, float16 };
+
+// One model's logits [B, T, V], neighbouring logits neighbours in memory, and how to read them.
+struct Logits {
+  const void* data;  // nullptr: no such model
+  Dtype dtype;
+  int64_t stride_b, stride_t;  // in logits; any, also 0
+  float k;                     // log2(e) / temperature
+  float softcap;               // 0: none
+};
+
+// The rows (tokens) of one call.
+struct Rows {
+  int64_t n_rows;    // B T
+  int64_t n_tokens;  // T
+  int64_t vocab_size;
+  const int64_t* token_ids;  // [B, T]
+  const bool* mask;          // [B, T]; nullptr: all rows count
+};
+
+// What the forward pass writes, each [B, T] or nullptr where it is not wanted. A state is [2, B,
+// T]: the anchors, then the sums.
+struct Outputs {
+  float *logprob, *ref_logprob, *kl, *forward_kl, *entropy;
+  float *policy_state, *ref_state;
+  float *rewards, *advantage_correction;
+};
+
+// How rewards are shaped, where they are wanted.
+struct RewardShape {
+  const float* scores;         // [B]
+  const int64_t* score_index;  // [B], -1 for nowhere
+  float kl_coef;
+  Estimator estimator;
+  float kl_clip;  // +inf: none
+};
+
+// What the backward pass reads, each [B, T]; upstream gradients may be nullptr. Without a gradient
+// of either KL, the reference's state and kl are not read.
+struct Saved {
+  const float *grad_logprob, *grad_kl, *grad_forward_kl, *grad_entropy;
+  const float *policy_state, *ref_state;  // [2, B, T]
+  const float *kl, *entropy;
+  double temperature;  // the policy's
+};
+
+// Bytes of scratch memory that `forward` needs.
+int64_t scratch_bytes(const Rows& rows);
+
+// token_stats (no reference), token_kl and kl_rewards (rewards wanted) in one.
+cudaError_t forward(const Rows& rows, const Logits& policy, const Logits& reference,
+                    const Outputs& outputs, const RewardShape& shape, void* scratch,
+                    cudaStream_t stream);
+
+// token_stats_backward and token_kl_backward in one; grad_logits is [B, T, V], contiguous.
+cudaError_t backward(const Rows& rows, const Logits& policy, const Logits& reference,
+                     const Saved& saved, void* grad_logits, cudaStream_t stream);
+
+// All [B, T].
+cudaError_t gae_rows(const float* rewards, const float* values, const bool* mask, int64_t n_batch,
+                     int64_t n_tokens, double gamma, double lam, bool skip_masked,
+                     float* advantages, float* returns, cudaStream_t stream);
+
+}  // namespace kl_kernels

@@ -1,0 +1,191 @@
+"""The CUDA kernels, compiled for the host, as one more backend."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+from ctypes import byref, c_bool, c_double, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# -fno-strict-aliasing: as nvcc has it. The kernels' unrolling is not for g++.
+FLAGS = [
+    "-std=c++20",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-pthread",
+]
+
+
+def compile_host(source: str, target: Path, *flags: str) -> Path:
+    command = ["g++", *FLAGS, *flags, f"-I{HERE}", str(HERE / source), "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return target
+
+
+# The structs of csrc/cuda/operators.h.
+
+
+class Logits(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p), ("dtype", c_int), ("stride_b", c_int64), ("stride_t", c_int64),
+        ("k", c_float), ("softcap", c_float),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, logits: Tensor, temperature: float, softcap: float | None) -> Logits:
+        assert logits.stride(2) == 1 or logits.shape[2] == 1
+        k = 1 / math.log(2) / temperature
+        return cls(
+            logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0), logits.stride(1),
+            k, softcap or 0.0,
+        )  # fmt: skip
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [
+        ("n_rows", c_int64), ("n_tokens", c_int64), ("vocab_size", c_int64),
+        ("token_ids", c_void_p), ("mask", c_void_p),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, logits: Tensor, token_ids: Tensor, mask: Tensor | None) -> Rows:
+        n_batch, n_tokens, vocab_size = logits.shape
+        return cls(n_batch * n_tokens, n_tokens, vocab_size, token_ids.data_ptr(), pointer(mask))
+
+
+OUTPUTS = ("logprob", "ref_logprob", "kl", "forward_kl", "entropy")
+STATES = ("policy_state", "ref_state")
+REWARDS = ("rewards", "advantage_correction")
+
+
+class Outputs(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in (*OUTPUTS, *STATES, *REWARDS)]
+
+
+class RewardShape(ctypes.Structure):
+    _fields_ = [
+        ("scores", c_void_p), ("score_index", c_void_p), ("kl_coef", c_float),
+        ("estimator", c_int), ("kl_clip", c_float),
+    ]  # fmt: skip
+
+
+class Saved(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("grad_logprob", "grad_kl", "grad_forward_kl")),
+        *((name, c_void_p) for name in ("grad_entropy", *STATES, "kl", "entropy")),
+        ("temperature", c_double),
+    ]
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def backend(library_path: Path) -> SimpleNamespace:
+    """The operators of `schemas.KERNELS`, of a library made of kernels.cpp."""
+    library = ctypes.CDLL(str(library_path))
+    library.host_scratch_bytes.restype = c_int64
+
+    def forward(logits, policy, reference, token_ids, mask, names, shape=None):
+        n_batch, n_tokens, _ = logits.shape
+        tensors = {
+            name: torch.empty((2, n_batch, n_tokens) if name in STATES else (n_batch, n_tokens))
+            for name in names
+        }
+        rows = Rows.of(logits, token_ids, mask)
+        scratch = torch.empty(library.host_scratch_bytes(byref(rows)), dtype=torch.uint8)
+        outputs = Outputs(**{name: pointer(tensor) for name, tensor in tensors.items()})
+        assert not library.host_forward(
+            byref(rows), byref(policy), byref(reference), byref(outputs),
+            byref(shape or RewardShape()), c_void_p(scratch.data_ptr()),
+        )  # fmt: skip
+        return tuple(tensors[name] for name in names)
+
+    def token_stats(logits, token_ids, mask, temperature, softcap):
+        policy = Logits.of(logits, temperature, softcap)
+        names = ("logprob", "entropy", "policy_state")
+        return forward(logits, policy, Logits(), token_ids, mask, names)
+
+    def token_kl(
+        logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
+    ):
+        policy = Logits.of(logits, temperature, softcap)
+        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
+        return forward(logits, policy, reference, token_ids, mask, (*OUTPUTS, *STATES))
+
+    def kl_rewards(
+        logits, ref_logits, token_ids, mask, scores, score_index, kl_coef, estimator, kl_clip,
+        temperature, ref_temperature, softcap, ref_softcap,
+    ):  # fmt: skip
+        policy = Logits.of(logits, temperature, softcap)
+        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
+        bound = math.inf if kl_clip is None else kl_clip
+        shape = RewardShape(pointer(scores), pointer(score_index), kl_coef, estimator, bound)
+        names = (*REWARDS, *OUTPUTS, *STATES)
+        return forward(logits, policy, reference, token_ids, mask, names, shape)
+
+    def backward(logits, policy, reference, token_ids, mask, temperature, **saved):
+        grad = torch.empty(logits.shape, dtype=logits.dtype)
+        pointers = {name: pointer(tensor) for name, tensor in saved.items()}
+        assert not library.host_backward(
+            byref(Rows.of(logits, token_ids, mask)), byref(policy), byref(reference),
+            byref(Saved(**pointers, temperature=temperature)), c_void_p(grad.data_ptr()),
+        )  # fmt: skip
+        return grad
+
+    def token_stats_backward(
+        grad_logprob, grad_entropy, logits, token_ids, mask, policy_state, entropy,
+        temperature, softcap,
+    ):  # fmt: skip
+        policy = Logits.of(logits, temperature, softcap)
+        return backward(
+            logits, policy, Logits(), token_ids, mask, temperature,
+            grad_logprob=grad_logprob, grad_entropy=grad_entropy,
+            policy_state=policy_state, entropy=entropy,
+        )  # fmt: skip
+
+    def token_kl_backward(
+        grad_logprob, grad_kl, grad_forward_kl, grad_entropy, logits, ref_logits, token_ids, mask,
+        policy_state, ref_state, kl, entropy, temperature, ref_temperature, softcap, ref_softcap,
+    ):  # fmt: skip
+        policy = Logits.of(logits, temperature, softcap)
+        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
+        return backward(
+            logits, policy, reference, token_ids, mask, temperature,
+            grad_logprob=grad_logprob, grad_kl=grad_kl, grad_forward_kl=grad_forward_kl,
+            grad_entropy=grad_entropy, policy_state=policy_state, ref_state=ref_state,
+            kl=kl, entropy=entropy,
+        )  # fmt: skip
+
+    def gae(rewards, values, mask, gamma, lam, skip_masked):
+        n_batch, n_tokens = rewards.shape
+        advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+        inputs = (c_void_p(pointer(t)) for t in (rewards, values, mask))
+        outputs = (c_void_p(pointer(t)) for t in (advantages, returns))
+        assert not library.host_gae(
+            *inputs, c_int64(n_batch), c_int64(n_tokens), c_double(gamma), c_double(lam),
+            c_bool(skip_masked), *outputs,
+        )  # fmt: skip
+        return advantages, returns
+
+    return SimpleNamespace(
+        token_stats=token_stats,
+        token_stats_backward=token_stats_backward,
+        token_kl=token_kl,
+        token_kl_backward=token_kl_backward,
+        kl_rewards=kl_rewards,
+        gae=gae,
+    )

@@ -1,0 +1,36 @@
+// The CUDA kernels as a host library for tests/test_cuda_on_host.py, with blocks and parts so small
+// that a few thousand logits take every path: several tiles, several parts, tails, both loops.
+#define KL_CUDA_ON_HOST
+#include "../../csrc/cuda/backward.cuh"
+#include "../../csrc/cuda/forward.cuh"
+#include "../../csrc/cuda/gae.cuh"
+
+using namespace kl_kernels;
+
+struct SmallLaunch {
+  static constexpr int kThreads = 64, kUnroll = 2, kBlocksPerSm = 1, kBlocksPerSmForAny = 1;
+  static constexpr int kPart = 2048;  // two double tiles
+};
+
+extern "C" {
+
+int64_t host_scratch_bytes(const Rows* rows) { return forward_scratch_bytes<SmallLaunch>(*rows); }
+
+int host_forward(const Rows* rows, const Logits* policy, const Logits* reference,
+                 const Outputs* outputs, const RewardShape* shape, void* scratch) {
+  return launch_forward<SmallLaunch>(*rows, *policy, *reference, *outputs, *shape, scratch,
+                                     nullptr);
+}
+
+int host_backward(const Rows* rows, const Logits* policy, const Logits* reference,
+                  const Saved* saved, void* grad_logits) {
+  return launch_backward<SmallLaunch>(*rows, *policy, *reference, *saved, grad_logits, nullptr);
+}
+
+int host_gae(const float* rewards, const float* values, const bool* mask, int64_t n_batch,
+             int64_t n_tokens, double gamma, double lam, bool skip_masked, float* advantages,
+             float* returns) {
+  return launch_gae(rewards, values, mask, n_batch, n_tokens, gamma, lam, skip_masked, advantages,
+                    returns, nullptr);
+}
+}

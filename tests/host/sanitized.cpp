@@ -1,0 +1,115 @@
+// Every kernel once, for AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: on
+// arrays of exactly the right size, aligned and not, with rows that take both loops, masked rows
+// and token ids outside the vocabulary. Whether the numbers are right is
+// tests/test_cuda_on_host.py's job.
+#include "kernels.cpp"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+namespace {
+
+constexpr int64_t kBatch = 2, kTokens = 2, kRows = kBatch * kTokens;
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  fprintf(stderr, "a launch failed\n");
+  exit(1);
+}
+
+template <class T>
+struct Array {  // on the heap, where the sanitizers see its ends
+  explicit Array(int64_t n, T value = {}) : values(static_cast<T*>(malloc(n * sizeof(T) + !n))) {
+    for (int64_t i = 0; i < n; ++i) values[i] = value;
+  }
+  ~Array() { free(values); }
+  T* values;
+};
+
+uint32_t random_bits() {
+  static uint32_t state = 1;
+  return state = state * 1664525u + 1013904223u;
+}
+
+// Logits that begin `shift` elements after an aligned address; row 1 holds -inf, row 2 a NaN.
+template <class T>
+struct RandomLogits : Array<T> {
+  RandomLogits(int64_t vocab_size, int64_t shift)
+      : Array<T>(shift + kRows * vocab_size), at(this->values + shift) {
+    for (int64_t i = 0; i < kRows * vocab_size; ++i)
+      from_float(8.0f * static_cast<float>(random_bits() >> 8) / (1 << 24), at[i]);
+    from_float(-INFINITY, at[vocab_size + vocab_size / 2]);
+    from_float(NAN, at[2 * vocab_size + vocab_size / 3]);
+  }
+  T* at;
+};
+
+template <class T>
+Logits view(const RandomLogits<T>& logits, Dtype dtype, int64_t vocab_size, float softcap) {
+  return {logits.at, dtype, kTokens * vocab_size, vocab_size, 1.3f, softcap};
+}
+
+template <class T, class R>
+void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float softcap) {
+  const RandomLogits<T> logits(vocab_size, shift);
+  const RandomLogits<R> ref_logits(vocab_size, shift);
+  const Logits policy = view(logits, dtype, vocab_size, softcap);
+  const Logits reference = view(ref_logits, ref_dtype, vocab_size, 0);
+  Array<int64_t> token_ids(kRows);
+  token_ids.values[0] = vocab_size - 1;
+  token_ids.values[1] = vocab_size;  // outside
+  token_ids.values[2] = -1;          // outside
+  Array<bool> mask(kRows, true);
+  mask.values[3] = false;
+  const Rows rows{kRows, kTokens, vocab_size, token_ids.values, mask.values};
+
+  Array<float> values(7 * kRows), states(4 * kRows), scores(kBatch, 1.0f), ones(kRows, 1.0f);
+  Array<int64_t> score_index(kBatch, 1);
+  const auto value = [&](int i) { return values.values + i * kRows; };
+  float *policy_state = states.values, *ref_state = states.values + 2 * kRows;
+  const Outputs outputs{value(0),     value(1),  value(2), value(3), value(4),
+                        policy_state, ref_state, value(5), value(6)};
+  const RewardShape shape{scores.values, score_index.values, 0.1f, Estimator::exact, INFINITY};
+  Array<char> scratch(host_scratch_bytes(&rows));
+  check(launch_forward<SmallLaunch>(rows, policy, reference, outputs, shape, scratch.values,
+                                    nullptr));
+
+  Array<T> grad(kRows * vocab_size);
+  Saved saved{ones.values, nullptr,  nullptr,  ones.values, policy_state,
+              ref_state,   value(2), value(4), 1.1};
+  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, grad.values, nullptr));
+  saved.grad_kl = ones.values;
+  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, grad.values, nullptr));
+  saved.grad_forward_kl = ones.values;
+  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, grad.values, nullptr));
+
+  Outputs alone{};
+  alone.logprob = value(0);
+  alone.policy_state = policy_state;
+  check(launch_forward<SmallLaunch>(rows, policy, Logits{}, alone, shape, scratch.values, nullptr));
+}
+
+void run_gae(int64_t n_tokens) {
+  const int64_t n = 3 * n_tokens;
+  Array<float> rewards(n, 1.0f), values(n, 0.5f), advantages(n), returns(n);
+  Array<bool> mask(n, true);
+  for (int64_t i = 0; i < n; i += 3) mask.values[i] = false;
+  check(launch_gae(rewards.values, values.values, mask.values, 3, n_tokens, 0.99, 0.95, true,
+                   advantages.values, returns.values, nullptr));
+}
+
+}  // namespace
+
+int main() {
+  const Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16;
+  for (const int64_t vocab_size : {1, 13, 2600}) {  // a tail alone; groups and a tail; two parts
+    run<float, float>(f32, f32, vocab_size, vocab_size % 2, 0);
+    run<__nv_bfloat16, __nv_bfloat16>(bf16, bf16, vocab_size, 0, 0);
+    run<__nv_bfloat16, __nv_bfloat16>(bf16, bf16, vocab_size, 1, 0);
+    run<__half, __half>(f16, f16, vocab_size, 2, 0);
+    run<__nv_bfloat16, float>(bf16, f32, vocab_size, 0, 5);
+  }
+  run_gae(1);
+  run_gae(70);
+  printf("all kernels ran\n");
+}

@@ -1,0 +1,180 @@
+"""The CUDA kernels on host threads: the very csrc/cuda/*.cuh, with small blocks and parts.
+
+Against float64 on every hard input, like the other backends; and under AddressSanitizer,
+UndefinedBehaviorSanitizer and ThreadSanitizer. A block is 64 threads of 8 logits (two warps), a
+part 2048 logits at most. Sizes: one logit; too few for a thread to own 8; two parts, of which the
+first has an odd number of tiles and the second a piece of one and a tail.
+"""
+
+import itertools
+import math
+import platform
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from host.cuda_on_host import backend, compile_host
+
+import kl_kernels
+from kl_kernels import dispatch, reference
+from kl_kernels.validate.cases import DIFFICULTIES, grid
+from kl_kernels.validate.errors import errors
+
+NAME = "cuda_on_host"
+SIZES = (1, 7, 2601)
+# (-O0 compiles fast; ThreadSanitizer's program takes longer to run than to compile.)
+SANITIZERS = {
+    "address": ("-O0", "-fsanitize=address,undefined"),
+    "thread": ("-O1", "-fsanitize=thread"),
+}
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory):
+    """The library and the two sanitized programs, compiled side by side."""
+    directory = tmp_path_factory.mktemp("host")
+    with ThreadPoolExecutor() as pool:
+        library = pool.submit(
+            compile_host, "kernels.cpp", directory / "kernels.so", "-O1", "-fPIC", "-shared"
+        )
+        programs = {
+            name: pool.submit(
+                compile_host, "sanitized.cpp", directory / name,
+                "-g", *flags, "-fno-sanitize-recover=all",
+            )
+            for name, flags in SANITIZERS.items()
+        }  # fmt: skip
+        return {"library": library.result()} | {n: p.result() for n, p in programs.items()}
+
+
+@pytest.fixture(autouse=True)
+def host_backend(binaries, monkeypatch):
+    kernels = backend(binaries["library"])
+    monkeypatch.setitem(dispatch.BACKENDS, NAME, dispatch.Backend(lambda: kernels, lambda: None))
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_outputs_and_gradients_are_true(difficulty):
+    cases = [case for case in grid(SIZES) if case.difficulty == difficulty]
+    wrong = [e for case in cases for e in errors(case, NAME) if not e.accepted]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_sanitizers_find_nothing(binaries, sanitizer):
+    command = [str(binaries[sanitizer])]
+    if sanitizer == "thread":
+        # ThreadSanitizer wants its shadow memory where address randomisation may put libraries.
+        command = ["setarch", platform.machine(), "-R", *command]
+    # Threads that disagree about a barrier wait for each other for ever.
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "all kernels ran\n"
+
+
+def random_rows(vocab_size, dtype, shape=(2, 3)):
+    g = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(*shape, vocab_size, generator=g)).to(dtype)
+    ref_logits = (3 * torch.randn(*shape, vocab_size, generator=g)).to(dtype)
+    return logits, ref_logits, torch.randint(vocab_size, shape, generator=g)
+
+
+def evaluate(logits, ref_logits, token_ids):
+    logits = logits.detach().requires_grad_()
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=NAME)
+    loss = (result.logprob + result.kl - result.forward_kl + result.entropy).sum()
+    return torch.stack(result).detach(), torch.autograd.grad(loss, logits)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_alignment_and_strides_change_nothing(dtype):
+    """Bitwise: with an odd V a row's alignment depends on its place in the batch."""
+    logits, ref_logits, token_ids = random_rows(2600, dtype)
+    expected, expected_grad = evaluate(logits, ref_logits, token_ids)
+    for shift, ref_shift in itertools.product((0, 1, 2), (0, 3)):
+        views = []
+        for tensor, by in ((logits, shift), (ref_logits, ref_shift)):
+            wide = torch.full((3, 2, 2600 + 16), math.nan, dtype=dtype)
+            view = wide[:, :, by : by + 2600].transpose(0, 1)
+            view.copy_(tensor)
+            views.append(view)
+        got, grad = evaluate(*views, token_ids)
+        assert torch.equal(got, expected), (shift, ref_shift)
+        assert torch.equal(grad, expected_grad), (shift, ref_shift)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    """Bitwise, gradients with an odd V included: their rows are unaligned, too."""
+    logits, ref_logits, token_ids = random_rows(2601, torch.bfloat16)
+    together, grads = evaluate(logits, ref_logits, token_ids)
+    alone, grad = evaluate(logits[1:, 1:2], ref_logits[1:, 1:2], token_ids[1:, 1:2])
+    assert torch.equal(alone, together[:, 1:, 1:2])
+    assert torch.equal(grad, grads[1:, 1:2])
+
+
+def test_expanded_rows_are_read_through_stride_zero():
+    logits, ref_logits, token_ids = random_rows(70, torch.float32)
+    row, ref_row = logits[:1, :1].expand(2, 3, 70), ref_logits[:1, :1].expand(2, 3, 70)
+    got, grad = evaluate(row, ref_row, token_ids)
+    expected, expected_grad = evaluate(row.clone(), ref_row.clone(), token_ids)
+    assert torch.equal(got, expected)
+    assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("token", [-1, 70, 2**40])
+def test_a_token_outside_the_vocabulary_is_nan_and_reads_nothing(token):
+    logits, ref_logits, token_ids = random_rows(70, torch.float32)
+    expected, _ = evaluate(logits, ref_logits, token_ids)
+    kernels = dispatch.choose(NAME, [logits])
+    token_ids[0, 1] = token
+    got = kernels.token_kl(logits, ref_logits, token_ids, None, 1.0, 1.0, None, None)
+    for name, value, true in zip(kl_kernels.TokenKL._fields, got, expected):
+        if "logprob" in name:
+            assert value[0, 1].isnan()
+            value[0, 1] = true[0, 1]
+        torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-6)
+    saved = (token_ids, None, got[5], got[4], 1.0, None)
+    ones = torch.ones(token_ids.shape)
+    grad = kernels.token_stats_backward(ones, ones, logits, *saved)
+    assert grad[0, 1].isnan().all()
+    assert grad[0, 0].isfinite().all()
+    assert kernels.token_stats_backward(None, ones, logits, *saved).isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", range(5))
+@pytest.mark.parametrize("kl_clip", [None, 0.5])
+def test_rewards(estimator, kl_clip):
+    logits, ref_logits, token_ids = random_rows(70, torch.float32)
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    scores, score_index = torch.tensor([1.5, -2.0]), torch.tensor([1, -1])
+    arguments = (
+        logits, ref_logits, token_ids, mask, scores, score_index, 0.2, estimator, kl_clip,
+        0.9, 1.1, None, None,
+    )  # fmt: skip
+    got = dispatch.choose(NAME, [logits]).kl_rewards(*arguments)
+    for value, true in zip(got, reference.kl_rewards(*arguments)):
+        torch.testing.assert_close(value, true, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("skip_masked", [True, False])
+def test_gae(n_tokens, skip_masked):
+    g = torch.Generator().manual_seed(n_tokens)
+    rewards, values = torch.randn(2, 3, n_tokens, generator=g)
+    mask = torch.rand(3, n_tokens, generator=g) < 0.7
+    rewards[~mask] = math.nan
+    arguments = (rewards, values, mask, 0.99, 0.95, skip_masked)
+    for got, true in zip(
+        dispatch.choose(NAME, [rewards]).gae(*arguments), reference.gae(*arguments)
+    ):
+        torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
+
+
+def test_no_rows():
+    logits = torch.zeros(0, 3, 70)
+    result = kl_kernels.token_kl(logits, logits, torch.zeros(0, 3, dtype=torch.long), backend=NAME)
+    assert result.kl.shape == (0, 3)

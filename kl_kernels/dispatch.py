@@ -32,15 +32,16 @@ def _compiled(name: str) -> Backend:
     return Backend(partial(native.namespace, name), reason, device_types=(name,))
 
 
-# Best first: without a request, the first that can take the tensors runs.
+# Best first: without a request, the first that can take the tensors runs. "cuda" comes after
+# "triton" until it has been measured beside it.
 BACKENDS = {
-    "cuda": _compiled("cuda"),
     "triton": Backend(
         kernels=lambda: triton_kernels,
         unavailable_reason=cache(triton_kernels.unavailable_reason),
         # Triton's interpreter runs kernels on the host; compiled, they run on a GPU.
         device_types=("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
     ),
+    "cuda": _compiled("cuda"),
     "cpu": _compiled("cpu"),
     "reference": Backend(lambda: reference, lambda: None, takes_float64=True),
 }

@@ -32,7 +32,7 @@ BAD_TOKEN_KL = [
     ({"token_ids": IDS.to("meta")}, ValueError, r"token_ids is on meta"),
     ({"mask": MASK[:1]}, ValueError, r"mask has shape \(1, 3\)"),
     ({"mask": MASK.to("meta")}, ValueError, r"mask is on meta"),
-    ({"backend": "tpu"}, ValueError, r"backend is 'tpu'; accepted: 'cuda', 'triton'"),
+    ({"backend": "tpu"}, ValueError, r"backend is 'tpu'; accepted: 'triton', 'cuda'"),
 ]
 BAD_REWARDS = [
     ({"kl_estimator": "k4"}, ValueError, r"kl_estimator is 'k4'; accepted: 'k1', 'exact'"),

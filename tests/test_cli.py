@@ -41,7 +41,7 @@ def test_validate_fails_where_a_backend_is_worse_than_eager(monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["validate", "--backend", "tpu"], "backend is 'tpu'; accepted: 'cuda', 'triton', 'cpu'"),
+        (["validate", "--backend", "tpu"], "backend is 'tpu'; accepted: 'triton', 'cuda', 'cpu'"),
         (["validate", "--vocab-size", "0"], "vocab-size is 0; it has to be at least 1"),
     ],
 )

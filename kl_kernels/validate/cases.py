@@ -33,6 +33,15 @@ class Inputs:
             ref_logits=_rounded(self.ref_logits, ref_dtype or dtype),
         )
 
+    def on(self, device: str) -> Inputs:
+        return replace(
+            self,
+            logits=self.logits.to(device),
+            ref_logits=self.ref_logits.to(device),
+            token_ids=self.token_ids.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+        )
+
 
 def _rounded(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """A finite logit stays finite in a smaller range."""

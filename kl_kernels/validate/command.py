@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections import defaultdict
 
+import torch
 from tqdm import tqdm
 
 from kl_kernels.checks import check_choice
@@ -48,9 +49,10 @@ def _validate(backend: str, vocab_sizes: tuple[int, ...]) -> list[Error]:
     """Print one backend's table, a row per difficulty and dtype; return what is not accepted."""
     rows: dict[tuple[str, str], list[Error]] = defaultdict(list)
     cases = grid(vocab_sizes)
+    on_gpu = torch.cuda.is_available() and "cuda" in BACKENDS[backend].device_types
     for case in tqdm(cases, desc=backend, leave=False, disable=not sys.stderr.isatty()):
         dtype = case.name.rsplit("-", 1)[1]
-        rows[case.difficulty, dtype] += errors(case, backend)
+        rows[case.difficulty, dtype] += errors(case, backend, "cuda" if on_gpu else "cpu")
     print(
         f"\n{backend}: worst error over V = {', '.join(map(str, vocab_sizes))} (eager's beside it)"
     )

@@ -84,8 +84,11 @@ def _largest(error: Tensor, got: Tensor, true: Tensor) -> float:
     return float(error.detach().max())
 
 
-def errors(case: Case, backend: str | None) -> list[Error]:
-    """Every output of `token_kl` and `token_stats`; the gradient of each alone and of all mixed."""
+def errors(case: Case, backend: str | None, device: str = "cpu") -> list[Error]:
+    """Every output of `token_kl` and `token_stats`; the gradient of each alone and of all mixed.
+
+    The truth, and eager's share of it, are computed on the CPU whatever the device.
+    """
     inputs = case.inputs()
     generator = torch.Generator().manual_seed(0)
     weights = {
@@ -96,7 +99,7 @@ def errors(case: Case, backend: str | None) -> list[Error]:
     upstream = torch.stack(list(weights.values())).abs().sum(0) / inputs.temperature
     terms = upstream * true["kl"].nan_to_num(1.0, 1.0).clamp_min(1.0)
     found = []
-    for quantity, got in _fused(inputs, weights, backend).items():
+    for quantity, got in _fused(inputs, weights, backend, device).items():
         is_gradient = quantity.startswith("d ")
         expected = quantity.removeprefix("stats ")
         ours, theirs = (
@@ -122,9 +125,12 @@ def _eager(inputs: Inputs, weights: dict[str, Tensor], dtype: torch.dtype) -> di
     return found
 
 
-def _fused(inputs: Inputs, weights: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
-    logits = inputs.logits.clone().requires_grad_()
-    arguments = vars(inputs) | {"logits": logits, "backend": backend}
+def _fused(
+    inputs: Inputs, weights: dict[str, Tensor], backend: str | None, device: str
+) -> dict[str, Tensor]:
+    weights = {name: w.to(device) for name, w in weights.items()}
+    logits = inputs.logits.to(device, copy=True).requires_grad_()
+    arguments = vars(inputs.on(device)) | {"logits": logits, "backend": backend}
     result = kl_kernels.token_kl(**arguments)._asdict()
     for name in ("ref_logits", "ref_temperature", "ref_softcap"):
         del arguments[name]
@@ -139,4 +145,4 @@ def _fused(inputs: Inputs, weights: dict[str, Tensor], backend: str | None) -> d
     found |= {f"d {name}": grad(result, (name,)) for name in DIFFERENTIABLE}
     found[MIX] = grad(result, DIFFERENTIABLE)
     found[STATS_MIX] = grad(stats, ("logprob", "entropy"))
-    return found
+    return {name: value.cpu() for name, value in found.items()}

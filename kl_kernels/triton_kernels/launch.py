@@ -40,7 +40,8 @@ class LaunchConfig:
     gae_block: int = 512
 
 
-CONFIG = LaunchConfig()
+# AMD's warps have 64 threads.
+CONFIG = LaunchConfig() if torch.version.hip is None else LaunchConfig(num_warps=2)
 VECTOR_BYTES = 16  # the widest load of one thread
 
 # Explicit because Triton's default is about to change: without fusion a fold costs a fifth more.

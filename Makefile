@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo test validate bench lint format clean
+.PHONY: ppo test validate bench bench-cpu lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels ppo $(ARGS)
@@ -16,6 +16,10 @@ test: $(READY)
 
 validate: $(READY)
 	$(BIN)/python -m kl_kernels validate $(ARGS)
+
+bench-cpu: $(READY)
+	$(BIN)/python bench/side_by_side.py $(ARGS)
+	$(BIN)/python bench/readme.py
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

@@ -25,25 +25,40 @@ X86_KERNELS = {
     "row_kernels_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "row_kernels_v3": ["-march=x86-64-v3"],
 }
-REASON_FILE = Path("kl_kernels") / "_C_cpu.unavailable"  # shown by `python -m kl_kernels info`
+REASON = ".unavailable"  # a file with the reason, which `python -m kl_kernels info` shows
 
 
 class BuildExtensions(build_ext):
+    def run(self):
+        # The base class builds as if not in place, and copies to the checkout afterwards.
+        self.package_roots = [Path(self.build_lib), *([Path()] if self.inplace else [])]
+        super().run()
+
+    def build_extensions(self):
+        self.extensions = [ext for ext in self.extensions if self.has_compiler(ext)]
+        super().build_extensions()
+
     def build_extension(self, ext):
-        reason_file = Path(self.build_lib if not self.inplace else ".") / REASON_FILE
-        reason_file.unlink(missing_ok=True)
-        try:
-            self.compile_nothing(ext)
-        except (BaseError, CCompilerError, OSError) as error:
-            reason = f"is not built, for want of a working C++20 compiler ({error})"
-            print(f"kl_kernels: the cpu backend {reason}; the package works without it.")
-            reason_file.parent.mkdir(parents=True, exist_ok=True)
-            reason_file.write_text(reason + "\n")
-            return
         ext.extra_objects = self.compile_row_kernels(ext)
         super().build_extension(ext)
 
-    def compile_nothing(self, ext):
+    def has_compiler(self, ext):
+        """Whether to build `ext`; if not, its place is taken by a file that says why."""
+        reason_files = [root / (ext.name.replace(".", "/") + REASON) for root in self.package_roots]
+        for file in reason_files:
+            file.unlink(missing_ok=True)
+        try:
+            self.compile_nothing()
+        except (BaseError, CCompilerError, OSError) as error:
+            reason = f"is not built, for want of a working C++20 compiler ({error})"
+            print(f"kl_kernels: the cpu backend {reason}; the package works without it.")
+            for file in reason_files:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(reason + "\n")
+            return False
+        return True
+
+    def compile_nothing(self):
         """Raise unless the compiler compiles and links an empty C++20 program."""
         with tempfile.TemporaryDirectory() as directory:
             source = Path(directory) / "nothing.cpp"

@@ -166,6 +166,23 @@ struct Upstream {
   Real logprob, kl, forward_kl, entropy;
 };
 
+template <class Real>
+struct Anchored {
+  Real anchor;  // B
+  Real sum;     // sum u
+};
+
+// The reference measured from where the policy's mean of tx - ty is nearly 0, for backward. From
+// its own maximum, the gradient of a large kl is the small difference of numbers as large as that
+// kl. Bounded, because u grows by as much as the anchor sinks.
+template <class Real>
+KL_HOST_DEVICE Anchored<Real> centred(const Anchored<Real>& ref, Real sx, Real kl) {
+  const Real ln2 = kLn2, bound = 64;
+  const Real mean = (kl + log(sx) - log(ref.sum)) / ln2;
+  const Real anchor = float(ref.anchor - (mean < bound ? mean : bound));
+  return {anchor, ref.sum * exp2(ref.anchor - anchor)};
+}
+
 // A row's gradient is w (a + b tx + c ty) - d u.
 template <class Real>
 struct Coefficients {

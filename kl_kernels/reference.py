@@ -200,8 +200,8 @@ def reward_epilogue(
     return -kl_coef * estimate, -kl_coef * shortfall
 
 
-# The backend: the operators of `schemas.KERNELS`, made of the verbs above. Only rows under the mask are
-# read; all others are exactly 0.
+# The backend: the operators of `schemas.KERNELS`, made of the verbs above. Only rows under the mask
+# are read; all others are exactly 0.
 
 
 def token_stats(

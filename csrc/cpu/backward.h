@@ -9,11 +9,12 @@ namespace {
 // Whose gradient is asked for decides what has to be read and computed.
 enum class Terms { policy, kl, both_kls };
 
-// False if anything in the result is not finite: -inf among the logits, or an infinite coefficient.
+// Returns the sum of what it writes. That is not finite if anything in it is not: -inf among the
+// logits, or an infinite coefficient.
 template <Terms kTerms, class T>
-bool backward_fast(const T* x, const T* y, T* grad, int64_t n, float kx, float anchor, float ky,
-                   float ref_anchor, const Coefficients<float>& c) {
-  Floats check{};
+double backward_fast(const T* x, const T* y, T* grad, int64_t n, float kx, float anchor, float ky,
+                     float ref_anchor, const Coefficients<float>& c) {
+  Floats sum{};
   const auto gradient = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
     const Floats tx = from_anchor(xs, kx, anchor), w = exp2(tx);
     Floats g;
@@ -26,7 +27,7 @@ bool backward_fast(const T* x, const T* y, T* grad, int64_t n, float kx, float a
       else
         g = backward(c, tx, ty, w, exp2(ty));
     }
-    check += g * 0.0f;
+    sum += g;
     return g;
   };
   for (int64_t i = 0; i < n; i += kPair) {
@@ -34,21 +35,25 @@ bool backward_fast(const T* x, const T* y, T* grad, int64_t n, float kx, float a
     const Pair ys = kTerms == Terms::policy ? xs : load_pair(y + i);
     store_pair(grad + i, {gradient(xs.first, ys.first), gradient(xs.second, ys.second)});
   }
-  return is_finite(total(check));
+  return total(sum);
 }
 
-// In float64; the floor makes a weight of 0 times its t a 0.
-inline void backward_careful(const float* x, const float* y, float* grad, int64_t n, double kx,
-                             double anchor, double ky, double ref_anchor,
-                             const Coefficients<double>& c) {
+// The same in float64; the floor makes a weight of 0 times its t a 0.
+inline double backward_careful(const float* x, const float* y, float* grad, int64_t n, double kx,
+                               double anchor, double ky, double ref_anchor,
+                               const Coefficients<double>& c) {
   constexpr double kFloor = Limits<double>::kFloor;
+  Doubles sum{};
   for (int64_t i = 0; i < n; i += kWideLanes) {
     Doubles tx = from_anchor(widen(x + i), kx, anchor);
     Doubles ty = from_anchor(widen(y + i), ky, ref_anchor);
     tx = tx < kFloor ? Doubles{} + kFloor : tx;
     ty = ty < kFloor ? Doubles{} + kFloor : ty;
-    store(grad + i, __builtin_convertvector(backward(c, tx, ty, exp2(tx), exp2(ty)), HalfOfFloats));
+    const Doubles g = backward(c, tx, ty, exp2(tx), exp2(ty));
+    sum += g;
+    store(grad + i, __builtin_convertvector(g, HalfOfFloats));
   }
+  return total(sum);
 }
 
 // The derivative of softcap, from its value.
@@ -59,39 +64,62 @@ KL_INLINE float softcap_grad(float value, float softcap) {
 
 class RowBackward {
  public:
-  RowBackward(const Row& policy, const Row& reference, double anchor, double ref_anchor,
-              const Coefficients<double>& c, void* grad_logits)
+  RowBackward(const Row& policy, const Row& reference, const RowGradient& gradient,
+              void* grad_logits)
       : policy_(policy),
         reference_(reference),
-        anchor_(anchor),
-        ref_anchor_(ref_anchor),
-        c_(c),
-        c32_{float(c.a), float(c.b), float(c.c), float(c.d)},
+        anchor_(gradient.anchor),
+        ref_anchor_(gradient.ref_anchor),
         in_place_(read_in_place(policy, reference)),
-        grad_logits_(grad_logits) {}
+        grad_logits_(grad_logits) {
+    set_coefficients(gradient.c);
+  }
 
-  void operator()(int64_t vocab_size, int64_t token, double own) {
-    bool careful = false;
-    for (int64_t start = 0; start < vocab_size; start += kBlock) {
-      const Block block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
-      if (careful || !fast(block)) careful = slow(block);
+  void operator()(int64_t vocab_size, int64_t token, const RowGradient& gradient) {
+    const double excess = write_all(vocab_size) + gradient.own;
+    // Adding a constant to the logits changes nothing, so a gradient sums to 0. What it sums to
+    // instead is the rounding of the saved kl, and where one token has nearly all the probability
+    // that may be all there is of its gradient.
+    if (excess > gradient.tolerance || excess < -gradient.tolerance) {
+      Coefficients<double> corrected = c_;
+      corrected.a -= excess / gradient.sx;
+      set_coefficients(corrected);
+      write_all(vocab_size);
     }
     // The token's entry once more, in float64: its own share nearly cancels the rest as p nears 1.
     const double tx = floored(token_from_anchor(policy_, token, anchor_));
     const double ty = alone() ? 0 : floored(token_from_anchor(reference_, token, ref_anchor_));
     x_.values[0] = logit_at(policy_, token);
-    grad_.values[0] = float(backward(c_, tx, ty, exp2(tx), exp2(ty)) + own);
+    grad_.values[0] = float(backward(c_, tx, ty, exp2(tx), exp2(ty)) + gradient.own);
     write({token, 1});
   }
 
  private:
   bool alone() const { return reference_.logits == nullptr; }
 
+  void set_coefficients(const Coefficients<double>& c) {
+    c_ = c;
+    c32_ = {float(c.a), float(c.b), float(c.c), float(c.d)};
+  }
+
   static double floored(double t) {
     return t < Limits<double>::kFloor ? Limits<double>::kFloor : t;
   }
 
-  bool fast(Block block) {
+  // All but the token's own share; returns the sum.
+  double write_all(int64_t vocab_size) {
+    double sum = 0;
+    bool careful = false;
+    for (int64_t start = 0; start < vocab_size; start += kBlock) {
+      const Block block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
+      double part = careful ? NAN : fast(block);
+      if (!is_finite(part)) part = slow(block, careful);
+      sum += part;
+    }
+    return sum;
+  }
+
+  double fast(Block block) {
     if (in_place_ && block.size % kPair == 0) {
       switch (policy_.dtype) {
         case Dtype::float32:
@@ -103,19 +131,19 @@ class RowBackward {
       }
     }
     stage(block, far_below(float(anchor_), policy_.k), far_below(float(ref_anchor_), reference_.k));
-    if (!fast(x_.values, y_.values, grad_.values, whole_pairs(block.size))) return false;
-    write(block);
-    return true;
+    const double sum = fast(x_.values, y_.values, grad_.values, whole_pairs(block.size));
+    if (is_finite(sum)) write(block);
+    return sum;
   }
 
   template <class T>
-  bool fast_in_place(Block block) {
+  double fast_in_place(Block block) {
     return fast(logits_of<T>(policy_, block.start), logits_of<T>(reference_, block.start),
                 static_cast<T*>(grad_logits_) + block.start, block.size);
   }
 
   template <class T>
-  bool fast(const T* x, const T* y, T* grad, int64_t n) {
+  double fast(const T* x, const T* y, T* grad, int64_t n) {
     const float kx = policy_.k, anchor = float(anchor_);
     const float ky = reference_.k, ref_anchor = float(ref_anchor_);
     if (alone())
@@ -124,14 +152,16 @@ class RowBackward {
     return backward_fast<Terms::both_kls>(x, y, grad, n, kx, anchor, ky, ref_anchor, c32_);
   }
 
-  // True if there was -inf in the block, so that the next one had better come here at once.
-  bool slow(Block block) {
+  // Sets `careful` if there was -inf in the block: the next one had better come here at once.
+  double slow(Block block, bool& careful) {
     stage(block, -INFINITY, -INFINITY);
     const Staged& y = alone() ? x_ : y_;
-    backward_careful(x_.values, y.values, grad_.values, whole_pairs(block.size), policy_.k, anchor_,
-                     alone() ? policy_.k : reference_.k, alone() ? anchor_ : ref_anchor_, c_);
+    careful = x_.holds_minus_infinity(block) || y.holds_minus_infinity(block);
+    const double sum = backward_careful(x_.values, y.values, grad_.values, whole_pairs(block.size),
+                                        policy_.k, anchor_, alone() ? policy_.k : reference_.k,
+                                        alone() ? anchor_ : ref_anchor_, c_);
     write(block);
-    return x_.holds_minus_infinity(block) || y.holds_minus_infinity(block);
+    return sum;
   }
 
   void stage(Block block, float padding, float ref_padding) {
@@ -159,17 +189,16 @@ class RowBackward {
   const Row& policy_;
   const Row& reference_;
   const double anchor_, ref_anchor_;
-  const Coefficients<double> c_;
-  const Coefficients<float> c32_;
+  Coefficients<double> c_;
+  Coefficients<float> c32_;
   const bool in_place_;
   void* const grad_logits_;
   Staged x_, y_, grad_;
 };
 
 void backward_row(const Row& policy, const Row& reference, int64_t vocab_size, int64_t token,
-                  double anchor, double ref_anchor, const Coefficients<double>& c, double own,
-                  void* grad_logits) {
-  RowBackward(policy, reference, anchor, ref_anchor, c, grad_logits)(vocab_size, token, own);
+                  const RowGradient& gradient, void* grad_logits) {
+  RowBackward(policy, reference, gradient, grad_logits)(vocab_size, token, gradient);
 }
 
 }  // namespace

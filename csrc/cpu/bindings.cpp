@@ -217,6 +217,9 @@ struct Saved {
   PerToken policy_state, ref_state, kl, entropy;
 };
 
+// Two float32 roundings of the upstream gradient.
+constexpr double kSumTolerance = 1e-7;
+
 // A row none of whose KL gradients is asked for does not read its reference.
 Tensor backward_rows(const Tensor& logits_tensor, const Logits& logits, const Logits* ref_logits,
                      const Tokens& tokens, const Saved& saved, double temperature) {
@@ -236,13 +239,20 @@ Tensor backward_rows(const Tensor& logits_tensor, const Logits& logits, const Lo
                                     saved.grad_forward_kl[row], saved.grad_entropy[row]};
     const bool alone = upstream.kl == 0 && upstream.forward_kl == 0;
     const double anchor = saved.policy_state[row], sx = saved.policy_state[n_rows + row];
-    const double ref_anchor = alone ? 0 : saved.ref_state[row];
-    const double sy = alone ? 1 : saved.ref_state[n_rows + row];
-    const Coefficients<double> c =
-        coefficients(upstream, sx, sy, saved.kl[row], saved.entropy[row], temperature);
+    const double kl = saved.kl[row];
+    const Anchored<double> ref =
+        alone ? Anchored<double>{0, 1}
+              : centred<double>({saved.ref_state[row], saved.ref_state[n_rows + row]}, sx, kl);
+    const double upstream_size = std::abs(upstream.logprob) + std::abs(upstream.kl) +
+                                 std::abs(upstream.forward_kl) + std::abs(upstream.entropy);
+    const RowGradient gradient{
+        anchor, sx, ref.anchor,
+        coefficients(upstream, sx, ref.sum, kl, saved.entropy[row], temperature),
+        upstream.logprob / temperature,
+        // A p of about 1 / sx is the largest: in a flat row an error is spread thin.
+        kSumTolerance * sx * upstream_size / temperature};
     kernels.backward(logits.row(row), alone ? kNoReference : ref_logits->row(row),
-                     logits.vocab_size(), tokens[row], anchor, ref_anchor, c,
-                     upstream.logprob / temperature, grad_row);
+                     logits.vocab_size(), tokens[row], gradient, grad_row);
   });
   return grad;
 }

@@ -17,16 +17,23 @@ struct Row {
   float softcap;  // 0: none
 };
 
+// What a row's gradient is made of, besides the logits.
+struct RowGradient {
+  double anchor, sx;  // of the policy, as saved
+  double ref_anchor;
+  Coefficients<double> c;
+  double own;        // the sampled token's own share, g_logprob / temperature
+  double tolerance;  // of the sum over the vocabulary, which should be 0
+};
+
 // One instruction set's kernels. A missing reference has logits == nullptr.
 struct RowKernels {
   // The row's state, and its token's position from the anchors in *token_tx and *token_ty.
   RowState<double> (*fold)(const Row& policy, const Row& reference, int64_t vocab_size,
                            int64_t token, double* token_tx, double* token_ty);
-  // Writes grad_logits [V] in the policy's dtype, for the anchors in `state` (its sums are unused).
-  // `own` is the sampled token's own share, g_logprob / temperature.
+  // Writes grad_logits [V] in the policy's dtype.
   void (*backward)(const Row& policy, const Row& reference, int64_t vocab_size, int64_t token,
-                   double anchor, double ref_anchor, const Coefficients<double>& c, double own,
-                   void* grad_logits);
+                   const RowGradient& gradient, void* grad_logits);
 };
 
 // One object file each (row.cpp); all but the last exist on x86-64 only.

@@ -237,7 +237,7 @@ KL_INLINE Floats softcapped(Floats x, float cap) {
   const Floats e = scale * (q * f) + (scale - 1.0f);
   const Floats capped = e / (e + 2.0f) * cap;
   const Floats infinity = Floats{} + INFINITY;
-  return (x == infinity) | (x == -infinity) ? x : t < 0.0f ? -capped : capped;
+  return ((x == infinity) | (x == -infinity)) ? x : t < 0.0f ? -capped : capped;
 }
 
 template <class Vector>

@@ -1,0 +1,74 @@
+"""The contenders: five outputs and a gradient, by the book and by the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import kl_kernels
+
+OUTPUTS = ("logprob", "ref_logprob", "kl", "forward_kl", "entropy")
+Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def eager(
+    logits: Tensor,  # [T, V]
+    ref_logits: Tensor,  # [T, V]
+    token_ids: Tensor,  # [T]
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, ...]:  # the five outputs, each [T]
+    log_p, log_q = (t.to(dtype).log_softmax(-1) for t in (logits, ref_logits))
+    p, q = log_p.exp(), log_q.exp()
+    here = token_ids[:, None]
+    return (
+        log_p.gather(-1, here).squeeze(-1),
+        log_q.gather(-1, here).squeeze(-1),
+        (p * (log_p - log_q)).sum(-1),
+        (q * (log_q - log_p)).sum(-1),
+        -(p * log_p).sum(-1),
+    )
+
+
+def ours(logits: Tensor, ref_logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
+    return kl_kernels.token_kl(logits, ref_logits, token_ids, backend="cpu")
+
+
+def with_gradient(call: Call) -> Call:
+    """The outputs, then the gradient of logprob + kl + entropy."""
+
+    def run(logits: Tensor, ref_logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
+        logprob, _, kl, _, entropy = call(logits, ref_logits, token_ids)
+        return torch.autograd.grad((logprob + kl + entropy).sum(), logits)
+
+    return run
+
+
+def make_inputs(n_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A policy not far from its reference, and tokens sampled from it."""
+    generator = torch.Generator().manual_seed(0)
+    ref_logits = 3 * torch.randn(n_rows, vocab_size, generator=generator)
+    logits = ref_logits + 0.3 * torch.randn(n_rows, vocab_size, generator=generator)
+    token_ids = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    return logits.to(dtype).requires_grad_(), ref_logits.to(dtype), token_ids
+
+
+def check(n_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    """Ours against eager in float64, values and gradient: RuntimeError if they differ."""
+
+    def truth(logits: Tensor, ref_logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
+        return eager(logits, ref_logits, token_ids, torch.float64)
+
+    logits, ref_logits, token_ids = make_inputs(n_rows, vocab_size, dtype)
+    wide = logits.detach().double().requires_grad_()
+    got_all, true_all = ours(logits, ref_logits, token_ids), truth(wide, ref_logits, token_ids)
+    for name, got, true in zip(OUTPUTS, got_all, true_all):
+        floor = 3e-7 if "kl" in name else 2e-6
+        if not (got - true).abs().le(floor + 2e-6 * true.abs()).all():
+            raise RuntimeError(f"{name} is wrong for {dtype}: {got.tolist()}, not {true.tolist()}")
+    (grad,) = with_gradient(ours)(logits, ref_logits, token_ids)
+    (true_grad,) = with_gradient(truth)(wide, ref_logits, token_ids)
+    error = float((grad.double() - true_grad).norm() / true_grad.norm())
+    if not error <= 1e-5 + torch.finfo(dtype).eps / 2:
+        raise RuntimeError(f"the gradient is wrong for {dtype}: off by {error:.1e} of its norm")

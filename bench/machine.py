@@ -1,0 +1,84 @@
+"""What a measurement has to be read with: the machine, the versions, the code that ran."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from kl_kernels.info import facts
+
+
+def record() -> dict[str, object]:
+    """Device, versions, commit, command and how busy the machine was, for a results file."""
+    return {
+        "device": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_at_start": round(os.getloadavg()[0], 2),
+        "facts": facts(),
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit that ran, with "+changes" if files differed from it."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+class PeakMemory:
+    """Bytes of resident memory a block of code needed at its worst, on top of what was there."""
+
+    def __enter__(self) -> PeakMemory:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier is not to be had for nothing
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        self.before = self._status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.extra = max(0, self._status("VmHWM") - self.before)
+
+    @staticmethod
+    def _status(name: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def read_bandwidth(n_bytes: int = 1 << 29, rounds: int = 5) -> float:
+    """Bytes per second of the fastest plain reduction: the ceiling as far as torch can show it."""
+    numbers = torch.ones(n_bytes // 8, dtype=torch.int64)
+    fastest = float("inf")
+    for _ in range(rounds):
+        for reduce in (torch.sum, torch.amax):
+            start = time.perf_counter()
+            reduce(numbers)
+            fastest = min(fastest, time.perf_counter() - start)
+    return n_bytes / fastest

@@ -1,0 +1,74 @@
+"""Renders the committed results files into the README, between their markers.
+
+python bench/readme.py          # rewrite README.md
+python bench/readme.py --check  # exit 1 if README.md is not what the files say
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def cpu_table(results: dict[str, Any]) -> str:
+    """Times of each contender over ours, for each job, dtype and number of rows."""
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for m in results["measurements"]:
+        rows.setdefault((m["job"], m["dtype"], m["rows"]), {})[m["contender"]] = m
+    vocab_size = results["measurements"][0]["vocab_size"]
+    lines = [
+        f"| `token_kl`, V = {vocab_size} | rows | kl_kernels | torch.compile | eager "
+        "| extra memory: ours | torch.compile | eager |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (job, dtype, n_rows), by in rows.items():
+        ours, compiled, eager = by["kl_kernels"], by["torch.compile"], by["eager"]
+        memory = " | ".join(f"{m['extra_mb']:.0f} MB" for m in (ours, compiled, eager))
+        lines.append(
+            f"| {job}, {dtype} | {n_rows} | {ours['median_ms']:.1f} ms "
+            f"| {compiled['ratio']:.1f}x | {eager['ratio']:.1f}x | {memory} |"
+        )
+    lines.append(
+        f"\nMedians of interleaved rounds, a contender's time as a multiple of ours, on "
+        f"{results['device']} with {results['threads']} threads that read "
+        f"{results['read_gb_per_s']:.0f} GB/s; torch {results['facts']['torch']}, commit "
+        f"{results['commit']}. From `bench/results/cpu.json`, made by `make bench-cpu`."
+    )
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu_table}
+
+
+def rendered(readme: str) -> str:
+    """The README with every section as the results files have it."""
+    for name, render in SECTIONS.items():
+        begin, end = f"<!-- results: {name} -->", f"<!-- end of {name} -->"
+        text = render(json.loads((RESULTS / f"{name}.json").read_text()))
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(readme):
+            raise ValueError(f"README.md has no section between {begin!r} and {end!r}")
+        section = f"{begin}\n{text}\n{end}"
+        readme = pattern.sub(section.replace("\\", r"\\"), readme)
+    return readme
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    before = path.read_text()
+    after = rendered(before)
+    if "--check" in sys.argv[1:]:
+        return int(before != after)
+    path.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

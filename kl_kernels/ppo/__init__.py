@@ -1,0 +1,1 @@
+"""A small PPO loop for language models; start reading at `loop.py`."""

@@ -1,0 +1,163 @@
+"""Run folders: what a run leaves on disk, written so that a crash at any moment loses nothing.
+
+Every file is written beside its place, flushed to the disk and then renamed onto it, so a name
+always holds either the old content or the new, never a part of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kl_kernels.ppo.config import PPOConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def pretraining(self) -> Path:
+        return self.path / "pretraining.pt"
+
+    @property
+    def reference(self) -> Path:
+        return self.path / "reference"  # Hugging Face folder: what the policy starts from
+
+    @property
+    def reward_model(self) -> Path:
+        return self.path / "reward_model.pt"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def table(self) -> Path:
+        return self.path / "table.txt"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def policy(self) -> Path:
+        return self.path / "policy"  # Hugging Face folder: the trained policy
+
+
+def create_run(path: Path, config: PPOConfig) -> RunFolder:
+    """A new run folder holding `config`.
+
+    Raises:
+        ValueError: the folder exists and is not empty, or cannot be written.
+    """
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(
+                f"out is '{path}', which already exists; choose another folder, "
+                f"or continue the run in it with --resume {path}"
+            )
+        run = RunFolder(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(run.config, config.to_json())
+    except OSError as error:
+        raise ValueError(f"out is '{path}', which cannot be written: {error}") from error
+    return run
+
+
+def open_run(path: Path) -> tuple[RunFolder, PPOConfig]:
+    """A run folder to continue, and its configuration.
+
+    Raises:
+        ValueError: the folder holds no run, or one of another version.
+    """
+    run = RunFolder(path)
+    if not run.config.is_file():
+        raise ValueError(f"resume is '{path}', which holds no checkpoint of a run (no config.json)")
+    try:
+        return run, PPOConfig.from_json(run.config.read_text(encoding="utf-8"))
+    except (TypeError, ValueError, OSError) as error:
+        raise ValueError(f"resume is '{path}', whose config.json is not usable: {error}") from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call `write` with a binary file that becomes `path` only once it is complete on disk."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: _write_all(file, text.encode()))
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    # Tensors and plain values only: a checkpoint from elsewhere cannot run code.
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def save_model(folder: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A Hugging Face folder, complete or absent; an older one of that name is replaced."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    lm.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for file in partial.iterdir():
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())
+    shutil.rmtree(folder, ignore_errors=True)  # a folder cannot be renamed onto a full one
+    os.replace(partial, folder)
+    _sync_folder(folder.parent)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of torch's global generators, the only randomness a run draws on."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable. Windows cannot open folders, and orders renames itself."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,168 @@
+"""`python -m kl_kernels ppo`: from arguments to a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from kl_kernels.ppo import config as ppo_config
+from kl_kernels.ppo.checkpoint import (
+    RunFolder,
+    create_run,
+    load_state,
+    open_run,
+    save_model,
+    save_state,
+    write_text,
+)
+from kl_kernels.ppo.config import PPOConfig
+from kl_kernels.ppo.loop import train
+from kl_kernels.ppo.policy import check_model_folder, load_model
+from kl_kernels.ppo.pretrain import pretrain
+from kl_kernels.ppo.report import draw, read_metrics, summary, table
+from kl_kernels.ppo.reward import TokenReward, fit_reward_model, load_reward
+from kl_kernels.ppo.task import GoldScore, load_corpus
+
+INTERRUPTED = 130  # the shell's status for a process ended by Ctrl-C
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="new run folder (default: runs/ppo-<time>)")
+    parser.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
+    ppo_config.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and return the exit status.
+
+    Raises:
+        ValueError: an argument is wrong; found out before anything is written or takes time.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    names = {field.name for field in dataclasses.fields(PPOConfig)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if args.resume:
+        folder, config = _resumed(Path(args.resume), args.out, given)
+        inputs = Inputs(config)
+    else:
+        config = PPOConfig(**given)
+        inputs = Inputs(config)
+        default = Path("runs") / time.strftime("ppo-%Y%m%d-%H%M%S")
+        folder = create_run(Path(args.out) if args.out else default, config)
+    print(f"run folder: {folder.path}")
+    try:
+        _train(config, folder, inputs)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; continue with --resume {folder.path}")
+        return INTERRUPTED
+    return 0
+
+
+class Inputs:
+    """What the arguments name, loaded as far as that is quick, so that errors come at once."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.reward = load_reward(config.reward) if config.reward else None
+        self.prompts = _read_prompts(config.prompts) if config.prompts else None
+        if config.model:
+            check_model_folder(config.model)
+        needs_corpus = not (config.model and config.prompts and config.reward)
+        self.paragraphs = load_corpus() if needs_corpus else []
+        self.lm = load_model(config.model) if config.model else None
+
+
+def _resumed(path: Path, out: str | None, given: dict[str, object]) -> tuple[RunFolder, PPOConfig]:
+    folder, config = open_run(path)
+    if out or given.keys() - {"updates"}:
+        raise ValueError(
+            "resume continues a run with its own constants; only updates may be given beside it"
+        )
+    if given:
+        config = dataclasses.replace(config, **given)  # type: ignore[arg-type]
+        write_text(folder.config, config.to_json())
+    return folder, config
+
+
+def _read_prompts(path: str) -> list[str]:
+    try:
+        prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts is {path!r}, which cannot be read: {error}") from error
+    if not prompts:
+        raise ValueError(f"prompts is {path!r}, which holds no line of text")
+    return prompts
+
+
+def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs) -> None:
+    if inputs.lm is None:
+        if not folder.reference.is_dir():
+            pretrain(config, inputs.paragraphs, folder)
+        lm, tokenizer = load_model(folder.reference)
+    else:
+        lm, tokenizer = inputs.lm
+    if torch.cuda.is_available():
+        lm = lm.cuda()
+
+    prompts = _encode_prompts(config, inputs, lm, tokenizer)
+    gold: GoldScore | None = None  # what a given reward is a proxy of, nobody knows
+    if inputs.reward:
+        reward = inputs.reward
+    else:
+        gold = GoldScore.of_corpus(inputs.paragraphs)
+        reward = _reward_model(config, folder, lm, tokenizer, prompts, gold)
+    lm = train(config, folder, lm, tokenizer, prompts, reward, gold)
+
+    save_model(folder.policy, lm, tokenizer)
+    records = read_metrics(folder.metrics)
+    draw(folder.picture, config, records)
+    report = f"{table(records)}\n\n{summary(config, records)}\n"
+    write_text(folder.table, report)
+    print(f"\n{report}")
+    print(f"metrics: {folder.metrics}\npicture: {folder.picture}\npolicy:  {folder.policy}")
+
+
+def _encode_prompts(
+    config: PPOConfig,
+    inputs: Inputs,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[int]]:
+    """The given prompts, or the start of every paragraph that is longer than its start."""
+    if inputs.prompts is None:
+        encoded = [tokenizer(paragraph).input_ids for paragraph in inputs.paragraphs]
+        return [ids[: config.prompt_tokens] for ids in encoded if len(ids) > config.prompt_tokens]
+    prompts: list[list[int]] = [tokenizer(prompt).input_ids for prompt in inputs.prompts]
+    room = lm.config.get_text_config().max_position_embeddings - config.answer_tokens
+    for text, ids in zip(inputs.prompts, prompts):
+        if len(ids) > room:
+            raise ValueError(
+                f"the prompt {text[:40]!r} has {len(ids)} tokens; with {config.answer_tokens} for "
+                f"the answer, the model's context has room for {room}"
+            )
+    return prompts
+
+
+def _reward_model(
+    config: PPOConfig,
+    folder: RunFolder,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    gold: GoldScore,
+) -> TokenReward:
+    """Fitted once per run: the run folder keeps it."""
+    if folder.reward_model.is_file():
+        reward = TokenReward(tokenizer)
+        reward.load_state_dict(load_state(folder.reward_model))
+        return reward
+    torch.manual_seed(config.seed)
+    reward = fit_reward_model(config, lm, tokenizer, prompts, gold)
+    save_state(folder.reward_model, reward.state_dict())
+    return reward

@@ -1,0 +1,236 @@
+"""Every constant of the PPO run: its default, where that comes from, and what it accepts.
+
+The command line is derived from these fields (`add_arguments`), a run folder keeps them as
+config.json (`to_json`), and nothing else in this package holds a constant of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from kl_kernels.checks import check_choice
+
+LITERATURE = """
+[GAE] Schulman et al. (2016), High-dimensional continuous control using generalized advantage
+estimation. [PPO] Schulman et al. (2017), Proximal policy optimization algorithms. [Ziegler] Ziegler
+et al. (2019), Fine-tuning language models from human preferences. [37 details] Huang et al. (2022),
+The 37 implementation details of proximal policy optimization.
+"""
+
+
+def option(
+    default: Any,
+    reason: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A field of the configuration; `reason` is also its help on the command line."""
+    return field(
+        default=default,
+        metadata={
+            "reason": reason,
+            "metavar": metavar or "|".join(choices or [type(default).__name__.upper()]),
+            "limits": {
+                "above": above,
+                "at_least": at_least,
+                "at_most": at_most,
+                "below": below,
+                "choices": choices,
+            },
+        },
+    )
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The constants of one run. The defaults are the embedded task's, minutes on two cores.
+
+    Raises:
+        ValueError: a value is outside what its field accepts.
+    """
+
+    # What is trained, on what, towards what. Empty: the embedded task.
+    model: str = option(
+        "",
+        "folder of a Hugging Face causal LM with its tokenizer; default: pretrain a tiny one",
+        metavar="DIR",
+    )
+    prompts: str = option(
+        "",
+        "text file with one prompt per line; default: starts of the corpus's paragraphs",
+        metavar="FILE",
+    )
+    reward: str = option(
+        "",
+        "a function (prompts, answers) -> scores, all lists; default: fit a reward model",
+        metavar="MODULE:FUNCTION",
+    )
+    seed: int = option(0, "seed of every random choice", at_least=0)
+
+    # The tiny language model: as much as two cores can pretrain in a minute.
+    vocab_size: int = option(
+        2048, "BPE tokens; more would not repeat often enough to be learned", at_least=300
+    )
+    hidden_size: int = option(128, "width of the tiny Llama, four heads", at_least=8)
+    layers: int = option(4, "layers of the tiny Llama: 1.07M parameters in all", at_least=1)
+    pretrain_steps: int = option(300, "enough for samples that look like the corpus", at_least=1)
+    pretrain_batch: int = option(32, "windows of text per pretraining step", at_least=1)
+    pretrain_lr: float = option(3e-3, "peak of the cosine; high, as the model is small", above=0)
+    context: int = option(64, "tokens per window; prompt and answer fit in", at_least=2)
+
+    # The reward model: few and noisy preferences, so that it has a blind spot to be exploited.
+    reward_pairs: int = option(2048, "pairs of reference answers it is fitted to", at_least=10)
+    label_sharpness: float = option(
+        2.0, "the better answer wins with probability sigmoid(this x gold difference)", above=0
+    )
+    reward_epochs: int = option(10, "passes over the pairs", at_least=1)
+    reward_lr: float = option(2e-2, "AdamW's rate for the reward model", above=0)
+    reward_weight_decay: float = option(0.05, "AdamW's weight decay for it", at_least=0)
+
+    # Rollouts.
+    updates: int = option(60, "PPO updates; the KL has settled after about 40", at_least=1)
+    batch_size: int = option(64, "answers sampled per update", at_least=2)
+    prompt_tokens: int = option(8, "tokens of a paragraph that make a prompt", at_least=1)
+    answer_tokens: int = option(40, "longest answer", at_least=1)
+
+    # The KL to the reference model.
+    kl_coef: float = option(
+        0.1,
+        "beta, score per nat; the start of an adaptive one: fixed, it holds 18 nats",
+        at_least=0,
+    )
+    kl_estimator: str = option(
+        "exact",
+        "per-token KL in the reward: over the vocabulary, or sampled",
+        choices=("exact", "k1"),
+    )
+    exact_kl_gradient: str = option(
+        "loss",
+        "how the sampled token feels the exact KL, which as a reward does not depend on it: "
+        "differentiated in the loss (stable at any beta) or as a correction of its advantage",
+        choices=("loss", "advantage"),
+    )
+    controller: str = option(
+        "adaptive", "beta stays, or follows the KL [Ziegler, 2.2]", choices=("adaptive", "fixed")
+    )
+    kl_target: float = option(
+        20.0, "adaptive: nats per answer, where the proxy still tells good from bad", above=0
+    )
+    kl_horizon: int = option(
+        192,
+        "adaptive: answers to adapt over; the KL follows beta by ten updates, so that faster "
+        "overshoots, and 10000 [Ziegler] outlasts the run",
+        at_least=1,
+    )
+
+    # Advantages and losses.
+    gamma: float = option(1.0, "no discount: answers end [Ziegler]", above=0, at_most=1)
+    lam: float = option(0.95, "GAE's lambda [GAE; Ziegler]", at_least=0, at_most=1)
+    clip: float = option(0.2, "policy ratios beyond 1 +- this earn nothing [PPO, table 3]", above=0)
+    value_clip: float = option(0.2, "as far as a value may move per update [37 details]", above=0)
+    value_coef: float = option(0.1, "weight of the value loss in the sum [Ziegler]", at_least=0)
+
+    # Optimisation.
+    epochs: int = option(2, "passes over each batch; more only clips more", at_least=1)
+    minibatches: int = option(4, "optimizer steps per pass [37 details]", at_least=1)
+    learning_rate: float = option(
+        3e-4, "Adam's rate for the policy [37 details]; 1e-3 runs past the gold peak", above=0
+    )
+    value_lr: float = option(
+        2e-3, "its rate for the value head, which starts from nothing", above=0
+    )
+    adam_beta1: float = option(0.9, "Adam's usual", at_least=0, below=1)
+    adam_beta2: float = option(
+        0.95, "short memory: the objective moves with the policy", at_least=0, below=1
+    )
+    adam_eps: float = option(1e-5, "Adam's epsilon [37 details]", above=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+
+    checkpoint_every: int = option(1, "updates between checkpoints", at_least=1)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check(f.name, getattr(self, f.name), **f.metadata["limits"])
+        if self.hidden_size % 8:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; it has to be a multiple of 8: four heads, "
+                "each of even width"
+            )
+        if self.batch_size % self.minibatches:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it has to be a multiple of minibatches, "
+                f"{self.minibatches}"
+            )
+        if self.prompt_tokens + self.answer_tokens > self.context and not self.model:
+            raise ValueError(
+                f"context is {self.context}; it has to hold prompt_tokens + answer_tokens, "
+                f"{self.prompt_tokens} + {self.answer_tokens}"
+            )
+        if self.controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError("kl_coef is 0, which cannot adapt; use controller fixed with it")
+        if self.controller == "adaptive" and self.kl_horizon < self.batch_size:
+            raise ValueError(
+                f"kl_horizon is {self.kl_horizon}; it has to be at least batch_size, "
+                f"{self.batch_size}, or beta swings from update to update"
+            )
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.kl_estimator == "exact" and self.exact_kl_gradient == "loss"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PPOConfig:
+        return cls(**json.loads(text))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option per field; only those that are given appear in the parsed namespace.
+
+    Ranges and choices are left to `PPOConfig`, so that each is checked, and put in words, once.
+    """
+    parser.epilog = LITERATURE
+    for f in dataclasses.fields(PPOConfig):
+        default = "" if f.default == "" else f" (default: {f.default})"
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"),
+            type=type(f.default),
+            metavar=f.metadata["metavar"],
+            default=argparse.SUPPRESS,
+            help=f.metadata["reason"] + default,
+        )
+
+
+def _check(
+    name: str,
+    value: Any,
+    above: float | None,
+    at_least: float | None,
+    at_most: float | None,
+    below: float | None,
+    choices: tuple[str, ...] | None,
+) -> None:
+    if choices is not None:
+        check_choice(name, value, choices)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it has to be a finite number")
+    if above is not None and not value > above:
+        raise ValueError(f"{name} is {value}; it has to be above {above}")
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{name} is {value}; it has to be at least {at_least}")
+    if at_most is not None and not value <= at_most:
+        raise ValueError(f"{name} is {value}; it has to be at most {at_most}")
+    if below is not None and not value < below:
+        raise ValueError(f"{name} is {value}; it has to be below {below}")

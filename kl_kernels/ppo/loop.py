@@ -1,0 +1,293 @@
+"""Proximal policy optimisation of a language model, from rollout to checkpoint, top to bottom.
+
+    maximise  E[reward(prompt, answer)] - beta KL(policy || reference)
+
+Each update samples answers, shapes their rewards, estimates advantages, and takes a few clipped
+gradient steps (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 2019,
+arXiv 1909.08593).
+
+The KL per token is exact, a sum over the vocabulary instead of one sampled log-ratio. As a reward
+exact KL credits earlier tokens but not the token just sampled, which it does not depend on; that
+token's share is the gradient of the KL itself, added to the loss. Together they are the gradient of
+the objective above. (With kl_estimator k1 the sampled log-ratio in the reward does both, noisily.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kl_kernels import (
+    AdaptiveKLController,
+    FixedKLController,
+    KLRewards,
+    compute_gae,
+    kl_rewards,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    ppo_policy_loss,
+    ppo_value_loss,
+    token_kl,
+    token_stats,
+)
+from kl_kernels.ppo.checkpoint import RunFolder, load_state, restore_rng, rng_state, save_state
+from kl_kernels.ppo.config import PPOConfig
+from kl_kernels.ppo.policy import Policy, Samples, answer_texts, causal_lm, frozen_copy, sample
+from kl_kernels.ppo.report import MetricsLog, live_line
+from kl_kernels.ppo.reward import RewardFunction, scores_of
+
+# Rounding moves a log-probability by 1e-5 or so when the same row is computed in another batch;
+# dropout, a wrong position or an unmasked pad move it by 0.1 and more.
+RATIO_TOLERANCE = 1e-3
+KL_TOLERANCE = 1e-4  # nats per token
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything the optimisation of one update needs, a row per answer."""
+
+    samples: Samples
+    logprobs: Tensor  # [B, T] under the policy that sampled them
+    values: Tensor  # [B, T]
+    advantages: Tensor  # [B, T]
+    returns: Tensor  # [B, T]
+
+    def rows(self, rows: Tensor) -> Batch:  # [b] int64
+        rest = (self.logprobs, self.values, self.advantages, self.returns)
+        return Batch(self.samples.rows(rows), *(tensor[rows] for tensor in rest))
+
+
+def train(
+    config: PPOConfig,
+    run: RunFolder,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    reward: RewardFunction,
+    gold: Callable[[str], float] | None,
+) -> PreTrainedModel:
+    """Train `lm`, or go on where the checkpoint in `run` ends, and return it.
+
+    Raises:
+        RuntimeError: before the first step, the policy already differs from itself or from the
+            reference.
+    """
+    # Kernels for CPU and CUDA exist; their float64 reference rules other accelerators out.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.num_processes > 1:
+        raise ValueError(f"{accelerator.num_processes} processes were launched; accepted: one")
+
+    torch.manual_seed(config.seed)
+    reference = frozen_copy(lm).to(accelerator.device)
+    module = Policy(lm)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": module.lm.parameters(), "lr": config.learning_rate},
+            {"params": module.value_head.parameters(), "lr": config.value_lr},
+        ],
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+    )
+    policy, optimizer = accelerator.prepare(module, optimizer)
+    controller = (
+        AdaptiveKLController(
+            config.kl_coef, config.kl_target, config.kl_horizon, unit="sequence_sum"
+        )
+        if config.controller == "adaptive"
+        else FixedKLController(config.kl_coef)
+    )
+
+    done = 0
+    if run.checkpoint.is_file():
+        state = load_state(run.checkpoint)
+        module.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        controller.load_state_dict(state["controller"])
+        restore_rng(state["rng"])
+        done = state["updates"]
+
+    log = MetricsLog(run.metrics, keep=done)
+    progress = tqdm(range(done + 1, config.updates + 1), desc="PPO", unit="update",
+                    initial=done, total=config.updates, dynamic_ncols=True)  # fmt: skip
+    for update in progress:
+        started = time.perf_counter()
+        kl_coef = controller.value
+
+        # 1. Rollout: sample answers, and ask what they are worth.
+        chosen = torch.randint(len(prompts), (config.batch_size,)).tolist()
+        samples = sample(module.lm, tokenizer, [prompts[i] for i in chosen], config.answer_tokens)
+        prompt_texts = [tokenizer.decode(prompts[i], skip_special_tokens=True) for i in chosen]
+        answers = answer_texts(samples, tokenizer)
+        scores = scores_of(reward, prompt_texts, answers)
+
+        # 2. Rewards: the score at the last token, -beta KL at every token.
+        shaped, values = shape_rewards(config, policy, reference, samples, scores, kl_coef)
+
+        # 3. Advantages: better or worse than the value head expected, token by token.
+        mask = samples.mask
+        advantages, returns = compute_gae(
+            shaped.rewards, values, mask, gamma=config.gamma, lam=config.lam
+        )
+        if not config.kl_in_loss:
+            advantages = advantages + shaped.advantage_correction
+        # Whitened advantages measure rewards in standard deviations; so must the KL in the loss.
+        advantage_sd = masked_var(advantages, mask).sqrt().clamp_min(1e-8).item()
+        kl_loss_coef = kl_coef / advantage_sd if config.kl_in_loss else 0.0
+        advantages = masked_whiten(advantages, mask)
+        batch = Batch(samples, shaped.logprob, values, advantages, returns)
+
+        # 4. Optimisation: a few clipped steps, each on a random part of the batch.
+        steps: list[dict[str, float]] = []
+        for _ in range(config.epochs):
+            for rows in torch.randperm(config.batch_size).chunk(config.minibatches):
+                part = batch.rows(rows.to(accelerator.device))
+                loss, metrics = ppo_loss(config, policy, reference, part, kl_loss_coef)
+                if update == 1 and not steps:
+                    check_start(metrics["ratio_deviation"], shaped.kl.max().item())
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+                optimizer.step()
+                steps.append({**metrics, "grad_norm": float(norm)})
+
+        # 5. Control: beta follows the KL of the answers that were just sampled.
+        controlled = controller.update(shaped.kl, config.batch_size, mask=mask)
+
+        # 6. Report, then checkpoint: metrics after the checkpoint are dropped when resuming.
+        record: dict[str, Any] = {
+            "update": update,
+            "proxy": scores.mean().item(),
+            "proxy_sd": scores.std().item(),
+            "gold": fmean(map(gold, answers)) if gold else None,
+            "kl": controlled.kl,
+            "kl_coef": kl_coef,
+            "entropy": masked_mean(shaped.entropy, mask).item(),
+            "length": mask.sum(1).float().mean().item(),
+            "advantage_sd": advantage_sd,
+            **{name: fmean(step[name] for step in steps) for name in steps[0]},
+            "seconds": time.perf_counter() - started,
+            "sample": prompt_texts[0] + " |" + answers[0],
+        }
+        log.append(record)
+        progress.set_postfix_str(live_line(record))
+        if update % config.checkpoint_every == 0 or update == config.updates:
+            save_state(
+                run.checkpoint,
+                {
+                    "policy": module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "controller": controller.state_dict(),
+                    "rng": rng_state(),
+                    "updates": update,
+                },
+            )
+    return module.lm
+
+
+@torch.no_grad()
+def shape_rewards(
+    config: PPOConfig,
+    policy: Policy,
+    reference: PreTrainedModel,
+    samples: Samples,
+    scores: Tensor,  # [B]
+    kl_coef: float,
+) -> tuple[KLRewards, Tensor]:
+    """Rewards, KL and log-probabilities of the samples, and their values [B, T].
+
+    Log-probabilities are recomputed instead of taken from `generate`, whose cached keys round
+    differently. A minibatch at a time, so that memory is that of an optimisation step.
+    """
+    pieces, values = [], []
+    n_answer = samples.mask.shape[1]
+    for rows in torch.arange(config.batch_size).chunk(config.minibatches):
+        part = samples.rows(rows.to(samples.ids.device))
+        logits, value = policy(part.ids, part.attention_mask, n_answer)
+        ref_logits, _ = causal_lm(reference, part.ids, part.attention_mask, n_answer)
+        pieces.append(
+            kl_rewards(
+                logits,
+                ref_logits,
+                part.answers,
+                scores[rows].to(logits.device),
+                part.mask,
+                kl_coef=kl_coef,
+                kl_estimator=config.kl_estimator,
+            )
+        )
+        values.append(value)
+    return KLRewards(*map(torch.cat, zip(*pieces))), torch.cat(values)
+
+
+def ppo_loss(
+    config: PPOConfig,
+    policy: Policy,
+    reference: PreTrainedModel,
+    batch: Batch,
+    kl_loss_coef: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """Clipped policy loss + value loss + KL to the reference, and what they were made of.
+
+    One pass over both models' logits gives the log-probabilities and the KL; where the loss holds
+    no KL, the reference is not run.
+    """
+    samples, n_answer = batch.samples, batch.samples.mask.shape[1]
+    logits, values = policy(samples.ids, samples.attention_mask, n_answer)
+    if kl_loss_coef > 0:
+        with torch.no_grad():
+            ref_logits, _ = causal_lm(reference, samples.ids, samples.attention_mask, n_answer)
+        logprob, _, kl, _, _ = token_kl(logits, ref_logits, samples.answers, mask=samples.mask)
+        kl_loss = masked_mean(kl, samples.mask)
+    else:
+        logprob, _ = token_stats(logits, samples.answers, mask=samples.mask)
+        kl_loss = torch.zeros((), device=logits.device)
+
+    policy_loss, policy_metrics = ppo_policy_loss(
+        logprob,
+        batch.logprobs,
+        batch.advantages,
+        samples.mask,
+        clip_low=config.clip,
+        clip_high=config.clip,
+    )
+    value_loss, _ = ppo_value_loss(
+        values, batch.values, batch.returns, samples.mask, clip_range=config.value_clip
+    )
+    loss = policy_loss + config.value_coef * value_loss + kl_loss_coef * kl_loss
+    log_ratio = (logprob - batch.logprobs).detach()[samples.mask]
+    return loss, {
+        "policy_loss": policy_loss.item(),
+        "value_loss": value_loss.item(),
+        "kl_loss": kl_loss.item(),
+        "ratio_deviation": torch.expm1(log_ratio).abs().max().item(),
+        "clip_fraction": float(policy_metrics["clip_fraction"]),
+    }
+
+
+def check_start(ratio_deviation: float, kl: float) -> None:
+    """Nothing has been learned yet, so every ratio is 1, and every KL to the reference 0.
+
+    Raises:
+        RuntimeError: they are not; whatever makes them differ would be trained on as if it were
+            the policy's doing.
+    """
+    if not ratio_deviation <= RATIO_TOLERANCE:
+        raise RuntimeError(
+            f"before the first step a policy ratio is off 1 by {ratio_deviation:.2g}: the loss "
+            "scores answers differently from the rollout (dropout? padding? positions?)"
+        )
+    if not kl <= KL_TOLERANCE:
+        raise RuntimeError(
+            f"before the first step a token's KL to the reference is {kl:.2g}: the reference is "
+            "not a copy of the policy, or the two are run differently"
+        )

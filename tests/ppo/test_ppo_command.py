@@ -1,0 +1,128 @@
+"""The command as a newcomer meets it: what it leaves behind, and what it says when it refuses."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import pytest
+from micro import MICRO, parse, run
+
+from kl_kernels.ppo.config import PPOConfig
+from kl_kernels.ppo.report import read_metrics
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_embedded_task_end_to_end(tmp_path, capsys):
+    """Pretraining, reward model, updates and report, all tiny."""
+    out = tmp_path / "run"
+    tiny = ["--hidden-size", "8", "--layers", "1", "--vocab-size", "400", "--pretrain-steps", "3"]
+    assert run(*MICRO, *tiny, "--out", out, "--updates", "3", "--seed", "3") == 0
+
+    records = read_metrics(out / "metrics.jsonl")
+    assert [record["update"] for record in records] == [1, 2, 3]
+    assert {"proxy", "gold", "kl", "kl_coef", "entropy", "length", "sample"} <= records[0].keys()
+    assert (out / "curves.png").read_bytes().startswith(PNG)
+    printed = capsys.readouterr().out
+    assert (out / "table.txt").read_text() in printed
+    assert all(word in printed for word in ("update", "proxy", "gold", "KL", "beta", "entropy"))
+    assert not list(out.glob("*.partial"))
+
+    # More updates in the same folder, then the trained policy as the start of another run.
+    assert run("--resume", out, "--updates", "4") == 0
+    assert read_metrics(out / "metrics.jsonl")[:3] == records
+    assert len(read_metrics(out / "metrics.jsonl")) == 4
+    again = tmp_path / "again"
+    assert run(*MICRO, "--model", out / "policy", "--out", again, "--updates", "1") == 0
+
+
+def test_own_model_prompts_and_reward(tmp_path, model_folder, monkeypatch):
+    (tmp_path / "own_reward.py").write_text(
+        "def shorter(prompts, answers):\n"
+        "    assert {'A class', 'The value of an object'} >= set(prompts)\n"
+        "    return [-len(answer) / 10 for answer in answers]\n"
+    )
+    (tmp_path / "prompts.txt").write_text("A class\n\nThe value of an object\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    arguments = ["--model", model_folder, "--prompts", "prompts.txt", "--out", "run"]
+    assert run(*MICRO, *arguments, "--reward", "own_reward:shorter", "--updates", "2") == 0
+    assert [record["gold"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [
+        None,
+        None,
+    ]
+
+
+def test_ctrl_c_tells_how_to_go_on(tmp_path, model_folder, monkeypatch, capsys):
+    (tmp_path / "ctrl_c.py").write_text(
+        "def stop(prompts, answers):\n    raise KeyboardInterrupt\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--model", model_folder, "--out", tmp_path / "run", "--reward", "ctrl_c:stop"]
+    assert run(*MICRO, *arguments) == 130
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/folder"], "model is 'no/such/folder'"),
+        (["--prompts", "no/such/file"], "prompts is 'no/such/file'"),
+        (["--reward", "nowhere:f"], "reward is 'nowhere:f'"),
+        (["--resume", "no/such/run"], "resume is 'no/such/run', which holds no checkpoint"),
+        (["--kl-estimator", "k4"], "kl_estimator is 'k4'; accepted: 'exact', 'k1'"),
+        (["--controller", "pid"], "controller is 'pid'; accepted: 'adaptive', 'fixed'"),
+        (["--kl-coef", "-1"], "kl_coef is -1.0; it has to be at least 0"),
+        (["--kl-coef", "nan"], "kl_coef is nan; it has to be a finite number"),
+        (["--kl-coef", "0"], "kl_coef is 0, which cannot adapt"),
+        (["--kl-horizon", "10"], "kl_horizon is 10; it has to be at least batch_size"),
+        (["--gamma", "1.5"], "gamma is 1.5; it has to be at most 1"),
+        (["--adam-beta1", "1"], "adam_beta1 is 1.0; it has to be below 1"),
+        (["--updates", "0"], "updates is 0; it has to be at least 1"),
+        (["--batch-size", "62"], "batch_size is 62; it has to be a multiple of minibatches"),
+        (["--hidden-size", "20"], "hidden_size is 20; it has to be a multiple of 8"),
+        (["--answer-tokens", "60"], "context is 64; it has to hold prompt_tokens"),
+    ],
+)
+def test_a_bad_argument_is_one_sentence_and_leaves_no_folder(tmp_path, arguments, message):
+    out = [] if "--resume" in arguments else ["--out", tmp_path / "run"]
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
+        run(*arguments, *out)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_exists_or_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="already exists"):
+        run("--out", tmp_path)
+    with pytest.raises(ValueError, match="cannot be written"):
+        run("--out", tmp_path / "file" / "run")
+
+
+def test_resuming_with_other_constants_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(PPOConfig().to_json())
+    with pytest.raises(ValueError, match="only updates may be given"):
+        run("--resume", tmp_path, "--kl-coef", "1")
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tmp_path, model_folder):
+    (tmp_path / "prompts.txt").write_text("xyz " * 40)
+    arguments = ["--model", model_folder, "--prompts", tmp_path / "prompts.txt"]
+    with pytest.raises(ValueError, match="has room for 26"):
+        run(*MICRO, *arguments, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(PPOConfig), ids=lambda field: field.name)
+def test_every_constant_is_an_option_with_a_reason(field):
+    option = "--" + field.name.replace("_", "-")
+    assert vars(parse(option, str(field.default)))[field.name] == field.default
+    assert field.metadata["reason"]
+    assert field.name not in vars(parse()), "an option that is not given has to stay out"
+
+
+def test_defaults_are_the_configuration_s_own():
+    assert json.loads(PPOConfig().to_json()) == {
+        field.name: field.default for field in dataclasses.fields(PPOConfig)
+    }

@@ -1,0 +1,12 @@
+"""Figures in the README are those of the committed results files."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_says_what_the_results_files_say():
+    done = subprocess.run([sys.executable, "bench/readme.py", "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, "run `python bench/readme.py`"

@@ -94,7 +94,7 @@ def count_fold(logits: torch.dtype, ref: torch.dtype | None, *, aligned: bool = 
     """The forward kernel for these dtypes; ref None: of the policy alone."""
     tile = _tile(logits, ref, aligned=aligned)
     compiled = _compile(
-        fold_kernel, launch.FOLD_COMPILE, **tile, SPLIT=launch.CONFIG.fold_split,
+        fold_kernel, **tile, SPLIT=launch.CONFIG.fold_split,
         logits_ptr=logits, ref_ptr=ref, token_ids_ptr=torch.int64, mask_ptr=torch.bool,
         states_ptr=PER_TOKEN, k=1.0, ref_k=1.0, softcap=None, ref_softcap=None,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def count_backward(
     tile = _tile(logits, ref, aligned=aligned)
     of_ref = PER_TOKEN if ref else None
     compiled = _compile(
-        backward_kernel, launch.COMPILE, **tile, SPLIT=launch.CONFIG.backward_split,
+        backward_kernel, **tile, SPLIT=launch.CONFIG.backward_split,
         grad_logprob_ptr=PER_TOKEN, grad_kl_ptr=of_ref, grad_entropy_ptr=PER_TOKEN,
         grad_forward_kl_ptr=PER_TOKEN if forward_kl else None,
         logits_ptr=logits, ref_ptr=ref, token_ids_ptr=torch.int64, mask_ptr=torch.bool,
@@ -118,10 +118,10 @@ def count_backward(
     return _count(compiled, tile["STEPS"] * tile["LANE"])
 
 
-def _compile(kernel: Any, options: dict[str, Any], **arguments: Any) -> Any:
+def _compile(kernel: Any, **arguments: Any) -> Any:
     """A dtype stands for a pointer to it."""
     mocked = {name: MockTensor.wrap_dtype(argument) for name, argument in arguments.items()}
-    return kernel.warmup(**mocked, **SIZES, **options, grid=(1,))
+    return kernel.warmup(**mocked, **SIZES, **launch.COMPILE, grid=(1,))
 
 
 def _tile(logits: torch.dtype, ref: torch.dtype | None, *, aligned: bool) -> dict[str, int]:

@@ -47,7 +47,7 @@ def load_tile(ptr, softcap, n_rest, STEPS: tl.constexpr, N: tl.constexpr, LANE: 
         if n_rest is not None:
             mask = offsets < n_rest
         x = load(ptr, offsets, softcap, mask)
-        tile = tile + (x,)  # type: ignore[assignment]  # noqa: RUF005  kernels know no stars
+        tile = tile + (x,)  # noqa: RUF005  kernels know no stars
     return tile
 
 

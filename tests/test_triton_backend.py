@@ -86,18 +86,42 @@ def test_ordinary_rows_and_padded_columns_are_folded_once(inputs, folded_again):
         assert not folded_again
 
 
+LOWEST = torch.finfo(torch.float32).min
+TROUBLES = [
+    (-torch.inf, -torch.inf), (LOWEST, LOWEST), (-torch.inf, 0.0), (0.0, LOWEST),
+    (torch.nan, 0.0), (0.0, torch.nan), (torch.inf, 0.0), (0.0, torch.inf),
+    (40.0, 0.0), (0.0, 40.0),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("where", [0, TILE + 1, SPLIT - TILE, SPLIT + 1])
 def test_only_the_split_in_trouble_is_folded_again(where, inputs, folded_again):
-    lowest = torch.finfo(torch.float32).min
     in_first_tile, in_last_tile = where in (0, SPLIT + 1), where == SPLIT - TILE
-    for value in (-torch.inf, lowest, torch.nan, torch.inf, 60.0):
+    for trouble in TROUBLES:
         logits, ref_logits, token_ids = (t.clone() for t in inputs)
-        logits[0, 1, where], ref_logits[0, 1, where] = value, value
+        logits[0, 1, where], ref_logits[0, 1, where] = trouble
         folded_again.clear()
         token_kl(logits, ref_logits, token_ids)
         # The anchor is the first tile's maximum, and the last tile takes -inf for what it is.
-        fine = (in_first_tile and value == 60.0) or (in_last_tile and value in (-torch.inf, lowest))
-        assert len(folded_again) == (not fine), value
+        fine = (in_first_tile and 40.0 in trouble) or (in_last_tile and min(trouble) <= LOWEST)
+        assert len(folded_again) == (not fine), trouble
+
+
+def test_rows_that_rule_tokens_out_in_the_first_tile_skip_the_anchored_loop(inputs, monkeypatch):
+    guarded, fold_tile = [], fold.fold_tile
+
+    def record(*args):
+        guarded.append(args[-1])
+        return fold_tile(*args)
+
+    monkeypatch.setattr(fold, "fold_tile", record)
+    logits, ref_logits, token_ids = inputs
+    token_kl(logits, ref_logits, token_ids)
+    assert False in guarded
+    guarded.clear()
+    logits[..., 1::2] = -torch.inf
+    token_kl(logits, ref_logits, token_ids)
+    assert False not in guarded
 
 
 def test_the_sampled_token_anchors_a_late_peak(inputs, folded_again):
@@ -132,6 +156,14 @@ def test_kl_is_infinite_where_the_reference_has_no_support(x, where, inputs):
     infinite = torch.tensor([[True, False], [False, False]])
     assert torch.equal(kl == torch.inf, infinite)
     assert torch.equal(forward_kl == torch.inf, infinite.flip(1))
+
+
+def test_kl_is_finite_over_lowest_logits(inputs):
+    logits, ref_logits, token_ids = inputs
+    logits[..., TILE : TILE + 9], ref_logits[..., TILE : TILE + 9] = 12.0, LOWEST
+    # At temperature 2 the lowest logit is representable in log2 units, the sum of a few is not.
+    kl = triton_kernels.token_kl(logits, ref_logits, token_ids, None, 2.0, 2.0, None, None)[2]
+    assert ((kl > 1e20) & (kl < torch.inf)).all()
 
 
 # Results and gradients of a row, whatever surrounds it.

@@ -168,9 +168,9 @@ def fold_kernel(
     )  # fmt: skip
     state_ptr = states_ptr + split.to(tl.int64) * n_rows + row
     stride = n_rows.to(tl.int64) * n_splits
-    if sound:
-        store_state(state_ptr, stride, s, HAS_REF)
-    else:
+    # Stored first and then overwritten, by the same thread: keeping it would cost registers.
+    store_state(state_ptr, stride, s, HAS_REF)
+    if not sound:
         s = fold_careful(
             x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
         )  # fmt: skip

@@ -40,15 +40,13 @@ class LaunchConfig:
     gae_block: int = 512
 
 
-CONFIG = LaunchConfig()
+# AMD's warps have 64 threads.
+CONFIG = LaunchConfig() if torch.version.hip is None else LaunchConfig(num_warps=2)
 VECTOR_BYTES = 16  # the widest load of one thread
 
 # Explicit because Triton's default is about to change: without fusion a fold costs a fifth more.
 # One stage: there is nothing to pipeline through shared memory.
 COMPILE: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
-# The loops fit into 64 registers; left alone, ptxas takes 72 for the code around them, and with
-# that an eighth of the occupancy. (AMD's compiler knows no such option.)
-FOLD_COMPILE = COMPILE | ({"maxnreg": 64} if torch.version.hip is None else {})
 
 
 def token_stats(
@@ -143,7 +141,7 @@ def _forward(
     with torch.cuda.device_of(logits):
         fold_kernel[(n_rows * n_splits,)](
             logits, ref_logits, token_ids, mask, states, *sizes, *scales,
-            SPLIT=split, **_tile(logits, ref_logits), **FOLD_COMPILE,
+            SPLIT=split, **_tile(logits, ref_logits), **COMPILE,
         )  # fmt: skip
         finish_kernel[(-(-n_rows // CONFIG.finish_rows),)](
             states, logits, ref_logits, token_ids, mask,

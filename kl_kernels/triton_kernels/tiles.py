@@ -46,7 +46,8 @@ def load_tile(ptr, softcap, n_rest, STEPS: tl.constexpr, N: tl.constexpr, LANE: 
         mask = None
         if n_rest is not None:
             mask = offsets < n_rest
-        tile = tile + (load(ptr, offsets, softcap, mask),)  # noqa: RUF005  no stars in a kernel
+        x = load(ptr, offsets, softcap, mask)
+        tile = tile + (x,)  # noqa: RUF005  kernels know no stars
     return tile
 
 

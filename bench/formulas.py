@@ -31,6 +31,35 @@ def eager(
     )
 
 
+def eager_gradient(
+    logits: Tensor,  # [T, V]
+    ref_logits: Tensor,  # [T, V]
+    token_ids: Tensor,  # [T]
+    log_sum: Tensor,  # [T]  logsumexp of the logits, saved by the forward pass
+    ref_log_sum: Tensor,  # [T]
+    kl: Tensor,  # [T]
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor]:  # [T, V]
+    """The gradient of logprob + kl as one would write it by hand: pointwise, nothing to reduce."""
+    log_p = logits.to(dtype) - log_sum[:, None]
+    log_q = ref_logits.to(dtype) - ref_log_sum[:, None]
+    here = torch.arange(logits.shape[-1], device=logits.device) == token_ids[:, None]
+    grad = here.to(dtype) + log_p.exp() * (log_p - log_q - kl[:, None] - 1)
+    return (grad.to(logits.dtype),)
+
+
+def eager_logprob_gradient(
+    logits: Tensor,  # [T, V]
+    token_ids: Tensor,  # [T]
+    log_sum: Tensor,  # [T]
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor]:  # [T, V]
+    """The gradient of logprob, from what the forward pass saved."""
+    here = torch.arange(logits.shape[-1], device=logits.device) == token_ids[:, None]
+    p = (logits.to(dtype) - log_sum[:, None]).exp()
+    return ((here.to(dtype) - p).to(logits.dtype),)
+
+
 def ours(logits: Tensor, ref_logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
     return kl_kernels.token_kl(logits, ref_logits, token_ids, backend="cpu")
 
@@ -64,11 +93,19 @@ def check(n_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
     wide = logits.detach().double().requires_grad_()
     got_all, true_all = ours(logits, ref_logits, token_ids), truth(wide, ref_logits, token_ids)
     for name, got, true in zip(OUTPUTS, got_all, true_all):
-        floor = 3e-7 if "kl" in name else 2e-6
-        if not (got - true).abs().le(floor + 2e-6 * true.abs()).all():
-            raise RuntimeError(f"{name} is wrong for {dtype}: {got.tolist()}, not {true.tolist()}")
+        check_values(name, got, true)
     (grad,) = with_gradient(ours)(logits, ref_logits, token_ids)
     (true_grad,) = with_gradient(truth)(wide, ref_logits, token_ids)
-    error = float((grad.double() - true_grad).norm() / true_grad.norm())
-    if not error <= 1e-5 + torch.finfo(dtype).eps / 2:
-        raise RuntimeError(f"the gradient is wrong for {dtype}: off by {error:.1e} of its norm")
+    check_gradient(grad, true_grad)
+
+
+def check_values(name: str, got: Tensor, true: Tensor) -> None:  # [T], [T] float64
+    floor = 3e-7 if "kl" in name else 2e-6
+    if not (got - true).abs().le(floor + 2e-6 * true.abs()).all():
+        raise RuntimeError(f"{name} is wrong: {got.tolist()}, not {true.tolist()}")
+
+
+def check_gradient(got: Tensor, true: Tensor) -> None:  # [T, V], [T, V] float64
+    error = float((got.double() - true).norm() / true.norm())
+    if not error <= 1e-5 + torch.finfo(got.dtype).eps / 2:
+        raise RuntimeError(f"the {got.dtype} gradient is wrong: off by {error:.1e} of its norm")

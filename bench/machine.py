@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -37,15 +38,41 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def gpu_record() -> dict[str, object]:
+    """The same for the current GPU."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return record() | {
+        "device": properties.name,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "l2_bytes": properties.L2_cache_size,
+    }
+
+
+def chip_name(device: str) -> str:
+    """What a results file is called after: "h200" of "NVIDIA H200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia")).strip("-")
+
+
 def commit() -> str:
-    """The commit that ran, with "+changes" if files differed from it."""
+    """The commit that ran, with "+changes" if files differed from it; "unknown" without git."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # files copied without their repository
 
 
 def page_faults() -> int:

@@ -11,6 +11,21 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated: before any import
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        action="append",
+        help="backends tests/gpu runs on (default: triton, cuda); cpu tries the tests themselves",
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Without a GPU, tests/gpu is not collected: nothing is skipped, nothing counts as green."""
+    if collection_path.name == "gpu" and not torch.cuda.is_available():
+        return config.getoption("--backend") != ["cpu"]
+    return None
+
+
 @pytest.fixture(autouse=True)
 def _poison_uninitialised_memory():
     """`torch.empty` fills with NaN in deterministic mode: an output nobody wrote fails its test."""

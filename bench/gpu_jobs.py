@@ -1,0 +1,190 @@
+"""The jobs that are timed on a GPU: what runs, beside what, and what the right answer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from formulas import (
+    OUTPUTS,
+    check_gradient,
+    check_values,
+    eager,
+    eager_gradient,
+    eager_logprob_gradient,
+    with_gradient,
+)
+from torch import Tensor
+
+import kl_kernels
+
+CHECKED_ROWS = 4
+CHUNK = 256  # rows whose float32 copies are made at a time
+
+
+class Buffers(NamedTuple):
+    """What one launch reads."""
+
+    logits: Tensor  # [T, V]
+    ref_logits: Tensor  # [T, V]
+    token_ids: Tensor  # [T]
+    log_sum: Tensor  # [T]
+    ref_log_sum: Tensor  # [T]
+    kl: Tensor  # [T]
+    saved: dict[str, tuple[Tensor, ...]]  # by backend: upstream gradient, what `token_kl` saves
+
+    def rows(self, n: int) -> Buffers:
+        """The last `n`: those a kernel with 32-bit offsets would get wrong."""
+        return Buffers(*(t[-n:].contiguous() for t in self[:-1]), {})
+
+
+def make_buffers(
+    n_rows: int, vocab_size: int, backends: tuple[str, ...], device: str, seed: int
+) -> Buffers:
+    """A policy not far from its reference, tokens sampled from it, in bfloat16."""
+    g = torch.Generator(device).manual_seed(seed)
+    logits, ref_logits = (
+        torch.empty(n_rows, vocab_size, dtype=torch.bfloat16, device=device) for _ in range(2)
+    )
+    token_ids = torch.empty(n_rows, dtype=torch.int64, device=device)
+    log_sum, ref_log_sum, kl = (torch.empty(n_rows, device=device) for _ in range(3))
+    for start in range(0, n_rows, CHUNK):
+        part = slice(start, start + CHUNK)
+        shape = logits[part].shape
+        y = 3 * torch.randn(shape, generator=g, device=device)
+        x = y + 0.3 * torch.randn(shape, generator=g, device=device)
+        logits[part], ref_logits[part] = x, y
+        x, y = logits[part].float(), ref_logits[part].float()
+        waiting = torch.empty_like(x).exponential_(generator=g)
+        token_ids[part] = (x - waiting.log()).argmax(-1)  # as likely as their probabilities
+        log_sum[part], ref_log_sum[part] = x.logsumexp(-1), y.logsumexp(-1)
+        p = (x - log_sum[part, None]).exp()
+        kl[part] = (p * (x - y)).sum(-1) - log_sum[part] + ref_log_sum[part]
+    saved = {}
+    for backend in backends:
+        *_, kl_ours, _, entropy, policy_state, ref_state = torch.ops.kl_kernels.token_kl(
+            logits[None], ref_logits[None], token_ids[None], None, 1.0, 1.0, None, None, backend
+        )
+        saved[backend] = (torch.ones_like(kl_ours), policy_state, ref_state, kl_ours, entropy)
+    return Buffers(logits, ref_logits, token_ids, log_sum, ref_log_sum, kl, saved)
+
+
+Launch = Callable[[Buffers], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Job:
+    reads: int  # tensors of logits that have to be read at the least
+    writes: int
+    outputs: tuple[str, ...]  # names of per-token outputs; none: a gradient
+    ours: Callable[[str], Launch]  # by backend
+    formula: Callable[..., tuple[Tensor, ...]]  # of `arguments`, and a dtype to compute in
+    arguments: tuple[str, ...]  # fields of Buffers
+
+    def plain(self, formula: Callable[..., tuple[Tensor, ...]]) -> Launch:
+        """A contender made of torch operators."""
+
+        def launch(b: Buffers) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return formula(*(getattr(b, name) for name in self.arguments))
+
+        return launch
+
+    def check(self, launch: Launch, b: Buffers) -> None:
+        """Raise unless the last rows of what `launch` makes of `b` are right in float64."""
+        got = [t.reshape(len(b.token_ids), -1)[-CHECKED_ROWS:] for t in launch(b)]
+        few = b.rows(CHECKED_ROWS)
+        if self.outputs:
+            truth = self.formula(*(getattr(few, name) for name in self.arguments), torch.float64)
+            for name, value, true in zip(self.outputs, got, truth):
+                check_values(name, value.squeeze(-1), true)
+            return
+        check_gradient(got[0], self.true_gradient(few))
+
+    def true_gradient(self, few: Buffers) -> Tensor:  # [T, V] float64
+        """By autograd: the formulas of gradients are not what they are checked with."""
+        x = few.logits.double().requires_grad_()
+        logprob, _, kl, _, entropy = eager(x, few.ref_logits, few.token_ids, torch.float64)
+        total = logprob + (kl if self.reads > 1 else 0) + (entropy if self.reads > 2 else 0)
+        return torch.autograd.grad(total.sum(), x)[0]
+
+
+def _token_kl(backend: str) -> Launch:
+    def launch(b: Buffers) -> tuple[Tensor, ...]:
+        return kl_kernels.token_kl(b.logits, b.ref_logits, b.token_ids, backend=backend)
+
+    return launch
+
+
+def _token_stats(backend: str) -> Launch:
+    def launch(b: Buffers) -> tuple[Tensor, ...]:
+        return kl_kernels.token_stats(b.logits, b.token_ids, backend=backend)
+
+    return launch
+
+
+def _backward(backend: str, with_kl: bool) -> Launch:
+    def launch(b: Buffers) -> tuple[Tensor, ...]:
+        upstream, policy_state, ref_state, kl, entropy = b.saved[backend]
+        logits, ref_logits, token_ids = (t[None] for t in b[:3])
+        if with_kl:
+            grad = torch.ops.kl_kernels.token_kl_backward(
+                upstream, upstream, None, None, logits, ref_logits, token_ids, None,
+                policy_state, ref_state, kl, entropy, 1.0, 1.0, None, None, backend,
+            )  # fmt: skip
+        else:
+            grad = torch.ops.kl_kernels.token_stats_backward(
+                upstream, None, logits, token_ids, None, policy_state, entropy, 1.0, None, backend
+            )
+        return (grad,)
+
+    return launch
+
+
+def _both(backend: str) -> Launch:
+    return _gradient_of(lambda *arguments: kl_kernels.token_kl(*arguments, backend=backend))
+
+
+def _gradient_of(formula: Callable[..., tuple[Tensor, ...]]) -> Launch:
+    call = with_gradient(formula)
+
+    def launch(b: Buffers) -> tuple[Tensor, ...]:
+        return call(b.logits.detach().requires_grad_(), b.ref_logits, b.token_ids)
+
+    return launch
+
+
+def eager_stats(
+    logits: Tensor,  # [T, V]
+    token_ids: Tensor,  # [T]
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, ...]:  # logprob, entropy, each [T]
+    log_p = logits.to(dtype).log_softmax(-1)
+    return log_p.gather(-1, token_ids[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+class WithGradient(Job):
+    """Forward and backward of logprob + kl + entropy, through autograd."""
+
+    def plain(self, formula: Callable[..., tuple[Tensor, ...]]) -> Launch:
+        return _gradient_of(formula)
+
+
+PAIR = ("logits", "ref_logits", "token_ids")
+JOBS = {
+    "token_kl": Job(2, 0, OUTPUTS, _token_kl, eager, PAIR),
+    "token_stats": Job(
+        1, 0, ("logprob", "entropy"), _token_stats, eager_stats, ("logits", "token_ids")
+    ),
+    "KL gradient": Job(
+        2, 1, (), lambda name: _backward(name, True), eager_gradient,
+        (*PAIR, "log_sum", "ref_log_sum", "kl"),
+    ),
+    "logprob gradient": Job(
+        1, 1, (), lambda name: _backward(name, False), eager_logprob_gradient,
+        ("logits", "token_ids", "log_sum"),
+    ),
+    "token_kl + gradient": WithGradient(4, 1, (), _both, eager, PAIR),
+}  # fmt: skip

@@ -1,0 +1,107 @@
+"""Device time of short kernels: replays of CUDA graphs, over buffers that no cache holds.
+
+A graph holds enough launches to outlast the clock's resolution and the launch of the graph itself;
+successive launches read different buffers, of more than four times the L2 in all. On the CPU, a
+wall clock around the same launches: enough to try this file.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Launch = Callable[[Any], Any]  # of one set of buffers
+CACHES = 4  # times the L2 that the buffers of a round take together
+REPLAY_BYTES = 4 << 30  # a replay moves about this much: a millisecond at 4 TB/s
+MOST_LAUNCHES = 512  # per replay, where fewer sets of buffers would do
+
+
+def n_buffer_sets(bytes_per_set: int, l2_bytes: int) -> int:
+    return max(1, math.ceil(CACHES * l2_bytes / bytes_per_set))
+
+
+def n_rounds_of_sets(n_sets: int, bytes_per_set: int) -> int:
+    """How often a replay goes over all the sets."""
+    wanted = math.ceil(REPLAY_BYTES / (n_sets * bytes_per_set))
+    return max(1, min(wanted, MOST_LAUNCHES // n_sets))
+
+
+class Replay:
+    """Many launches of one callable as one timed unit; calling it gives seconds per launch."""
+
+    def __init__(self, launch: Launch, buffer_sets: Sequence[Any], rounds: int):
+        self.n_launches = rounds * len(buffer_sets)
+        # Results live until their set's next turn: each set writes to memory of its own, so that
+        # writes are as cold as reads.
+        self._results: list[Any] = [None] * len(buffer_sets)
+
+        def all_launches() -> None:
+            for _ in range(rounds):
+                for i, buffers in enumerate(buffer_sets):
+                    self._results[i] = launch(buffers)
+
+        self._run = all_launches
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def capture(self) -> Replay:
+        """Warm up on a side stream (compiles; capture must not), then record the launches."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self._results = [None] * len(self._results)
+        torch.cuda.empty_cache()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._run()
+        self._graph.replay()
+        torch.cuda.synchronize()
+        return self
+
+    def __call__(self) -> float:
+        if self._graph is None:
+            start = time.perf_counter()
+            self._run()
+            return (time.perf_counter() - start) / self.n_launches
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3 / self.n_launches
+
+
+def replay(launch: Launch, buffer_sets: Sequence[Any], rounds: int, device: str) -> Replay:
+    ready = Replay(launch, buffer_sets, rounds)
+    if device == "cuda":
+        return ready.capture()
+    launch(buffer_sets[0])  # warms up
+    return ready
+
+
+def interleaved(replays: dict[str, Replay], turns: int) -> dict[str, list[float]]:
+    """Seconds per launch; each turn times each contender once, so that drift is shared."""
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(turns):
+        for name, ready in replays.items():
+            times[name].append(ready())
+    return times
+
+
+def peak_bytes(launch: Launch, buffers: Any, device: str) -> int:
+    """What a call allocates at its worst, results included; 0 on the CPU (see machine.py there)."""
+    if device != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = launch(buffers)
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo test validate bench bench-cpu lint format clean
+.PHONY: ppo test validate bench bench-cpu gpu lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels ppo $(ARGS)
@@ -23,6 +23,10 @@ bench-cpu: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# On a machine with a GPU: its own python and torch, nothing installed. ARGS=DIR for the results.
+gpu:
+	$(PYTHON) bench/make_gpu.py $(ARGS)
 
 lint: $(VENV)/dev-ready
 	$(BIN)/ruff check .

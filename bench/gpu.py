@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from ceilings import ceilings
 from gpu_jobs import JOBS, Buffers, Launch, make_buffers
+from gpu_table import PEERS, table
 from machine import chip_name, gpu_record, record
 from timing import interleaved, n_buffer_sets, n_rounds_of_sets, peak_bytes, replay
 
@@ -29,7 +30,6 @@ VOCABULARIES = (128256, 32000, 50257, 151936, 262144)
 ROWS = (1, 64, 8, 512, 1024, 65536)
 MAIN_ROWS, MAIN_VOCABULARY = 8192, VOCABULARIES[0]
 TURNS = 11
-PEERS = ("torch.compile", "eager")
 POINTWISE = ("KL gradient", "logprob gradient")  # nobody computes these one operator at a time
 # Above this share of the free memory a case is left out: results and peers need room too.
 MEMORY_SHARE = 0.6
@@ -125,7 +125,7 @@ class Bench:
             make_buffers(case.rows, case.vocab_size, self.backends, self.device, seed)
             for seed in range(n_sets)
         ]
-        rounds = n_rounds_of_sets(n_sets, case.bytes_moved)
+        rounds = n_rounds_of_sets(n_sets, case.bytes_moved) if self.device == "cuda" else 1
         ready, peaks = {}, {}
         left_out: dict[str, str] = {}
         failed: dict[str, str] = {}
@@ -139,10 +139,14 @@ class Bench:
             except Exception as error:  # one contender must not cost the others their minutes
                 failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
         times = interleaved(ready, self.turns)
-        return [
-            self.measurement(case, name, times[name], ready[name].n_launches, peaks[name])
-            for name in ready
-        ], left_out, failed
+        return (
+            [
+                self.measurement(case, name, times[name], ready[name].n_launches, peaks[name])
+                for name in ready
+            ],
+            left_out,
+            failed,
+        )
 
     def contender(self, case: Case, name: str, buffers: Buffers) -> Launch:
         """Warm, and right where it is ours."""
@@ -177,37 +181,6 @@ class Bench:
         )
 
 
-def table(results: dict[str, Any]) -> str:
-    """One line per case: each backend's time, GB/s and share of the ceiling; peers as multiples."""
-    rows: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for m in results["measurements"]:
-        rows.setdefault((m["job"], m["rows"], m["vocab_size"]), {})[m["contender"]] = m
-    backends = results["backends"]
-    best = results["ceilings_gb_per_s"]
-    lines = [
-        f"{results['device']}, commit {results['commit']}: "
-        + ", ".join(f"{name} {rate:.0f} GB/s" for name, rate in best.items()),
-        f"{'job':20}{'rows':>6} {'V':>7}"
-        + "".join(f" |{name:>10} us  GB/s    %" for name in backends)
-        + " | compile  eager (times the best of ours)",
-    ]
-    for (job, n_rows, vocab_size), by in rows.items():
-        line = f"{job:20}{n_rows:6} {vocab_size:7}"
-        for name in backends:
-            m = by.get(name)
-            line += " |" + (
-                f"{m['median_us']:13.1f}{m['gb_per_s']:6.0f}{m['share']:5.0%}" if m else 24 * "-"
-            )
-        ours = [by[name]["median_us"] for name in backends if name in by]
-        for name in PEERS:
-            peer = by[name]["median_us"] / min(ours) if ours and name in by else None
-            line += f"{'' if peer is None else f'{peer:.2f}x':>8}"
-        lines.append(line)
-    for group in ("left_out", "failed"):
-        lines += [f"{group}: {name}: {why}" for name, why in results[group].items()]
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -227,7 +200,7 @@ def main() -> int:
         size, l2_bytes = 1 << 20, 1 << 12
     else:
         facts, backends, todo = gpu_record(), ("triton", "cuda"), cases()
-        size, l2_bytes = 2 << 30, torch.cuda.get_device_properties().L2_cache_size
+        size, l2_bytes = 2 << 30, torch.cuda.get_device_properties(0).L2_cache_size
     limits = ceilings(device, size)
     best = {name: max(kernels.values()) for name, kernels in limits.items()}
     # Two reads per write need no faster memory than one: whichever kernel shows more.

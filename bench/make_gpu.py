@@ -1,0 +1,218 @@
+"""`make gpu`: everything a machine with a GPU is asked, in one call of under nine minutes.
+
+Build, then all checks side by side, then the benchmarks alone. Minutes on a GPU are rare: a step
+that fails or takes too long costs no other, and the exit code says whether all were well. The
+whole log and <chip>.json go to RESULTS; the table that matters ends the output. Nothing is
+installed: the python that runs this is used throughout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from gpu_table import table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+SECONDS = 525  # in all
+BUILD_SECONDS, CHECK_SECONDS, BENCH_SECONDS = 150, 170, 240
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+SANITIZED = 9  # exit code of a sanitizer that found something
+TAIL = 25  # lines shown of a step that failed
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: list[str]
+    seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    step: Step
+    code: int | None  # None: it took too long
+    seconds: float
+    output: str
+
+    @property
+    def good(self) -> bool:
+        return self.code == 0
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.good else "TOO SLOW" if self.code is None else f"FAILED {self.code}"
+        return f"{self.step.name:24}{verdict:>10}{self.seconds:7.0f} s"
+
+
+def run(step: Step) -> Outcome:
+    """Run a step with all it starts; what it printed is kept even if it has to be stopped."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | step.environment
+    environment.pop("TRITON_INTERPRET", None)  # kernels are to run, not to be interpreted
+    start = time.monotonic()
+    code: int | None = None
+    try:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        output, _ = process.communicate(timeout=max(1.0, step.seconds))
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    except OSError as error:
+        code, output = 127, str(error)
+    outcome = Outcome(step, code, time.monotonic() - start, output)
+    print(outcome, flush=True)
+    return outcome
+
+
+class Log:
+    """All output so far, on disk after every step: the call itself may be cut short."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.outcomes: list[Outcome] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+    def run(self, *steps: Step) -> list[Outcome]:
+        """Steps side by side."""
+        with ThreadPoolExecutor(len(steps)) as pool:
+            done = list(pool.map(self._run, steps))
+        self.outcomes += done
+        return done
+
+    def _run(self, step: Step) -> Outcome:
+        outcome = run(step)
+        with self.path.open("a") as file:
+            file.write(f"\n===== {outcome}\n{outcome.output}\n")
+        return outcome
+
+
+def build_steps() -> tuple[Step, Step]:
+    """In place, with CUDA; and what is built if that fails, so that the CPU backend is there."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
+    with_cuda = {"KL_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
+    return (
+        Step("build", command, BUILD_SECONDS, with_cuda),
+        Step("build without cuda", command, 60, {"KL_KERNELS_CUDA": "0"}),
+    )
+
+
+def check_steps(dry_run: bool) -> list[Step]:
+    """Independent of each other; the machine's cores are shared among them."""
+    python, few = sys.executable, {"OMP_NUM_THREADS": "2"}
+    if dry_run:
+        backends, sizes = ("cpu",), {"cpu": (("1", "300"),)}
+    else:
+        backends = ("triton", "cuda")
+        # Triton compiles for each kind of size, which is what takes its time: a process for each.
+        sizes = {
+            "triton": (("1",), ("1025",), ("4096",)),
+            "cuda": (("1", "2", "1025", "4096", "50257"),),
+            "cpu": (("1", "2", "1025", "50257"),),
+        }
+    steps = [Step("info", [python, "-m", "kl_kernels", "info"], 60)]
+    for backend, groups in sizes.items():
+        for group in groups:
+            command = [python, "-m", "kl_kernels", "validate", "--backend", backend]
+            command += ["--vocab-size", *group]
+            steps.append(Step(f"validate {backend} {group[-1]}", command, CHECK_SECONDS, few))
+    workers = ["-n", "6"] if importlib.util.find_spec("xdist") and not dry_run else []
+    for backend in backends:
+        # Without the project's own options, which ask for plugins that may not be there.
+        command = [python, "-m", "pytest", "tests/gpu", "--backend", backend, *workers]
+        command += ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--durations=5", "--tb=short"]
+        command += ["--show-capture=no"]
+        steps.append(Step(f"tests {backend}", command, CHECK_SECONDS, few))
+    cases = [python, "tests/gpu/small_cases.py", "--backend"]
+    steps += [Step(f"small cases {b}", [*cases, b], CHECK_SECONDS, few) for b in backends]
+    sanitizer = None if dry_run else find_sanitizer()
+    if sanitizer is None:
+        print("compute-sanitizer: not on this machine, not run")
+        return steps
+    no_cache = few | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in SANITIZERS:
+        # Calls of the driver that fail are torch's own business: it asks what there is.
+        watch = [sanitizer, "--tool", tool, f"--error-exitcode={SANITIZED}", "--print-limit=20"]
+        watch += ["--report-api-errors=no"] if tool == "memcheck" else []
+        for b in backends:
+            steps.append(Step(f"{tool} {b}", [*watch, *cases, b], CHECK_SECONDS, no_cache))
+    return steps
+
+
+def find_sanitizer() -> str | None:
+    places = ["/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/nvidia/*"]
+    found = [f for place in places for f in glob.glob(f"{place}/compute-sanitizer")]
+    found = [f for f in found if os.path.isfile(f) and os.access(f, os.X_OK)]
+    return shutil.which("compute-sanitizer") or (found[0] if found else None)
+
+
+def bench_step(args: argparse.Namespace, seconds: float) -> Step:
+    command = [sys.executable, "bench/gpu.py", "--results", str(args.results)]
+    command += ["--seconds", f"{seconds - 25:.0f}"]  # a case under way has time to end
+    command += ["--commit", args.commit] if args.commit else []
+    command += ["--dry-run", "--turns", "1"] if args.dry_run else []
+    return Step("benchmarks", command, seconds)
+
+
+def results_table(results: Path, since: float) -> str:
+    """From the results file, which is there even if the benchmarks were stopped."""
+    files = [f for f in results.glob("*.json") if f.stat().st_mtime >= since]
+    if not files:
+        return "no benchmark results"
+    return table(json.loads(max(files, key=lambda f: f.stat().st_mtime).read_text()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="directory")
+    parser.add_argument("--commit", help="where the files are not in a git repository")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="without a GPU: the same steps on the CPU, tiny"
+    )
+    args = parser.parse_args()
+    args.results = args.results.resolve()
+    if not (args.dry_run or torch.cuda.is_available()):
+        print("error: torch finds no GPU; --dry-run tries the steps without one", file=sys.stderr)
+        return 2
+    start, since = time.monotonic(), time.time()
+    log = Log(args.results / "gpu.log")
+    if not args.dry_run:
+        build, without_cuda = build_steps()
+        if not log.run(build)[0].good:
+            log.run(without_cuda)
+    log.run(*check_steps(args.dry_run))
+    left = SECONDS - (time.monotonic() - start)
+    log.run(bench_step(args, min(BENCH_SECONDS, left)))
+    failed = [outcome for outcome in log.outcomes if not outcome.good]
+    for outcome in failed:
+        print(f"\n----- {outcome}")
+        print("\n".join(line[:160] for line in outcome.output.splitlines()[-TAIL:]))
+    print(f"\n{len(log.outcomes)} steps in {time.monotonic() - start:.0f} s, {len(failed)} failed:")
+    print("\n".join(str(outcome) for outcome in failed) or "none")
+    print(f"the whole log is in {log.path}\n\n{results_table(args.results, since)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -41,7 +41,7 @@ def excesses(arch: str, kernel: Kernel) -> list[str]:
     """A sentence for each figure of a kernel with budgeted loops that is over its budget."""
     if not kernel.loops:
         return []
-    found = [
+    found: list[tuple[str, str, float, float]] = [
         (kernel.name, "registers", kernel.registers, REGISTERS[arch]),
         (kernel.name, "bytes of stack", kernel.stack, 0),
     ]

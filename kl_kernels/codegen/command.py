@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     for name, value, least in (("rows", args.rows, 1), ("vocab-size", args.vocab_size, 2)):
         if value < least:
             raise ValueError(f"{name} is {value}; it has to be at least {least}")
-    _check_triton()
     if args.out:
         _make_writable(args.out)
+    _check_triton()
 
     # Imported here: there may be no Triton to import.
     from kl_kernels.codegen.compile import compile_for, empty_cache
@@ -141,7 +141,7 @@ def _loop_rows(
                 f"{loop.store_width} B" if loop.store_width else "-",
                 str(loop.barriers),
                 str(loop.shuffles),
-                *(f"{1e3 * s:.3f}" for s in seconds.values()),
+                *(f"{1e3 * s:.3g}" for s in seconds.values()),
                 max(seconds, key=seconds.__getitem__),
             )
         )

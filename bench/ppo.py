@@ -1,4 +1,4 @@
-"""Trains with and without a KL penalty and keeps what each run ended with: `bench/results/ppo.json`.
+"""Trains with and without a KL penalty and keeps how each run ended: `bench/results/ppo.json`.
 
 The same seed, so the same language model and reward model; only the penalty differs.
 """

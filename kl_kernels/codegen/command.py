@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
             if budgeted:
                 over += excesses(args.arch, kernel)
 
-    print(f"Triton kernels for {args.arch}, bfloat16 logits{', a / budget' * budgeted}\n")
+    compiler = f"Triton {importlib.metadata.version('triton')}"
+    print(f"{compiler} for {args.arch}, bfloat16 logits{', a / budget' * budgeted}\n")
     _print(kernels)
     if chip:
         print(f"\nLoops over the vocabulary, and their least time for {args.rows} x", end=" ")

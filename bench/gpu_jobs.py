@@ -37,7 +37,7 @@ class Buffers(NamedTuple):
 
     def rows(self, n: int) -> Buffers:
         """The last `n`: those a kernel with 32-bit offsets would get wrong."""
-        return Buffers(*(t[-n:].contiguous() for t in self[:-1]), {})
+        return Buffers(*(t[-n:].contiguous() for t in self[:6]), saved={})
 
 
 def make_buffers(
@@ -62,7 +62,7 @@ def make_buffers(
         log_sum[part], ref_log_sum[part] = x.logsumexp(-1), y.logsumexp(-1)
         p = (x - log_sum[part, None]).exp()
         kl[part] = (p * (x - y)).sum(-1) - log_sum[part] + ref_log_sum[part]
-    saved = {}
+    saved: dict[str, tuple[Tensor, ...]] = {}
     for backend in backends:
         *_, kl_ours, _, entropy, policy_state, ref_state = torch.ops.kl_kernels.token_kl(
             logits[None], ref_logits[None], token_ids[None], None, 1.0, 1.0, None, None, backend

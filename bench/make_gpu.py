@@ -119,21 +119,20 @@ def build_steps() -> tuple[Step, Step]:
 def check_steps(dry_run: bool) -> list[Step]:
     """Independent of each other; the machine's cores are shared among them."""
     python, few = sys.executable, {"OMP_NUM_THREADS": "2"}
+    backends: tuple[str, ...] = ("triton", "cuda")
+    # Triton compiles for each kind of size, which is what takes its time: a process for each.
+    sizes: dict[str, list[list[int]]] = {
+        "triton": [[1], [1025], [4096]],
+        "cuda": [[1, 2, 1025, 4096, 50257]],
+        "cpu": [[1, 2, 1025, 50257]],
+    }
     if dry_run:
-        backends, sizes = ("cpu",), {"cpu": (("1", "300"),)}
-    else:
-        backends = ("triton", "cuda")
-        # Triton compiles for each kind of size, which is what takes its time: a process for each.
-        sizes = {
-            "triton": (("1",), ("1025",), ("4096",)),
-            "cuda": (("1", "2", "1025", "4096", "50257"),),
-            "cpu": (("1", "2", "1025", "50257"),),
-        }
+        backends, sizes = ("cpu",), {"cpu": [[1, 300]]}
     steps = [Step("info", [python, "-m", "kl_kernels", "info"], 60)]
     for backend, groups in sizes.items():
         for group in groups:
             command = [python, "-m", "kl_kernels", "validate", "--backend", backend]
-            command += ["--vocab-size", *group]
+            command += ["--vocab-size", *map(str, group)]
             steps.append(Step(f"validate {backend} {group[-1]}", command, CHECK_SECONDS, few))
     workers = ["-n", "6"] if importlib.util.find_spec("xdist") and not dry_run else []
     for backend in backends:

@@ -48,7 +48,31 @@ def cpu_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu_table}
+def ppo_table(results: dict[str, Any]) -> str:
+    """Where each run of the embedded task ended, beside where all of them started."""
+    lines = [
+        "| KL penalty | proxy reward (trained on) | gold score (never seen) | best gold "
+        "| KL per answer | tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    runs = results["runs"]
+    start = next(iter(runs.values()))["start"]
+    rows = {"before training": (start, start["gold"])}
+    rows |= {name: (run["last_third"], run["best_gold"]) for name, run in runs.items()}
+    for name, (r, best) in rows.items():
+        lines.append(
+            f"| {name} | {r['proxy']:.1f} | {r['gold']:.1f} | {best:.1f} "
+            f"| {r['kl']:.1f} nats | {r['length']:.0f} |"
+        )
+    lines.append(
+        f"\nMeans over the last third of {next(iter(runs.values()))['updates']} updates, one seed "
+        f"({results['seed']}); commit {results['commit']}. From `bench/results/ppo.json`, made by "
+        "`make bench-ppo`."
+    )
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu_table, "ppo": ppo_table}
 
 
 def rendered(readme: str) -> str:

@@ -1,5 +1,7 @@
 """Shapes, strides, dtypes and empty tensors: the same numbers whatever the layout."""
 
+import mmap
+
 import pytest
 import torch
 
@@ -139,3 +141,19 @@ def test_equal_rows_have_exactly_no_divergence_and_hardly_a_gradient(backend, dt
     grad = torch.autograd.grad(result.kl.sum(), logits)[0].abs()
     log_p = logits.detach().float().log_softmax(-1)
     assert (grad <= 2**-23 * log_p.exp() * log_p.abs().clamp_min(1.0)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_more_than_2_to_the_31_logits_apart(backend, inputs):
+    """Offsets in 32 bits would read elsewhere. The memory in between is never touched."""
+    logits, ref_logits, token_ids = (t[:2, :1] for t in inputs)
+    stride = 2**31 + 3
+
+    def far_apart(rows):
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * (stride + V)), dtype=torch.bfloat16)
+        return memory.as_strided((2, 1, V), (stride, V, 1)).copy_(rows)
+
+    expected, expected_grad = evaluate(logits.bfloat16(), ref_logits.bfloat16(), token_ids, backend)
+    got, grad = evaluate(far_apart(logits), far_apart(ref_logits), token_ids, backend)
+    assert torch.equal(got, expected)
+    assert torch.equal(grad, expected_grad)

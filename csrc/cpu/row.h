@@ -3,11 +3,10 @@
 
 #include <stdint.h>
 
+#include "../dtype.h"
 #include "../kl_math.h"
 
 namespace kl_kernels {
-
-enum class Dtype { float32, bfloat16, float16 };
 
 // One model's logits of one row, and how to read them.
 struct Row {

@@ -2,42 +2,19 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
-#include <stdexcept>
 #include <string>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "../tensor_checks.h"
 #include "row.h"
 
 namespace kl_kernels {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline void check(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
-
-inline Dtype dtype_of(const Tensor& logits, const char* name) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      throw std::invalid_argument(
-          std::string(name) +
-          " has a dtype the cpu backend does not take; accepted: float32, bfloat16, float16");
-  }
-}
 
 // Logits [B, T, V] with stride 1 over V, and the scale their rows are read with.
 class Logits {
@@ -48,8 +25,7 @@ class Logits {
         element_size_(dtype_ == Dtype::float32 ? 4 : 2),
         k_(float(kLog2e / temperature)),
         softcap_(float(softcap.value_or(0))) {
-    check(tensor.dim() == 3 && (tensor.stride(2) == 1 || tensor.size(2) == 1),
-          std::string(name) + " has to be [B, T, V] with stride 1 over V");
+    check_layout(tensor, name);
     n_batch_ = tensor.size(0);
     n_tokens_ = tensor.size(1);
     vocab_size_ = tensor.size(2);

@@ -5,12 +5,11 @@
 
 #include <stdint.h>
 
+#include "../dtype.h"
 #include "../kl_math.h"
 #include "runtime.h"
 
 namespace kl_kernels {
-
-enum class Dtype { float32, bfloat16, float16 };
 
 // One model's logits [B, T, V], neighbouring logits neighbours in memory, and how to read them.
 struct Logits {

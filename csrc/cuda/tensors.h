@@ -3,23 +3,17 @@
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "../tensor_checks.h"
 #include "operators.h"
 
 namespace kl_kernels {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-inline void check(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess)
@@ -56,25 +50,9 @@ class Device {
   cudaStream_t stream_;
 };
 
-inline Dtype dtype_of(const Tensor& logits, const std::string& name) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      throw std::invalid_argument(
-          name +
-          " has a dtype the cuda backend does not take; accepted: float32, bfloat16, float16");
-  }
-}
-
 inline Logits logits_of(const Tensor& tensor, const std::string& name, double temperature,
                         std::optional<double> softcap) {
-  check(tensor.dim() == 3 && (tensor.stride(2) == 1 || tensor.size(2) == 1),
-        name + " has to be [B, T, V] with stride 1 over V");
+  check_layout(tensor, name);
   return {tensor.const_data_ptr(),
           dtype_of(tensor, name),
           tensor.stride(0),

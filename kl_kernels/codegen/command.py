@@ -1,0 +1,163 @@
+"""`python -m kl_kernels codegen`: what the Triton kernels compile to, and how fast that can be."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import re
+from dataclasses import astuple
+from pathlib import Path
+
+from kl_kernels.checks import check_choice
+from kl_kernels.codegen.budgets import BUDGETS, REGISTERS, excesses
+from kl_kernels.codegen.chips import CHIPS, Chip, limits, occupancy
+from kl_kernels.codegen.sass import Kernel
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+CHIP_OF = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200"}  # by default
+
+KERNEL_COLUMNS = ("kernel", "registers", "stack bytes", "shared bytes", "occupancy")
+LOOP_COLUMNS = (
+    "loop", "per", "instructions", "MUFU", "bytes", "load", "store", "barriers", "shuffles",
+    "memory ms", "issue ms", "MUFU ms", "bound by",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", default="sm_90", help=f"{', '.join(ARCHS)} (default: sm_90)")
+    chips = ", ".join(f"{name} ({chip.arch})" for name, chip in CHIPS.items())
+    parser.add_argument("--chip", help=f"to predict times for: {chips} (default: h200 for sm_90)")
+    parser.add_argument("--rows", type=int, default=8192, help="default: %(default)s")
+    parser.add_argument(
+        "--vocab-size", type=int, default=128256, metavar="V", help="default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write PTX, cubin and SASS there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 1: a kernel costs more than its budget."""
+    check_choice("arch", args.arch, ARCHS)
+    chip = _chip(args.arch, args.chip)
+    # One logit would be compiled in, and the loops be gone.
+    for name, value, least in (("rows", args.rows, 1), ("vocab-size", args.vocab_size, 2)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it has to be at least {least}")
+    if args.out:
+        _make_writable(args.out)
+    _check_triton()
+
+    # Imported here: there may be no Triton to import.
+    from kl_kernels.codegen.compile import compile_for, empty_cache
+    from kl_kernels.codegen.variants import Shape, variants
+
+    shape = Shape(args.rows, args.vocab_size)
+    budgeted = chip is not None and shape.aligned
+    kernels: list[tuple[str, ...]] = [KERNEL_COLUMNS]
+    loops: list[tuple[str, ...]] = [LOOP_COLUMNS]
+    over: list[str] = []
+    with empty_cache():
+        for variant in variants(shape):
+            kernel, files = compile_for(args.arch, variant)
+            for suffix, content in files.items() if args.out else ():
+                (args.out / f"{_slug(kernel.name)}.{suffix}").write_bytes(content)
+            kernels.append(_kernel_row(args.arch, kernel, chip, budgeted))
+            if chip:
+                units = args.rows * args.vocab_size
+                loops += _loop_rows(kernel, variant.unit, units, chip, budgeted)
+            if budgeted:
+                over += excesses(args.arch, kernel)
+
+    compiler = f"Triton {importlib.metadata.version('triton')}"
+    print(f"{compiler} for {args.arch}, bfloat16 logits{', a / budget' * budgeted}\n")
+    _print(kernels)
+    if chip:
+        print(f"\nLoops over the vocabulary, and their least time for {args.rows} x", end=" ")
+        print(f"{args.vocab_size} on {args.chip or CHIP_OF[args.arch]}\n")
+        _print(loops)
+    for sentence in over:
+        print(f"OVER BUDGET {sentence}")
+    return 1 if over else 0
+
+
+def _chip(arch: str, name: str | None) -> Chip | None:
+    """None: no chip of this architecture is known."""
+    if name is None:
+        name = CHIP_OF.get(arch)
+        return CHIPS[name] if name else None
+    check_choice("chip", name, tuple(CHIPS))
+    if CHIPS[name].arch != arch:
+        raise ValueError(f"chip is {name!r}, an {CHIPS[name].arch}; arch is {arch!r}")
+    return CHIPS[name]
+
+
+def _make_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"out is {str(out)!r}; it cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise OSError(f"out is {str(out)!r}; it has to be a directory that can be written")
+
+
+def _check_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("codegen compiles Triton kernels, and triton is not installed")
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
+def _kernel_row(arch: str, kernel: Kernel, chip: Chip | None, budgeted: bool) -> tuple[str, ...]:
+    limited = budgeted and kernel.loops
+    resident = occupancy(kernel.registers, kernel.shared, kernel.num_warps, chip) if chip else None
+    return (
+        kernel.name,
+        _beside(kernel.registers, REGISTERS[arch] if limited else None),
+        _beside(kernel.stack, 0 if limited else None),
+        str(kernel.shared),
+        "-" if resident is None else f"{resident:.0%}",
+    )
+
+
+def _loop_rows(
+    kernel: Kernel, unit: str, units: int, chip: Chip, budgeted: bool
+) -> list[tuple[str, ...]]:
+    rows = []
+    for name, loop in kernel.loops.items():
+        seconds = limits(loop, units, chip)
+        figures = (loop.instructions, loop.mufu, loop.bytes)
+        most = astuple(BUDGETS[kernel.name, name]) if budgeted else (None,) * len(figures)
+        rows.append(
+            (
+                f"{kernel.name}, {name}",
+                unit,
+                *map(_beside, figures, most),
+                f"{loop.load_width} B",
+                f"{loop.store_width} B" if loop.store_width else "-",
+                str(loop.barriers),
+                str(loop.shuffles),
+                *(f"{1e3 * s:.3g}" for s in seconds.values()),
+                max(seconds, key=seconds.__getitem__),
+            )
+        )
+    return rows
+
+
+def _beside(value: float, budget: float | None) -> str:
+    shown = f"{value:.4g}"
+    return shown if budget is None else f"{shown} / {budget:.4g}"
+
+
+def _print(rows: list[tuple[str, ...]]) -> None:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:])]
+        print("  ".join([f"{first:{widths[0]}}", *cells]))

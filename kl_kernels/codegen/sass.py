@@ -1,0 +1,100 @@
+"""Reading `cuobjdump -sass -res-usage`: what a kernel occupies, and what its loops consist of."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;")
+PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+BRANCH = re.compile(r"^BRA\b.*?0x([0-9a-f]+)")
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+# Bytes one thread loads or stores at once, by the part of the opcode that says so; 4 if none does.
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop over the vocabulary. A unit is a logit, or a pair of a policy's and a reference's."""
+
+    opcodes: Counter[str]  # in one iteration of one thread
+    units: int  # per iteration of one thread
+
+    def count(self, prefix: str = "") -> int:
+        return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
+
+    @property
+    def instructions(self) -> float:  # per unit, as are the next two
+        return self.count() / self.units
+
+    @property
+    def mufu(self) -> float:
+        """Special functions: exponentials run at an eighth of the rate of the rest."""
+        return self.count("MUFU") / self.units
+
+    @property
+    def bytes(self) -> float:
+        """Loaded from and stored to global memory."""
+        return sum(self._widths("LDG.") + self._widths("STG.")) / self.units
+
+    @property
+    def load_width(self) -> int | None:
+        """Bytes of the narrowest load; None: there is none."""
+        return min(self._widths("LDG."), default=None)
+
+    @property
+    def store_width(self) -> int | None:
+        return min(self._widths("STG."), default=None)
+
+    @property
+    def barriers(self) -> int:  # per iteration
+        return self.count("BAR.")
+
+    @property
+    def shuffles(self) -> int:  # per iteration
+        return self.count("SHFL")
+
+    def _widths(self, prefix: str) -> list[int]:
+        """Bytes of each access."""
+        widths = []
+        for opcode, n in self.opcodes.items():
+            if opcode.startswith(prefix):
+                named = [WIDTHS[part] for part in opcode.split(".") if part in WIDTHS]
+                widths += n * (named or [4])[:1]
+        return widths
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    registers: int  # of a thread
+    stack: int  # bytes of a thread; more than 0: registers spilled
+    shared: int  # bytes of a block
+    num_warps: int  # of a block
+    loops: dict[str, Loop]  # over the vocabulary
+
+
+def usage(listing: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack."""
+    found = USAGE.search(listing)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reports no registers: {listing[:200]!r}")
+    return int(found[1]), int(found[2])
+
+
+def loops(listing: str, units: int) -> list[Loop]:
+    """The loops that read global memory, in program order.
+
+    A loop is the code from a backward branch's target to the branch.
+    """
+    code = [(int(at, 16), PREDICATE.sub("", text)) for at, text in INSTRUCTION.findall(listing)]
+    index = {at: i for i, (at, _) in enumerate(code)}
+    found = []
+    for i, (_, text) in enumerate(code):
+        branch = BRANCH.search(text)
+        start = index.get(int(branch[1], 16), i) if branch else i
+        # The branch to itself that ends every kernel is no loop.
+        if start < i:
+            found.append(Loop(Counter(text.split()[0] for _, text in code[start : i + 1]), units))
+    return [loop for loop in found if loop.count("LDG.")]

@@ -1,0 +1,134 @@
+"""Every kernel with the arguments that decide what it compiles to, as `launch.py` passes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kl_kernels.triton_kernels import launch
+from kl_kernels.triton_kernels.backward import backward_kernel
+from kl_kernels.triton_kernels.fold import finish_kernel, fold_kernel
+from kl_kernels.triton_kernels.scan import gae_kernel
+
+LOGITS = torch.bfloat16
+PER_TOKEN = torch.float32
+SCALES: dict[str, Any] = {"k": 1.5, "ref_k": 1.5, "softcap": None, "ref_softcap": None}
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]  # a dtype stands for a pointer to it
+    # Names of the loops over the vocabulary, in program order; without them, work per token only.
+    loops: tuple[str, ...] = ()
+    unit: str = ""  # "logit", or "pair" of a policy's and a reference's
+    units: int = 0  # in one iteration of one thread
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the logits, [1, rows, vocab_size]: what is known of it is compiled in."""
+
+    rows: int
+    vocab_size: int
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return torch.empty((1, self.rows, self.vocab_size), dtype=LOGITS, device="meta")
+
+    def sizes(self, split: int) -> dict[str, int]:
+        strides = launch._strides(self.logits, None)
+        names = ("batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride")
+        return {
+            "n_rows": self.rows, "n_tokens": self.rows, "vocab_size": self.vocab_size,
+            "n_splits": -(-self.vocab_size // split), **dict(zip(names, strides)),
+        }  # fmt: skip
+
+    def tile(self) -> dict[str, int]:
+        return launch._tile(self.logits)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a thread reads more than one logit at once."""
+        return self.tile()["LANE"] > 1
+
+
+def variants(shape: Shape) -> list[Variant]:
+    return [
+        _fold("policy and reference", shape, ref=True),
+        _fold("policy", shape, ref=False),
+        _backward("KL", shape, kl=True, forward_kl=False),
+        _backward("both KLs", shape, kl=True, forward_kl=True),
+        _backward("no KL", shape, kl=False, forward_kl=False),
+        _finish("policy", shape, ref=False, rewards=False),
+        _finish("both KLs", shape, ref=True, rewards=False),
+        _finish("rewards", shape, ref=True, rewards=True),
+        _gae(),
+    ]
+
+
+def _fold(name: str, shape: Shape, *, ref: bool) -> Variant:
+    tile = shape.tile()
+    split = launch.CONFIG.fold_split
+    arguments: dict[str, Any] = dict(
+        logits_ptr=LOGITS, ref_ptr=_if(ref, LOGITS), token_ids_ptr=torch.int64, mask_ptr=torch.bool,
+        states_ptr=PER_TOKEN, SPLIT=split, **shape.sizes(split), **SCALES, **tile,
+    )  # fmt: skip
+    unit = "pair" if ref else "logit"
+    loops = ("fast", "careful")
+    return Variant(f"fold: {name}", fold_kernel, arguments, loops, unit, _per_thread(tile))
+
+
+def _backward(name: str, shape: Shape, *, kl: bool, forward_kl: bool) -> Variant:
+    """With gradients of log-probability and entropy in any case."""
+    tile = shape.tile()
+    split = launch.CONFIG.backward_split
+    of_ref = _if(kl, PER_TOKEN)
+    arguments: dict[str, Any] = dict(
+        grad_logprob_ptr=PER_TOKEN, grad_kl_ptr=of_ref, grad_entropy_ptr=PER_TOKEN,
+        grad_forward_kl_ptr=_if(forward_kl, PER_TOKEN),
+        logits_ptr=LOGITS, ref_ptr=_if(kl, LOGITS), token_ids_ptr=torch.int64, mask_ptr=torch.bool,
+        policy_state_ptr=PER_TOKEN, ref_state_ptr=of_ref, kl_ptr=of_ref, entropy_ptr=PER_TOKEN,
+        grad_logits_ptr=LOGITS, temperature=0.9, SPLIT=split,
+        **shape.sizes(split), **SCALES, **tile,
+    )  # fmt: skip
+    unit = "pair" if kl else "logit"
+    return Variant(
+        f"backward: {name}", backward_kernel, arguments, ("tiles",), unit, _per_thread(tile)
+    )
+
+
+def _finish(name: str, shape: Shape, *, ref: bool, rewards: bool) -> Variant:
+    of_ref, of_rewards = _if(ref, PER_TOKEN), _if(rewards, PER_TOKEN)
+    arguments: dict[str, Any] = dict(
+        states_ptr=PER_TOKEN, logits_ptr=LOGITS, ref_ptr=_if(ref, LOGITS),
+        token_ids_ptr=torch.int64, mask_ptr=torch.bool, logprob_ptr=PER_TOKEN,
+        ref_logprob_ptr=of_ref, kl_ptr=of_ref, forward_kl_ptr=of_ref, entropy_ptr=PER_TOKEN,
+        policy_state_ptr=PER_TOKEN, ref_state_ptr=of_ref,
+        rewards_ptr=of_rewards, correction_ptr=of_rewards,
+        scores_ptr=of_rewards, score_index_ptr=_if(rewards, torch.int64),
+        kl_coef=0.1, kl_clip=None, ESTIMATOR=0, ROWS=launch.CONFIG.finish_rows,
+        **shape.sizes(launch.CONFIG.fold_split), **SCALES,
+    )  # fmt: skip
+    return Variant(f"finish: {name}", finish_kernel, arguments)
+
+
+def _gae() -> Variant:
+    arguments = {
+        "rewards_ptr": PER_TOKEN, "values_ptr": PER_TOKEN, "mask_ptr": torch.bool,
+        "advantages_ptr": PER_TOKEN, "returns_ptr": PER_TOKEN,
+        "n_tokens": 1024, "gamma": 0.99, "lam": 0.95,
+        "SKIP_MASKED": True, "BLOCK_T": launch.CONFIG.gae_block,
+    }  # fmt: skip
+    return Variant("gae", gae_kernel, arguments)
+
+
+def _if(there: bool, dtype: torch.dtype) -> torch.dtype | None:
+    return dtype if there else None
+
+
+def _per_thread(tile: dict[str, int]) -> int:
+    return tile["STEPS"] * tile["LANE"]

@@ -13,6 +13,8 @@ import torch
 import kl_kernels
 from kl_kernels import native, reference
 from kl_kernels.schemas import KERNELS
+from kl_kernels.validate.cases import Case
+from kl_kernels.validate.truth import DIFFERENTIABLE, gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEG_INF = float("-inf")
@@ -217,3 +219,18 @@ def test_a_library_that_is_not_there_says_so():
     assert "not built" in reason
     with pytest.raises(RuntimeError, match="no_such_device backend is not built"):
         native.namespace("no_such_device")
+
+
+@pytest.mark.parametrize(
+    "difficulty",
+    ["random", "wide", "peaked", "unlikely-token", "offset", "temperature", "both-inf"],
+)
+def test_the_gradient_of_kl_is_within_1e_5_of_its_own_norm(difficulty):
+    """Also where one token has all the probability, and eager's own gradient is noise."""
+    inputs = Case(difficulty, 1025, torch.float32).inputs()
+    ones = {name: torch.ones(2, 2) for name in DIFFERENTIABLE}
+    true = gradients(inputs, ones, torch.float64)["kl"]
+    logits = inputs.logits.clone().requires_grad_()
+    result = kl_kernels.token_kl(**(vars(inputs) | {"logits": logits}), backend="cpu")
+    (grad,) = torch.autograd.grad(result.kl.sum(), logits)
+    assert ((grad.double() - true).norm(dim=-1) <= 1e-5 * true.norm(dim=-1)).all()

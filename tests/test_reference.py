@@ -106,3 +106,9 @@ def test_divergence_and_entropy_are_never_negative():
     assert (result.kl >= 0).all()
     assert (result.forward_kl >= 0).all()
     assert (result.entropy >= 0).all()
+
+
+def test_rounding_cannot_make_the_entropy_of_a_certain_token_negative():
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    certain = RowState(zero, zero, sx=one, sy=one, ex=1e-16 * one, rk=zero, fk=zero)
+    assert finish(certain, zero, zero).entropy == 0

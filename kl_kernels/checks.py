@@ -36,10 +36,14 @@ def check_unit_interval(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; accepted: 0 to 1")
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it has to be a torch.Tensor")
+
+
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """`tensor` has to be a tensor with the shape and device of `like`."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+    check_tensor(name, tensor)
     if tensor.shape != like.shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, {like_name} {tuple(like.shape)}; "
@@ -49,16 +53,14 @@ def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
 
 
 def check_batch(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+    check_tensor(name, tensor)
     if tensor.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it has to be [B, T]")
 
 
 def check_per_sequence(name: str, tensor: Tensor, batch_name: str, batch: Tensor) -> None:
     """`tensor` has to be [B] where `batch` is [B, T], on the same device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+    check_tensor(name, tensor)
     if tensor.shape != batch.shape[:1]:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; {batch_name} of shape {tuple(batch.shape)} "
@@ -73,8 +75,7 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def check_logits(name: str, logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} is a {type(logits).__name__}; it has to be a torch.Tensor")
+    check_tensor(name, logits)
     if logits.dtype not in LOGITS_DTYPES:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in LOGITS_DTYPES)
         raise TypeError(f"{name} has dtype {logits.dtype}; accepted: {accepted}")
@@ -86,8 +87,7 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 def check_per_token(name: str, tensor: Tensor, logits: Tensor) -> None:
     """`tensor` has to be [...] where `logits` is [..., V], on the same device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+    check_tensor(name, tensor)
     if tensor.shape != logits.shape[:-1]:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; logits of shape {tuple(logits.shape)} "
@@ -97,8 +97,7 @@ def check_per_token(name: str, tensor: Tensor, logits: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
-    if tensor.device != logits.device:
-        raise ValueError(f"{name} is on {tensor.device}, logits are on {logits.device}")
+    check_same_device(name, tensor, "logits are", logits)
 
 
 def check_token_ids(token_ids: Tensor, logits: Tensor) -> None:

@@ -207,7 +207,7 @@ def kl_rewards(
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
     checks.check_token_ids(token_ids, logits)
     checks.check_per_token("mask", mask, logits)
-    checks.check_like("scores", scores, "the batch of logits", mask.any(1))
+    checks.check_per_sequence("scores", scores, "mask", mask)
     checks.check_finite("kl_coef", kl_coef)
     check_reward_estimator(kl_estimator, biased=biased)
     if kl_clip is not None:

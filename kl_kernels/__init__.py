@@ -10,6 +10,7 @@ from kl_kernels.functional import (
     token_kl,
     token_stats,
 )
+from kl_kernels.policy_loss import fused_policy_loss
 from kl_kernels.rl.advantages import compute_gae
 from kl_kernels.rl.controllers import AdaptiveKLController, FixedKLController
 from kl_kernels.rl.estimators import kl_penalty
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "compute_gae",
     "compute_rewards",
+    "fused_policy_loss",
     "kl_penalty",
     "kl_rewards",
     "masked_mean",

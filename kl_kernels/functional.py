@@ -16,8 +16,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kl_kernels import (
+    autograd as _autograd,  # noqa: F401  registers torch.ops.kl_kernels and their gradients
+)
 from kl_kernels import checks
-from kl_kernels import ops as _ops  # noqa: F401  registers torch.ops.kl_kernels
+from kl_kernels.arguments import (
+    as_mask,
+    as_rows,
+    as_tokens,
+    check_inplace,
+    check_reference,
+    check_scaled_logits,
+    shaped,
+)
 from kl_kernels.rl.rewards import check_reward_estimator, clip_scores, score_indices
 from kl_kernels.schemas import ESTIMATORS, output_dtype
 
@@ -57,6 +68,7 @@ def token_stats(
     mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     softcap: float | None = None,
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> TokenStats:
     """Log-probability of each token and entropy of its distribution, reading each logit once.
@@ -70,6 +82,8 @@ def token_stats(
         mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
         temperature: divides the logits; finite and above 0.
         softcap: Gemma-style soft cap applied before the temperature; `-inf` stays `-inf`.
+        inplace_backward: write the gradient over the logits, in backward, instead of beside them.
+            Whoever else needs them for a backward gets torch's error.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -78,18 +92,20 @@ def token_stats(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
-    _check_logits("", logits, temperature, softcap)
+    check_scaled_logits("", logits, temperature, softcap)
     checks.check_token_ids(token_ids, logits)
+    check_inplace(logits, inplace_backward)
     shape = token_ids.shape
     logprob, entropy, _ = torch.ops.kl_kernels.token_stats(
-        _as_rows(logits),
-        _as_tokens(token_ids).long(),
-        _as_mask(mask, logits),
+        as_rows(logits),
+        as_tokens(token_ids).long(),
+        as_mask(mask, logits),
         temperature,
         softcap,
+        inplace_backward,
         backend,
     )
-    return TokenStats(_shaped(logprob, shape), _shaped(entropy, shape))
+    return TokenStats(shaped(logprob, shape), shaped(entropy, shape))
 
 
 def token_kl(
@@ -102,6 +118,7 @@ def token_kl(
     ref_temperature: float | None = None,
     softcap: float | None = None,
     ref_softcap: float | None = None,
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> TokenKL:
     """Log-probabilities under both models, exact KL both ways and entropy, in one pass.
@@ -120,6 +137,7 @@ def token_kl(
         ref_temperature: of the reference; None: the policy's.
         softcap: of the policy, None: none.
         ref_softcap: of the reference; None: none, whatever the policy's.
+        inplace_backward: see `token_stats`.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -129,23 +147,25 @@ def token_kl(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
     ref_temperature = temperature if ref_temperature is None else ref_temperature
-    _check_logits("", logits, temperature, softcap)
-    _check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    check_scaled_logits("", logits, temperature, softcap)
+    check_reference(ref_logits, logits, ref_temperature, ref_softcap)
     checks.check_token_ids(token_ids, logits)
+    check_inplace(logits, inplace_backward)
     shape = token_ids.shape
     logprob, ref_logprob, kl, forward_kl, entropy, _, _ = torch.ops.kl_kernels.token_kl(
-        _as_rows(logits),
-        _as_rows(ref_logits),
-        _as_tokens(token_ids).long(),
-        _as_mask(mask, logits),
+        as_rows(logits),
+        as_rows(ref_logits),
+        as_tokens(token_ids).long(),
+        as_mask(mask, logits),
         temperature,
         ref_temperature,
         softcap,
         ref_softcap,
+        inplace_backward,
         backend,
     )
     outputs = (logprob, ref_logprob, kl, forward_kl, entropy)
-    return TokenKL(*(_shaped(output, shape) for output in outputs))
+    return TokenKL(*(shaped(output, shape) for output in outputs))
 
 
 def kl_rewards(
@@ -165,6 +185,7 @@ def kl_rewards(
     ref_temperature: float | None = None,
     softcap: float | None = None,
     ref_softcap: float | None = None,
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> KLRewards:
     """The shaped rewards of RLHF, -kl_coef * KL per token and the score once, in the same pass.
@@ -192,6 +213,7 @@ def kl_rewards(
         ref_temperature: of the reference; None: the policy's.
         softcap: of the policy.
         ref_softcap: of the reference.
+        inplace_backward: see `token_stats`.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -201,11 +223,12 @@ def kl_rewards(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
     ref_temperature = temperature if ref_temperature is None else ref_temperature
-    _check_logits("", logits, temperature, softcap)
-    _check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    check_scaled_logits("", logits, temperature, softcap)
+    check_reference(ref_logits, logits, ref_temperature, ref_softcap)
     if logits.ndim != 3:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
     checks.check_token_ids(token_ids, logits)
+    check_inplace(logits, inplace_backward)
     checks.check_per_token("mask", mask, logits)
     checks.check_per_sequence("scores", scores, "mask", mask)
     checks.check_finite("kl_coef", kl_coef)
@@ -227,6 +250,7 @@ def kl_rewards(
         ref_temperature,
         softcap,
         ref_softcap,
+        inplace_backward,
         backend,
     )
     rewards, correction, logprob, ref_logprob, kl, _, entropy, _, _ = outputs
@@ -244,51 +268,3 @@ def selective_log_softmax(
     The same as `token_stats(...).logprob`; see there for the arguments and what is raised.
     """
     return token_stats(logits, index, mask=row_mask, temperature=temperature).logprob
-
-
-def _check_logits(prefix: str, logits: Tensor, temperature: float, softcap: float | None) -> None:
-    checks.check_logits(f"{prefix}logits", logits)
-    checks.check_positive(f"{prefix}temperature", temperature)
-    if softcap is not None:
-        checks.check_positive(f"{prefix}softcap", softcap)
-
-
-def _check_reference(
-    ref_logits: Tensor, logits: Tensor, temperature: float, softcap: float | None
-) -> None:
-    _check_logits("ref_", ref_logits, temperature, softcap)
-    if ref_logits.shape != logits.shape:
-        raise ValueError(
-            f"ref_logits has shape {tuple(ref_logits.shape)}, logits {tuple(logits.shape)}; "
-            "they have to be equal (slice both to the vocabulary they share)"
-        )
-    checks.check_device("ref_logits", ref_logits, logits)
-    if torch.is_grad_enabled() and ref_logits.requires_grad:
-        raise ValueError(
-            "ref_logits requires grad, but the reference is a constant: "
-            "detach it, or compute it under torch.no_grad()"
-        )
-
-
-def _as_rows(logits: Tensor) -> Tensor:  # [..., V] -> [B, T, V]
-    if logits.ndim < 3:
-        return logits[(None,) * (3 - logits.ndim)]
-    return logits.flatten(0, -3)
-
-
-def _shaped(output: Tensor, shape: torch.Size) -> Tensor:  # [B, T] -> [...]
-    """Without the view where it would change nothing: five of them are a third of a small call."""
-    return output if output.shape == shape else output.view(shape)
-
-
-def _as_tokens(per_token: Tensor) -> Tensor:  # [...] -> [B, T]
-    if per_token.ndim < 2:
-        return per_token[(None,) * (2 - per_token.ndim)]
-    return per_token.flatten(0, -2)
-
-
-def _as_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:  # [...] -> [B, T] bool
-    if mask is None:
-        return None
-    checks.check_per_token("mask", mask, logits)
-    return _as_tokens(mask).bool()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 # A backend is any namespace with these names (`dispatch.py` lists them); a compiled library
-# implements the same schemas in a namespace of its own (`native.py`).
+# implements the same schemas in a namespace of its own (`native.py`). `grad_logits` is where the
+# gradient goes: any [B, T, V] of the logits' dtype with stride 1 over V, also the logits themselves.
 KERNELS = {
     "token_stats": """(
         Tensor logits, Tensor token_ids, Tensor? mask,
@@ -15,8 +16,8 @@ KERNELS = {
     "token_stats_backward": """(
         Tensor? grad_logprob, Tensor? grad_entropy,
         Tensor logits, Tensor token_ids, Tensor? mask, Tensor policy_state, Tensor entropy,
-        float temperature, float? softcap
-    ) -> Tensor grad_logits""",
+        float temperature, float? softcap, Tensor(a!) grad_logits
+    ) -> ()""",
     "token_kl": """(
         Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor? mask,
         float temperature, float ref_temperature, float? softcap, float? ref_softcap
@@ -26,8 +27,8 @@ KERNELS = {
         Tensor? grad_logprob, Tensor? grad_kl, Tensor? grad_forward_kl, Tensor? grad_entropy,
         Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor? mask,
         Tensor policy_state, Tensor ref_state, Tensor kl, Tensor entropy,
-        float temperature, float ref_temperature, float? softcap, float? ref_softcap
-    ) -> Tensor grad_logits""",
+        float temperature, float ref_temperature, float? softcap, float? ref_softcap, Tensor(a!) grad_logits
+    ) -> ()""",
     # `estimator` indexes ESTIMATORS; `score_index` is where the score goes, -1 for nowhere.
     "kl_rewards": """(
         Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor mask,
@@ -36,6 +37,19 @@ KERNELS = {
     ) -> (Tensor rewards, Tensor advantage_correction,
           Tensor logprob, Tensor ref_logprob, Tensor kl, Tensor forward_kl, Tensor entropy,
           Tensor policy_state, Tensor ref_state)""",
+    # Without grad_logits there is no gradient; without old_logprobs the ratio is 1; ref_logprobs
+    # are for the estimators k2 and k3, ref_logits for the exact KL.
+    "policy_loss": """(
+        Tensor logits, Tensor? ref_logits, Tensor token_ids, Tensor mask,
+        Tensor? old_logprobs, Tensor advantages, Tensor token_weights,
+        Tensor? importance_weights, Tensor? ref_logprobs,
+        float clip_low, float clip_high, float? dual_clip, float? log_ratio_clamp,
+        float kl_coef, int kl_estimator, float entropy_coef,
+        float temperature, float ref_temperature, float? softcap, float? ref_softcap,
+        Tensor(a!)? grad_logits
+    ) -> Tensor terms""",
+    # In place, and nothing at all where the factor, a 0-dim float32 tensor, is 1.
+    "scale_gradient": "(Tensor(a!) gradient, Tensor factor) -> ()",
     "gae": """(
         Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, bool skip_masked
     ) -> (Tensor advantages, Tensor returns)""",
@@ -43,6 +57,19 @@ KERNELS = {
 
 # The per-token KL a reward can be shaped with, in the order kernels number them.
 ESTIMATORS = ("k1", "exact", "k2", "k3", "abs")
+
+# What `policy_loss` returns of every token, [8, B, T]: the first weighted so that the sum over the
+# batch is the loss, the others to be averaged; 0 where masked.
+POLICY_LOSS_TERMS = (
+    "loss",
+    "clip_fraction",
+    "clip_fraction_dual",
+    "approx_kl",
+    "approx_kl_k1",
+    "ratio_mean",
+    "kl",
+    "entropy",
+)
 
 
 def output_dtype(logits: Tensor) -> torch.dtype:

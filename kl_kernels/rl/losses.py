@@ -150,10 +150,7 @@ def ppo_policy_loss(
     check_like("old_logprobs", old_logprobs, "logprobs", logprobs)
     check_like("advantages", advantages, "logprobs", logprobs)
     check_like("mask", mask, "logprobs", logprobs)
-    check_non_negative("clip_low", clip_low)
-    check_non_negative("clip_high", clip_high)
-    if log_ratio_clamp is not None:
-        check_positive("log_ratio_clamp", log_ratio_clamp)
+    check_clipping(clip_low, clip_high, dual_clip, log_ratio_clamp)
     dtype = output_dtype(logprobs)
     log_ratio = select(logprobs.to(dtype) - old_logprobs.detach().to(dtype), mask, dtype)
     log_ratio = clamp_value(log_ratio, log_ratio_clamp)
@@ -165,7 +162,6 @@ def ppo_policy_loss(
     loss = torch.maximum(unclipped, clipped)
     dual_clipped = torch.zeros_like(mask, dtype=torch.bool)
     if dual_clip is not None:
-        _check_dual_clip(dual_clip)
         bound = -advantages * dual_clip
         dual_clipped = (advantages < 0) & (loss > bound)
         loss = torch.where(dual_clipped, bound, loss)
@@ -247,10 +243,17 @@ def ppo_value_loss(
     return aggregate(loss, mask, aggregation, denominator), metrics
 
 
-def _check_dual_clip(dual_clip: float) -> None:
-    check_finite("dual_clip", dual_clip)
-    if dual_clip <= 1:
-        raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1")
+def check_clipping(
+    clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None
+) -> None:
+    check_non_negative("clip_low", clip_low)
+    check_non_negative("clip_high", clip_high)
+    if log_ratio_clamp is not None:
+        check_positive("log_ratio_clamp", log_ratio_clamp)
+    if dual_clip is not None:
+        check_finite("dual_clip", dual_clip)
+        if dual_clip <= 1:
+            raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1")
 
 
 def _masked_max(x: Tensor, mask: Tensor) -> Tensor:

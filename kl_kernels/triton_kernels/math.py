@@ -1,4 +1,4 @@
-"""The algebra of `reference.py` as device functions, in float32.
+"""The algebra of `algebra.py` as device functions, in float32.
 
 Notation is the reference's: tx = k x - A, w = 2^tx for the policy, ty = k y - B, u = 2^ty for the
 reference. What float32 changes:
@@ -38,7 +38,7 @@ KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 class RowState(NamedTuple):
-    """Anchors and sums over the vocabulary seen so far; see `reference.RowState`."""
+    """Anchors and sums over the vocabulary seen so far; see `algebra.RowState`."""
 
     anchor: tl.tensor
     ref_anchor: tl.tensor
@@ -187,7 +187,7 @@ def coefficients(
     g_logprob, g_kl, g_forward_kl, g_entropy, sx, sy, kl, entropy, temperature,
     HAS_REF: tl.constexpr,
 ):  # fmt: skip
-    """See `reference.coefficients`; the gradient of an infinite KL is NaN."""
+    """See `algebra.coefficients`; the gradient of an infinite KL is NaN."""
     ln_sx = tl.log(sx)
     a = tl.where(g_entropy == 0.0, 0.0, g_entropy * (ln_sx - entropy)) - g_logprob
     d = 0.0
@@ -223,7 +223,7 @@ def backward(
 
 @triton.jit
 def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
-    """The KL reward without the score, and what to add to the advantage (see the reference).
+    """The KL reward without the score, and what to add to the advantage (see `epilogues.py`).
 
     ESTIMATOR: an index into `schemas.ESTIMATORS`, k1, exact, k2, k3, abs.
     """
@@ -260,7 +260,7 @@ def exp_minus_linear(d):
 
 @triton.jit
 def soft_capped(x, softcap):
-    """The softcap's tanh, nothing where softcap is None; infinities stay (see the reference).
+    """The softcap's tanh, nothing where softcap is None; infinities stay (see `epilogues.py`).
 
     tanh near 0 is a polynomial in z^2, minimax on |z| < 0.55 (relative error 4e-8): the quotient
     would cancel there.

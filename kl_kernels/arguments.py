@@ -1,0 +1,73 @@
+"""From what the fused functions are given to what the operators take: checks and shapes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kl_kernels import checks
+
+
+def check_scaled_logits(
+    prefix: str, logits: Tensor, temperature: float, softcap: float | None
+) -> None:
+    checks.check_logits(f"{prefix}logits", logits)
+    checks.check_positive(f"{prefix}temperature", temperature)
+    if softcap is not None:
+        checks.check_positive(f"{prefix}softcap", softcap)
+
+
+def check_reference(
+    ref_logits: Tensor, logits: Tensor, temperature: float, softcap: float | None
+) -> None:
+    check_scaled_logits("ref_", ref_logits, temperature, softcap)
+    if ref_logits.shape != logits.shape:
+        raise ValueError(
+            f"ref_logits has shape {tuple(ref_logits.shape)}, logits {tuple(logits.shape)}; "
+            "they have to be equal (slice both to the vocabulary they share)"
+        )
+    checks.check_device("ref_logits", ref_logits, logits)
+    if needs_gradient(ref_logits):
+        raise ValueError(
+            "ref_logits requires grad, but the reference is a constant: "
+            "detach it, or compute it under torch.no_grad()"
+        )
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def check_inplace(logits: Tensor, inplace_backward: bool) -> None:
+    """Rows that share memory (`expand`) have no room for gradients of their own."""
+    if inplace_backward and any(
+        stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape)
+    ):
+        raise ValueError(
+            f"inplace_backward is True, but logits of shape {tuple(logits.shape)} and strides "
+            f"{logits.stride()} share memory; pass a copy, or inplace_backward=False"
+        )
+
+
+def as_rows(logits: Tensor) -> Tensor:  # [..., V] -> [B, T, V]
+    if logits.ndim < 3:
+        return logits[(None,) * (3 - logits.ndim)]
+    return logits.flatten(0, -3)
+
+
+def shaped(output: Tensor, shape: torch.Size) -> Tensor:  # [B, T] -> [...]
+    """Without the view where it would change nothing: five of them are a third of a small call."""
+    return output if output.shape == shape else output.view(shape)
+
+
+def as_tokens(per_token: Tensor) -> Tensor:  # [...] -> [B, T]
+    if per_token.ndim < 2:
+        return per_token[(None,) * (2 - per_token.ndim)]
+    return per_token.flatten(0, -2)
+
+
+def as_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:  # [...] -> [B, T] bool
+    if mask is None:
+        return None
+    checks.check_per_token("mask", mask, logits)
+    return as_tokens(mask).bool()

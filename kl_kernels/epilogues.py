@@ -1,0 +1,121 @@
+"""What a finished row becomes: a shaped reward, or a policy loss and its gradient.
+
+Elementwise over rows, float64, without autograd: `policy_loss_epilogue` returns the gradient that
+the row's backward starts from.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_kernels.algebra import Finished, Upstream
+from kl_kernels.schemas import ESTIMATORS
+
+K1, EXACT, K2, K3, ABS = range(len(ESTIMATORS))
+
+
+def reward_epilogue(
+    f: Finished, kl_coef: float, estimator: int, kl_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """The KL reward of each token, without the score, and what to add to its advantage.
+
+    Exact KL does not depend on the sampled token, so as a reward it pulls that token nowhere; the
+    correction -kl_coef (k1 - exact) gives the token its own share of the policy gradient.
+    Estimators after Schulman (2020), "Approximating KL divergence".
+    """
+    k1 = f.logprob - f.ref_logprob
+    estimate = (k1, f.kl, k1 * k1 / 2, torch.expm1(-k1) + k1, k1.abs())[estimator]
+    if kl_clip is not None:
+        k1, estimate = k1.clamp(-kl_clip, kl_clip), estimate.clamp(-kl_clip, kl_clip)
+    # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
+    shortfall = k1 - estimate if estimator == EXACT else torch.zeros_like(k1)
+    if kl_coef == 0:
+        return torch.zeros_like(estimate), torch.zeros_like(shortfall)
+    return -kl_coef * estimate, -kl_coef * shortfall
+
+
+class PolicyLossInputs(NamedTuple):
+    """What a token's loss is made of besides its logits, each [n] float64."""
+
+    old_logprob: Tensor
+    advantage: Tensor
+    token_weight: Tensor  # of the token's loss in the whole
+    importance_weight: Tensor  # of the clipped loss in the token's
+    ref_logprob: Tensor  # for k2 and k3
+
+
+class PolicyLossShape(NamedTuple):
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    log_ratio_clamp: float | None
+    kl_coef: float
+    estimator: int  # an index of ESTIMATORS
+    entropy_coef: float
+
+
+def policy_loss_epilogue(
+    f: Finished, row: PolicyLossInputs, shape: PolicyLossShape
+) -> tuple[tuple[Tensor, ...], Upstream]:
+    """The `schemas.POLICY_LOSS_TERMS` of each token, and the gradient of its loss.
+
+    With r = exp(logprob - old_logprob), A the advantage, rho the importance weight and m the
+    token's weight,
+
+        loss = m (rho max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H)
+
+    and the maximum bounded by -A dual_clip where A < 0. Clipping, dual clipping and the clamp of
+    log r (whose gradient passes) are those of `rl.losses.ppo_policy_loss`, k2 and k3 those of
+    `rl.estimators.kl_penalty`. Where a clip decides, the clipped loss is a constant.
+    """
+    log_ratio = _clamp(f.logprob - row.old_logprob, shape.log_ratio_clamp)
+    ratio = log_ratio.exp()
+    unclipped = -row.advantage * ratio
+    clipped = -row.advantage * ratio.clamp(1 - shape.clip_low, 1 + shape.clip_high)
+    clip_decides = clipped > unclipped
+    loss = torch.where(clip_decides, clipped, unclipped)
+    dual_clip_decides = torch.zeros_like(clip_decides)
+    if shape.dual_clip is not None:
+        bound = -row.advantage * shape.dual_clip
+        dual_clip_decides = (row.advantage < 0) & (loss > bound)
+        loss = torch.where(dual_clip_decides, bound, loss)
+    loss = row.importance_weight * loss
+    # d r / d logprob = r, so the unclipped loss is its own derivative.
+    grad_logprob = torch.where(
+        clip_decides | dual_clip_decides, 0.0, row.importance_weight * unclipped
+    )
+
+    kl, grad_kl = f.kl, torch.zeros_like(f.kl)
+    if shape.estimator != EXACT:
+        d = _clamp(f.logprob - row.ref_logprob, shape.log_ratio_clamp)
+        kl = d * d / 2 if shape.estimator == K2 else torch.expm1(-d) + d
+    if shape.kl_coef != 0:
+        loss = loss + shape.kl_coef * kl
+        if shape.estimator == EXACT:
+            grad_kl = grad_kl + shape.kl_coef
+        else:
+            slope = d if shape.estimator == K2 else -torch.expm1(-d)
+            grad_logprob = grad_logprob + shape.kl_coef * slope
+    grad_entropy = torch.full_like(f.entropy, -shape.entropy_coef)
+    if shape.entropy_coef != 0:
+        loss = loss - shape.entropy_coef * f.entropy
+
+    m = row.token_weight
+    terms = (
+        m * loss,
+        clip_decides.to(loss.dtype),
+        dual_clip_decides.to(loss.dtype),
+        torch.expm1(log_ratio) - log_ratio,
+        -log_ratio,
+        ratio,
+        kl,
+        f.entropy,
+    )
+    return terms, Upstream(m * grad_logprob, m * grad_kl, torch.zeros_like(m), m * grad_entropy)
+
+
+def _clamp(x: Tensor, bound: float | None) -> Tensor:
+    return x if bound is None else x.clamp(-bound, bound)

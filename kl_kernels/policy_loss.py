@@ -1,0 +1,199 @@
+"""The policy loss and its gradient in one visit of the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kl_kernels import checks
+from kl_kernels.arguments import (
+    as_mask,
+    check_inplace,
+    check_reference,
+    check_scaled_logits,
+    needs_gradient,
+)
+from kl_kernels.autograd import PolicyLoss
+from kl_kernels.functional import token_stats
+from kl_kernels.rl.losses import check_clipping, token_weights
+from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, output_dtype
+
+LOSS_ESTIMATORS = ("exact", "k2", "k3")
+
+
+def fused_policy_loss(
+    logits: Tensor,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    old_logprobs: Tensor | None,  # [B, T]
+    advantages: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    *,
+    ref_logits: Tensor | None = None,  # [B, T, V]
+    ref_logprobs: Tensor | None = None,  # [B, T]
+    kl_loss_coef: float = 0.0,
+    kl_estimator: str = "exact",
+    entropy_coef: float = 0.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,  # [B, T]
+    importance_sampling_level: str = "token",
+    aggregation: str = "token-mean",
+    denominator: float | Tensor | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    loss_scale: float | Tensor | None = None,
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's or GRPO's clipped loss with KL and entropy, and its gradient, reading each logit once.
+
+    With the statistics of `token_kl`, r = exp(logprob - old_logprobs) and m the `token_weights`,
+
+        loss = sum m (ppo_policy_loss per token + kl_loss_coef KL - entropy_coef entropy)
+
+    which equals `ppo_policy_loss` and `aggregate` on the outputs of `token_kl`. Those look at the
+    logits twice, once for the statistics and once for the gradient. Here the gradient of a row is
+    computed while the row is still on chip, and `backward` only hands it out, multiplied by the
+    upstream gradient where that is not 1. A token whose clip decides, without KL and entropy, costs
+    no second look at all.
+
+    Args:
+        logits: policy logits; float32, bfloat16, float16 or float64. The only argument that gets
+            a gradient.
+        token_ids: the sampled tokens; int64 or int32, in [0, V) where the mask is True.
+        old_logprobs: log-probability of each token under the policy that sampled it, any float
+            dtype. None: under this very policy, so that r is 1.
+        advantages: as `compute_gae` makes them, or one per sequence expanded over its tokens.
+        mask: True at response tokens; other rows are not read.
+        ref_logits: reference logits of the same shape and device, a constant. With "k2" and "k3"
+            they are read once, for the token's log-probability.
+        ref_logprobs: the reference's log-probabilities in their place, for "k2" and "k3".
+        kl_loss_coef: of the KL to the reference in the loss, 0 or above. With 0 and a reference the
+            KL is a metric all the same.
+        kl_estimator: "exact" (the KL over the vocabulary and its gradient), or "k2" or "k3" of the
+            sampled token, as GRPO has it; `kl_penalty` tells which gradient those have.
+        entropy_coef: of the entropy bonus; finite.
+        clip_low: see `ppo_policy_loss`, here and for clip_high, dual_clip, weights and
+            log_ratio_clamp, which k2's and k3's log-ratio is clamped by, too.
+        importance_sampling_level: "token". "sequence" (GSPO) is refused: its ratio needs every
+            token of a sequence before the gradient of any; see Raises.
+        aggregation: see `aggregate`, here and for denominator.
+        loss_scale: what the loss is going to be multiplied by before `backward`, a number or a
+            0-dim tensor above 0, as of a gradient scaler. The gradient is stored multiplied by it.
+            float16 logits need one: their gradients, around 1 / tokens, would underflow.
+        temperature: see `token_kl`, here and for ref_temperature, softcap and ref_softcap.
+        inplace_backward: write the gradient over the logits, in this very call. They are gone
+            then, and whoever else needs them for a backward gets torch's error. A row that is not
+            under the mask becomes 0.
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        (loss, metrics): a 0-dim float32 loss (float64 for float64 logits) and 0-dim detached
+        tensors over the unmasked tokens of this call: those of `ppo_policy_loss`, "entropy", and
+        "kl" where there is a reference (the exact one, or the estimate), in nats.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range;
+            importance_sampling_level is "sequence": compute that loss from `token_kl`'s outputs.
+        RuntimeError: `backward` is called a second time: the first gave the gradient away.
+    """
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    check_scaled_logits("", logits, temperature, softcap)
+    if logits.ndim != 3:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
+    checks.check_token_ids(token_ids, logits)
+    checks.check_per_token("advantages", advantages, logits)
+    mask = as_mask(mask, logits)
+    check_clipping(clip_low, clip_high, dual_clip, log_ratio_clamp)
+    checks.check_finite("entropy_coef", entropy_coef)
+    _check_level(importance_sampling_level)
+    _check_scale(logits, loss_scale)
+    check_inplace(logits, inplace_backward)
+    _check_kl(ref_logits, ref_logprobs, kl_loss_coef, kl_estimator)
+    if ref_logits is not None:
+        check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+        if kl_estimator != "exact":
+            ref_logprobs = token_stats(
+                ref_logits, token_ids, mask=mask,
+                temperature=ref_temperature, softcap=ref_softcap, backend=backend,
+            ).logprob  # fmt: skip
+            ref_logits = None
+
+    def constant(name: str, value: Tensor | None) -> Tensor | None:  # [B, T]
+        if value is None:
+            return None
+        checks.check_per_token(name, value, logits)
+        return value.detach().to(output_dtype(logits))
+
+    has_kl = ref_logits is not None or ref_logprobs is not None
+    scaled_weights = token_weights(mask, aggregation, denominator, dtype=output_dtype(logits))
+    if loss_scale is not None:
+        scaled_weights = scaled_weights * loss_scale
+    loss, terms = PolicyLoss.apply(
+        logits, inplace_backward, backend,
+        ref_logits, token_ids.long(), mask,
+        constant("old_logprobs", old_logprobs), constant("advantages", advantages),
+        scaled_weights, constant("weights", weights), constant("ref_logprobs", ref_logprobs),
+        clip_low, clip_high, dual_clip, log_ratio_clamp,
+        kl_loss_coef, ESTIMATORS.index(kl_estimator if has_kl else "exact"), entropy_coef,
+        temperature, ref_temperature, softcap, ref_softcap,
+    )  # fmt: skip
+    if loss_scale is not None:
+        loss = loss / loss_scale
+    return loss, _metrics(terms, mask, has_kl)
+
+
+def _metrics(terms: Tensor, mask: Tensor, has_kl: bool) -> dict[str, Tensor]:  # [terms, B, T]
+    means = terms[1:].flatten(1).sum(1) / mask.sum().clamp_min(1)
+    metrics = dict(zip(POLICY_LOSS_TERMS[1:], means.unbind()))
+    ratio = terms[POLICY_LOSS_TERMS.index("ratio_mean")]
+    metrics["ratio_max"] = ratio.amax() if ratio.numel() else means.new_zeros(())
+    if not has_kl:
+        del metrics["kl"]
+    return metrics
+
+
+def _check_level(level: str) -> None:
+    checks.check_choice("importance_sampling_level", level, ("token", "sequence"))
+    if level == "sequence":
+        raise ValueError(
+            "importance_sampling_level is 'sequence'; a sequence's ratio (GSPO) needs all of its "
+            "tokens before the gradient of any, so one visit of the logits cannot do; accepted: "
+            "'token'. Compute the loss from token_kl(...).logprob instead"
+        )
+
+
+def _check_scale(logits: Tensor, loss_scale: float | Tensor | None) -> None:
+    if loss_scale is None:
+        if logits.dtype == torch.float16 and needs_gradient(logits):
+            raise ValueError(
+                "loss_scale is None and logits are float16, in which gradients of 1 / tokens "
+                "underflow; pass what the loss is going to be multiplied by (GradScaler.get_scale())"
+            )
+    elif isinstance(loss_scale, Tensor):
+        if loss_scale.ndim != 0:
+            raise ValueError(f"loss_scale has shape {tuple(loss_scale.shape)}; it has to be 0-dim")
+    else:
+        checks.check_positive("loss_scale", loss_scale)
+
+
+def _check_kl(
+    ref_logits: Tensor | None, ref_logprobs: Tensor | None, kl_loss_coef: float, kl_estimator: str
+) -> None:
+    checks.check_non_negative("kl_loss_coef", kl_loss_coef)
+    checks.check_choice("kl_estimator", kl_estimator, LOSS_ESTIMATORS)
+    if ref_logits is not None and ref_logprobs is not None:
+        raise ValueError("ref_logits and ref_logprobs are both given; pass one of them")
+    if kl_estimator == "exact" and ref_logprobs is not None:
+        raise ValueError(
+            "kl_estimator is 'exact' and ref_logprobs is given; the KL over the vocabulary needs "
+            "ref_logits, 'k2' and 'k3' need ref_logprobs"
+        )
+    if kl_loss_coef != 0 and ref_logits is None and ref_logprobs is None:
+        raise ValueError(
+            f"kl_loss_coef is {kl_loss_coef} without a reference; pass ref_logits, or ref_logprobs"
+        )

@@ -174,6 +174,12 @@ struct Upstream {
   Real logprob, kl, forward_kl, entropy;
 };
 
+// Whether the row's gradient is 0, whatever its logits.
+template <class Real>
+KL_HOST_DEVICE bool is_zero(const Upstream<Real>& g) {
+  return g.logprob == 0 && g.kl == 0 && g.forward_kl == 0 && g.entropy == 0;
+}
+
 template <class Real>
 struct Anchored {
   Real anchor;  // B
@@ -227,34 +233,6 @@ KL_HOST_DEVICE Real backward(const Coefficients<Scalar>& c, Real tx, Real ty, Re
 template <class Real, class Scalar>
 KL_HOST_DEVICE Real backward(const Coefficients<Scalar>& c, Real tx, Real w) {
   return w * (c.a + c.b * tx);
-}
-
-// In the order of ESTIMATORS in kl_kernels/schemas.py.
-enum class Estimator { k1, exact, k2, k3, abs };
-
-struct ShapedReward {
-  float reward;                // -kl_coef * KL, without the score
-  float advantage_correction;  // what exact KL in the reward owes the sampled token
-};
-
-KL_HOST_DEVICE float clip(float value, float bound) {
-  return value < -bound ? -bound : value > bound ? bound : value;  // NaN stays NaN
-}
-
-// Schulman (2020), "Approximating KL divergence"; kl_clip is +inf for none.
-KL_HOST_DEVICE ShapedReward reward_epilogue(const Finished<float>& f, float kl_coef,
-                                            Estimator estimator, float kl_clip) {
-  const float k1 = f.logprob - f.ref_logprob;
-  float estimate = k1;
-  if (estimator == Estimator::exact) estimate = f.kl;
-  if (estimator == Estimator::k2) estimate = k1 * k1 / 2;
-  if (estimator == Estimator::k3) estimate = expm1f(-k1) + k1;
-  if (estimator == Estimator::abs) estimate = fabsf(k1);
-  estimate = clip(estimate, kl_clip);
-  const float shortfall = estimator == Estimator::exact ? clip(k1, kl_clip) - estimate : 0.0f;
-  // Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
-  if (kl_coef == 0) return {0.0f, 0.0f};
-  return {-kl_coef * estimate, -kl_coef * shortfall};
 }
 
 }  // namespace kl_kernels

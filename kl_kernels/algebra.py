@@ -14,8 +14,9 @@ A row's state is its anchors and five sums over the vocabulary; four verbs work 
     finish    turn a state into log-probabilities, KL divergences and entropy
     backward  the gradient of any mix of those, with one more look at the logits
 
-All arithmetic here is float64 whatever the logits' dtype. Formulas: softmax and its derivatives are
-elementary; KL(p||q) and entropy as sums over anchored weights follow from log p = ln2 tx - ln sum w.
+All arithmetic here is float64 whatever the logits' dtype. Formulas: softmax and its derivatives
+are elementary; KL(p||q) and entropy as sums over anchored weights follow from
+log p = ln2 tx - ln sum w.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class PolicyLoss(torch.autograd.Function):
         return terms[0].sum(), terms
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _terms: None) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # It is given away, scaled in place: a second backward is to be refused.

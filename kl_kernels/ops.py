@@ -7,8 +7,8 @@ otherwise); everything per token is [B, T]. Shaping, checking and naming is `fun
 A *state* is the pair a row's gradient needs besides the logits, stacked as [2, B, T] float32: the
 anchor (near the row's largest logit, in log2 units) and the sum of 2^(logit - anchor).
 
-Backward kernels write into a buffer they are given: a new one, or with `inplace_backward` the logits
-themselves. `autograd.py` registers the gradients.
+Backward kernels write into a buffer they are given: a new one, or with `inplace_backward` the
+logits themselves. `autograd.py` registers the gradients.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _define(name: str, schema: str, implementation: Any) -> None:
 def _with_options(schema: str, *options: str) -> str:
     """The schema with `options` after its arguments."""
     arguments, returns = schema.split(") -> ")
-    return f"{arguments}, {', '.join(options)}) -> {returns}"
+    return f"{arguments.rstrip()}, {', '.join(options)}) -> {returns}"
 
 
 def _run(name: str, args: Sequence[Any], backend: str | None) -> Any:
@@ -91,8 +91,8 @@ def _define_backward(name: str) -> None:
         return grad_logits
 
     _define(name + "_", schema, in_place)
-    new = schema.replace(", Tensor(a!) grad_logits", "").replace("-> ()", "-> Tensor grad_logits")
-    _define(name, new, implementation)
+    arguments, _, options = schema.partition("Tensor(a!) grad_logits, ")
+    _define(name, arguments + options.replace("()", "Tensor grad_logits"), implementation)
 
 
 def new_gradient(logits: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.arguments import (
-    as_mask,
     check_inplace,
     check_reference,
     check_scaled_logits,
@@ -77,15 +76,22 @@ def fused_policy_loss(
         kl_estimator: "exact" (the KL over the vocabulary and its gradient), or "k2" or "k3" of the
             sampled token, as GRPO has it; `kl_penalty` tells which gradient those have.
         entropy_coef: of the entropy bonus; finite.
-        clip_low: see `ppo_policy_loss`, here and for clip_high, dual_clip, weights and
-            log_ratio_clamp, which k2's and k3's log-ratio is clamped by, too.
+        clip_low: see `ppo_policy_loss`.
+        clip_high: see `ppo_policy_loss`.
+        dual_clip: see `ppo_policy_loss`.
+        weights: see `ppo_policy_loss`.
         importance_sampling_level: "token". "sequence" (GSPO) is refused: its ratio needs every
             token of a sequence before the gradient of any; see Raises.
-        aggregation: see `aggregate`, here and for denominator.
+        aggregation: see `aggregate`.
+        denominator: see `aggregate`.
+        log_ratio_clamp: see `ppo_policy_loss`; bounds the log-ratio of k2 and k3 as well.
         loss_scale: what the loss is going to be multiplied by before `backward`, a number or a
             0-dim tensor above 0, as of a gradient scaler. The gradient is stored multiplied by it.
             float16 logits need one: their gradients, around 1 / tokens, would underflow.
-        temperature: see `token_kl`, here and for ref_temperature, softcap and ref_softcap.
+        temperature: of the policy; see `token_kl`.
+        ref_temperature: of the reference; None: the policy's.
+        softcap: of the policy.
+        ref_softcap: of the reference.
         inplace_backward: write the gradient over the logits, in this very call. They are gone
             then, and whoever else needs them for a backward gets torch's error. A row that is not
             under the mask becomes 0.
@@ -107,7 +113,8 @@ def fused_policy_loss(
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
     checks.check_token_ids(token_ids, logits)
     checks.check_per_token("advantages", advantages, logits)
-    mask = as_mask(mask, logits)
+    checks.check_per_token("mask", mask, logits)
+    mask = mask.bool()
     check_clipping(clip_low, clip_high, dual_clip, log_ratio_clamp)
     checks.check_finite("entropy_coef", entropy_coef)
     _check_level(importance_sampling_level)
@@ -172,7 +179,7 @@ def _check_scale(logits: Tensor, loss_scale: float | Tensor | None) -> None:
         if logits.dtype == torch.float16 and needs_gradient(logits):
             raise ValueError(
                 "loss_scale is None and logits are float16, in which gradients of 1 / tokens "
-                "underflow; pass what the loss is going to be multiplied by (GradScaler.get_scale())"
+                "underflow; pass what the loss will be multiplied by (GradScaler.get_scale())"
             )
     elif isinstance(loss_scale, Tensor):
         if loss_scale.ndim != 0:

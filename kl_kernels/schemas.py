@@ -7,7 +7,7 @@ from torch import Tensor
 
 # A backend is any namespace with these names (`dispatch.py` lists them); a compiled library
 # implements the same schemas in a namespace of its own (`native.py`). `grad_logits` is where the
-# gradient goes: any [B, T, V] of the logits' dtype with stride 1 over V, also the logits themselves.
+# gradient goes: [B, T, V] of the logits' dtype with stride 1 over V, maybe the logits themselves.
 KERNELS = {
     "token_stats": """(
         Tensor logits, Tensor token_ids, Tensor? mask,
@@ -27,7 +27,8 @@ KERNELS = {
         Tensor? grad_logprob, Tensor? grad_kl, Tensor? grad_forward_kl, Tensor? grad_entropy,
         Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor? mask,
         Tensor policy_state, Tensor ref_state, Tensor kl, Tensor entropy,
-        float temperature, float ref_temperature, float? softcap, float? ref_softcap, Tensor(a!) grad_logits
+        float temperature, float ref_temperature, float? softcap, float? ref_softcap,
+        Tensor(a!) grad_logits
     ) -> ()""",
     # `estimator` indexes ESTIMATORS; `score_index` is where the score goes, -1 for nowhere.
     "kl_rewards": """(

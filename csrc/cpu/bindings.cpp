@@ -2,76 +2,16 @@
 // (kl_kernels/native.py), this library only implements them.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-#include <cstring>
 #include <tuple>
 
 #include "gae.h"
+#include "gradient_rows.h"
 #include "parallel.h"
+#include "policy_loss.h"
 #include "tensors.h"
 
 namespace kl_kernels {
 namespace {
-
-Tensor per_token(const Tensor& logits, ScalarType dtype = ScalarType::Float) {  // [B, T]
-  return torch::stable::new_empty(logits, {logits.size(0), logits.size(1)}, dtype);
-}
-
-// Anchor and sum of one model's row, [2, B, T] float32.
-class States {
- public:
-  explicit States(const Tensor& logits)
-      : tensor_(torch::stable::new_empty(logits, {2, logits.size(0), logits.size(1)},
-                                         ScalarType::Float)),
-        data_(float_data(tensor_)),
-        n_rows_(logits.size(0) * logits.size(1)) {}
-
-  void set(int64_t row, double anchor, double sum) {
-    data_[row] = float(anchor);
-    data_[n_rows_ + row] = float(sum);
-  }
-  const Tensor& tensor() const { return tensor_; }
-
- private:
-  Tensor tensor_;
-  float* data_;
-  int64_t n_rows_;
-};
-
-// The sampled tokens of the rows that count.
-class Tokens {
- public:
-  Tokens(const Tensor& token_ids, const std::optional<Tensor>& mask, const Logits& logits)
-      : ids_(data_of<int64_t>(token_ids, "token_ids", ScalarType::Long, logits.n_rows())),
-        mask_(data_of<bool>(mask, "mask", ScalarType::Bool, logits.n_rows())) {
-    const int64_t n_rows = logits.n_rows();
-    for (int64_t row = 0; row < n_rows; ++row) {
-      if (counts(row) && (ids_[row] < 0 || ids_[row] >= logits.vocab_size()))
-        throw std::invalid_argument("token_ids holds " + std::to_string(ids_[row]) +
-                                    " at an unmasked position; accepted: 0 to " +
-                                    std::to_string(logits.vocab_size() - 1));
-    }
-  }
-
-  bool counts(int64_t row) const { return mask_ == nullptr || mask_[row]; }
-  int64_t operator[](int64_t row) const { return ids_[row]; }
-
- private:
-  const int64_t* ids_;
-  const bool* mask_;
-};
-
-Finished<float> to_float(const Finished<double>& f) {
-  return {float(f.logprob), float(f.ref_logprob), float(f.kl), float(f.forward_kl),
-          float(f.entropy)};
-}
-
-// The anchor backward will subtract is a float, so the saved sum has to belong to that.
-RowState<double> as_saved(const RowState<double>& s) {
-  return move(s, double(float(s.anchor)), double(float(s.ref_anchor)));
-}
-
-const Row kNoReference{nullptr, Dtype::float32, 1, 0};
 
 std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits_tensor, const Tensor& token_ids,
                                                const std::optional<Tensor>& mask,
@@ -204,87 +144,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           out.ref_states.tensor()};
 }
 
-// Upstream gradients and saved values of every row; what is absent reads as 0.
-struct PerToken {
-  PerToken(const std::optional<Tensor>& tensor, const char* name, int64_t n_rows)
-      : data(data_of<float>(tensor, name, ScalarType::Float, n_rows)) {}
-  double operator[](int64_t row) const { return data == nullptr ? 0 : data[row]; }
-  const float* data;
-};
-
 struct Saved {
   PerToken grad_logprob, grad_kl, grad_forward_kl, grad_entropy;
   PerToken policy_state, ref_state, kl, entropy;
 };
 
-// Two float32 roundings of the upstream gradient.
-constexpr double kSumTolerance = 1e-7;
-
 // A row none of whose KL gradients is asked for does not read its reference.
-Tensor backward_rows(const Tensor& logits_tensor, const Logits& logits, const Logits* ref_logits,
-                     const Tokens& tokens, const Saved& saved, double temperature) {
-  Tensor grad = torch::stable::new_empty(
-      logits_tensor, {logits.n_batch(), logits.n_tokens(), logits.vocab_size()});
-  char* const grad_data = static_cast<char*>(grad.mutable_data_ptr());
-  const int64_t n_rows = logits.n_rows(), row_bytes = logits.row_bytes();
-  advise_huge_pages(grad_data, n_rows * row_bytes);
-  const RowKernels& kernels = row_kernels();
+void backward_rows(const Logits& logits, const Logits* ref_logits, const Tokens& tokens,
+                   const Saved& saved, double temperature, GradientRows& gradients) {
+  const int64_t n_rows = logits.n_rows();
   for_each_row(n_rows, 2 * logits.vocab_size(), [&](int64_t row) {
-    char* const grad_row = grad_data + row * row_bytes;
     if (!tokens.counts(row)) {
-      std::memset(grad_row, 0, row_bytes);
+      gradients.set_zero(row);
       return;
     }
     const Upstream<double> upstream{saved.grad_logprob[row], saved.grad_kl[row],
                                     saved.grad_forward_kl[row], saved.grad_entropy[row]};
-    const bool alone = upstream.kl == 0 && upstream.forward_kl == 0;
-    const double anchor = saved.policy_state[row], sx = saved.policy_state[n_rows + row];
-    const double kl = saved.kl[row];
-    const Anchored<double> ref =
-        alone ? Anchored<double>{0, 1}
-              : centred<double>({saved.ref_state[row], saved.ref_state[n_rows + row]}, sx, kl);
-    const double upstream_size = std::abs(upstream.logprob) + std::abs(upstream.kl) +
-                                 std::abs(upstream.forward_kl) + std::abs(upstream.entropy);
-    const RowGradient gradient{
-        anchor, sx, ref.anchor,
-        coefficients(upstream, sx, ref.sum, kl, saved.entropy[row], temperature),
-        upstream.logprob / temperature,
-        // A p of about 1 / sx is the largest: in a flat row an error is spread thin.
-        kSumTolerance * sx * upstream_size / temperature};
-    kernels.backward(logits.row(row), alone ? kNoReference : ref_logits->row(row),
-                     logits.vocab_size(), tokens[row], gradient, grad_row);
+    const Row reference = asks_for_kl(upstream) ? ref_logits->row(row) : kNoReference;
+    gradients.write(row, logits.row(row), reference, tokens[row], upstream,
+                    {{saved.policy_state[row], saved.policy_state[n_rows + row]},
+                     {saved.ref_state[row], saved.ref_state[n_rows + row]},
+                     saved.kl[row],
+                     saved.entropy[row]},
+                    temperature);
   });
-  return grad;
 }
 
-Tensor token_stats_backward(const std::optional<Tensor>& grad_logprob,
-                            const std::optional<Tensor>& grad_entropy, const Tensor& logits_tensor,
-                            const Tensor& token_ids, const std::optional<Tensor>& mask,
-                            const Tensor& policy_state, const Tensor& entropy, double temperature,
-                            std::optional<double> softcap) {
+void token_stats_backward(const std::optional<Tensor>& grad_logprob,
+                          const std::optional<Tensor>& grad_entropy, const Tensor& logits_tensor,
+                          const Tensor& token_ids, const std::optional<Tensor>& mask,
+                          const Tensor& policy_state, const Tensor& entropy, double temperature,
+                          std::optional<double> softcap, const Tensor& grad_logits) {
   const Logits logits(logits_tensor, "logits", temperature, softcap);
   const Tokens tokens(token_ids, mask, logits);
+  GradientRows gradients(grad_logits, logits);
   const int64_t n = logits.n_rows();
   const PerToken none(std::nullopt, "", 0);
   const Saved saved{
       {grad_logprob, "grad_logprob", n},     none, none, {grad_entropy, "grad_entropy", n},
       {policy_state, "policy_state", 2 * n}, none, none, {entropy, "entropy", n}};
-  return backward_rows(logits_tensor, logits, nullptr, tokens, saved, temperature);
+  backward_rows(logits, nullptr, tokens, saved, temperature, gradients);
 }
 
-Tensor token_kl_backward(const std::optional<Tensor>& grad_logprob,
-                         const std::optional<Tensor>& grad_kl,
-                         const std::optional<Tensor>& grad_forward_kl,
-                         const std::optional<Tensor>& grad_entropy, const Tensor& logits_tensor,
-                         const Tensor& ref_logits_tensor, const Tensor& token_ids,
-                         const std::optional<Tensor>& mask, const Tensor& policy_state,
-                         const Tensor& ref_state, const Tensor& kl, const Tensor& entropy,
-                         double temperature, double ref_temperature, std::optional<double> softcap,
-                         std::optional<double> ref_softcap) {
+void token_kl_backward(const std::optional<Tensor>& grad_logprob,
+                       const std::optional<Tensor>& grad_kl,
+                       const std::optional<Tensor>& grad_forward_kl,
+                       const std::optional<Tensor>& grad_entropy, const Tensor& logits_tensor,
+                       const Tensor& ref_logits_tensor, const Tensor& token_ids,
+                       const std::optional<Tensor>& mask, const Tensor& policy_state,
+                       const Tensor& ref_state, const Tensor& kl, const Tensor& entropy,
+                       double temperature, double ref_temperature, std::optional<double> softcap,
+                       std::optional<double> ref_softcap, const Tensor& grad_logits) {
   const Logits logits(logits_tensor, "logits", temperature, softcap);
   const Logits ref_logits(ref_logits_tensor, "ref_logits", ref_temperature, ref_softcap);
   check(logits.same_shape(ref_logits), "ref_logits has to have the shape of logits");
   const Tokens tokens(token_ids, mask, logits);
+  GradientRows gradients(grad_logits, logits);
   const int64_t n = logits.n_rows();
   const Saved saved{{grad_logprob, "grad_logprob", n},
                     {grad_kl, "grad_kl", n},
@@ -294,7 +209,15 @@ Tensor token_kl_backward(const std::optional<Tensor>& grad_logprob,
                     {ref_state, "ref_state", 2 * n},
                     {kl, "kl", n},
                     {entropy, "entropy", n}};
-  return backward_rows(logits_tensor, logits, &ref_logits, tokens, saved, temperature);
+  backward_rows(logits, &ref_logits, tokens, saved, temperature, gradients);
+}
+
+void scale_gradient(const Tensor& gradient, const Tensor& factor) {
+  const float by = *data_of<float>(factor, "factor", ScalarType::Float, 1);
+  if (by == 1) return;
+  const Logits rows(gradient, "gradient", 1, std::nullopt);
+  for_each_row(rows.n_rows(), rows.vocab_size(),
+               [&](int64_t row) { row_kernels().scale(rows.row(row), rows.vocab_size(), by); });
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask,
@@ -322,5 +245,7 @@ STABLE_TORCH_LIBRARY_IMPL(kl_kernels_cpu, CPU, m) {
   m.impl("token_kl", TORCH_BOX(&kl_kernels::token_kl));
   m.impl("token_kl_backward", TORCH_BOX(&kl_kernels::token_kl_backward));
   m.impl("kl_rewards", TORCH_BOX(&kl_kernels::kl_rewards));
+  m.impl("policy_loss", TORCH_BOX(&kl_kernels::policy_loss));
+  m.impl("scale_gradient", TORCH_BOX(&kl_kernels::scale_gradient));
   m.impl("gae", TORCH_BOX(&kl_kernels::gae));
 }

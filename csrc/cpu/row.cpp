@@ -3,9 +3,10 @@
 
 #include "backward.h"
 #include "fold.h"
+#include "scale.h"
 
 namespace kl_kernels {
 
-extern const RowKernels KL_ROW_KERNELS = {fold_row, backward_row};
+extern const RowKernels KL_ROW_KERNELS = {fold_row, backward_row, scale_row};
 
 }  // namespace kl_kernels

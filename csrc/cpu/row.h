@@ -33,6 +33,8 @@ struct RowKernels {
   // Writes grad_logits [V] in the policy's dtype.
   void (*backward)(const Row& policy, const Row& reference, int64_t vocab_size, int64_t token,
                    const RowGradient& gradient, void* grad_logits);
+  // Multiplies a row by a number, where it lies.
+  void (*scale)(const Row& row, int64_t vocab_size, float factor);
 };
 
 // One object file each (row.cpp); all but the last exist on x86-64 only.

@@ -7,10 +7,6 @@
 #include <optional>
 #include <string>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../tensor_checks.h"
 #include "row.h"
 
@@ -38,6 +34,7 @@ class Logits {
   int64_t n_tokens() const { return n_tokens_; }
   int64_t vocab_size() const { return vocab_size_; }
   int64_t row_bytes() const { return vocab_size_ * element_size_; }
+  Dtype dtype() const { return dtype_; }
   bool same_shape(const Logits& other) const {
     return n_batch_ == other.n_batch_ && n_tokens_ == other.n_tokens_ &&
            vocab_size_ == other.vocab_size_;
@@ -46,6 +43,9 @@ class Logits {
   Row row(int64_t index) const {
     const int64_t offset = index / n_tokens_ * batch_stride_ + index % n_tokens_ * token_stride_;
     return {data_ + offset * element_size_, dtype_, k_, softcap_};
+  }
+  bool contiguous() const {
+    return token_stride_ == vocab_size_ && batch_stride_ == n_tokens_ * vocab_size_;
   }
 
  private:
@@ -71,17 +71,72 @@ const T* data_of(const std::optional<Tensor>& tensor, const char* name, ScalarTy
 
 inline float* float_data(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// Half the time of a backward over a fresh gradient of gigabytes can be page faults; larger pages
-// mean fewer of them. Advice only: it may be ignored.
-inline void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  constexpr int64_t kWorthwhile = 4 << 20;
-  if (bytes < kWorthwhile) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+inline Tensor per_token(const Tensor& logits, ScalarType dtype = ScalarType::Float) {  // [B, T]
+  return torch::stable::new_empty(logits, {logits.size(0), logits.size(1)}, dtype);
 }
+
+// Anchor and sum of one model's row, [2, B, T] float32.
+class States {
+ public:
+  explicit States(const Tensor& logits)
+      : tensor_(torch::stable::new_empty(logits, {2, logits.size(0), logits.size(1)},
+                                         ScalarType::Float)),
+        data_(float_data(tensor_)),
+        n_rows_(logits.size(0) * logits.size(1)) {}
+
+  void set(int64_t row, double anchor, double sum) {
+    data_[row] = float(anchor);
+    data_[n_rows_ + row] = float(sum);
+  }
+  const Tensor& tensor() const { return tensor_; }
+
+ private:
+  Tensor tensor_;
+  float* data_;
+  int64_t n_rows_;
+};
+
+// The sampled tokens of the rows that count.
+class Tokens {
+ public:
+  Tokens(const Tensor& token_ids, const std::optional<Tensor>& mask, const Logits& logits)
+      : ids_(data_of<int64_t>(token_ids, "token_ids", ScalarType::Long, logits.n_rows())),
+        mask_(data_of<bool>(mask, "mask", ScalarType::Bool, logits.n_rows())) {
+    const int64_t n_rows = logits.n_rows();
+    for (int64_t row = 0; row < n_rows; ++row) {
+      if (counts(row) && (ids_[row] < 0 || ids_[row] >= logits.vocab_size()))
+        throw std::invalid_argument("token_ids holds " + std::to_string(ids_[row]) +
+                                    " at an unmasked position; accepted: 0 to " +
+                                    std::to_string(logits.vocab_size() - 1));
+    }
+  }
+
+  bool counts(int64_t row) const { return mask_ == nullptr || mask_[row]; }
+  int64_t operator[](int64_t row) const { return ids_[row]; }
+
+ private:
+  const int64_t* ids_;
+  const bool* mask_;
+};
+
+// Upstream gradients and saved values of every row; what is absent reads as 0.
+struct PerToken {
+  PerToken(const std::optional<Tensor>& tensor, const char* name, int64_t n_rows)
+      : data(data_of<float>(tensor, name, ScalarType::Float, n_rows)) {}
+  double operator[](int64_t row) const { return data == nullptr ? 0 : data[row]; }
+  const float* data;
+};
+
+inline Finished<float> to_float(const Finished<double>& f) {
+  return {float(f.logprob), float(f.ref_logprob), float(f.kl), float(f.forward_kl),
+          float(f.entropy)};
+}
+
+// The anchor backward will subtract is a float, so the saved sum has to belong to that.
+inline RowState<double> as_saved(const RowState<double>& s) {
+  return move(s, double(float(s.anchor)), double(float(s.ref_anchor)));
+}
+
+inline const Row kNoReference{nullptr, Dtype::float32, 1, 0};
 
 }  // namespace kl_kernels

@@ -1,0 +1,102 @@
+// What a finished row becomes: a shaped reward, or a policy loss and its gradient. Once for host
+// and device; kl_kernels/epilogues.py says the same in PyTorch.
+#pragma once
+
+#include "kl_math.h"
+
+namespace kl_kernels {
+
+// In the order of ESTIMATORS in kl_kernels/schemas.py.
+enum class Estimator { k1, exact, k2, k3, abs };
+
+struct ShapedReward {
+  float reward;                // -kl_coef * KL, without the score
+  float advantage_correction;  // what exact KL in the reward owes the sampled token
+};
+
+KL_HOST_DEVICE float clip(float value, float bound) {
+  return value < -bound ? -bound : value > bound ? bound : value;  // NaN stays NaN
+}
+
+// Schulman (2020), "Approximating KL divergence"; kl_clip is +inf for none.
+KL_HOST_DEVICE ShapedReward reward_epilogue(const Finished<float>& f, float kl_coef,
+                                            Estimator estimator, float kl_clip) {
+  const float k1 = f.logprob - f.ref_logprob;
+  float estimate = k1;
+  if (estimator == Estimator::exact) estimate = f.kl;
+  if (estimator == Estimator::k2) estimate = k1 * k1 / 2;
+  if (estimator == Estimator::k3) estimate = expm1f(-k1) + k1;
+  if (estimator == Estimator::abs) estimate = fabsf(k1);
+  estimate = clip(estimate, kl_clip);
+  const float shortfall = estimator == Estimator::exact ? clip(k1, kl_clip) - estimate : 0.0f;
+  // Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
+  if (kl_coef == 0) return {0.0f, 0.0f};
+  return {-kl_coef * estimate, -kl_coef * shortfall};
+}
+
+// What a token's loss is made of besides its logits.
+struct PolicyLossInputs {
+  float old_logprob, advantage;
+  float token_weight;       // of the token's loss in the whole
+  float importance_weight;  // of the clipped loss in the token's
+  float ref_logprob;        // for k2 and k3
+};
+
+struct PolicyLossShape {
+  float clip_low, clip_high;
+  float dual_clip, log_ratio_clamp;  // +inf: none
+  float kl_coef, entropy_coef;
+  Estimator estimator;  // exact, k2 or k3
+};
+
+constexpr int kPolicyLossTerms = 8;  // POLICY_LOSS_TERMS in kl_kernels/schemas.py
+
+struct PolicyLoss {
+  float terms[kPolicyLossTerms];
+  Upstream<double> gradient;
+};
+
+// With r = exp(logprob - old_logprob), A the advantage, rho the importance weight and m the
+// token's,
+//
+//     loss = m (rho max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H)
+//
+// and the maximum bounded by -A dual_clip where A < 0. Where a clip decides, the clipped loss is a
+// constant; the clamp of log r lets the gradient pass.
+KL_HOST_DEVICE PolicyLoss policy_loss_epilogue(const Finished<float>& f,
+                                               const PolicyLossInputs& row,
+                                               const PolicyLossShape& shape) {
+  const float log_ratio = clip(f.logprob - row.old_logprob, shape.log_ratio_clamp);
+  const float ratio = expf(log_ratio), lowest = 1 - shape.clip_low, highest = 1 + shape.clip_high;
+  const float clipped_ratio = ratio < lowest ? lowest : ratio > highest ? highest : ratio;
+  const float unclipped = -row.advantage * ratio, clipped = -row.advantage * clipped_ratio;
+  const bool clip_decides = clipped > unclipped;
+  float loss = clip_decides ? clipped : unclipped;
+  const float bound = -row.advantage * shape.dual_clip;
+  const bool dual_clip_decides = row.advantage < 0 && loss > bound;
+  if (dual_clip_decides) loss = bound;
+  loss *= row.importance_weight;
+  // d r / d logprob = r, so the unclipped loss is its own derivative.
+  double slope = clip_decides || dual_clip_decides ? 0 : row.importance_weight * unclipped;
+
+  float kl = f.kl, kl_slope = 0;
+  if (shape.estimator != Estimator::exact) {
+    const float d = clip(f.logprob - row.ref_logprob, shape.log_ratio_clamp);
+    const bool k2 = shape.estimator == Estimator::k2;
+    kl = k2 ? d * d / 2 : expm1f(-d) + d;
+    kl_slope = k2 ? d : -expm1f(-d);
+  }
+  if (shape.kl_coef != 0) {  // without a penalty an infinite KL is nobody's business
+    loss += shape.kl_coef * kl;
+    slope += double(shape.kl_coef) * kl_slope;
+  }
+  if (shape.entropy_coef != 0) loss -= shape.entropy_coef * f.entropy;
+
+  const double m = row.token_weight;
+  const double kl_gradient = shape.estimator == Estimator::exact ? shape.kl_coef : 0.0f;
+  return {{row.token_weight * loss, float(clip_decides), float(dual_clip_decides),
+           expm1f(log_ratio) - log_ratio, -log_ratio, ratio, kl, f.entropy},
+          {m * slope, m * kl_gradient, 0.0, -m * shape.entropy_coef}};
+}
+
+}  // namespace kl_kernels

@@ -51,6 +51,11 @@ struct PolicyLossShape {
 
 constexpr int kPolicyLossTerms = 8;  // POLICY_LOSS_TERMS in kl_kernels/schemas.py
 
+// 0 where both are equal, also to -inf: a token that was ruled out has a ratio of 1 to itself.
+KL_HOST_DEVICE float log_ratio_of(float logprob, float other, const PolicyLossShape& shape) {
+  return logprob == other ? 0.0f : clip(logprob - other, shape.log_ratio_clamp);
+}
+
 struct PolicyLoss {
   float terms[kPolicyLossTerms];
   Upstream<double> gradient;
@@ -66,7 +71,7 @@ struct PolicyLoss {
 KL_HOST_DEVICE PolicyLoss policy_loss_epilogue(const Finished<float>& f,
                                                const PolicyLossInputs& row,
                                                const PolicyLossShape& shape) {
-  const float log_ratio = clip(f.logprob - row.old_logprob, shape.log_ratio_clamp);
+  const float log_ratio = log_ratio_of(f.logprob, row.old_logprob, shape);
   const float ratio = expf(log_ratio), lowest = 1 - shape.clip_low, highest = 1 + shape.clip_high;
   const float clipped_ratio = ratio < lowest ? lowest : ratio > highest ? highest : ratio;
   const float unclipped = -row.advantage * ratio, clipped = -row.advantage * clipped_ratio;
@@ -81,7 +86,7 @@ KL_HOST_DEVICE PolicyLoss policy_loss_epilogue(const Finished<float>& f,
 
   float kl = f.kl, kl_slope = 0;
   if (shape.estimator != Estimator::exact) {
-    const float d = clip(f.logprob - row.ref_logprob, shape.log_ratio_clamp);
+    const float d = log_ratio_of(f.logprob, row.ref_logprob, shape);
     const bool k2 = shape.estimator == Estimator::k2;
     kl = k2 ? d * d / 2 : expm1f(-d) + d;
     kl_slope = k2 ? d : -expm1f(-d);

@@ -1,4 +1,7 @@
-"""Argument checks. Each failure names the argument, its value and what is accepted."""
+"""Argument checks. Each failure names the argument, its value and what is accepted.
+
+(No math.isfinite here: torch.compile cannot trace it.)
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:  # not math.isfinite: torch.compile cannot trace it
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}; it has to be a finite number above 0")
 
 
@@ -27,7 +30,7 @@ def check_finite(name: str, value: float) -> None:
 
 
 def check_non_negative(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value}; it has to be a finite number, 0 or above")
 
 

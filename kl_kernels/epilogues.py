@@ -71,7 +71,7 @@ def policy_loss_epilogue(
     log r (whose gradient passes) are those of `rl.losses.ppo_policy_loss`, k2 and k3 those of
     `rl.estimators.kl_penalty`. Where a clip decides, the clipped loss is a constant.
     """
-    log_ratio = _clamp(f.logprob - row.old_logprob, shape.log_ratio_clamp)
+    log_ratio = _log_ratio(f.logprob, row.old_logprob, shape.log_ratio_clamp)
     ratio = log_ratio.exp()
     unclipped = -row.advantage * ratio
     clipped = -row.advantage * ratio.clamp(1 - shape.clip_low, 1 + shape.clip_high)
@@ -90,7 +90,7 @@ def policy_loss_epilogue(
 
     kl, grad_kl = f.kl, torch.zeros_like(f.kl)
     if shape.estimator != EXACT:
-        d = _clamp(f.logprob - row.ref_logprob, shape.log_ratio_clamp)
+        d = _log_ratio(f.logprob, row.ref_logprob, shape.log_ratio_clamp)
         kl = d * d / 2 if shape.estimator == K2 else torch.expm1(-d) + d
     if shape.kl_coef != 0:
         loss = loss + shape.kl_coef * kl
@@ -117,5 +117,7 @@ def policy_loss_epilogue(
     return terms, Upstream(m * grad_logprob, m * grad_kl, torch.zeros_like(m), m * grad_entropy)
 
 
-def _clamp(x: Tensor, bound: float | None) -> Tensor:
-    return x if bound is None else x.clamp(-bound, bound)
+def _log_ratio(logprob: Tensor, other: Tensor, bound: float | None) -> Tensor:
+    """0 where both are equal, also to -inf: a token that was ruled out has a ratio of 1 to itself."""
+    log_ratio = torch.where(logprob == other, 0.0, logprob - other)
+    return log_ratio if bound is None else log_ratio.clamp(-bound, bound)

@@ -7,6 +7,7 @@ arithmetic on the same logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,8 @@ def _largest(error: Tensor, got: Tensor, true: Tensor) -> float:
 
 
 def errors(case: Case, backend: str | None, device: str = "cpu") -> list[Error]:
-    """Every output of `token_kl` and `token_stats`; the gradient of each alone and of all mixed.
+    """Every output of `token_kl` and `token_stats`; the gradient of each alone, of all mixed and of
+    `fused_policy_loss`.
 
     The truth, and eager's share of it, are computed on the CPU whatever the device.
     """
@@ -114,6 +116,8 @@ def errors(case: Case, backend: str | None, device: str = "cpu") -> list[Error]:
 
 MIX = "d all"
 STATS_MIX = "d logprob + entropy"
+LOSS, LOSS_ALONE = "d policy loss", "d policy loss without reference"
+KL_LOSS_COEF, ENTROPY_COEF = 0.5, 0.25
 
 
 def _eager(inputs: Inputs, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -122,6 +126,10 @@ def _eager(inputs: Inputs, weights: dict[str, Tensor], dtype: torch.dtype) -> di
     found |= {f"d {name}": grad for name, grad in grads.items()}
     found[MIX] = torch.stack(list(grads.values())).sum(0)
     found[STATS_MIX] = grads["logprob"] + grads["entropy"]
+    # On policy the ratio is 1, so a token's loss is -advantage logprob + coefficients kl, entropy.
+    per_unit = {name: grads[name] / weights[name][..., None] for name in ("kl", "entropy")}
+    found[LOSS_ALONE] = -grads["logprob"] - ENTROPY_COEF * per_unit["entropy"]
+    found[LOSS] = found[LOSS_ALONE] + KL_LOSS_COEF * per_unit["kl"]
     return found
 
 
@@ -130,17 +138,29 @@ def _fused(
 ) -> dict[str, Tensor]:
     weights = {name: w.to(device) for name, w in weights.items()}
     logits = inputs.logits.to(device, copy=True).requires_grad_()
-    arguments = vars(inputs.on(device)) | {"logits": logits, "backend": backend}
+    arguments: dict[str, Any] = vars(inputs.on(device)) | {"logits": logits, "backend": backend}
     result = kl_kernels.token_kl(**arguments)._asdict()
+
+    def loss_grad(**of_reference: Any) -> Tensor:
+        mask, ids = arguments["mask"], arguments["token_ids"]
+        loss, _ = kl_kernels.fused_policy_loss(
+            **arguments | of_reference | {"mask": torch.ones_like(ids) if mask is None else mask},
+            old_logprobs=None, advantages=weights["logprob"], entropy_coef=ENTROPY_COEF,
+            aggregation="seq-mean-token-sum", denominator=1.0, loss_scale=1.0,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, logits)[0]
+
+    found = {LOSS: loss_grad(kl_loss_coef=KL_LOSS_COEF)}
     for name in ("ref_logits", "ref_temperature", "ref_softcap"):
         del arguments[name]
+    found[LOSS_ALONE] = loss_grad()
     stats = kl_kernels.token_stats(**arguments)._asdict()
 
     def grad(outputs: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
         total = torch.stack([(weights[n] * outputs[n]).sum() for n in names]).sum()
         return torch.autograd.grad(total, logits, retain_graph=True)[0]
 
-    found = {name: result[name] for name in OUTPUTS}
+    found |= {name: result[name] for name in OUTPUTS}
     found |= {f"stats {name}": value for name, value in stats.items()}
     found |= {f"d {name}": grad(result, (name,)) for name in DIFFERENTIABLE}
     found[MIX] = grad(result, DIFFERENTIABLE)

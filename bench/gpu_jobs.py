@@ -65,7 +65,16 @@ def make_buffers(
     saved: dict[str, tuple[Tensor, ...]] = {}
     for backend in backends:
         *_, kl_ours, _, entropy, policy_state, ref_state = torch.ops.kl_kernels.token_kl(
-            logits[None], ref_logits[None], token_ids[None], None, 1.0, 1.0, None, None, backend
+            logits[None],
+            ref_logits[None],
+            token_ids[None],
+            None,
+            1.0,
+            1.0,
+            None,
+            None,
+            False,
+            backend,
         )
         saved[backend] = (torch.ones_like(kl_ours), policy_state, ref_state, kl_ours, entropy)
     return Buffers(logits, ref_logits, token_ids, log_sum, ref_log_sum, kl, saved)

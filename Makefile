@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo test validate bench bench-cpu bench-ppo gpu lint format clean
+.PHONY: ppo test validate bench bench-cpu bench-traffic bench-ppo gpu lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels ppo $(ARGS)
@@ -19,6 +19,10 @@ validate: $(READY)
 
 bench-cpu: $(READY)
 	$(BIN)/python bench/side_by_side.py $(ARGS)
+	$(BIN)/python bench/readme.py
+
+bench-traffic: $(READY)
+	$(BIN)/python bench/traffic.py
 	$(BIN)/python bench/readme.py
 
 bench-ppo: $(READY)

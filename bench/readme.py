@@ -75,7 +75,23 @@ def ppo_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu_table, "ppo": ppo_table}
+def traffic_sentence(results: dict[str, Any]) -> str:
+    """Tensors of logits through memory, in one visit and in two."""
+    one, two = results["tensors"]["one visit"], results["tensors"]["two visits"]
+    return (
+        f"A policy loss with an exact KL reads {one['read']:.2f} tensors of logits and writes "
+        f"{one['written']:.2f} (in two visits: {two['read']:.2f} and {two['written']:.2f}), "
+        f"counted by cachegrind behind a cache of {results['cache_bytes'] >> 20} MiB at V = "
+        f"{results['vocab_size']}, bfloat16; commit {results['commit']}. From "
+        "`bench/results/traffic.json`, made by `make bench-traffic`."
+    )
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cpu": cpu_table,
+    "traffic": traffic_sentence,
+    "ppo": ppo_table,
+}
 
 
 def rendered(readme: str) -> str:

@@ -138,12 +138,13 @@ def _backward(backend: str, with_kl: bool) -> Launch:
         if with_kl:
             grad = torch.ops.kl_kernels.token_kl_backward(
                 upstream, upstream, None, None, logits, ref_logits, token_ids, None,
-                policy_state, ref_state, kl, entropy, 1.0, 1.0, None, None, backend,
+                policy_state, ref_state, kl, entropy, 1.0, 1.0, None, None, False, backend,
             )  # fmt: skip
         else:
             grad = torch.ops.kl_kernels.token_stats_backward(
-                upstream, None, logits, token_ids, None, policy_state, entropy, 1.0, None, backend
-            )
+                upstream, None, logits, token_ids, None, policy_state, entropy, 1.0, None, False,
+                backend,
+            )  # fmt: skip
         return (grad,)
 
     return launch

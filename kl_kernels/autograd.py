@@ -53,7 +53,7 @@ def _token_stats_backward(
     temperature, softcap, *how = ctx.options
     grad_logits = None
     if grad_logprob is not None or grad_entropy is not None:
-        args = grad_logprob, grad_entropy, logits, *saved, temperature, softcap
+        args = grad_logprob, grad_entropy, logits, *saved, temperature, softcap, False
         grad_logits = _run_backward("token_stats_backward", args, logits, *how)
     return grad_logits, *[None] * 6
 
@@ -80,14 +80,14 @@ def _token_kl_grad(
         args = (
             grad_logprob, grad_kl, grad_forward_kl, grad_entropy,
             logits, ref_logits, token_ids, mask, policy_state, ref_state, kl, entropy,
-            temperature, ref_temperature, softcap, ref_softcap,
+            temperature, ref_temperature, softcap, ref_softcap, False,
         )  # fmt: skip
         return _run_backward("token_kl_backward", args, logits, *how)
     if grad_logprob is not None or grad_entropy is not None:
         # No KL gradient: the reference logits are not read a second time.
         args = (
             grad_logprob, grad_entropy,
-            logits, token_ids, mask, policy_state, entropy, temperature, softcap,
+            logits, token_ids, mask, policy_state, entropy, temperature, softcap, False,
         )  # fmt: skip
         return _run_backward("token_stats_backward", args, logits, *how)
     return None

@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from kl_kernels import dispatch
-from kl_kernels.schemas import KERNELS, POLICY_LOSS_TERMS, output_dtype
+from kl_kernels.schemas import (
+    ALONE_FIELDS,
+    KERNELS,
+    POLICY_LOSS_TERMS,
+    STATE_FIELDS,
+    output_dtype,
+)
 
 library = torch.library.Library("kl_kernels", "DEF")
 
@@ -104,7 +110,7 @@ for _name in ("token_stats", "token_kl", "kl_rewards"):
     _define_differentiable(_name)
 for _name in ("token_stats_backward", "token_kl_backward"):
     _define_backward(_name)
-for _name in ("policy_loss", "scale_gradient", "gae"):
+for _name in ("fold_part", "policy_loss", "scale_gradient", "gae"):
     _define_plain(_name)
 
 
@@ -153,6 +159,12 @@ def _(g0: Any, g1: Any, g2: Any, g3: Any, logits: Tensor, *_: Any) -> Tensor:
 @_fake("scale_gradient")
 def _(*_: Any) -> None:
     pass
+
+
+@_fake("fold_part")
+def _(logits: Tensor, ref_logits: Tensor | None, *_: Any) -> Tensor:
+    n_fields = ALONE_FIELDS if ref_logits is None else len(STATE_FIELDS)
+    return logits.new_empty((n_fields, *logits.shape[:-1]), dtype=output_dtype(logits))
 
 
 @_fake("policy_loss")

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from kl_kernels.algebra import (
+    EMPTY_ANCHOR,
     Finished,
+    RowState,
     Scale,
     Upstream,
     backward,
@@ -31,8 +33,9 @@ from kl_kernels.epilogues import (
     policy_loss_epilogue,
     reward_epilogue,
 )
-from kl_kernels.schemas import output_dtype
+from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS, output_dtype
 
+EMPTY_SAVED_ANCHOR = -1.0e38  # of an all -inf part, in float32
 BLOCK_V = 8192
 GROUP_ELEMENTS = 1 << 21  # rows are taken in groups of about this many logits per block
 
@@ -66,12 +69,8 @@ def token_kl(
     finished = logits.new_zeros((5, *token_ids.shape), dtype=output_dtype(logits))
     states = logits.new_zeros((2, 2, *token_ids.shape), dtype=output_dtype(logits))
     for rows in _row_groups(logits, mask):
-        state = empty_state(len(rows[0]), logits.device)
-        for block in _blocks(logits):
-            here = (*rows, block)
-            state = merge(state, fold(policy(logits[here]), ref(ref_logits[here])))
-        # The saved anchor is what backward will subtract, so the saved sum has to belong to it.
-        saved = move(state, *(a.to(states.dtype).double() for a in state[:2]))
+        state = _fold_rows(policy, ref, logits, ref_logits, rows)
+        saved = _as_saved(state, states.dtype)
         token = (*rows, token_ids[rows])
         result = finish(state, policy(logits[token]), ref(ref_logits[token]))
         for i, value in enumerate(result):
@@ -80,6 +79,37 @@ def token_kl(
             states[i // 2, i % 2][rows] = value.to(states.dtype)
     # Outputs of an operator may not share memory.
     return tuple(t.clone() for t in (*finished, *states))
+
+
+def fold_part(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor | None,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor | None,  # [B, T]
+    temperature: float,
+    ref_temperature: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+) -> Tensor:
+    policy = ref = Scale(temperature, softcap)
+    if ref_logits is not None:
+        ref = Scale(ref_temperature, ref_softcap)
+    models = logits, logits if ref_logits is None else ref_logits
+    n_fields = ALONE_FIELDS if ref_logits is None else len(STATE_FIELDS)
+    result = logits.new_zeros((n_fields, *token_ids.shape), dtype=output_dtype(logits))
+    for rows in _row_groups(logits, mask):
+        s = _as_saved(_fold_rows(policy, ref, *models, rows), result.dtype)
+        elsewhere = token_ids[rows] == ELSEWHERE
+        check_token_range(token_ids[rows], ~elsewhere, logits.shape[-1])
+        token = (*rows, token_ids[rows].masked_fill(elsewhere, 0))
+        token_tx, token_ty = (
+            (scale(model[token]) - anchor).masked_fill(elsewhere, torch.inf)
+            for scale, model, anchor in zip((policy, ref), models, (s.anchor, s.ref_anchor))
+        )
+        fields = s.anchor, s.sx, s.ex, token_tx, s.ref_anchor, s.sy, s.rk, s.fk, token_ty
+        for i, value in enumerate(fields[:n_fields]):
+            result[i][rows] = value.to(result.dtype)
+    return result
 
 
 def token_stats_backward(
@@ -92,12 +122,13 @@ def token_stats_backward(
     entropy: Tensor,  # [B, T]
     temperature: float,
     softcap: float | None,
+    part: bool,
     grad_logits: Tensor,  # [B, T, V], written; may be logits
 ) -> None:
     token_kl_backward(
         grad_logprob, None, None, grad_entropy,
         logits, logits, token_ids, mask, policy_state, policy_state, torch.zeros_like(entropy),
-        entropy, temperature, temperature, softcap, softcap, grad_logits,
+        entropy, temperature, temperature, softcap, softcap, part, grad_logits,
     )  # fmt: skip
 
 
@@ -118,6 +149,7 @@ def token_kl_backward(
     ref_temperature: float,
     softcap: float | None,
     ref_softcap: float | None,
+    part: bool,
     grad_logits: Tensor,  # [B, T, V], written; may be logits
 ) -> None:
     policy, ref = Scale(temperature, softcap), Scale(ref_temperature, ref_softcap)
@@ -213,7 +245,7 @@ def policy_loss(
     if grad_logits is not None:
         token_kl_backward(
             *upstream, logits, ref, token_ids, mask, policy_state, ref_state, f.kl, f.entropy,
-            *scales, grad_logits,
+            *scales, False, grad_logits,
         )  # fmt: skip
     return torch.stack([torch.where(mask, term, 0.0) for term in terms]).to(f.logprob.dtype)
 
@@ -248,6 +280,26 @@ def gae(
         advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
     returns = torch.where(mask, advantages + v, 0.0)
     return advantages.to(rewards.dtype), returns.to(rewards.dtype)
+
+
+def _fold_rows(
+    policy: Scale,
+    ref: Scale,
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor,  # [B, T, V]
+    rows: tuple[Tensor, Tensor],
+) -> RowState:
+    state = empty_state(len(rows[0]), logits.device)
+    for block in _blocks(logits):
+        here = (*rows, block)
+        state = merge(state, fold(policy(logits[here]), ref(ref_logits[here])))
+    return state
+
+
+def _as_saved(s: RowState, dtype: torch.dtype) -> RowState:
+    """The saved anchor is what backward will subtract, so the saved sums have to belong to it."""
+    lowest = EMPTY_ANCHOR if dtype == torch.float64 else EMPTY_SAVED_ANCHOR
+    return move(s, *(a.clamp_min(lowest).to(dtype).double() for a in s[:2]))
 
 
 def _row_groups(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:

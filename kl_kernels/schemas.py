@@ -8,7 +8,15 @@ from torch import Tensor
 # A backend is any namespace with these names (`dispatch.py` lists them); a compiled library
 # implements the same schemas in a namespace of its own (`native.py`). `grad_logits` is where the
 # gradient goes: [B, T, V] of the logits' dtype with stride 1 over V, maybe the logits themselves.
+#
+# Logits may be a part of a vocabulary (a shard, a tile of a linear head). `fold_part` gives its
+# state, [len(STATE_FIELDS), B, T], or of a policy alone the first ALONE_FIELDS of them; backward
+# kernels are told by `part`. For both, a token may be ELSEWHERE.
 KERNELS = {
+    "fold_part": """(
+        Tensor logits, Tensor? ref_logits, Tensor token_ids, Tensor? mask,
+        float temperature, float ref_temperature, float? softcap, float? ref_softcap
+    ) -> Tensor state""",
     "token_stats": """(
         Tensor logits, Tensor token_ids, Tensor? mask,
         float temperature, float? softcap
@@ -16,7 +24,7 @@ KERNELS = {
     "token_stats_backward": """(
         Tensor? grad_logprob, Tensor? grad_entropy,
         Tensor logits, Tensor token_ids, Tensor? mask, Tensor policy_state, Tensor entropy,
-        float temperature, float? softcap, Tensor(a!) grad_logits
+        float temperature, float? softcap, bool part, Tensor(a!) grad_logits
     ) -> ()""",
     "token_kl": """(
         Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor? mask,
@@ -28,7 +36,7 @@ KERNELS = {
         Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor? mask,
         Tensor policy_state, Tensor ref_state, Tensor kl, Tensor entropy,
         float temperature, float ref_temperature, float? softcap, float? ref_softcap,
-        Tensor(a!) grad_logits
+        bool part, Tensor(a!) grad_logits
     ) -> ()""",
     # `estimator` indexes ESTIMATORS; `score_index` is where the score goes, -1 for nowhere.
     "kl_rewards": """(
@@ -55,6 +63,14 @@ KERNELS = {
         Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, bool skip_masked
     ) -> (Tensor advantages, Tensor returns)""",
 }
+
+# The token of a row is not among these logits; no id that anybody means.
+ELSEWHERE = -(1 << 62)
+
+# `algebra.RowState` and the token's position from the anchors, which is +inf where it is ELSEWHERE.
+# A row that is masked, or a part that is all -inf, has sums of 0.
+STATE_FIELDS = ("anchor", "sx", "ex", "token_tx", "ref_anchor", "sy", "rk", "fk", "token_ty")
+ALONE_FIELDS = 4
 
 # The per-token KL a reward can be shaped with, in the order kernels number them.
 ESTIMATORS = ("k1", "exact", "k2", "k3", "abs")

@@ -169,6 +169,7 @@ def arguments(name, backend):
     constants = logits.detach(), ref_logits, token_ids, mask
     gradient = torch.zeros(2, 3, V)
     arguments = {
+        "fold_part": (*constants, *scales),
         "token_stats": (logits, token_ids, mask, 0.7, None, False),
         "token_kl": (logits, ref_logits, token_ids, mask, *scales, False),
         "kl_rewards": (
@@ -177,11 +178,11 @@ def arguments(name, backend):
         ),
         "token_stats_backward": (
             *(per_token, None, logits.detach(), token_ids, mask),
-            *(state, per_token, 0.7, None),
+            *(state, per_token, 0.7, None, False),
         ),
         "token_kl_backward": (
             *(None, per_token, None, per_token, *constants),
-            *(state, state, per_token, per_token, *scales),
+            *(state, state, per_token, per_token, *scales, False),
         ),
         "policy_loss": (
             *constants,
@@ -200,7 +201,7 @@ OPERATORS = (
     *("token_stats", "token_kl", "kl_rewards"),
     *("token_stats_backward", "token_kl_backward"),
     *("token_stats_backward_", "token_kl_backward_"),
-    *("policy_loss", "scale_gradient", "gae"),
+    *("fold_part", "policy_loss", "scale_gradient", "gae"),
 )
 
 

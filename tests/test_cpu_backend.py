@@ -193,10 +193,10 @@ def test_a_reference_nobody_needs_is_not_read(dtype):
     grad, expected = torch.empty_like(logits), torch.empty_like(logits)
     kernels.token_kl_backward(
         ones, zeros, None, ones, logits, torch.full_like(ref_logits, torch.nan), token_ids, None,
-        policy_state, ref_state, outputs[2], outputs[4], 1.0, 1.0, None, None, grad,
+        policy_state, ref_state, outputs[2], outputs[4], 1.0, 1.0, None, None, False, grad,
     )  # fmt: skip
     kernels.token_stats_backward(
-        ones, ones, logits, token_ids, None, policy_state, outputs[4], 1.0, None, expected
+        ones, ones, logits, token_ids, None, policy_state, outputs[4], 1.0, None, False, expected
     )
     assert grad.isfinite().all()
     assert torch.equal(grad, expected)

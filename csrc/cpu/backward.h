@@ -86,6 +86,7 @@ class RowBackward {
       set_coefficients(corrected);
       write_all(vocab_size);
     }
+    if (token == kNoToken) return;
     // The token's entry once more, in float64: its own share nearly cancels the rest as p nears 1.
     const double tx = floored(token_from_anchor(policy_, token, anchor_));
     const double ty = alone() ? 0 : floored(token_from_anchor(reference_, token, ref_anchor_));

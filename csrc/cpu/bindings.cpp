@@ -13,6 +13,40 @@
 namespace kl_kernels {
 namespace {
 
+Tensor fold_part(const Tensor& logits_tensor, const std::optional<Tensor>& ref_logits_tensor,
+                 const Tensor& token_ids, const std::optional<Tensor>& mask, double temperature,
+                 double ref_temperature, std::optional<double> softcap,
+                 std::optional<double> ref_softcap) {
+  const Logits logits(logits_tensor, "logits", temperature, softcap);
+  std::optional<Logits> ref_logits;
+  if (ref_logits_tensor) {
+    ref_logits.emplace(*ref_logits_tensor, "ref_logits", ref_temperature, ref_softcap);
+    check(logits.same_shape(*ref_logits), "ref_logits has to have the shape of logits");
+  }
+  const Tokens tokens(token_ids, mask, logits, Vocabulary::part);
+  constexpr int64_t kFields = 9, kAloneFields = 4;  // STATE_FIELDS, ALONE_FIELDS in schemas.py
+  const int64_t n_rows = logits.n_rows(), n_fields = ref_logits ? kFields : kAloneFields;
+  Tensor state = torch::stable::new_empty(
+      logits_tensor, {n_fields, logits.n_batch(), logits.n_tokens()}, ScalarType::Float);
+  float* const data = float_data(state);
+  for_each_row(n_rows, 2 * logits.vocab_size(), [&](int64_t row) {
+    double fields[kFields] = {};
+    if (tokens.counts(row)) {
+      const Row reference = ref_logits ? ref_logits->row(row) : kNoReference;
+      double tx, ty;
+      const RowState<double> found = row_kernels().fold(logits.row(row), reference,
+                                                        logits.vocab_size(), tokens[row], &tx, &ty);
+      const RowState<double> s = as_saved(found);
+      const double all[kFields] = {
+          s.anchor,  s.sums.sx, s.sums.ex, tx - (s.anchor - found.anchor),        s.ref_anchor,
+          s.sums.sy, s.sums.rk, s.sums.fk, ty - (s.ref_anchor - found.ref_anchor)};
+      std::copy(all, all + kFields, fields);
+    }
+    for (int64_t i = 0; i < n_fields; ++i) data[i * n_rows + row] = float(fields[i]);
+  });
+  return state;
+}
+
 std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits_tensor, const Tensor& token_ids,
                                                const std::optional<Tensor>& mask,
                                                double temperature, std::optional<double> softcap) {
@@ -151,7 +185,8 @@ struct Saved {
 
 // A row none of whose KL gradients is asked for does not read its reference.
 void backward_rows(const Logits& logits, const Logits* ref_logits, const Tokens& tokens,
-                   const Saved& saved, double temperature, GradientRows& gradients) {
+                   const Saved& saved, double temperature, Vocabulary vocabulary,
+                   GradientRows& gradients) {
   const int64_t n_rows = logits.n_rows();
   for_each_row(n_rows, 2 * logits.vocab_size(), [&](int64_t row) {
     if (!tokens.counts(row)) {
@@ -166,7 +201,7 @@ void backward_rows(const Logits& logits, const Logits* ref_logits, const Tokens&
                      {saved.ref_state[row], saved.ref_state[n_rows + row]},
                      saved.kl[row],
                      saved.entropy[row]},
-                    temperature);
+                    temperature, vocabulary);
   });
 }
 
@@ -174,16 +209,17 @@ void token_stats_backward(const std::optional<Tensor>& grad_logprob,
                           const std::optional<Tensor>& grad_entropy, const Tensor& logits_tensor,
                           const Tensor& token_ids, const std::optional<Tensor>& mask,
                           const Tensor& policy_state, const Tensor& entropy, double temperature,
-                          std::optional<double> softcap, const Tensor& grad_logits) {
+                          std::optional<double> softcap, bool part, const Tensor& grad_logits) {
   const Logits logits(logits_tensor, "logits", temperature, softcap);
-  const Tokens tokens(token_ids, mask, logits);
+  const Vocabulary vocabulary = part ? Vocabulary::part : Vocabulary::whole;
+  const Tokens tokens(token_ids, mask, logits, vocabulary);
   GradientRows gradients(grad_logits, logits);
   const int64_t n = logits.n_rows();
   const PerToken none(std::nullopt, "", 0);
   const Saved saved{
       {grad_logprob, "grad_logprob", n},     none, none, {grad_entropy, "grad_entropy", n},
       {policy_state, "policy_state", 2 * n}, none, none, {entropy, "entropy", n}};
-  backward_rows(logits, nullptr, tokens, saved, temperature, gradients);
+  backward_rows(logits, nullptr, tokens, saved, temperature, vocabulary, gradients);
 }
 
 void token_kl_backward(const std::optional<Tensor>& grad_logprob,
@@ -194,11 +230,12 @@ void token_kl_backward(const std::optional<Tensor>& grad_logprob,
                        const std::optional<Tensor>& mask, const Tensor& policy_state,
                        const Tensor& ref_state, const Tensor& kl, const Tensor& entropy,
                        double temperature, double ref_temperature, std::optional<double> softcap,
-                       std::optional<double> ref_softcap, const Tensor& grad_logits) {
+                       std::optional<double> ref_softcap, bool part, const Tensor& grad_logits) {
   const Logits logits(logits_tensor, "logits", temperature, softcap);
   const Logits ref_logits(ref_logits_tensor, "ref_logits", ref_temperature, ref_softcap);
   check(logits.same_shape(ref_logits), "ref_logits has to have the shape of logits");
-  const Tokens tokens(token_ids, mask, logits);
+  const Vocabulary vocabulary = part ? Vocabulary::part : Vocabulary::whole;
+  const Tokens tokens(token_ids, mask, logits, vocabulary);
   GradientRows gradients(grad_logits, logits);
   const int64_t n = logits.n_rows();
   const Saved saved{{grad_logprob, "grad_logprob", n},
@@ -209,7 +246,7 @@ void token_kl_backward(const std::optional<Tensor>& grad_logprob,
                     {ref_state, "ref_state", 2 * n},
                     {kl, "kl", n},
                     {entropy, "entropy", n}};
-  backward_rows(logits, &ref_logits, tokens, saved, temperature, gradients);
+  backward_rows(logits, &ref_logits, tokens, saved, temperature, vocabulary, gradients);
 }
 
 void scale_gradient(const Tensor& gradient, const Tensor& factor) {
@@ -240,6 +277,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
 }  // namespace kl_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(kl_kernels_cpu, CPU, m) {
+  m.impl("fold_part", TORCH_BOX(&kl_kernels::fold_part));
   m.impl("token_stats", TORCH_BOX(&kl_kernels::token_stats));
   m.impl("token_stats_backward", TORCH_BOX(&kl_kernels::token_stats_backward));
   m.impl("token_kl", TORCH_BOX(&kl_kernels::token_kl));

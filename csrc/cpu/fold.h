@@ -87,7 +87,8 @@ class RowFold {
       return Block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
     };
     // The sampled token is nearly always close to the top, wherever that is.
-    RowState<double> state = raise_anchors(empty_state<double>(), {token, 1});
+    RowState<double> state = empty_state<double>();
+    if (token != kNoToken) state = raise_anchors(state, {token, 1});
     state = raise_anchors(state, block_at(0));
     bool careful = false;
     for (int64_t start = 0; start < vocab_size; start += kBlock) {
@@ -192,9 +193,11 @@ class RowFold {
 RowState<double> fold_row(const Row& policy, const Row& reference, int64_t vocab_size,
                           int64_t token, double* token_tx, double* token_ty) {
   const RowState<double> state = RowFold(policy, reference)(vocab_size, token);
+  *token_tx = *token_ty = INFINITY;
+  if (token == kNoToken) return state;
   *token_tx = token_from_anchor(policy, token, state.anchor);
-  *token_ty =
-      reference.logits == nullptr ? 0 : token_from_anchor(reference, token, state.ref_anchor);
+  if (reference.logits != nullptr)
+    *token_ty = token_from_anchor(reference, token, state.ref_anchor);
   return state;
 }
 

@@ -47,7 +47,8 @@ class GradientRows {
   void set_zero(int64_t row) { std::memset(at(row), 0, rows_.row_bytes()); }
 
   void write(int64_t row, const Row& policy, const Row& reference, int64_t token,
-             const Upstream<double>& upstream, const RowStatistics& row_is, double temperature) {
+             const Upstream<double>& upstream, const RowStatistics& row_is, double temperature,
+             Vocabulary vocabulary = Vocabulary::whole) {
     if (is_zero(upstream)) {  // a token whose clip decides: nothing to look at
       set_zero(row);
       return;
@@ -63,7 +64,8 @@ class GradientRows {
         coefficients(upstream, sx, ref.sum, row_is.kl, row_is.entropy, temperature),
         upstream.logprob / temperature,
         // A p of about 1 / sx is the largest: in a flat row an error is spread thin.
-        kSumTolerance * sx * upstream_size / temperature};
+        vocabulary == Vocabulary::part ? INFINITY
+                                       : kSumTolerance * sx * upstream_size / temperature};
     // Kernels may look at a logit again after its gradient is written.
     const bool in_place = at(row) == policy.logits;
     thread_local std::vector<char> beside;

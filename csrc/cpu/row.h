@@ -22,12 +22,16 @@ struct RowGradient {
   double ref_anchor;
   Coefficients<double> c;
   double own;        // the sampled token's own share, g_logprob / temperature
-  double tolerance;  // of the sum over the vocabulary, which should be 0
+  double tolerance;  // of the sum over the vocabulary, which should be 0; of a part, +inf
 };
+
+// The token of a row of which these logits are a part, if it is not among them.
+constexpr int64_t kNoToken = -1;
 
 // One instruction set's kernels. A missing reference has logits == nullptr.
 struct RowKernels {
-  // The row's state, and its token's position from the anchors in *token_tx and *token_ty.
+  // The row's state, and its token's position from the anchors in *token_tx and *token_ty (+inf for
+  // kNoToken).
   RowState<double> (*fold)(const Row& policy, const Row& reference, int64_t vocab_size,
                            int64_t token, double* token_tx, double* token_ty);
   // Writes grad_logits [V] in the policy's dtype.

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -96,15 +97,20 @@ class States {
   int64_t n_rows_;
 };
 
+// Whether logits are all of their vocabulary, or a part that a token need not be in.
+enum class Vocabulary { whole, part };
+
 // The sampled tokens of the rows that count.
 class Tokens {
  public:
-  Tokens(const Tensor& token_ids, const std::optional<Tensor>& mask, const Logits& logits)
+  Tokens(const Tensor& token_ids, const std::optional<Tensor>& mask, const Logits& logits,
+         Vocabulary vocabulary = Vocabulary::whole)
       : ids_(data_of<int64_t>(token_ids, "token_ids", ScalarType::Long, logits.n_rows())),
         mask_(data_of<bool>(mask, "mask", ScalarType::Bool, logits.n_rows())) {
     const int64_t n_rows = logits.n_rows();
     for (int64_t row = 0; row < n_rows; ++row) {
-      if (counts(row) && (ids_[row] < 0 || ids_[row] >= logits.vocab_size()))
+      const bool elsewhere = vocabulary == Vocabulary::part && ids_[row] == kElsewhere;
+      if (counts(row) && !elsewhere && (ids_[row] < 0 || ids_[row] >= logits.vocab_size()))
         throw std::invalid_argument("token_ids holds " + std::to_string(ids_[row]) +
                                     " at an unmasked position; accepted: 0 to " +
                                     std::to_string(logits.vocab_size() - 1));
@@ -112,9 +118,11 @@ class Tokens {
   }
 
   bool counts(int64_t row) const { return mask_ == nullptr || mask_[row]; }
-  int64_t operator[](int64_t row) const { return ids_[row]; }
+  int64_t operator[](int64_t row) const { return ids_[row] == kElsewhere ? kNoToken : ids_[row]; }
 
  private:
+  static constexpr int64_t kElsewhere = -(int64_t{1} << 62);  // ELSEWHERE in schemas.py
+
   const int64_t* ids_;
   const bool* mask_;
 };
@@ -132,9 +140,12 @@ inline Finished<float> to_float(const Finished<double>& f) {
           float(f.entropy)};
 }
 
-// The anchor backward will subtract is a float, so the saved sum has to belong to that.
+// The anchor backward will subtract is a float, so the saved sums have to belong to that.
 inline RowState<double> as_saved(const RowState<double>& s) {
-  return move(s, double(float(s.anchor)), double(float(s.ref_anchor)));
+  const auto saved = [](double anchor) {
+    return double(float(std::max<double>(anchor, Limits<float>::kEmptyAnchor)));
+  };
+  return move(s, saved(s.anchor), saved(s.ref_anchor));
 }
 
 inline const Row kNoReference{nullptr, Dtype::float32, 1, 0};

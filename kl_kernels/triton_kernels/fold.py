@@ -8,6 +8,7 @@ many rows there are.
 import triton
 import triton.language as tl
 
+from kl_kernels.triton_kernels.epilogues import reward_epilogue
 from kl_kernels.triton_kernels.math import (
     EMPTY_ANCHOR,
     INF,
@@ -19,7 +20,6 @@ from kl_kernels.triton_kernels.math import (
     merge,
     merge_all,
     move,
-    reward_epilogue,
 )
 from kl_kernels.triton_kernels.tiles import (
     fold_tile,

@@ -222,43 +222,6 @@ def backward(
 
 
 @triton.jit
-def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
-    """The KL reward without the score, and what to add to the advantage (see `epilogues.py`).
-
-    ESTIMATOR: an index into `schemas.ESTIMATORS`, k1, exact, k2, k3, abs.
-    """
-    k1 = f.logprob - f.ref_logprob
-    if ESTIMATOR == 0:
-        estimate = k1
-    elif ESTIMATOR == 1:
-        estimate = f.kl
-    elif ESTIMATOR == 2:
-        estimate = 0.5 * k1 * k1
-    elif ESTIMATOR == 3:
-        estimate = exp_minus_linear(-k1)
-    else:
-        estimate = tl.abs(k1)
-    if kl_clip is not None:
-        k1 = tl.clamp(k1, -kl_clip, kl_clip, KEEP_NAN)
-        estimate = tl.clamp(estimate, -kl_clip, kl_clip, KEEP_NAN)
-    correction = tl.zeros_like(k1)
-    if ESTIMATOR == 1:
-        correction = (k1 - estimate) * -kl_coef
-    # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
-    reward = tl.where(kl_coef == 0.0, 0.0, estimate * -kl_coef)
-    return reward, tl.where(kl_coef == 0.0, 0.0, correction)
-
-
-@triton.jit
-def exp_minus_linear(d):
-    """exp(d) - 1 - d; near 0 by its series, where the difference would cancel."""
-    series = d * d * (
-        1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))))
-    )  # fmt: skip
-    return tl.where(tl.abs(d) < 0.35, series, tl.exp(d) - 1.0 - d)
-
-
-@triton.jit
 def soft_capped(x, softcap):
     """The softcap's tanh, nothing where softcap is None; infinities stay (see `epilogues.py`).
 

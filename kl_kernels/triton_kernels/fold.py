@@ -100,7 +100,7 @@ def store_state(state_ptr, stride, s, HAS_REF: tl.constexpr):
         tl.store(state_ptr + 5 * stride, s.rk)
         tl.store(state_ptr + 6 * stride, s.fk)
         tl.store(state_ptr + 7 * stride, s.gap)
-        tl.store(state_ptr + 8 * stride, s.ref_gap)
+        tl.store(state_ptr + 8 * stride, s.least_gap)
 
 
 @triton.jit
@@ -108,15 +108,15 @@ def load_state(state_ptr, stride, mask, HAS_REF: tl.constexpr):
     anchor = tl.load(state_ptr, mask, 0.0)
     sx = tl.load(state_ptr + stride, mask, 1.0)
     ex = tl.load(state_ptr + 2 * stride, mask, 0.0)
-    ref_anchor, sy, rk, fk, gap, ref_gap = anchor, sx, ex, ex, ex, ex
+    ref_anchor, sy, rk, fk, gap, least_gap = anchor, sx, ex, ex, ex, ex
     if HAS_REF:
         ref_anchor = tl.load(state_ptr + 3 * stride, mask, 0.0)
         sy = tl.load(state_ptr + 4 * stride, mask, 1.0)
         rk = tl.load(state_ptr + 5 * stride, mask, 0.0)
         fk = tl.load(state_ptr + 6 * stride, mask, 0.0)
         gap = tl.load(state_ptr + 7 * stride, mask, 0.0)
-        ref_gap = tl.load(state_ptr + 8 * stride, mask, 0.0)
-    return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, gap, ref_gap)
+        least_gap = tl.load(state_ptr + 8 * stride, mask, 0.0)
+    return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, gap, least_gap)
 
 
 STATE_FIELDS = 9  # what the two functions above agree on

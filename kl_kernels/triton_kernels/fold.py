@@ -166,15 +166,12 @@ def fold_kernel(
         x_ptr, y_ptr, xt, yt, n_full, n_rest, k, ref_k, softcap, ref_softcap,
         STEPS, N, LANE, HAS_REF,
     )  # fmt: skip
-    state_ptr = states_ptr + split.to(tl.int64) * n_rows + row
-    stride = n_rows.to(tl.int64) * n_splits
-    # Stored first and then overwritten, by the same thread: keeping it would cost registers.
-    store_state(state_ptr, stride, s, HAS_REF)
     if not sound:
         s = fold_careful(
             x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
         )  # fmt: skip
-        store_state(state_ptr, stride, s, HAS_REF)
+    state_ptr = states_ptr + split.to(tl.int64) * n_rows + row
+    store_state(state_ptr, n_rows.to(tl.int64) * n_splits, s, HAS_REF)
 
 
 @triton.jit(

@@ -67,8 +67,6 @@ def compile_for(arch: str, variant: Variant) -> tuple[Kernel, dict[str, bytes]]:
     # One lane per thread, whatever the size of a warp.
     lanes = variant.arguments.get("N", launch.CONFIG.lanes)
     options = {**launch.COMPILE, "num_warps": lanes // target.warp_size}
-    if target.backend == "hip":
-        variant.arguments.pop("maxnreg", None)
     arguments = {name: MockTensor.wrap_dtype(a) for name, a in variant.arguments.items()}
     compiled = variant.kernel.warmup(grid=(1,), **{**arguments, **options})
     if target.backend == "hip":

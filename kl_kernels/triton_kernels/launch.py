@@ -59,10 +59,6 @@ VECTOR_BYTES = 16  # the widest load of one thread
 # One stage: there is nothing to pipeline through shared memory.
 COMPILE: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
 
-# Of a thread of the kernels that read the vocabulary: half of an SM's threads stay resident. Triton
-# 3.6 takes up to 80 unasked, and issues no instruction less. AMD's compiler knows no such option.
-REGISTERS: dict[str, int] = {"maxnreg": 64} if torch.version.hip is None else {}
-
 
 def token_stats(
     logits: Tensor,  # [B, T, V]
@@ -315,10 +311,7 @@ def _tile(*tensors: Tensor | None) -> dict[str, int]:
     lane, steps = VECTOR_BYTES // max(t.itemsize for t in logits), CONFIG.steps
     if not all(map(_rows_are_aligned, logits)):
         lane, steps = 1, CONFIG.unaligned_steps
-    return {
-        "STEPS": steps, "N": CONFIG.lanes, "LANE": lane,
-        "num_warps": CONFIG.num_warps, **REGISTERS,
-    }  # fmt: skip
+    return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
 
 
 def _policy_loss_tile(*tensors: Tensor | None) -> dict[str, int]:

@@ -38,10 +38,18 @@ class LaunchConfig:
     fold_split: int = 32768
     # No work around the loop to speak of.
     backward_split: int = 16384
-    # TODO
+    # Programs of whole rows, as wide as one may be: with 64 registers a thread it has an SM to
+    # itself, and what it read first is read again, from the row's end, before too many others' rows
+    # have passed through the L2. An H200 has 50 MiB for 132 rows, 397 kB each. At V = 128k in bf16
+    # a row is 257 kB and a pair 513 kB. So the second look should hit
+    #     all of the row, and 397 / 513 = 77 % of the pair, if lines read for the last time and the
+    #     gradient's make room for the others, as they are asked to (evict-first), and
+    #     397 / (257 + 257) = 77 % and 397 / (513 + 257) = 52 % if they do not,
+    # from arithmetic, unmeasured; programs of half the width, two to an SM, would halve that. Two
+    # loads of 16 bytes by 1024 threads are 32 kB in flight, which an H200 needs 29 kB of.
     policy_loss_lanes: int = 1024
     policy_loss_warps: int = 32
-    # Enough to fill any GPU (eight of four warps per SM), few to start and leave again.
+    # Eight to an SM of an H200, enough to fill it; few, because mostly they only see a factor of 1.
     scale_programs: int = 1056
     finish_rows: int = 128
     gae_block: int = 512

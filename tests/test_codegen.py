@@ -65,6 +65,15 @@ def test_no_kernel_touches_local_memory(arch, command):
         assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], listing
 
 
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_barriers_keep_the_tokens_own_gradient_apart(arch, command):
+    """Its logit is read before another thread overwrites it, its place is written after."""
+    *_, out = command(arch)
+    for kernel in ("backward-KL", "backward-both-KLs", "backward-no-KL"):
+        code = [text for _, text in sass.INSTRUCTION.findall((out / f"{kernel}.sass").read_text())]
+        assert sum("BAR.SYNC" in text for text in code) >= 2
+
+
 def test_every_kernel_compiles_for_amd_without_spills(command):
     returncode, shown, errors, out = command("gfx942")
     assert returncode == 0, errors
@@ -155,7 +164,7 @@ def test_registers_and_spills_are_told(arch):
 
 # The prediction, in numbers one can work out by hand.
 
-CHIP = Chip("sm_90", sms=100, clock=1e9, bandwidth=2e12, shared=228 * 1024, l2=50_000_000)
+CHIP = Chip("sm_90", sms=100, clock=1e9, bandwidth=2e12, shared=228 * 1024, l2=50)
 
 
 def test_limits_are_amounts_over_rates():
@@ -170,9 +179,9 @@ def test_limits_are_amounts_over_rates():
 def test_a_second_look_saves_what_the_l2_still_holds():
     fold = sass.Loop(Counter({"LDG.E.128": 1}), units=4)
     gradient = sass.Loop(Counter({"LDG.E.128": 1, "STG.E.64": 1}), units=4)
-    # 100 rows of 400 kB are 40 of 50 MB; of 1 MB, 100.
-    assert second_look_hits(400_000, 100, CHIP) == 1
-    assert second_look_hits(1_000_000, 100, CHIP) == 0.5
+    # Of 100 rows: 40 of 50 MiB, and 100.
+    assert second_look_hits(400 << 10, 100, CHIP) == 1
+    assert second_look_hits(1 << 20, 100, CHIP) == 0.5
     # Per unit 4 bytes, and 4 again and 2 to be written.
     assert visit(fold, gradient, 0.0, 10**9, CHIP) == pytest.approx(10 / 2e3)
     assert visit(fold, gradient, 0.5, 10**9, CHIP) == pytest.approx(8 / 2e3)

@@ -63,13 +63,14 @@ def kl_backward(x, y, token_ids, grad):
 def policy_loss(x, y, token_ids, grad, backend=triton_kernels, **changed):
     """The operator, by names; the ratio is anything but clipped unless `changed` says so."""
     ones = torch.ones(token_ids.shape)
-    arguments = dict(
-        ref_logits=y, token_ids=token_ids, mask=MASK, old_logprobs=None, advantages=ones,
-        token_weights=ones / 6, importance_weights=None, ref_logprobs=None,
-        clip_low=0.2, clip_high=0.2, dual_clip=None, log_ratio_clamp=20.0,
-        kl_coef=0.1, kl_estimator=ESTIMATORS.index("exact"), entropy_coef=0.01,
-        temperature=0.9, ref_temperature=1.1, softcap=None, ref_softcap=30.0,
-    )  # fmt: skip
+    arguments = {
+        "ref_logits": y, "token_ids": token_ids, "mask": MASK, "old_logprobs": None,
+        "advantages": ones, "token_weights": ones / 6,
+        "importance_weights": None, "ref_logprobs": None,
+        "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "log_ratio_clamp": 20.0,
+        "kl_coef": 0.1, "kl_estimator": ESTIMATORS.index("exact"), "entropy_coef": 0.01,
+        "temperature": 0.9, "ref_temperature": 1.1, "softcap": None, "ref_softcap": 30.0,
+    }  # fmt: skip
     return backend.policy_loss(x, **{**arguments, **changed}, grad_logits=grad)
 
 
@@ -107,6 +108,19 @@ def test_nothing_is_written_around_the_gradient(padding, write):
     assert (buffer == 7).all()
 
 
+@pytest.mark.parametrize("write", WRITERS)
+def test_stores_are_as_wide_as_the_buffer_allows(write, monkeypatch):
+    """The interpreter stores anywhere: a GPU faults where lanes are wider than rows are aligned."""
+    tiles, tile = [], launch._tile
+    monkeypatch.setattr(launch, "_tile", lambda *t: tiles.append(tile(*t)) or tiles[-1])
+    x, y, token_ids = draw()
+    grad = torch.empty(2, 3, V + 3)[..., 3:]
+    write(x, y, token_ids, grad)
+    assert tiles[-1]["LANE"] == 1
+    triton_kernels.scale_gradient(grad, torch.tensor(2.0))
+    assert tiles[-1]["LANE"] == 1
+
+
 def test_a_gradient_far_away_does_not_wrap(tmp_path):
     """Rows 2^30 numbers apart, in a sparse file."""
     x, y, token_ids = (t[:1] for t in draw(dtype=torch.bfloat16))
@@ -137,11 +151,11 @@ def test_the_policy_loss_does_not_depend_on_tiles(layout, estimator):
     x[1, 0, 40:50], y[1, 0, 40:50] = -torch.inf, -torch.inf
     g = torch.Generator().manual_seed(1)
     old = -3 + torch.randn(2, 3, generator=g)
-    options = dict(
-        old_logprobs=old, advantages=torch.randn(2, 3, generator=g), dual_clip=3.0,
-        importance_weights=torch.rand(2, 3, generator=g), ref_logprobs=old - 0.3,
-        kl_estimator=ESTIMATORS.index(estimator), log_ratio_clamp=4.0,
-    )  # fmt: skip
+    options = {
+        "old_logprobs": old, "advantages": torch.randn(2, 3, generator=g), "dual_clip": 3.0,
+        "importance_weights": torch.rand(2, 3, generator=g), "ref_logprobs": old - 0.3,
+        "kl_estimator": ESTIMATORS.index(estimator), "log_ratio_clamp": 4.0,
+    }  # fmt: skip
     grads = torch.empty_like(x), torch.empty_like(x)
     terms = policy_loss(x, y, token_ids, grads[0], **options)
     expected = policy_loss(x, y, token_ids, grads[1], reference, **options)
@@ -183,7 +197,7 @@ def test_without_a_kl_gradient_the_reference_is_not_read_again(read_again):
 def test_a_row_without_a_gradient_is_not_read_again(coefficient, read_again):
     x, y, token_ids = draw()
     logprob = triton_kernels.token_stats(x, token_ids, MASK, 0.9, None)[0]
-    clipped = dict(old_logprobs=logprob - 1, kl_coef=0.0, entropy_coef=0.0)
+    clipped = {"old_logprobs": logprob - 1, "kl_coef": 0.0, "entropy_coef": 0.0}
     if coefficient is not None:
         clipped[coefficient] = 0.1
     grad = torch.full_like(x, torch.nan)

@@ -21,8 +21,7 @@ class Budget:
     bytes: float  # each logit once
 
 
-# A little above what Triton 3.8 and 3.9 reach, by kernel and loop. 3.6 and 3.7 need up to 80
-# registers and 10 % more instructions for the pair.
+# A little above what Triton 3.6 to 3.9 reach, by kernel and loop.
 BUDGETS = {
     ("fold: policy and reference", "fast"): Budget(15.0, 2.0, 4.0),
     # A running maximum costs an exponential per tile and model.

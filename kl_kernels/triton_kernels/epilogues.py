@@ -62,7 +62,10 @@ def policy_loss_epilogue(
     clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, entropy_coef,
     ESTIMATOR: tl.constexpr, HAS_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """HAS_KL, HAS_ENTROPY: whether their coefficient is not 0. Where it is, inf is nobody's loss."""
+    """HAS_KL, HAS_ENTROPY: whether their coefficients differ from 0.
+
+    If not they are left out: 0 * inf would be NaN.
+    """
     log_ratio = clamp(log_ratio, log_ratio_clamp)
     ratio = tl.exp(log_ratio)
     unclipped = -advantage * ratio

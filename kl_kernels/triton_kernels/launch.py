@@ -17,8 +17,8 @@ from kl_kernels.triton_kernels.fold import (
     finish_kernel,
     fold_kernel,
 )
-from kl_kernels.triton_kernels.math import LOG2E
 from kl_kernels.triton_kernels.loss import policy_loss_kernel
+from kl_kernels.triton_kernels.math import LOG2E
 from kl_kernels.triton_kernels.scale import scale_kernel
 from kl_kernels.triton_kernels.scan import gae_kernel
 
@@ -38,15 +38,15 @@ class LaunchConfig:
     fold_split: int = 32768
     # No work around the loop to speak of.
     backward_split: int = 16384
-    # Programs of whole rows, as wide as one may be: with 64 registers a thread it has an SM to
-    # itself, and what it read first is read again, from the row's end, before too many others' rows
-    # have passed through the L2. An H200 has 50 MiB for 132 rows, 397 kB each. At V = 128k in bf16
-    # a row is 257 kB and a pair 513 kB. So the second look should hit
-    #     all of the row, and 397 / 513 = 77 % of the pair, if lines read for the last time and the
-    #     gradient's make room for the others, as they are asked to (evict-first), and
-    #     397 / (257 + 257) = 77 % and 397 / (513 + 257) = 52 % if they do not,
-    # from arithmetic, unmeasured; programs of half the width, two to an SM, would halve that. Two
-    # loads of 16 bytes by 1024 threads are 32 kB in flight, which an H200 needs 29 kB of.
+    # A program has a whole row, and is as wide as can be: with 64 registers a thread it fills an SM,
+    # so that few rows share the L2 until their second look. An H200 has 50 MiB for 132 rows, 397 kB
+    # each. At V = 128256 in bf16 a row has 257 kB, a pair 513 kB. Predicted, not measured, with all
+    # rows in step: the second look hits
+    #     all of the row, 397 / 513 = 77 % of the pair, if what is read for the last time and what
+    #     is written makes room at once, as it is asked to (evict-first);
+    #     397 / (257 + 257) = 77 % of the row, 397 / (513 + 257) = 52 % of the pair, if not.
+    # Two programs of 512 threads per SM would halve that, but fill each other's pauses. Two loads
+    # of 16 bytes by 1024 threads keep 32 kB in flight, of the 29 kB that an H200's SM needs.
     policy_loss_lanes: int = 1024
     policy_loss_warps: int = 32
     # Eight to an SM of an H200, enough to fill it; few, because mostly they only see a factor of 1.
@@ -57,9 +57,7 @@ class LaunchConfig:
 
 # AMD's warps have 64 threads.
 CONFIG = (
-    LaunchConfig()
-    if torch.version.hip is None
-    else LaunchConfig(num_warps=2, policy_loss_warps=16)
+    LaunchConfig() if torch.version.hip is None else LaunchConfig(num_warps=2, policy_loss_warps=16)
 )
 VECTOR_BYTES = 16  # the widest load of one thread
 

@@ -13,7 +13,7 @@ def scale_kernel(
     n_rows, n_tokens, vocab_size, batch_stride, token_stride,
     STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every so-manieth tile: the fewer there are, the sooner they find a 1."""
+    """Programs stride over all tiles, so that a factor of 1 is found out by a few of them."""
     factor = tl.load(factor_ptr)
     if factor == 1.0:
         return

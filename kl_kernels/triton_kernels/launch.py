@@ -38,7 +38,7 @@ class LaunchConfig:
     fold_split: int = 32768
     # No work around the loop to speak of.
     backward_split: int = 16384
-    # A program has a whole row, and is as wide as can be: with 64 registers a thread it fills an SM,
+    # A program has a whole row, and is as wide as can be: with 64 registers each it fills an SM,
     # so that few rows share the L2 until their second look. An H200 has 50 MiB for 132 rows, 397 kB
     # each. At V = 128256 in bf16 a row has 257 kB, a pair 513 kB. Predicted, not measured, with all
     # rows in step: the second look hits

@@ -1,0 +1,87 @@
+"""Rows whose vocabulary comes in parts: tiles of a linear head, shards of several ranks.
+
+A part's state is what the operator `fold_part` returns, [F, B, T] with the fields of
+`schemas.STATE_FIELDS`. Here states are merged and finished, a few numbers per row in float64; the
+vocabulary itself is the kernels' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_kernels.algebra import Finished, RowState, finish, merge
+from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS
+
+
+class Part(NamedTuple):
+    """A row state and its token's position from the anchors, each [B, T] float64."""
+
+    state: RowState
+    token_tx: Tensor
+    token_ty: Tensor
+
+
+def local_token_ids(token_ids: Tensor, start: int, size: int) -> Tensor:  # [B, T]
+    """Token ids counted from `start`, ELSEWHERE where that part of `size` does not hold them."""
+    local = token_ids - start
+    return torch.where((local >= 0) & (local < size), local, ELSEWHERE)
+
+
+def merge_parts(states: Iterable[Tensor]) -> Part:  # [F, B, T] each
+    """The state of the whole. The order of the parts is the order of rounding."""
+    whole, *others = map(_unpack, states)
+    for other in others:
+        whole = _merge(whole, other)
+    return whole
+
+
+def _unpack(state: Tensor) -> Part:  # [F, B, T]
+    values = state.double().unbind()
+    if len(values) == ALONE_FIELDS:
+        anchor, sx, ex, tx = values
+        zero = torch.zeros_like(sx)  # a policy alone is its own reference
+        return Part(RowState(anchor, anchor, sx, sx, ex, zero, zero), tx, tx)
+    fields = dict(zip(STATE_FIELDS, values))
+    token = fields.pop("token_tx"), fields.pop("token_ty")
+    return Part(RowState(**fields), *token)
+
+
+def _merge(s: Part, t: Part) -> Part:
+    state = merge(s.state, t.state)
+
+    def token(of_s: Tensor, of_t: Tensor, field: str) -> Tensor:
+        """The one that is not ELSEWHERE (+inf); NaN stays."""
+        anchor, of_s_, of_t_ = (getattr(p, field) for p in (state, s.state, t.state))
+        return torch.minimum(of_s + (of_s_ - anchor), of_t + (of_t_ - anchor))
+
+    return Part(
+        state,
+        token(s.token_tx, t.token_tx, "anchor"),
+        token(s.token_ty, t.token_ty, "ref_anchor"),
+    )
+
+
+class Whole(NamedTuple):
+    """What `token_kl` returns and saves, each [B, T] or, states, [2, B, T]; 0 where masked."""
+
+    outputs: Finished
+    policy_state: Tensor
+    ref_state: Tensor
+
+
+def finish_parts(part: Part, mask: Tensor | None, dtype: torch.dtype) -> Whole:  # mask: [B, T]
+    s = part.state
+    finished = finish(s, part.token_tx + s.anchor, part.token_ty + s.ref_anchor)
+
+    def kept(value: Tensor) -> Tensor:
+        return (value if mask is None else torch.where(mask, value, 0.0)).to(dtype)
+
+    return Whole(
+        Finished(*map(kept, finished)),
+        torch.stack([kept(s.anchor), kept(s.sx)]),
+        torch.stack([kept(s.ref_anchor), kept(s.sy)]),
+    )

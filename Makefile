@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo test validate bench bench-cpu bench-ppo gpu abi lint format clean
+.PHONY: ppo test validate bench bench-cpu bench-ppo bench-careful gpu abi lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels ppo $(ARGS)
@@ -23,6 +23,10 @@ bench-cpu: $(READY)
 
 bench-ppo: $(READY)
 	$(BIN)/python bench/ppo.py $(ARGS)
+	$(BIN)/python bench/readme.py
+
+bench-careful: $(READY)
+	$(BIN)/python bench/careful.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
 bench: $(READY)

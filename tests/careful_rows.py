@@ -29,7 +29,7 @@ def careful_rows(n_rows, vocab_size, starts, tile, most):
         first, last = pick((start, start + tile), (end - tile, end), (end - 1, end), (start, end))
         n = pick(1, 1, tile // 8)
         where = torch.randint(first, last, (n,), generator=g)
-        trouble = pick(0.0, -torch.inf, LOWEST, *(uniform(-2, 2) + height for _ in range(4)))
+        trouble = pick(0.0, -torch.inf, LOWEST, *(uniform(-0.5, 0.5) + height for _ in range(4)))
         for models in pick((x,), (y,), (x, y)):
             models[row, where] = trouble
         if pick(True, False):

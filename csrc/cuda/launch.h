@@ -1,6 +1,7 @@
 // How the vocabulary is spread over threads and blocks: all of the launch policy, with its reasons.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "operators.h"
@@ -27,6 +28,18 @@ struct LaunchPolicy {
   // 66 rows occupy an H200. Of smaller parts, starting and finishing would be a larger share: about
   // 400 instructions a thread, beside 13 for each of its 256 pairs of logits.
   static constexpr int kPart = 65536;
+
+  // scale_gradient: eight blocks for each of an H200's SMs.
+  static constexpr int kScaleBlocks = 1056;
+};
+
+struct PolicyLossLaunch {
+  struct Resident {
+    static constexpr int kThreads = 256, kUnroll = 1, kBlocksPerSm = 3;
+  };
+  struct Reread {
+    static constexpr int kThreads = 1024, kUnroll = 1, kBlocksPerSm = 1;
+  };
 };
 
 // How a row is split: parts of about the same size, each but the last of whole tiles. (Blocks are
@@ -46,18 +59,40 @@ Split split_of(int64_t vocab_size) {
   return {static_cast<uint32_t>(divide_up(vocab_size, part_size)), static_cast<int>(part_size)};
 }
 
+struct Grid {
+  int64_t n_blocks;
+  int n_threads;
+  int shared_bytes = 0;           // dynamic shared memory of a block
+  uint32_t blocks_per_cluster = 1;  // divides n_blocks
+};
+
 // Launches `kernel` unless there is nothing to do. (A function, where <<<>>> is syntax: tests run
 // this very code as plain C++.)
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t n_blocks, int n_threads,
-                   cudaStream_t stream, Arguments&&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+                   Arguments&&... arguments) {
   constexpr int64_t kMostBlocks = 0x7fffffff;
-  if (n_blocks == 0) return cudaSuccess;
-  if (n_blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+  if (grid.n_blocks == 0) return cudaSuccess;
+  if (grid.n_blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(n_blocks));
-  config.blockDim = dim3(static_cast<unsigned>(n_threads));
+  config.gridDim = dim3(static_cast<unsigned>(grid.n_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.n_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = stream;
+  if (grid.shared_bytes > 0) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   grid.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster{};
+  if (grid.blocks_per_cluster > 1) {  // GPUs before sm_90 know no such attribute
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = grid.blocks_per_cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
 }
 

@@ -38,7 +38,7 @@ struct PolicyLossLaunch {
     static constexpr int kThreads = 256, kUnroll = 1, kBlocksPerSm = 3;
   };
   struct Reread {
-    static constexpr int kThreads = 1024, kUnroll = 1, kBlocksPerSm = 1;
+    static constexpr int kThreads = 768, kUnroll = 1, kBlocksPerSm = 1;
   };
 };
 

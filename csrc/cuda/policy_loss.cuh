@@ -39,7 +39,7 @@ __device__ inline PolicyLossInputs inputs_of(const PolicyLossTokens& tokens, uin
 
 // In float64, like every finish; x and y are the token's logits.
 template <bool kReference>
-__device__ RowGradient finish_loss(const Rows& rows, uint32_t row, const RowState<double>& s,
+__device__ RowGradient finish_loss(uint32_t row, const RowState<double>& s,
                                    const Logits& policy, const Logits& reference, double x,
                                    double y, const PolicyLossTokens& tokens,
                                    const PolicyLossShape& shape, double temperature,
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
   if (threadIdx.x < kWarp) {
     PolicyLoss loss;
     const RowGradient r =
-        finish_loss<kReference>(rows, row, merge_cluster(cluster, memory.state), policy, reference,
+        finish_loss<kReference>(row, merge_cluster(cluster, memory.state), policy, reference,
                                 x, y, tokens, shape, temperature, loss);
     if (threadIdx.x == 0) memory.gradient = r;
     if (writes_terms) write_terms(rows, row, loss, terms);

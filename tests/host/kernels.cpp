@@ -49,6 +49,19 @@ void host_device(int shared_per_block, int shared_per_sm, bool clusters) {
   attributes[cudaDevAttrClusterLaunch] = clusters;
 }
 
+// Over how many blocks the kernels for a GPU keep a bfloat16 or a float32 row; 0: nowhere.
+int host_blocks_per_row(int64_t vocab_size, bool float32, bool with_reference) {
+  using Policy = PolicyLossLaunch::Resident;
+  SharedMemory memory;
+  shared_memory(memory);
+  const auto n_parts = [&](auto element) {
+    using T = decltype(element);
+    return with_reference ? resident_split<Policy, T, true>(vocab_size, memory).n_parts
+                          : resident_split<Policy, T, false>(vocab_size, memory).n_parts;
+  };
+  return static_cast<int>(float32 ? n_parts(float{}) : n_parts(__nv_bfloat16{}));
+}
+
 int host_policy_loss(const Rows* rows, const Logits* policy, const Logits* reference,
                      const PolicyLossTokens* tokens, const PolicyLossShape* shape,
                      double temperature, const GradLogits* grad_logits, float* terms) {

@@ -129,10 +129,9 @@ class PerToken {
 };
 
 void token_stats_backward(const OptionalTensor& grad_logprob, const OptionalTensor& grad_entropy,
-                            const Tensor& logits, const Tensor& token_ids,
-                            const OptionalTensor& mask, const Tensor& policy_state,
-                            const Tensor& entropy, double temperature,
-                            std::optional<double> softcap, const Tensor& grad_logits) {
+                          const Tensor& logits, const Tensor& token_ids, const OptionalTensor& mask,
+                          const Tensor& policy_state, const Tensor& entropy, double temperature,
+                          std::optional<double> softcap, const Tensor& grad_logits) {
   const Logits policy = logits_of(logits, "logits", temperature, softcap);
   const PerToken per_token(logits);
   Saved saved{};
@@ -145,12 +144,12 @@ void token_stats_backward(const OptionalTensor& grad_logprob, const OptionalTens
 }
 
 void token_kl_backward(const OptionalTensor& grad_logprob, const OptionalTensor& grad_kl,
-                         const OptionalTensor& grad_forward_kl, const OptionalTensor& grad_entropy,
-                         const Tensor& logits, const Tensor& ref_logits, const Tensor& token_ids,
-                         const OptionalTensor& mask, const Tensor& policy_state,
-                         const Tensor& ref_state, const Tensor& kl, const Tensor& entropy,
-                         double temperature, double ref_temperature, std::optional<double> softcap,
-                         std::optional<double> ref_softcap, const Tensor& grad_logits) {
+                       const OptionalTensor& grad_forward_kl, const OptionalTensor& grad_entropy,
+                       const Tensor& logits, const Tensor& ref_logits, const Tensor& token_ids,
+                       const OptionalTensor& mask, const Tensor& policy_state,
+                       const Tensor& ref_state, const Tensor& kl, const Tensor& entropy,
+                       double temperature, double ref_temperature, std::optional<double> softcap,
+                       std::optional<double> ref_softcap, const Tensor& grad_logits) {
   const Logits policy = logits_of(logits, "logits", temperature, softcap);
   const Logits reference = logits_of(ref_logits, "ref_logits", ref_temperature, ref_softcap);
   check_like(ref_logits, "ref_logits", logits);
@@ -168,15 +167,15 @@ void token_kl_backward(const OptionalTensor& grad_logprob, const OptionalTensor&
   run_backward(logits, rows_of(logits, token_ids, mask), policy, reference, saved, grad_logits);
 }
 
-Tensor policy_loss_terms(
-    const Tensor& logits, const OptionalTensor& ref_logits, const Tensor& token_ids,
-    const Tensor& mask, const OptionalTensor& old_logprobs, const Tensor& advantages,
-    const Tensor& token_weights, const OptionalTensor& importance_weights,
-    const OptionalTensor& ref_logprobs, double clip_low, double clip_high,
-    std::optional<double> dual_clip, std::optional<double> log_ratio_clamp, double kl_coef,
-    int64_t kl_estimator, double entropy_coef, double temperature, double ref_temperature,
-    std::optional<double> softcap, std::optional<double> ref_softcap,
-    const OptionalTensor& grad_logits) {
+Tensor policy_loss_terms(const Tensor& logits, const OptionalTensor& ref_logits,
+                         const Tensor& token_ids, const Tensor& mask,
+                         const OptionalTensor& old_logprobs, const Tensor& advantages,
+                         const Tensor& token_weights, const OptionalTensor& importance_weights,
+                         const OptionalTensor& ref_logprobs, double clip_low, double clip_high,
+                         std::optional<double> dual_clip, std::optional<double> log_ratio_clamp,
+                         double kl_coef, int64_t kl_estimator, double entropy_coef,
+                         double temperature, double ref_temperature, std::optional<double> softcap,
+                         std::optional<double> ref_softcap, const OptionalTensor& grad_logits) {
   const Logits policy = logits_of(logits, "logits", temperature, softcap);
   Logits reference{};
   if (ref_logits) {
@@ -186,11 +185,10 @@ Tensor policy_loss_terms(
   GradLogits grad{};
   if (grad_logits) grad = grad_logits_of(*grad_logits, "grad_logits", logits);
   const PerToken per_token(logits);
-  const PolicyLossTokens tokens{per_token(old_logprobs, "old_logprobs"),
-                                per_token(advantages, "advantages"),
-                                per_token(token_weights, "token_weights"),
-                                per_token(importance_weights, "importance_weights"),
-                                per_token(ref_logprobs, "ref_logprobs")};
+  const PolicyLossTokens tokens{
+      per_token(old_logprobs, "old_logprobs"), per_token(advantages, "advantages"),
+      per_token(token_weights, "token_weights"),
+      per_token(importance_weights, "importance_weights"), per_token(ref_logprobs, "ref_logprobs")};
   const PolicyLossShape shape{static_cast<float>(clip_low),
                               static_cast<float>(clip_high),
                               static_cast<float>(dual_clip.value_or(INFINITY)),

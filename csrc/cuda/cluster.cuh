@@ -18,9 +18,7 @@ class Cluster {
   __device__ __forceinline__ void arrive() const {
     if (n_blocks_ > 1) cluster_arrive();
   }
-  __device__ __forceinline__ void wait() const {
-    n_blocks_ > 1 ? cluster_wait() : __syncthreads();
-  }
+  __device__ __forceinline__ void wait() const { n_blocks_ > 1 ? cluster_wait() : __syncthreads(); }
 
   // The same variable of the block of that rank.
   template <class T>

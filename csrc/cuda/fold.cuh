@@ -20,17 +20,20 @@ __device__ Extent glance(const Part<R, kReference>& part, float token_x, float t
   return {fmaxf(x, token_x), fmaxf(y, token_y), fminf(x, y)};
 }
 
-// The same and the first tile: where to anchor, and whether -inf is about.
+// The same, the first tile and what is left of the last: where to anchor, and whether -inf is
+// about.
 template <class Policy, bool kAligned, class P>
 __device__ Extent look(const P& part, Extent e, Meeting<Policy::kThreads>& meeting) {
   const int i = threadIdx.x * kLanes;
+  const auto see = [&e](int, float x, float y) { e = join(e, {x, y, fminf(x, y)}); };
+  for_each_left<Policy>(part, see);
   await_first_tile(part);
   if (i < part.whole()) {
     float x[kLanes], y[kLanes];
     unpack(part.x.template eight<kAligned>(i), x);
     unpack(part.y.template eight<kAligned>(i), y);
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) e = join(e, {x[j], y[j], fminf(x[j], y[j])});
+    for (int j = 0; j < kLanes; ++j) see(i + j, x[j], y[j]);
   }
   return join_block(e, meeting);
 }
@@ -114,8 +117,7 @@ __device__ RowState<float> fold_part(const P& part, const Extent& glanced,
   RowState<float> s = empty_state<float>();
   bool careful = e.smallest == -INFINITY;  // the same in all threads
   if (!careful) {
-    s = fold_fast<Policy, kAligned, kReference>(part, part.kx * e.largest,
-                                                part.ky * e.ref_largest);
+    s = fold_fast<Policy, kAligned, kReference>(part, part.kx * e.largest, part.ky * e.ref_largest);
     careful = __syncthreads_or(defeated(s.sums));
   }
   if (careful) s = fold_careful<Policy, kAligned>(part);

@@ -118,8 +118,8 @@ __device__ Arriving<HeldRow<T>, kReference> hold(const Part<Row<T>, kReference>&
   const int whole = part.whole(), tiles = (whole + kTile - 1) / kTile;
   const HeldRow<T> x(memory, size, whole);
   const HeldRow<T> y(static_cast<char*>(memory) + HeldRow<T>::bytes(size), size, whole);
-  const Arriving<HeldRow<T>, kReference> held{
-      {x, kReference ? y : x, part.size, part.kx, part.ky}, (tiles + kWaves - 1) / kWaves * kTile};
+  const Arriving<HeldRow<T>, kReference> held{{x, kReference ? y : x, part.size, part.kx, part.ky},
+                                              (tiles + kWaves - 1) / kWaves * kTile};
   const auto fetch_from = [](const Row<T>& from, const HeldRow<T>& to, int begin, int end) {
     from.aligned() ? fetch<Policy, true>(from, to, begin, end)
                    : fetch<Policy, false>(from, to, begin, end);

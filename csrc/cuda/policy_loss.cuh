@@ -39,14 +39,12 @@ __device__ inline PolicyLossInputs inputs_of(const PolicyLossTokens& tokens, uin
 
 // In float64, like every finish; x and y are the token's logits.
 template <bool kReference>
-__device__ RowGradient finish_loss(uint32_t row, const RowState<double>& s,
-                                   const Logits& policy, const Logits& reference, double x,
-                                   double y, const PolicyLossTokens& tokens,
-                                   const PolicyLossShape& shape, double temperature,
-                                   PolicyLoss& loss) {
+__device__ RowGradient finish_loss(uint32_t row, const RowState<double>& s, const Logits& policy,
+                                   const Logits& reference, double x, double y,
+                                   const PolicyLossTokens& tokens, const PolicyLossShape& shape,
+                                   double temperature, PolicyLoss& loss) {
   const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
-  const double ty =
-      kReference ? from_anchor(y, static_cast<double>(reference.k), s.ref_anchor) : 0;
+  const double ty = kReference ? from_anchor(y, static_cast<double>(reference.k), s.ref_anchor) : 0;
   Finished<double> f = finish(s.sums, tx, ty);
   if (!kReference) f.kl = 0;  // of a policy alone, it is undefined
   const PolicyLossInputs inputs = inputs_of(tokens, row, static_cast<float>(f.logprob));
@@ -93,8 +91,10 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
   constexpr Cache kCache = kResident ? Cache::stream : Cache::keep;
   const auto part = part_of<Row<T, kCache>, kReference>(rows, policy, reference, place);
   const auto held = [&] {
-    if constexpr (kResident) return hold<Policy>(part, &memory + 1, split.part_size);
-    else return part;
+    if constexpr (kResident)
+      return hold<Policy>(part, &memory + 1, split.part_size);
+    else
+      return part;
   }();
   const int64_t token = rows.token_ids[row];
   const float x = token_logit<T>(policy, rows, row);
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
   if (threadIdx.x < kWarp) {
     PolicyLoss loss;
     const RowGradient r =
-        finish_loss<kReference>(row, merge_cluster(cluster, memory.state), policy, reference,
-                                x, y, tokens, shape, temperature, loss);
+        finish_loss<kReference>(row, merge_cluster(cluster, memory.state), policy, reference, x, y,
+                                tokens, shape, temperature, loss);
     if (threadIdx.x == 0) memory.gradient = r;
     if (writes_terms) write_terms(rows, row, loss, terms);
   }
@@ -124,8 +124,10 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
     // What was read last is the likeliest to be in the L2 cache still.
     constexpr Order kOrder = kResident ? Order::forwards : Order::backwards;
     const auto again = [&] {
-      if constexpr (kResident) return Part<HeldRow<T>, kReference>(held);
-      else return part_of<Row<T>, kReference>(rows, policy, reference, place);
+      if constexpr (kResident)
+        return Part<HeldRow<T>, kReference>(held);
+      else
+        return part_of<Row<T>, kReference>(rows, policy, reference, place);
     }();
     const int64_t here = token - place.begin;
     if (r.terms == Terms::none)
@@ -175,9 +177,9 @@ int64_t resident_bytes(const Split& split) {
   return sizeof(BlockMemory<Policy::kThreads>) + kModels * HeldRow<T>::bytes(split.part_size);
 }
 
-// The split of a row that stays on chip, by V, dtype and reference alone; n_parts is 0 if it cannot.
-// The smallest cluster that leaves room for three blocks per SM: while one of them waits for its
-// row or for the others, two keep the memory busy. Otherwise for two, or for one.
+// The split of a row that stays on chip, by V, dtype and reference alone; n_parts is 0 if it
+// cannot. The smallest cluster that leaves room for three blocks per SM: while one of them waits
+// for its row or for the others, two keep the memory busy. Otherwise for two, or for one.
 template <class Policy, class T, bool kReference>
 Split resident_split(int64_t vocab_size, const SharedMemory& memory) {
   const int64_t largest = memory.clusters ? kLargestCluster : 1;
@@ -210,8 +212,7 @@ cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Log
   const cudaError_t error = shared_memory(memory);
   if (error != cudaSuccess) return error;
   const auto run = [&](auto kernel, int n_threads, const Split& split, int64_t bytes) {
-    const Grid grid{rows.n_rows * split.n_parts, n_threads, static_cast<int>(bytes),
-                    split.n_parts};
+    const Grid grid{rows.n_rows * split.n_parts, n_threads, static_cast<int>(bytes), split.n_parts};
     return launch(kernel, grid, stream, rows, split, policy, reference, tokens, shape, temperature,
                   grad_logits, terms);
   };
@@ -226,7 +227,8 @@ cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Log
           return run(policy_loss_kernel<Policy, T, kReference, true>, Policy::kThreads, split,
                      resident_bytes<Policy, T, kReference>(split));
       }
-      using Policy = typename Launch::Reread;
+      using Policy = std::conditional_t<std::is_same_v<T, Any>, typename Launch::RereadAny,
+                                        typename Launch::Reread>;
       return run(policy_loss_kernel<Policy, T, kReference, false>, Policy::kThreads,
                  reread_split<Policy>(rows.vocab_size, memory),
                  sizeof(BlockMemory<Policy::kThreads>));

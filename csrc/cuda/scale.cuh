@@ -28,9 +28,8 @@ __global__ void __launch_bounds__(Policy::kThreads)
         for (int j = 0; j < kLanes; ++j) x[j] *= by;
         grad.template put_eight<kAligned>(at, x, x);
       };
-      for_each<Policy, kAligned>(part, eight, [&](int at, float x, float) {
-        grad.put(at, x * by, x);
-      });
+      for_each<Policy, kAligned>(part, eight,
+                                 [&](int at, float x, float) { grad.put(at, x * by, x); });
     };
     grad.aligned() ? scale(std::true_type{}) : scale(std::false_type{});
   }

@@ -120,7 +120,7 @@ struct Copy {
 inline thread_local Block* block;
 inline thread_local int turn;
 inline thread_local std::optional<std::barrier<>::arrival_token> arrived;
-inline thread_local std::vector<Copy> copies;           // since the last commit
+inline thread_local std::vector<Copy> copies;               // since the last commit
 inline thread_local std::vector<std::vector<Copy>> groups;  // committed, not yet waited for
 
 // What cudaDeviceGetAttribute answers; tests change it.
@@ -190,9 +190,7 @@ void wait_for_copies() {
   }
 }
 
-inline void cluster_arrive() {
-  cuda_on_host::arrived = cuda_on_host::block->cluster.here.arrive();
-}
+inline void cluster_arrive() { cuda_on_host::arrived = cuda_on_host::block->cluster.here.arrive(); }
 inline void cluster_wait() {
   cuda_on_host::block->cluster.here.wait(std::move(*cuda_on_host::arrived));
 }

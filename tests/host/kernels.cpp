@@ -22,6 +22,7 @@ struct SmallPolicyLossLaunch {
   struct Reread {
     static constexpr int kThreads = 64, kUnroll = 2, kBlocksPerSm = 1;
   };
+  using RereadAny = Reread;
 };
 
 extern "C" {
@@ -36,8 +37,7 @@ int host_forward(const Rows* rows, const Logits* policy, const Logits* reference
 
 int host_backward(const Rows* rows, const Logits* policy, const Logits* reference,
                   const Saved* saved, const GradLogits* grad_logits) {
-  return launch_backward<SmallLaunch>(*rows, *policy, *reference, *saved, *grad_logits,
-                                      nullptr);
+  return launch_backward<SmallLaunch>(*rows, *policy, *reference, *saved, *grad_logits, nullptr);
 }
 
 // What the kernels believe to run on: the shared memory of a block and of an SM, in bytes.

@@ -60,7 +60,7 @@ template <class Run>
 void on_devices(int64_t row_bytes, const Run& run) {
   constexpr int64_t kBesides = 600;
   for (const Device device :
-       {Device{row_bytes + kBesides, false}, {row_bytes / 2 + kBesides, true}, {0, true}}) {
+       {Device{row_bytes + kBesides, false}, {row_bytes / 2 + kBesides, true}, {0, false}}) {
     host_device(static_cast<int>(device.bytes), 1 << 20, device.clusters);
     run();
   }

@@ -8,9 +8,12 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <map>
 #include <memory>
@@ -108,8 +111,22 @@ struct Cluster {
     for (int i = 0; i < n_blocks; ++i)
       blocks.push_back(std::make_unique<Block>(n_threads, shared_bytes, *this));
   }
+  // A block's memory was read after so many arrivals of the reader: nobody may leave before all
+  // have arrived once more.
+  void read_after(int n_arrivals) {
+    int known = needed_waits;
+    while (known <= n_arrivals && !needed_waits.compare_exchange_weak(known, n_arrivals + 1)) {
+    }
+  }
+  void check_leave(int n_waits) const {
+    if (n_waits >= needed_waits) return;
+    fprintf(stderr, "a block left its cluster while others may have been reading its memory\n");
+    abort();
+  }
+
   std::barrier<> here;
   std::vector<std::unique_ptr<Block>> blocks;
+  std::atomic<int> needed_waits = 0;
 };
 
 struct Copy {
@@ -118,7 +135,7 @@ struct Copy {
 };
 
 inline thread_local Block* block;
-inline thread_local int turn;
+inline thread_local int turn, n_arrivals, n_waits;
 inline thread_local std::optional<std::barrier<>::arrival_token> arrived;
 inline thread_local std::vector<Copy> copies;               // since the last commit
 inline thread_local std::vector<std::vector<Copy>> groups;  // committed, not yet waited for
@@ -190,12 +207,17 @@ void wait_for_copies() {
   }
 }
 
-inline void cluster_arrive() { cuda_on_host::arrived = cuda_on_host::block->cluster.here.arrive(); }
+inline void cluster_arrive() {
+  ++cuda_on_host::n_arrivals;
+  cuda_on_host::arrived = cuda_on_host::block->cluster.here.arrive();
+}
 inline void cluster_wait() {
   cuda_on_host::block->cluster.here.wait(std::move(*cuda_on_host::arrived));
+  ++cuda_on_host::n_waits;
 }
 inline const void* shared_of_rank(const void* shared, uint32_t rank) {
   cuda_on_host::Block& mine = *cuda_on_host::block;
+  mine.cluster.read_after(cuda_on_host::n_arrivals);
   const ptrdiff_t offset =
       static_cast<const char*>(shared) - reinterpret_cast<const char*>(mine.shared.data());
   return reinterpret_cast<const char*>(mine.cluster.blocks[rank]->shared.data()) + offset;
@@ -234,12 +256,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     gridDim = config->gridDim;
     for (unsigned i = rank; i < config->gridDim.x; i += n_blocks) {
       blockIdx = dim3(i);
+      cuda_on_host::n_arrivals = cuda_on_host::n_waits = 0;
       if (thread == 0) block.forget_shared();
       __syncthreads();
       kernel(arguments...);
       __syncthreads();  // the next block's shared memory is this one's
       if (thread == 0) block.forget_shared();
+      cluster.here.arrive_and_wait();
+      cluster.check_leave(cuda_on_host::n_waits);
       cluster.here.arrive_and_wait();  // a cluster starts together
+      if (rank == 0 && thread == 0) cluster.needed_waits = 0;
     }
   };
   std::vector<std::thread> threads;

@@ -43,7 +43,11 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
   const auto grad = grad_row_of<T>(rows, policy, grad_logits, place);
   if (!counts(rows, row)) return write_zeros<Policy>(grad, place.size);
   __shared__ RowGradient of_row;
-  if (threadIdx.x == 0) of_row = saved_gradient<kReference>(rows, saved, row);
+  if (threadIdx.x == 0) {
+    // Copied, because ThreadSanitizer does not see what a function returns into memory.
+    const RowGradient computed = saved_gradient<kReference>(rows, saved, row);
+    of_row = computed;
+  }
   __syncthreads();  // without it the others would use coefficients that are not there yet
   const RowGradient r = of_row;  // in registers, not read again for every logit
   if (r.terms == Terms::none) return write_zeros<Policy>(grad, place.size);

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo test validate bench bench-cpu bench-ppo gpu lint format clean
+.PHONY: ppo test validate bench bench-cpu bench-traffic bench-ppo bench-careful gpu abi lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels ppo $(ARGS)
@@ -21,8 +21,16 @@ bench-cpu: $(READY)
 	$(BIN)/python bench/side_by_side.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
+bench-traffic: $(READY)
+	$(BIN)/python bench/traffic.py
+	$(BIN)/python bench/readme.py
+
 bench-ppo: $(READY)
 	$(BIN)/python bench/ppo.py $(ARGS)
+	$(BIN)/python bench/readme.py
+
+bench-careful: $(READY)
+	$(BIN)/python bench/careful.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
 bench: $(READY)
@@ -31,6 +39,14 @@ bench: $(READY)
 # On a machine with a GPU: its own python and torch, nothing installed. ARGS=DIR for the results.
 gpu:
 	$(PYTHON) bench/make_gpu.py $(ARGS)
+
+# The wheel, and whether it keeps to the stable ABIs: Python's, as its tag promises, and torch's.
+abi: $(VENV)/dev-ready
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/abi3audit --strict --verbose build/wheel/*.whl
+	$(BIN)/python -m zipfile -e build/wheel/*.whl build/wheel/unpacked
+	$(BIN)/torch-abi-audit --verbose --check both build/wheel/unpacked/kl_kernels
 
 lint: $(VENV)/dev-ready
 	$(BIN)/ruff check .

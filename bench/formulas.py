@@ -1,4 +1,4 @@
-"""The contenders: five outputs and a gradient, by the book and by the package."""
+"""The contenders: outputs, gradient and policy loss, by the book and by the package."""
 
 from __future__ import annotations
 
@@ -74,6 +74,40 @@ def with_gradient(call: Call) -> Call:
     return run
 
 
+KL_LOSS_COEF, ENTROPY_COEF = 0.1, 0.01
+PolicyLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def two_visits(call: Call) -> PolicyLoss:
+    """The loss from the outputs, as trainers have it: the logits are looked at again for it."""
+
+    def loss(logits: Tensor, ref_logits: Tensor, token_ids: Tensor) -> Tensor:
+        logprob, _, kl, _, entropy = (t[None] for t in call(logits, ref_logits, token_ids))
+        advantages, mask = torch.ones_like(logprob), torch.ones_like(logprob)
+        loss, _ = kl_kernels.ppo_policy_loss(logprob, logprob.detach(), advantages, mask)
+        return loss + KL_LOSS_COEF * kl.mean() - ENTROPY_COEF * entropy.mean()
+
+    return loss
+
+
+def one_visit(
+    logits: Tensor, ref_logits: Tensor, token_ids: Tensor, backend: str | None = None
+) -> Tensor:
+    advantages = mask = torch.ones(1, len(logits), device=logits.device)
+    loss, _ = kl_kernels.fused_policy_loss(
+        logits[None], token_ids[None], None, advantages, mask, ref_logits=ref_logits[None],
+        kl_loss_coef=KL_LOSS_COEF, entropy_coef=ENTROPY_COEF, loss_scale=1.0, backend=backend,
+    )  # fmt: skip
+    return loss
+
+
+def gradient_of(loss: PolicyLoss) -> Call:
+    def run(logits: Tensor, ref_logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(logits, ref_logits, token_ids), logits)
+
+    return run
+
+
 def make_inputs(n_rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """A policy not far from its reference, and tokens sampled from it."""
     generator = torch.Generator().manual_seed(0)
@@ -96,6 +130,9 @@ def check(n_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
         check_values(name, got, true)
     (grad,) = with_gradient(ours)(logits, ref_logits, token_ids)
     (true_grad,) = with_gradient(truth)(wide, ref_logits, token_ids)
+    check_gradient(grad, true_grad)
+    (grad,) = gradient_of(one_visit)(logits, ref_logits, token_ids)
+    (true_grad,) = gradient_of(two_visits(truth))(wide, ref_logits, token_ids)
     check_gradient(grad, true_grad)
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from formulas import (
     OUTPUTS,
+    Call,
     check_gradient,
     check_values,
     eager,
     eager_gradient,
     eager_logprob_gradient,
+    gradient_of,
+    one_visit,
+    two_visits,
     with_gradient,
 )
 from torch import Tensor
@@ -65,8 +70,9 @@ def make_buffers(
     saved: dict[str, tuple[Tensor, ...]] = {}
     for backend in backends:
         *_, kl_ours, _, entropy, policy_state, ref_state = torch.ops.kl_kernels.token_kl(
-            logits[None], ref_logits[None], token_ids[None], None, 1.0, 1.0, None, None, backend
-        )
+            logits[None], ref_logits[None], token_ids[None], None, 1.0, 1.0, None, None,
+            False, backend,
+        )  # fmt: skip
         saved[backend] = (torch.ones_like(kl_ours), policy_state, ref_state, kl_ours, entropy)
     return Buffers(logits, ref_logits, token_ids, log_sum, ref_log_sum, kl, saved)
 
@@ -148,12 +154,18 @@ def _both(backend: str) -> Launch:
 
 
 def _gradient_of(formula: Callable[..., tuple[Tensor, ...]]) -> Launch:
-    call = with_gradient(formula)
+    return _on_pair(with_gradient(formula))
 
+
+def _on_pair(call: Call) -> Launch:
     def launch(b: Buffers) -> tuple[Tensor, ...]:
         return call(b.logits.detach().requires_grad_(), b.ref_logits, b.token_ids)
 
     return launch
+
+
+def _one_visit(backend: str) -> Launch:
+    return _on_pair(gradient_of(partial(one_visit, backend=backend)))
 
 
 def eager_stats(
@@ -172,6 +184,25 @@ class WithGradient(Job):
         return _gradient_of(formula)
 
 
+class PolicyLoss(Job):
+    """A clipped loss with KL and entropy, and its gradient, through autograd."""
+
+    def plain(self, formula: Callable[..., tuple[Tensor, ...]]) -> Launch:
+        return _on_pair(gradient_of(two_visits(formula)))
+
+    def true_gradient(self, few: Buffers) -> Tensor:  # [T, V] float64
+        x = few.logits.double().requires_grad_()
+        exact = partial(eager, dtype=torch.float64)
+        return gradient_of(two_visits(exact))(x, few.ref_logits, few.token_ids)[0]
+
+    def check(self, launch: Launch, b: Buffers) -> None:
+        """The loss is a mean over all rows, of which only the last are checked."""
+        few = b.rows(CHECKED_ROWS)
+        share = len(few.token_ids) / len(b.token_ids)
+        got = launch(b)[0][-CHECKED_ROWS:].double() / share
+        check_gradient(got.to(b.logits.dtype), self.true_gradient(few))
+
+
 PAIR = ("logits", "ref_logits", "token_ids")
 JOBS = {
     "token_kl": Job(2, 0, OUTPUTS, _token_kl, eager, PAIR),
@@ -186,5 +217,6 @@ JOBS = {
         1, 1, (), lambda name: _backward(name, False), eager_logprob_gradient,
         ("logits", "token_ids", "log_sum"),
     ),
+    "policy loss": PolicyLoss(2, 1, (), _one_visit, eager, PAIR),
     "token_kl + gradient": WithGradient(4, 1, (), _both, eager, PAIR),
 }  # fmt: skip

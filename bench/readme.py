@@ -24,23 +24,26 @@ def cpu_table(results: dict[str, Any]) -> str:
         rows.setdefault((m["job"], m["dtype"], m["rows"]), {})[m["contender"]] = m
     vocab_size = results["measurements"][0]["vocab_size"]
     lines = [
-        f"| `token_kl`, V = {vocab_size} | rows | kl_kernels (spread) | torch.compile | eager "
+        f"| V = {vocab_size} | rows | kl_kernels (spread) | in two visits | torch.compile | eager "
         "| extra MB | page faults |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (job, dtype, n_rows), by in rows.items():
         all_three = ours, compiled, eager = by["kl_kernels"], by["torch.compile"], by["eager"]
         memory = " / ".join(f"{m['extra_mb']:.0f}" for m in all_three)
         faults = " / ".join(f"{m['page_faults']:.0f}" for m in all_three)
+        two_visits = f"{by['in two visits']['ratio']:.2f}x" if "in two visits" in by else ""
         spread = f"{ours['fastest_ms']:.1f} to {ours['slowest_ms']:.1f}"
         lines.append(
             f"| {job}, {dtype} | {n_rows} | {ours['median_ms']:.1f} ms ({spread}) "
-            f"| {compiled['ratio']:.1f}x | {eager['ratio']:.1f}x | {memory} | {faults} |"
+            f"| {two_visits} | {compiled['ratio']:.1f}x | {eager['ratio']:.1f}x "
+            f"| {memory} | {faults} |"
         )
     lines.append(
-        "\nMedians of interleaved rounds; torch.compile and eager as multiples of ours; memory and "
-        "faults of a call in the order of the columns before them. Gradient of logprob + kl + "
-        "entropy. On "
+        "\nMedians of interleaved rounds, the others as multiples of ours; memory and faults of a "
+        "call: ours / torch.compile / eager. forward: `token_kl`; backward: the gradient of "
+        "logprob + kl + entropy; policy loss: `fused_policy_loss` and its gradient, in two visits: "
+        "the same from `token_kl` and `ppo_policy_loss`. On "
         f"{results['device']} with {results['threads']} threads that read "
         f"{results['read_gb_per_s']:.0f} GB/s; torch {results['facts']['torch']}, commit "
         f"{results['commit']}. From `bench/results/cpu.json`, made by `make bench-cpu`."
@@ -72,7 +75,55 @@ def ppo_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu_table, "ppo": ppo_table}
+def traffic_sentence(results: dict[str, Any]) -> str:
+    """Tensors of logits through memory, in one visit and in two."""
+    one, two = results["tensors"]["one visit"], results["tensors"]["two visits"]
+    return (
+        f"A policy loss with an exact KL reads {one['read']:.2f} tensors of logits and writes "
+        f"{one['written']:.2f} (in two visits: {two['read']:.2f} and {two['written']:.2f}), "
+        f"counted by cachegrind behind a cache of {results['cache_bytes'] >> 20} MiB at V = "
+        f"{results['vocab_size']}, bfloat16; commit {results['commit']}. From "
+        "`bench/results/traffic.json`, made by `make bench-traffic`."
+    )
+
+
+def careful_table(results: dict[str, Any]) -> str:
+    """Which logits defeat the GPU kernels' fast loops, and what a pair of logits costs then."""
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for m in results["measurements"]:
+        if m["tokens"] == "sampled":
+            cases.setdefault(m["case"], {})[m["rule"]] = m
+    backends = ("triton", "cuda")
+    fast = [case for case, by in cases.items() if not any(by[b]["rows_careful"] for b in backends)]
+    lines = [
+        "| logits | V | `triton`: rows, instructions, reads | `cuda`: rows, instructions, reads |",
+        "|---|---|---|---|",
+    ]
+    for case, by in cases.items():
+        if case not in fast:
+            cells = (
+                f"{m['rows_careful']:.1%}, {m['instructions_per_pair']:.1f}, {m['reads']:.2f}"
+                for m in (by[b] for b in backends)
+            )
+            lines.append(f"| {case} | {by['cuda']['vocab_size']} | {' | '.join(cells)} |")
+    loops = {b: results["instructions"][b] for b in backends}
+    cost = "; ".join(f"`{b}` {n['fast']:.1f} and {n['careful']:.1f}" for b, n in loops.items())
+    lines.append(
+        "\nRows with a part that takes the careful loop; instructions and reads per pair of logits "
+        f"over all rows (fast and careful loop: {cost}). No row does with these logits: "
+        f"{'; '.join(fast)}. By the kernels' rules, on {results['rows']} rows of a small "
+        f"language model with sampled tokens; commit {results['commit']}. From "
+        "`bench/results/careful.json`, made by `make bench-careful`."
+    )
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cpu": cpu_table,
+    "traffic": traffic_sentence,
+    "ppo": ppo_table,
+    "careful": careful_table,
+}
 
 
 def rendered(readme: str) -> str:

@@ -1,8 +1,9 @@
 """The cpu backend beside torch.compile and eager, in one run, taking turns.
 
-Two jobs: `token_kl` (five outputs from two tensors of logits), and the same followed by the
-gradient of logprob + kl + entropy. Nothing is timed before it was found right in float64. Times on
-a shared machine drift, so every round times each contender once, and ratios are what to read.
+Three jobs: `token_kl` (five outputs from two tensors of logits), the same followed by the gradient
+of logprob + kl + entropy, and a policy loss with its gradient, in one visit of the logits and in
+two. Nothing is timed before it was found right in float64. Times on a shared machine drift, so
+every round times each contender once, and ratios are what to read.
 """
 
 from __future__ import annotations
@@ -16,12 +17,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from formulas import Call, check, eager, make_inputs, ours, with_gradient
+from formulas import (
+    Call,
+    check,
+    eager,
+    gradient_of,
+    make_inputs,
+    one_visit,
+    ours,
+    two_visits,
+    with_gradient,
+)
 from machine import PeakMemory, page_faults, read_bandwidth, record
 
 CHECKED_ROWS = 4
 # Tensors of logits that have to pass through memory at the least, reads and writes.
-PASSES = {"forward": 2, "forward+backward": 5}
+PASSES = {"forward": 2, "forward+backward": 5, "policy loss": 3}
 
 
 @dataclass(frozen=True)
@@ -52,19 +63,28 @@ class Measurement:
         )
 
 
+def contenders(job: str) -> dict[str, Call]:
+    if job == "policy loss":
+        by_the_book = two_visits(eager)
+        return {
+            "kl_kernels": gradient_of(one_visit),
+            "in two visits": gradient_of(two_visits(ours)),
+            "torch.compile": gradient_of(torch.compile(by_the_book, dynamic=False)),
+            "eager": gradient_of(by_the_book),
+        }
+    run = torch.no_grad() if job == "forward" else with_gradient
+    return {
+        "kl_kernels": run(ours),
+        "torch.compile": run(torch.compile(eager, dynamic=False)),
+        "eager": run(eager),
+    }
+
+
 def measure(
     job: str, n_rows: int, vocab_size: int, dtype: torch.dtype, rounds: int
 ) -> list[Measurement]:
     inputs = make_inputs(n_rows, vocab_size, dtype)
-    calls: dict[str, Call] = {
-        "kl_kernels": ours,
-        "torch.compile": torch.compile(eager, dynamic=False),
-        "eager": eager,
-    }
-    if job == "forward":
-        calls = {name: torch.no_grad()(call) for name, call in calls.items()}
-    else:
-        calls = {name: with_gradient(call) for name, call in calls.items()}
+    calls = contenders(job)
     extra = {}
     for name, call in calls.items():
         call(*inputs)  # warms up, and lets torch.compile compile

@@ -118,6 +118,6 @@ def policy_loss_epilogue(
 
 
 def _log_ratio(logprob: Tensor, other: Tensor, bound: float | None) -> Tensor:
-    """0 where both are equal, also to -inf: a token that was ruled out has a ratio of 1 to itself."""
+    """0 where both are equal, also to -inf: a token ruled out has a ratio of 1 to itself."""
     log_ratio = torch.where(logprob == other, 0.0, logprob - other)
     return log_ratio if bound is None else log_ratio.clamp(-bound, bound)

@@ -50,7 +50,9 @@ def _mend_interpreter():
 
     from kl_kernels.triton_kernels import launch
 
-    wide = dataclasses.replace(launch.CONFIG, lanes=512, steps=1, unaligned_steps=1)
+    wide = dataclasses.replace(
+        launch.CONFIG, lanes=512, steps=1, unaligned_steps=1, scale_programs=8
+    )
     convert = interpreter._convert_float
     patched = set()
 

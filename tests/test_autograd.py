@@ -41,6 +41,21 @@ def test_any_mix_takes_one_backward_call(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_policy_loss_is_one_call_and_backward_scales(backend):
+    logits, ref_logits, token_ids = make()
+    with Calls() as calls:
+        loss, _ = kl_kernels.fused_policy_loss(
+            logits, token_ids, None, torch.ones(2, 3), torch.ones(2, 3),
+            ref_logits=ref_logits, kl_loss_coef=0.1, backend=backend,
+        )  # fmt: skip
+        assert calls.names == ["policy_loss"]
+        ref_logits.fill_(torch.nan)
+        loss.backward()
+    assert calls.names == ["policy_loss", "scale_gradient"]
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_kl_gradient_the_reference_is_not_read_again(backend):
     logits, ref_logits, token_ids = make()
     result = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=backend)
@@ -144,20 +159,21 @@ def test_gradcheck_in_float64(output):
     assert torch.autograd.gradcheck(function, logits)
 
 
-def arguments(name):
-    """Arguments of each operator, without the backend."""
+def arguments(name, backend):
+    """Arguments of each operator, backend and all."""
     logits, ref_logits, token_ids = make()
     mask = torch.tensor([[True, True, False], [True, True, True]])
     per_token = torch.rand(2, 3)
     state = torch.rand(2, 2, 3) + 1.0
     scales = (0.7, 1.1, None, 5.0)
     constants = logits.detach(), ref_logits, token_ids, mask
-    return {
-        "token_stats": (logits, token_ids, mask, 0.7, None),
-        "token_kl": (logits, ref_logits, token_ids, mask, *scales),
+    gradient = torch.zeros(2, 3, V)
+    arguments = {
+        "token_stats": (logits, token_ids, mask, 0.7, None, False),
+        "token_kl": (logits, ref_logits, token_ids, mask, *scales, False),
         "kl_rewards": (
             *(logits, ref_logits, token_ids, mask),
-            *(torch.rand(2), torch.tensor([1, 2]), 0.1, 0, None, *scales),
+            *(torch.rand(2), torch.tensor([1, 2]), 0.1, 0, None, *scales, False),
         ),
         "token_stats_backward": (
             *(per_token, None, logits.detach(), token_ids, mask),
@@ -167,32 +183,62 @@ def arguments(name):
             *(None, per_token, None, per_token, *constants),
             *(state, state, per_token, per_token, *scales),
         ),
+        "policy_loss": (
+            *constants,
+            *(None, per_token, per_token, per_token, None),
+            *(0.2, 0.2, None, 20.0, 0.1, 1, 0.01, *scales, gradient),
+        ),
+        "scale_gradient": (gradient, torch.tensor(2.0)),
         "gae": (per_token, per_token, mask, 0.9, 0.95, True),
-    }[name]
+    }
+    for backward in ("token_stats_backward", "token_kl_backward"):
+        arguments[backward + "_"] = (*arguments[backward], gradient)
+    return (*arguments[name], backend)
+
+
+OPERATORS = (
+    *("token_stats", "token_kl", "kl_rewards"),
+    *("token_stats_backward", "token_kl_backward"),
+    *("token_stats_backward_", "token_kl_backward_"),
+    *("policy_loss", "scale_gradient", "gae"),
+)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "name",
-    ["token_stats", "token_kl", "kl_rewards", "token_stats_backward", "token_kl_backward", "gae"],
-)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_registered_completely(name, backend):
     """Schema, fake and autograd registration agree with what the kernels do."""
     op = getattr(torch.ops.kl_kernels, name).default
-    torch.library.opcheck(op, (*arguments(name), backend))
+    torch.library.opcheck(op, arguments(name, backend))
+
+
+def kl_and_logprob(logits, ref_logits, token_ids, mask, **how):
+    result = kl_kernels.token_kl(logits, ref_logits, token_ids, mask=mask, **how)
+    return (result.kl + result.logprob).sum()
+
+
+def policy_loss(logits, ref_logits, token_ids, mask, **how):
+    loss, metrics = kl_kernels.fused_policy_loss(
+        logits, token_ids, None, mask.float() - 0.3, mask,
+        ref_logits=ref_logits, kl_loss_coef=0.1, **how,
+    )  # fmt: skip
+    return 2.0 * loss + metrics["kl"]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_compiles_whole_and_once_for_all_lengths(backend):
-    from torch._dynamo.testing import CompileCounter
+@pytest.mark.parametrize("inplace_backward", [False, True])
+@pytest.mark.parametrize("function", [kl_and_logprob, policy_loss])
+def test_compiles_whole_and_once_for_all_lengths(backend, inplace_backward, function):
+    from torch._dynamo.utils import counters
 
-    counter = CompileCounter()
+    torch._dynamo.reset()
+    counters.clear()
 
-    def loss(logits, ref_logits, token_ids, mask):
-        result = kl_kernels.token_kl(logits, ref_logits, token_ids, mask=mask, backend=backend)
-        return (result.kl + result.logprob).sum()
+    def loss(leaf, *args):
+        logits = leaf * 1.0
+        return function(logits, *args, inplace_backward=inplace_backward, backend=backend)
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for n_tokens in (3, 5, 7, 11):
         logits = torch.randn(2, n_tokens, V, requires_grad=True)
         ids = torch.randint(V, (2, n_tokens))
@@ -201,4 +247,4 @@ def test_compiles_whole_and_once_for_all_lengths(backend):
         grad, logits.grad = logits.grad, None
         loss(logits, ref_logits, ids, mask).backward()
         assert torch.equal(grad, logits.grad)
-    assert counter.frame_count == 1
+    assert counters["stats"]["unique_graphs"] == 1

@@ -12,7 +12,7 @@ import pytest
 from kl_kernels.cli import main
 from kl_kernels.codegen import sass
 from kl_kernels.codegen.budgets import BUDGETS, excesses
-from kl_kernels.codegen.chips import Chip, limits, occupancy
+from kl_kernels.codegen.chips import Chip, limits, occupancy, second_look_hits, visit
 from kl_kernels.codegen.command import ARCHS
 
 NVIDIA = [arch for arch in ARCHS if arch.startswith("sm_")]
@@ -51,24 +51,33 @@ def test_every_loop_is_within_its_budget(arch, command):
         row = re.search(rf"^{kernel}, {loop} .*$", shown, re.MULTILINE)
         assert row, shown
         assert f"/ {budget.instructions:.4g} " in row[0]
-        assert row[0].count("16 B") == 1 + kernel.startswith("backward")
+        assert row[0].count("16 B") == 1 + (loop in ("tiles", "gradient"))
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_no_kernel_touches_local_memory(arch, command):
     *_, out = command(arch)
     listings = sorted(out.glob("*.sass"))
-    assert len(listings) == len(list(out.glob("*.ptx"))) == len(list(out.glob("*.cubin"))) == 9
+    assert len(listings) == len(list(out.glob("*.ptx"))) == len(list(out.glob("*.cubin"))) == 12
     for listing in listings:
         opcodes = {text.split()[0] for _, text in sass.INSTRUCTION.findall(listing.read_text())}
         assert "EXIT" in opcodes
         assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], listing
 
 
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_barriers_keep_the_tokens_own_gradient_apart(arch, command):
+    """Its logit is read before another thread overwrites it, its place is written after."""
+    *_, out = command(arch)
+    for kernel in ("backward-KL", "backward-both-KLs", "backward-no-KL"):
+        code = [text for _, text in sass.INSTRUCTION.findall((out / f"{kernel}.sass").read_text())]
+        assert sum("BAR.SYNC" in text for text in code) >= 2
+
+
 def test_every_kernel_compiles_for_amd_without_spills(command):
     returncode, shown, errors, out = command("gfx942")
     assert returncode == 0, errors
-    assert len(list(out.glob("*.hsaco"))) == 9
+    assert len(list(out.glob("*.hsaco"))) == 12
     for assembly in out.glob("*.amdgcn"):
         assert re.findall(r"\.vgpr_spill_count: +(\d+)", assembly.read_text()) == ["0"], assembly
 
@@ -104,6 +113,11 @@ def test_the_counter_finds_the_loops_that_read_and_what_they_do():
     assert loop.bytes == (16 + 2 + 8) / 2
     assert (loop.load_width, loop.store_width) == (2, 8)
     assert (loop.barriers, loop.shuffles) == (1, 1)
+
+
+def test_code_that_jumps_back_around_a_loop_is_no_loop():
+    around = "    /*00c8*/  BRA 0x10 ;   /* 0x0000000000000000 */\n    /*00d0*/"
+    assert sass.loops(LISTING.replace("    /*00d0*/", around), 2) == sass.loops(LISTING, 2)
 
 
 def test_a_listing_without_figures_is_refused():
@@ -150,7 +164,7 @@ def test_registers_and_spills_are_told(arch):
 
 # The prediction, in numbers one can work out by hand.
 
-CHIP = Chip("sm_90", sms=100, clock=1e9, bandwidth=2e12, shared=228 * 1024)
+CHIP = Chip("sm_90", sms=100, clock=1e9, bandwidth=2e12, shared=228 * 1024, l2=50)
 
 
 def test_limits_are_amounts_over_rates():
@@ -160,6 +174,18 @@ def test_limits_are_amounts_over_rates():
     assert seconds == pytest.approx(
         {"memory": 4 / 2e3, "issue": 8 / (100 * 128), "mufu": 2 / (100 * 16)}
     )
+
+
+def test_a_second_look_saves_what_the_l2_still_holds():
+    fold = sass.Loop(Counter({"LDG.E.128": 1}), units=4)
+    gradient = sass.Loop(Counter({"LDG.E.128": 1, "STG.E.64": 1}), units=4)
+    # Of 100 rows: 40 of 50 MiB, and 100.
+    assert second_look_hits(400 << 10, 100, CHIP) == 1
+    assert second_look_hits(1 << 20, 100, CHIP) == 0.5
+    # Per unit 4 bytes, and 4 again and 2 to be written.
+    assert visit(fold, gradient, 0.0, 10**9, CHIP) == pytest.approx(10 / 2e3)
+    assert visit(fold, gradient, 0.5, 10**9, CHIP) == pytest.approx(8 / 2e3)
+    assert visit(fold, gradient, 1.0, 10**9, CHIP) == pytest.approx(6 / 2e3)
 
 
 @pytest.mark.parametrize(

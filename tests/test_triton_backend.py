@@ -202,8 +202,8 @@ def test_loads_are_as_wide_as_every_row_allows(dtypes, vocab_size, view, lane):
     assert launch._tile(*tensors)["LANE"] == lane
 
 
-def test_the_gradient_is_written_only_where_it_belongs(inputs):
-    """Each mix writes all of its tensor: nothing is left of what lay in its memory."""
+def test_each_mix_of_gradients_is_the_sum_of_its_parts(inputs):
+    """And written everywhere: nothing is left of what lay in the buffer's memory."""
     logits, ref_logits, token_ids = inputs
     mask = torch.tensor([[True, False], [True, True]])
     logits[0, 1] = torch.nan
@@ -212,9 +212,10 @@ def test_the_gradient_is_written_only_where_it_belongs(inputs):
     total = torch.zeros(2, 2, V)
     singles = [[one if i == j else None for j in range(4)] for i in range(4)]
     for grads in (*singles, [one] * 4):
-        grad = triton_kernels.token_kl_backward(
+        grad = torch.full_like(logits, torch.nan)
+        triton_kernels.token_kl_backward(
             *grads, logits, ref_logits, token_ids, mask, *result[5:], result[2], result[4],
-            1.0, 1.0, None, None,
+            1.0, 1.0, None, None, grad,
         )  # fmt: skip
         assert torch.equal(grad[0, 1], torch.zeros(V))
         if grads in singles:
@@ -238,9 +239,10 @@ def test_a_token_out_of_range_is_never_read_and_gives_nan(bad, inputs, monkeypat
         assert torch.equal(result[i][~here], good[i][~here])
     torch.testing.assert_close(result[2:5], good[2:5], rtol=2e-6, atol=1e-6)
     for wanted in (0.0, 1.0):
-        grad = triton_kernels.token_stats_backward(
+        grad = torch.empty_like(logits)
+        triton_kernels.token_stats_backward(
             torch.where(here, wanted, 1.0), None, logits, token_ids, None, result[5], result[4],
-            1.0, None,
+            1.0, None, grad,
         )  # fmt: skip
         assert torch.equal(grad.isnan().all(-1), here & (wanted != 0))
         assert torch.equal(grad.isnan().any(-1), here & (wanted != 0))

@@ -104,8 +104,9 @@ __device__ RowState<float> fold_careful(const P& part) {
 
 // Whether this thread's sums can be kept. A t of 16 has an absolute error of 2^-20, and so has the
 // KL: no weight may lie far above its anchor.
-__device__ inline bool defeated(const Sums<float>& s) {
-  constexpr float kCrowded = 512;  // beyond what 256 logits as large as the anchor make
+template <class Policy>
+__device__ bool defeated(const Sums<float>& s) {
+  constexpr float kCrowded = 2.0f * Policy::kPart / Policy::kThreads;
   return !isfinite(s.sx + s.sy + s.ex + s.rk + s.fk) || s.sx > kCrowded || s.sy > kCrowded;
 }
 
@@ -118,7 +119,7 @@ __device__ RowState<float> fold_part(const P& part, const Extent& glanced,
   bool careful = e.smallest == -INFINITY;  // the same in all threads
   if (!careful) {
     s = fold_fast<Policy, kAligned, kReference>(part, part.kx * e.largest, part.ky * e.ref_largest);
-    careful = __syncthreads_or(defeated(s.sums));
+    careful = __syncthreads_or(defeated<Policy>(s.sums));
   }
   if (careful) s = fold_careful<Policy, kAligned>(part);
   return merge_block(s, meeting);

@@ -48,6 +48,7 @@ struct PolicyLossLaunch {
   // SM.
   struct Resident {
     static constexpr int kThreads = 256, kUnroll = 1, kBlocksPerSm = 3;
+    static constexpr int kPart = 65536;  // of the fast loop's rule alone: as LaunchPolicy has it
   };
 
   // A row that does not fit is read again, and had better be in the L2 cache still (50 MB). So few
@@ -56,10 +57,12 @@ struct PolicyLossLaunch {
   // clusters it would be 132 rows and 277 MB, of which little is found again.
   struct Reread {
     static constexpr int kThreads = 768, kUnroll = 1, kBlocksPerSm = 1;
+    static constexpr int kPart = 256 * kThreads;
   };
   // Softcaps and types known at run time only need more registers, and are bound by instructions.
   struct RereadAny {
     static constexpr int kThreads = 512, kUnroll = 1, kBlocksPerSm = 1;
+    static constexpr int kPart = 256 * kThreads;
   };
 };
 

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from kl_kernels.checks import check_choice
 from kl_kernels.codegen.budgets import BUDGETS, REGISTERS, excesses
-from kl_kernels.codegen.chips import CHIPS, Chip, limits, occupancy
+from kl_kernels.codegen.chips import (
+    CHIPS,
+    Chip,
+    limits,
+    occupancy,
+    second_look_hits,
+    visit,
+)
 from kl_kernels.codegen.sass import Kernel
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -23,6 +30,7 @@ LOOP_COLUMNS = (
     "loop", "per", "instructions", "MUFU", "bytes", "load", "store", "barriers", "shuffles",
     "memory ms", "issue ms", "MUFU ms", "bound by",
 )  # fmt: skip
+VISIT_COLUMNS = ("both looks in one visit", "L2 hits", "memory ms", "ms if all hit", "ms if none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     budgeted = chip is not None and shape.aligned
     kernels: list[tuple[str, ...]] = [KERNEL_COLUMNS]
     loops: list[tuple[str, ...]] = [LOOP_COLUMNS]
+    visits: list[tuple[str, ...]] = [VISIT_COLUMNS]
     over: list[str] = []
     with empty_cache():
         for variant in variants(shape):
@@ -66,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
             if chip:
                 units = args.rows * args.vocab_size
                 loops += _loop_rows(kernel, variant.unit, units, chip, budgeted)
+                if "gradient" in kernel.loops:
+                    visits.append(_visit_row(kernel, args.vocab_size, units, chip))
             if budgeted:
                 over += excesses(args.arch, kernel)
 
@@ -76,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nLoops over the vocabulary, and their least time for {args.rows} x", end=" ")
         print(f"{args.vocab_size} on {args.chip or CHIP_OF[args.arch]}\n")
         _print(loops)
+        print("\nThe second look at a row, from its end, where the L2 still holds some of it\n")
+        _print(visits)
     for sentence in over:
         print(f"OVER BUDGET {sentence}")
     return 1 if over else 0
@@ -148,6 +161,15 @@ def _loop_rows(
             )
         )
     return rows
+
+
+def _visit_row(kernel: Kernel, vocab_size: int, units: int, chip: Chip) -> tuple[str, ...]:
+    first, second = kernel.loops["fast"], kernel.loops["gradient"]
+    warps = chip.warps * occupancy(kernel.registers, kernel.shared, kernel.num_warps, chip)
+    in_flight = chip.sms * round(warps / kernel.num_warps)
+    predicted = second_look_hits(round(vocab_size * first.bytes), in_flight, chip)
+    seconds = (visit(first, second, hits, units, chip) for hits in (predicted, 1.0, 0.0))
+    return kernel.name, f"{predicted:.0%}", *(f"{1e3 * s:.3g}" for s in seconds)
 
 
 def _beside(value: float, budget: float | None) -> str:

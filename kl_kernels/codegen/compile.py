@@ -65,7 +65,8 @@ def compile_for(arch: str, variant: Variant) -> tuple[Kernel, dict[str, bytes]]:
     triton.runtime.driver.set_active(_OfflineDriver(target))
     variant.kernel.device_caches.clear()  # kept by device number, whatever its target
     # One lane per thread, whatever the size of a warp.
-    options = {**launch.COMPILE, "num_warps": launch.CONFIG.lanes // target.warp_size}
+    lanes = variant.arguments.get("N", launch.CONFIG.lanes)
+    options = {**launch.COMPILE, "num_warps": lanes // target.warp_size}
     arguments = {name: MockTensor.wrap_dtype(a) for name, a in variant.arguments.items()}
     compiled = variant.kernel.warmup(grid=(1,), **{**arguments, **options})
     if target.backend == "hip":

@@ -84,17 +84,20 @@ def usage(listing: str) -> tuple[int, int]:
 
 
 def loops(listing: str, units: int) -> list[Loop]:
-    """The loops that read global memory, in program order.
+    """The innermost loops that read global memory, in program order.
 
-    A loop is the code from a backward branch's target to the branch.
+    A loop is the code from a backward branch's target to the branch. What surrounds others is no
+    loop over the vocabulary: code that the compiler moved behind the kernel's end jumps back, too.
     """
     code = [(int(at, 16), PREDICATE.sub("", text)) for at, text in INSTRUCTION.findall(listing)]
     index = {at: i for i, (at, _) in enumerate(code)}
-    found = []
+    found: list[Loop] = []
+    last = -1  # where the last innermost loop starts
     for i, (_, text) in enumerate(code):
         branch = BRANCH.search(text)
         start = index.get(int(branch[1], 16), i) if branch else i
         # The branch to itself that ends every kernel is no loop.
-        if start < i:
+        if last < start < i:
+            last = start
             found.append(Loop(Counter(text.split()[0] for _, text in code[start : i + 1]), units))
     return [loop for loop in found if loop.count("LDG.")]

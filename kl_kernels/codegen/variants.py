@@ -10,6 +10,8 @@ import torch
 from kl_kernels.triton_kernels import launch
 from kl_kernels.triton_kernels.backward import backward_kernel
 from kl_kernels.triton_kernels.fold import finish_kernel, fold_kernel
+from kl_kernels.triton_kernels.loss import policy_loss_kernel
+from kl_kernels.triton_kernels.scale import scale_kernel
 from kl_kernels.triton_kernels.scan import gae_kernel
 
 LOGITS = torch.bfloat16
@@ -47,6 +49,9 @@ class Shape:
             "n_splits": -(-self.vocab_size // split), **dict(zip(names, strides)),
         }  # fmt: skip
 
+    def grad_strides(self) -> dict[str, int]:
+        return dict(zip(("grad_batch_stride", "grad_token_stride"), self.logits.stride()))
+
     def tile(self) -> dict[str, int]:
         return launch._tile(self.logits)
 
@@ -63,6 +68,9 @@ def variants(shape: Shape) -> list[Variant]:
         _backward("KL", shape, kl=True, forward_kl=False),
         _backward("both KLs", shape, kl=True, forward_kl=True),
         _backward("no KL", shape, kl=False, forward_kl=False),
+        _policy_loss("policy and reference", shape, ref=True),
+        _policy_loss("policy", shape, ref=False),
+        _scale(shape),
         _finish("policy", shape, ref=False, rewards=False),
         _finish("both KLs", shape, ref=True, rewards=False),
         _finish("rewards", shape, ref=True, rewards=True),
@@ -93,12 +101,43 @@ def _backward(name: str, shape: Shape, *, kl: bool, forward_kl: bool) -> Variant
         logits_ptr=LOGITS, ref_ptr=_if(kl, LOGITS), token_ids_ptr=torch.int64, mask_ptr=torch.bool,
         policy_state_ptr=PER_TOKEN, ref_state_ptr=of_ref, kl_ptr=of_ref, entropy_ptr=PER_TOKEN,
         grad_logits_ptr=LOGITS, temperature=0.9, SPLIT=split,
-        **shape.sizes(split), **SCALES, **tile,
+        **shape.sizes(split), **shape.grad_strides(), **SCALES, **tile,
     )  # fmt: skip
     unit = "pair" if kl else "logit"
     return Variant(
         f"backward: {name}", backward_kernel, arguments, ("tiles",), unit, _per_thread(tile)
     )
+
+
+def _policy_loss(name: str, shape: Shape, *, ref: bool) -> Variant:
+    """With entropy in the loss, and the exact KL where there is a reference."""
+    tile = launch._policy_loss_tile(shape.logits)
+    sizes = shape.sizes(shape.vocab_size)
+    del sizes["n_splits"]
+    arguments: dict[str, Any] = dict(
+        logits_ptr=LOGITS, ref_ptr=_if(ref, LOGITS), token_ids_ptr=torch.int64, mask_ptr=torch.bool,
+        old_logprob_ptr=PER_TOKEN, advantage_ptr=PER_TOKEN, token_weight_ptr=PER_TOKEN,
+        importance_weight_ptr=None, ref_logprob_ptr=None, terms_ptr=PER_TOKEN,
+        grad_logits_ptr=LOGITS, temperature=0.9,
+        clip_low=0.2, clip_high=0.2, dual_clip=3.0, log_ratio_clamp=20.0,
+        kl_coef=0.1 * ref, entropy_coef=0.01, ESTIMATOR=1, HAS_KL=ref, HAS_ENTROPY=True,
+        **sizes, **shape.grad_strides(), **SCALES, **tile,
+    )  # fmt: skip
+    unit = "pair" if ref else "logit"
+    loops = ("fast", "careful", "gradient")
+    return Variant(
+        f"policy loss: {name}", policy_loss_kernel, arguments, loops, unit, _per_thread(tile)
+    )
+
+
+def _scale(shape: Shape) -> Variant:
+    tile = shape.tile()
+    batch_stride, token_stride, _ = shape.logits.stride()
+    arguments: dict[str, Any] = dict(
+        gradient_ptr=LOGITS, factor_ptr=PER_TOKEN, n_rows=shape.rows, n_tokens=shape.rows,
+        vocab_size=shape.vocab_size, batch_stride=batch_stride, token_stride=token_stride, **tile,
+    )  # fmt: skip
+    return Variant("scale", scale_kernel, arguments, ("tiles",), "logit", _per_thread(tile))
 
 
 def _finish(name: str, shape: Shape, *, ref: bool, rewards: bool) -> Variant:

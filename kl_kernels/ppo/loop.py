@@ -31,14 +31,12 @@ from kl_kernels import (
     FixedKLController,
     KLRewards,
     compute_gae,
+    fused_policy_loss,
     kl_rewards,
     masked_mean,
     masked_var,
     masked_whiten,
-    ppo_policy_loss,
     ppo_value_loss,
-    token_kl,
-    token_stats,
 )
 from kl_kernels.ppo.checkpoint import RunFolder, load_state, restore_rng, rng_state, save_state
 from kl_kernels.ppo.config import PPOConfig
@@ -236,41 +234,41 @@ def ppo_loss(
     batch: Batch,
     kl_loss_coef: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Clipped policy loss + value loss + KL to the reference, and what they were made of.
+    """Clipped policy loss + KL to the reference + value loss, and what they were made of.
 
-    One pass over both models' logits gives the log-probabilities and the KL; where the loss holds
-    no KL, the reference is not run.
+    Each logit of both models is read once for the loss and its gradient together; where the loss
+    holds no KL, the reference is not run.
     """
     samples, n_answer = batch.samples, batch.samples.mask.shape[1]
     logits, values = policy(samples.ids, samples.attention_mask, n_answer)
     if kl_loss_coef > 0:
         with torch.no_grad():
             ref_logits, _ = causal_lm(reference, samples.ids, samples.attention_mask, n_answer)
-        logprob, _, kl, _, _ = token_kl(logits, ref_logits, samples.answers, mask=samples.mask)
-        kl_loss = masked_mean(kl, samples.mask)
     else:
-        logprob, _ = token_stats(logits, samples.answers, mask=samples.mask)
-        kl_loss = torch.zeros((), device=logits.device)
-
-    policy_loss, policy_metrics = ppo_policy_loss(
-        logprob,
+        ref_logits = None
+    loss, metrics = fused_policy_loss(
+        logits,
+        samples.answers,
         batch.logprobs,
         batch.advantages,
         samples.mask,
+        ref_logits=ref_logits,
+        kl_loss_coef=kl_loss_coef,
         clip_low=config.clip,
         clip_high=config.clip,
     )
+    kl_loss = metrics.get("kl", torch.zeros(())).item()
     value_loss, _ = ppo_value_loss(
         values, batch.values, batch.returns, samples.mask, clip_range=config.value_clip
     )
-    loss = policy_loss + config.value_coef * value_loss + kl_loss_coef * kl_loss
-    log_ratio = (logprob - batch.logprobs).detach()[samples.mask]
-    return loss, {
-        "policy_loss": policy_loss.item(),
+    # Of ratios near 1, k3 is half the mean square of what they are off by.
+    rms = (2 * metrics["approx_kl"].abs()).sqrt()
+    return loss + config.value_coef * value_loss, {
+        "policy_loss": loss.item() - kl_loss_coef * kl_loss,
         "value_loss": value_loss.item(),
-        "kl_loss": kl_loss.item(),
-        "ratio_deviation": torch.expm1(log_ratio).abs().max().item(),
-        "clip_fraction": float(policy_metrics["clip_fraction"]),
+        "kl_loss": kl_loss,
+        "ratio_deviation": torch.maximum(metrics["ratio_max"] - 1, rms).item(),
+        "clip_fraction": metrics["clip_fraction"].item(),
     }
 
 

@@ -23,25 +23,81 @@ def upstream(grad_ptr, row):
 
 
 @triton.jit
-def gradient(
-    x_row, y_row, offsets, mask, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+def gradient_of(
+    raw, ref_raw, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
     HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The float32 gradient at `offsets`, without the token's own + g_logprob / temperature."""
-    raw = tl.load(x_row + offsets, mask).to(tl.float32)
+    """The float32 gradient at these logits, without the token's own + g_logprob / temperature."""
     tx = anchored(soft_capped(raw, softcap), k, anchor)
     ty = tx
     if HAS_KL or HAS_FORWARD_KL:
-        y = tl.load(y_row + offsets, mask).to(tl.float32)
-        ty = anchored(soft_capped(y, ref_softcap), ref_k, ref_anchor)
+        ty = anchored(soft_capped(ref_raw, ref_softcap), ref_k, ref_anchor)
     grad = backward(tx, ty, c, HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY)
     return soft_capped_grad(grad, raw, softcap)
+
+
+@triton.jit
+def gradient(
+    x_row, y_row, offsets, mask, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+    HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    EVICTION: tl.constexpr,
+):  # fmt: skip
+    """The same at `offsets` of the row. EVICTION: how soon caches may forget the logits."""
+    raw = tl.load(x_row + offsets, mask, eviction_policy=EVICTION).to(tl.float32)
+    ref_raw = raw
+    if HAS_KL or HAS_FORWARD_KL:
+        ref_raw = tl.load(y_row + offsets, mask, eviction_policy=EVICTION).to(tl.float32)
+    return gradient_of(
+        raw, ref_raw, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+        HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_zeros(
+    grad_row, start, end, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr
+):  # fmt: skip
+    TILE: tl.constexpr = STEPS * N * LANE
+    tile = step_offsets(0, STEPS * N, LANE)
+    zeros = tl.zeros((STEPS * N, LANE), grad_row.dtype.element_ty)
+    last = end - (end - start) % TILE
+    for i in range(start, last, TILE):
+        tl.store(grad_row + i + tile, zeros)
+    tl.store(grad_row + last + tile, zeros, last + tile < end)
+
+
+@triton.jit
+def own_gradient(
+    x_row, y_row, token, here, slope, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+    HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The whole gradient of the token's own logit, to be stored after all others.
+
+    Computed before any is stored: the gradient may overwrite the logits. The barrier keeps every
+    other thread from doing so before this one has read.
+    """
+    grad = gradient(
+        x_row, y_row, token, here, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+        HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY, "",
+    )  # fmt: skip
+    raw = tl.load(x_row + token, here).to(tl.float32)
+    grad += soft_capped_grad(slope, raw, softcap)
+    tl.debug_barrier()
+    return grad
+
+
+@triton.jit
+def store_own(grad_row, token, here, own):
+    # The barrier orders this store after another thread's to the same address.
+    tl.debug_barrier()
+    tl.store(grad_row + token, own.to(grad_row.dtype.element_ty), here)
 
 
 @triton.jit(
     do_not_specialize=[
         "n_rows", "n_tokens",
         "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
+        "grad_batch_stride", "grad_token_stride",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -52,9 +108,10 @@ def backward_kernel(
     mask_ptr,  # [B, T] or None
     policy_state_ptr, ref_state_ptr,  # [2, B, T]; ref_state and kl None with ref
     kl_ptr, entropy_ptr,  # [B, T]
-    grad_logits_ptr,  # [B, T, V], contiguous
+    grad_logits_ptr,  # [B, T, V], may be logits_ptr: each logit is read before its place is written
     n_rows, n_tokens, vocab_size, n_splits,
     batch_stride, token_stride, ref_batch_stride, ref_token_stride,
+    grad_batch_stride, grad_token_stride,
     temperature, k, ref_k, softcap, ref_softcap,
     SPLIT: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
@@ -70,15 +127,12 @@ def backward_kernel(
     end = tl.minimum(start + SPLIT, vocab_size)
     last = end - (end - start) % TILE
     grad_row = row_pointer(
-        grad_logits_ptr, row, n_tokens, n_tokens.to(tl.int64) * vocab_size, vocab_size, LANE
+        grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, LANE
     )  # fmt: skip
 
     if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
         if tl.load(mask_ptr + row) == 0:
-            zeros = tl.zeros((STEPS * N, LANE), grad_logits_ptr.dtype.element_ty)
-            for i in range(start, last, TILE):
-                tl.store(grad_row + i + tile, zeros)
-            tl.store(grad_row + last + tile, zeros, last + tile < end)
+            store_zeros(grad_row, start, end, STEPS, N, LANE)
             return
 
     x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)
@@ -98,27 +152,27 @@ def backward_kernel(
         sx, sy, kl, tl.load(entropy_ptr + row), temperature, HAS_REF,
     )  # fmt: skip
 
+    here = (token >= start) & (token < end)
+    own = 0.0
+    if grad_logprob_ptr is not None:
+        own = own_gradient(
+            x_row, y_row, token, here, g_logprob / temperature,
+            c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
+            HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY,
+        )  # fmt: skip
+
     for i in range(start, last, TILE):
         grad = gradient(
             x_row, y_row, i + tile, None, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
-            HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY,
+            HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY, "",
         )  # fmt: skip
         tl.store(grad_row + i + tile, grad.to(grad_logits_ptr.dtype.element_ty))
     rest = last + tile
     grad = gradient(
         x_row, y_row, rest, rest < end, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
-        HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY,
+        HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY, "",
     )  # fmt: skip
     tl.store(grad_row + rest, grad.to(grad_logits_ptr.dtype.element_ty), rest < end)
 
     if grad_logprob_ptr is not None:
-        here = (token >= start) & (token < end)
-        own = gradient(
-            x_row, y_row, token, here, c, anchor, ref_anchor, k, ref_k, softcap, ref_softcap,
-            HAS_KL, HAS_FORWARD_KL, HAS_ENTROPY,
-        )  # fmt: skip
-        raw = tl.load(x_row + token, here).to(tl.float32)
-        own += soft_capped_grad(g_logprob / temperature, raw, softcap)
-        # The barrier orders this store after another thread's to the same address.
-        tl.debug_barrier()
-        tl.store(grad_row + token, own.to(grad_logits_ptr.dtype.element_ty), here)
+        store_own(grad_row, token, here, own)

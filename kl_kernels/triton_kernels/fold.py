@@ -8,6 +8,7 @@ many rows there are.
 import triton
 import triton.language as tl
 
+from kl_kernels.triton_kernels.epilogues import reward_epilogue
 from kl_kernels.triton_kernels.math import (
     EMPTY_ANCHOR,
     INF,
@@ -19,7 +20,6 @@ from kl_kernels.triton_kernels.math import (
     merge,
     merge_all,
     move,
-    reward_epilogue,
 )
 from kl_kernels.triton_kernels.tiles import (
     fold_tile,
@@ -100,7 +100,7 @@ def store_state(state_ptr, stride, s, HAS_REF: tl.constexpr):
         tl.store(state_ptr + 5 * stride, s.rk)
         tl.store(state_ptr + 6 * stride, s.fk)
         tl.store(state_ptr + 7 * stride, s.gap)
-        tl.store(state_ptr + 8 * stride, s.ref_gap)
+        tl.store(state_ptr + 8 * stride, s.least_gap)
 
 
 @triton.jit
@@ -108,15 +108,15 @@ def load_state(state_ptr, stride, mask, HAS_REF: tl.constexpr):
     anchor = tl.load(state_ptr, mask, 0.0)
     sx = tl.load(state_ptr + stride, mask, 1.0)
     ex = tl.load(state_ptr + 2 * stride, mask, 0.0)
-    ref_anchor, sy, rk, fk, gap, ref_gap = anchor, sx, ex, ex, ex, ex
+    ref_anchor, sy, rk, fk, gap, least_gap = anchor, sx, ex, ex, ex, ex
     if HAS_REF:
         ref_anchor = tl.load(state_ptr + 3 * stride, mask, 0.0)
         sy = tl.load(state_ptr + 4 * stride, mask, 1.0)
         rk = tl.load(state_ptr + 5 * stride, mask, 0.0)
         fk = tl.load(state_ptr + 6 * stride, mask, 0.0)
         gap = tl.load(state_ptr + 7 * stride, mask, 0.0)
-        ref_gap = tl.load(state_ptr + 8 * stride, mask, 0.0)
-    return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, gap, ref_gap)
+        least_gap = tl.load(state_ptr + 8 * stride, mask, 0.0)
+    return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, gap, least_gap)
 
 
 STATE_FIELDS = 9  # what the two functions above agree on
@@ -166,15 +166,12 @@ def fold_kernel(
         x_ptr, y_ptr, xt, yt, n_full, n_rest, k, ref_k, softcap, ref_softcap,
         STEPS, N, LANE, HAS_REF,
     )  # fmt: skip
-    state_ptr = states_ptr + split.to(tl.int64) * n_rows + row
-    stride = n_rows.to(tl.int64) * n_splits
-    # Stored first and then overwritten, by the same thread: keeping it would cost registers.
-    store_state(state_ptr, stride, s, HAS_REF)
     if not sound:
         s = fold_careful(
             x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
         )  # fmt: skip
-        store_state(state_ptr, stride, s, HAS_REF)
+    state_ptr = states_ptr + split.to(tl.int64) * n_rows + row
+    store_state(state_ptr, n_rows.to(tl.int64) * n_splits, s, HAS_REF)
 
 
 @triton.jit(

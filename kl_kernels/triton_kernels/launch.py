@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels.checks import check_token_range
-from kl_kernels.schemas import output_dtype
+from kl_kernels.schemas import POLICY_LOSS_TERMS, output_dtype
 from kl_kernels.triton_kernels.backward import backward_kernel
 from kl_kernels.triton_kernels.fold import (
     POLICY_STATE_FIELDS,
@@ -17,7 +17,9 @@ from kl_kernels.triton_kernels.fold import (
     finish_kernel,
     fold_kernel,
 )
+from kl_kernels.triton_kernels.loss import policy_loss_kernel
 from kl_kernels.triton_kernels.math import LOG2E
+from kl_kernels.triton_kernels.scale import scale_kernel
 from kl_kernels.triton_kernels.scan import gae_kernel
 
 
@@ -36,12 +38,27 @@ class LaunchConfig:
     fold_split: int = 32768
     # No work around the loop to speak of.
     backward_split: int = 16384
+    # A program has a whole row, and is as wide as can be: with 64 registers each it fills an SM,
+    # so that few rows share the L2 until their second look. An H200 has 50 MiB for 132 rows, 397 kB
+    # each. At V = 128256 in bf16 a row has 257 kB, a pair 513 kB. Predicted, not measured, with all
+    # rows in step: the second look hits
+    #     all of the row, 397 / 513 = 77 % of the pair, if what is read for the last time and what
+    #     is written makes room at once, as it is asked to (evict-first);
+    #     397 / (257 + 257) = 77 % of the row, 397 / (513 + 257) = 52 % of the pair, if not.
+    # Two programs of 512 threads per SM would halve that, but fill each other's pauses. Two loads
+    # of 16 bytes by 1024 threads keep 32 kB in flight, of the 29 kB that an H200's SM needs.
+    policy_loss_lanes: int = 1024
+    policy_loss_warps: int = 32
+    # Eight to an SM of an H200, enough to fill it; few, because mostly they only see a factor of 1.
+    scale_programs: int = 1056
     finish_rows: int = 128
     gae_block: int = 512
 
 
 # AMD's warps have 64 threads.
-CONFIG = LaunchConfig() if torch.version.hip is None else LaunchConfig(num_warps=2)
+CONFIG = (
+    LaunchConfig() if torch.version.hip is None else LaunchConfig(num_warps=2, policy_loss_warps=16)
+)
 VECTOR_BYTES = 16  # the widest load of one thread
 
 # Explicit because Triton's default is about to change: without fusion a fold costs a fifth more.
@@ -162,11 +179,12 @@ def token_stats_backward(
     entropy: Tensor,  # [B, T]
     temperature: float,
     softcap: float | None,
-) -> Tensor:
-    return token_kl_backward(
+    grad_logits: Tensor,  # [B, T, V], written; may be logits
+) -> None:
+    token_kl_backward(
         grad_logprob, None, None, grad_entropy,
         logits, None, token_ids, mask, policy_state, None, None,
-        entropy, temperature, temperature, softcap, None,
+        entropy, temperature, temperature, softcap, None, grad_logits,
     )  # fmt: skip
 
 
@@ -187,26 +205,82 @@ def token_kl_backward(
     ref_temperature: float,
     softcap: float | None,
     ref_softcap: float | None,
-) -> Tensor:
+    grad_logits: Tensor,  # [B, T, V], written; may be logits
+) -> None:
     """What belongs to the reference may be None where neither KL has a gradient."""
     if grad_kl is None and grad_forward_kl is None:
         ref_logits = ref_state = kl = None
     n_rows, vocab_size = token_ids.numel(), logits.shape[-1]
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if n_rows == 0:
-        return grad_logits
+        return
     split = CONFIG.backward_split
     n_splits = -(-vocab_size // split)
     with torch.cuda.device_of(logits):
         backward_kernel[(n_rows * n_splits,)](
             grad_logprob, grad_kl, grad_forward_kl, grad_entropy,
             logits, ref_logits, token_ids, mask, policy_state, ref_state, kl, entropy, grad_logits,
-            n_rows, token_ids.shape[1], vocab_size, n_splits, *_strides(logits, ref_logits),
+            n_rows, token_ids.shape[1], vocab_size, n_splits,
+            *_strides(logits, ref_logits), *grad_logits.stride()[:2],
             temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
             softcap, ref_softcap,
             SPLIT=split, **_tile(logits, ref_logits, grad_logits), **COMPILE,
         )  # fmt: skip
-    return grad_logits
+
+
+def policy_loss(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor | None,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    old_logprobs: Tensor | None,  # [B, T]
+    advantages: Tensor,  # [B, T]
+    token_weights: Tensor,  # [B, T]
+    importance_weights: Tensor | None,  # [B, T]
+    ref_logprobs: Tensor | None,  # [B, T]
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    log_ratio_clamp: float | None,
+    kl_coef: float,
+    kl_estimator: int,
+    entropy_coef: float,
+    temperature: float,
+    ref_temperature: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+    grad_logits: Tensor | None,  # [B, T, V], written; may be logits
+) -> Tensor:
+    check_token_range(token_ids, mask, logits.shape[-1])
+    n_rows, vocab_size = token_ids.numel(), logits.shape[-1]
+    terms = torch.empty(
+        (len(POLICY_LOSS_TERMS), *token_ids.shape), dtype=output_dtype(logits), device=logits.device
+    )
+    if n_rows == 0:
+        return terms
+    grad_strides = (0, 0) if grad_logits is None else grad_logits.stride()[:2]
+    with torch.cuda.device_of(logits):
+        policy_loss_kernel[(n_rows,)](
+            logits, ref_logits, token_ids, mask, old_logprobs, advantages, token_weights,
+            importance_weights, ref_logprobs, terms, grad_logits,
+            n_rows, token_ids.shape[1], vocab_size, *_strides(logits, ref_logits), *grad_strides,
+            temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
+            softcap, ref_softcap, clip_low, clip_high, dual_clip, log_ratio_clamp,
+            kl_coef, entropy_coef,
+            ESTIMATOR=kl_estimator, HAS_KL=kl_coef != 0, HAS_ENTROPY=entropy_coef != 0,
+            **_policy_loss_tile(logits, ref_logits, grad_logits), **COMPILE,
+        )  # fmt: skip
+    return terms
+
+
+def scale_gradient(gradient: Tensor, factor: Tensor) -> None:  # [B, T, V], []
+    n_batch, n_tokens, vocab_size = gradient.shape
+    if gradient.numel() == 0:
+        return
+    with torch.cuda.device_of(gradient):
+        scale_kernel[(CONFIG.scale_programs,)](
+            gradient, factor, n_batch * n_tokens, n_tokens, vocab_size, *gradient.stride()[:2],
+            **_tile(gradient), **COMPILE,
+        )  # fmt: skip
 
 
 def gae(
@@ -244,6 +318,11 @@ def _tile(*tensors: Tensor | None) -> dict[str, int]:
     if not all(map(_rows_are_aligned, logits)):
         lane, steps = 1, CONFIG.unaligned_steps
     return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
+
+
+def _policy_loss_tile(*tensors: Tensor | None) -> dict[str, int]:
+    lanes, num_warps = CONFIG.policy_loss_lanes, CONFIG.policy_loss_warps
+    return {**_tile(*tensors), "N": lanes, "num_warps": num_warps}
 
 
 def _rows_are_aligned(t: Tensor) -> bool:  # [B, T, V]

@@ -7,8 +7,9 @@ reference. What float32 changes:
   rounding everywhere lets it cancel. (At an offset of 1e4 a rounded product costs 1e-4.)
 * A state is [N], one per thread, while the vocabulary is read; the threads' states are merged after
   the loop.
-* Infinite KL is kept apart from the sums, as the largest x - y and y - x: +inf where one of the
-  distributions has no support, NaN (dropped by a maximum) where both have none.
+* Infinite KL is kept apart from the sums, as the largest and the least x - y: infinite where one of
+  the distributions has no support, NaN (dropped by maximum and minimum) where both have none.
+* Forward KL is summed with its sign turned, so that it shares tx - ty with KL in every compiler.
 
 All functions work elementwise on states and logits of one shape, unless they say otherwise.
 """
@@ -45,10 +46,10 @@ class RowState(NamedTuple):
     sx: tl.tensor
     sy: tl.tensor
     ex: tl.tensor
-    rk: tl.tensor
-    fk: tl.tensor
+    rk: tl.tensor  # sum w (tx - ty)
+    fk: tl.tensor  # sum u (tx - ty)
     gap: tl.tensor  # max (x - y); +inf: KL is infinite by support
-    ref_gap: tl.tensor  # max (y - x); +inf: so is forward KL
+    least_gap: tl.tensor  # min (x - y); -inf: so is forward KL
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def empty_state(anchor, ref_anchor, N: tl.constexpr):
     """N states of no vocabulary at all, [N], at the given anchors (scalars)."""
     zero = tl.zeros((N,), tl.float32)
     return RowState(
-        zero + anchor, zero + ref_anchor, zero, zero, zero, zero, zero, zero - INF, zero - INF
+        zero + anchor, zero + ref_anchor, zero, zero, zero, zero, zero, zero - INF, zero + INF
     )
 
 
@@ -66,7 +67,7 @@ def fold(s, x, y, k, ref_k, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
 
     GUARDED takes -inf as it is meant: p = 0 adds nothing. Unguarded it makes a sum non-finite.
     """
-    sy, rk, fk, gap, ref_gap = s.sy, s.rk, s.fk, s.gap, s.ref_gap
+    sy, rk, fk, gap, least_gap = s.sy, s.rk, s.fk, s.gap, s.least_gap
     tx = tl.fma(x, k, -s.anchor)
     if GUARDED:
         tx = tl.maximum(tx, FLOOR, KEEP_NAN)
@@ -78,12 +79,12 @@ def fold(s, x, y, k, ref_k, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
         if GUARDED:
             ty = tl.maximum(ty, FLOOR, KEEP_NAN)
             gap = tl.maximum(gap, x - y)
-            ref_gap = tl.maximum(ref_gap, -(x - y))
+            least_gap = tl.minimum(least_gap, x - y)
         u = tl.exp2(ty)
         sy += u
         rk = tl.fma(w, tx - ty, rk)
-        fk = tl.fma(-u, tx - ty, fk)
-    return RowState(s.anchor, s.ref_anchor, sx, sy, ex, rk, fk, gap, ref_gap)
+        fk = tl.fma(u, tx - ty, fk)
+    return RowState(s.anchor, s.ref_anchor, sx, sy, ex, rk, fk, gap, least_gap)
 
 
 @triton.jit
@@ -99,8 +100,8 @@ def move(s, anchor, ref_anchor, HAS_REF: tl.constexpr):
         cb = tl.exp2(-db)
         sy = cb * s.sy
         rk = ca * tl.fma(db - da, s.sx, s.rk)
-        fk = cb * tl.fma(da - db, s.sy, s.fk)
-    return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, s.gap, s.ref_gap)
+        fk = cb * tl.fma(db - da, s.sy, s.fk)
+    return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, s.gap, s.least_gap)
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def merge(s, t, HAS_REF: tl.constexpr):
     t = move(t, anchor, ref_anchor, HAS_REF)
     return RowState(
         anchor, ref_anchor, s.sx + t.sx, s.sy + t.sy, s.ex + t.ex, s.rk + t.rk, s.fk + t.fk,
-        tl.maximum(s.gap, t.gap), tl.maximum(s.ref_gap, t.ref_gap),
+        tl.maximum(s.gap, t.gap), tl.minimum(s.least_gap, t.least_gap),
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def add_all(s, anchor, ref_anchor):
     """The states [N], which share these anchors (scalars), as one."""
     return RowState(
         anchor, ref_anchor, tl.sum(s.sx, 0), tl.sum(s.sy, 0), tl.sum(s.ex, 0),
-        tl.sum(s.rk, 0), tl.sum(s.fk, 0), tl.max(s.gap, 0), tl.max(s.ref_gap, 0),
+        tl.sum(s.rk, 0), tl.sum(s.fk, 0), tl.max(s.gap, 0), tl.min(s.least_gap, 0),
     )  # fmt: skip
 
 
@@ -163,7 +164,8 @@ def finish(s, xt, yt, k, ref_k, HAS_REF: tl.constexpr):
         ref_logprob = tl.fma(yt, ref_k, -s.ref_anchor) * LN2 - ln_sy
         # Infinity is added, not selected: a row that is NaN for another reason stays NaN.
         kl = s.rk / s.sx * LN2 - (ln_sx - ln_sy) + tl.where(s.gap == INF, INF, 0.0)
-        forward_kl = s.fk / s.sy * LN2 + (ln_sx - ln_sy) + tl.where(s.ref_gap == INF, INF, 0.0)
+        forward_kl = (ln_sx - ln_sy) - s.fk / s.sy * LN2
+        forward_kl += tl.where(s.least_gap == -INF, INF, 0.0)
         kl = tl.maximum(kl, 0.0, KEEP_NAN)
         forward_kl = tl.maximum(forward_kl, 0.0, KEEP_NAN)
     return Finished(logprob, ref_logprob, kl, forward_kl, entropy)
@@ -219,43 +221,6 @@ def backward(
     if HAS_FORWARD_KL:
         grad = tl.fma(tl.exp2(ty), -c.d, grad)
     return grad
-
-
-@triton.jit
-def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
-    """The KL reward without the score, and what to add to the advantage (see `epilogues.py`).
-
-    ESTIMATOR: an index into `schemas.ESTIMATORS`, k1, exact, k2, k3, abs.
-    """
-    k1 = f.logprob - f.ref_logprob
-    if ESTIMATOR == 0:
-        estimate = k1
-    elif ESTIMATOR == 1:
-        estimate = f.kl
-    elif ESTIMATOR == 2:
-        estimate = 0.5 * k1 * k1
-    elif ESTIMATOR == 3:
-        estimate = exp_minus_linear(-k1)
-    else:
-        estimate = tl.abs(k1)
-    if kl_clip is not None:
-        k1 = tl.clamp(k1, -kl_clip, kl_clip, KEEP_NAN)
-        estimate = tl.clamp(estimate, -kl_clip, kl_clip, KEEP_NAN)
-    correction = tl.zeros_like(k1)
-    if ESTIMATOR == 1:
-        correction = (k1 - estimate) * -kl_coef
-    # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
-    reward = tl.where(kl_coef == 0.0, 0.0, estimate * -kl_coef)
-    return reward, tl.where(kl_coef == 0.0, 0.0, correction)
-
-
-@triton.jit
-def exp_minus_linear(d):
-    """exp(d) - 1 - d; near 0 by its series, where the difference would cancel."""
-    series = d * d * (
-        1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))))
-    )  # fmt: skip
-    return tl.where(tl.abs(d) < 0.35, series, tl.exp(d) - 1.0 - d)
 
 
 @triton.jit

@@ -69,6 +69,16 @@ def evaluate(backend, tensors, extra):
         found |= {f"{label}token_kl.{name}": value.detach() for name, value in pair.items()}
         found |= {f"{label}token_stats.{name}": value.detach() for name, value in stats.items()}
         del pair["ref_logprob"]
+        for inplace_backward in (False, True):
+            y = x.detach().clone().requires_grad_()
+            loss, metrics = kl_kernels.fused_policy_loss(
+                y, token_ids, rewards - 3.0, values, mask, ref_logits=ref_logits,
+                kl_loss_coef=0.1, entropy_coef=0.1, dual_clip=1.5, denominator=1.0,
+                inplace_backward=inplace_backward, backend=backend, **options,
+            )  # fmt: skip
+            (grad,) = torch.autograd.grad(2.0 * loss, y)
+            found |= {f"{label}policy_loss.{name}": value for name, value in metrics.items()}
+            found[f"{label}d policy_loss, in place: {inplace_backward}"] = grad
         grads = {"token_kl": pair, "token_stats": stats}
         for operator, outputs in grads.items():
             upstream = list(weights[: len(outputs)])

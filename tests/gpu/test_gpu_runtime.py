@@ -47,6 +47,48 @@ def test_a_captured_graph_replays_on_new_logits(backend):
         assert torch.equal(grad, expected_grad)
 
 
+def policy_loss(logits, ref_logits, token_ids, backend, mask=None, upstream=1.0, **options):
+    """A policy loss and its gradient."""
+    logits = logits.detach().requires_grad_()
+    ones = torch.ones(token_ids.shape, device=logits.device)
+    loss, _ = kl_kernels.fused_policy_loss(
+        logits, token_ids, None, ones, ones if mask is None else mask, ref_logits=ref_logits,
+        kl_loss_coef=0.1, entropy_coef=0.1, backend=backend, **options,
+    )  # fmt: skip
+    return loss.detach(), torch.autograd.grad(upstream * loss, logits)[0]
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_a_captured_policy_loss_replays_on_new_logits(backend, upstream):
+    first, second = make_inputs(V, "cuda"), make_inputs(V, "cuda", seed=1)
+    static = [t.clone() for t in first]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        policy_loss(*static, backend, upstream=upstream)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = policy_loss(*static, backend, upstream=upstream)
+    for inputs in (second, first):
+        for old, new in zip(static, inputs):
+            old.copy_(new)
+        graph.replay()
+        expected, expected_grad = policy_loss(*inputs, backend, upstream=upstream)
+        assert torch.equal(loss, expected)
+        assert torch.equal(grad, expected_grad)
+
+
+def test_a_rows_policy_gradient_does_not_depend_on_the_batch(backend):
+    inputs = make_inputs(V, "cuda")
+    _, whole = policy_loss(*inputs, backend, denominator=7.0)
+    _, again = policy_loss(*inputs, backend, denominator=7.0)
+    assert torch.equal(whole, again)
+    for b in range(len(whole)):
+        _, alone = policy_loss(*(t[b : b + 1] for t in inputs), backend, denominator=7.0)
+        assert torch.equal(alone[0], whole[b])
+
+
 def test_nothing_waits_for_the_gpu(backend):
     inputs = make_inputs(V, "cuda")
     mask = torch.ones(inputs[2].shape, dtype=torch.bool, device="cuda")
@@ -57,6 +99,8 @@ def test_nothing_waits_for_the_gpu(backend):
         kl_kernels.token_stats(inputs[0], inputs[2], mask=mask, backend=backend)
         shaped = kl_kernels.kl_rewards(*inputs, scores, mask, kl_coef=0.1, backend=backend)
         torch.ops.kl_kernels.gae(shaped.rewards, shaped.kl, mask, 0.99, 0.95, True, backend)
+
+        policy_loss(*inputs, backend, mask=mask, aggregation="seq-mean-token-mean")
 
     everything()
     torch.cuda.synchronize()
@@ -106,6 +150,11 @@ def test_memory_is_the_outputs_and_one_gradient(backend):
     total = (result.kl + result.logprob + result.entropy).sum()
     _, for_gradient = extra(lambda: torch.autograd.grad(total, logits))
     assert for_gradient <= logits.nbytes + one_percent
+    pair = logits[None], ref_logits[None], token_ids[None]
+    _, for_loss = extra(lambda: policy_loss(*pair, backend))
+    assert for_loss <= logits.nbytes + one_percent
+    _, for_loss = extra(lambda: policy_loss(*pair, backend, inplace_backward=True))
+    assert for_loss <= one_percent
 
 
 def test_more_logits_than_32_bits_can_count(backend):

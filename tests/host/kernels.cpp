@@ -18,9 +18,11 @@ struct SmallLaunch {
 struct SmallPolicyLossLaunch {
   struct Resident {
     static constexpr int kThreads = 64, kUnroll = 2, kBlocksPerSm = 3;
+    static constexpr int kPart = 2048;
   };
   struct Reread {
     static constexpr int kThreads = 64, kUnroll = 2, kBlocksPerSm = 1;
+    static constexpr int kPart = 2048;
   };
   using RereadAny = Reread;
 };

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kl_kernels.reference import RowState, empty_state, finish, fold, merge
+from kl_kernels.algebra import RowState, empty_state, finish, fold, merge
 
 NEG_INF = -math.inf
 scaled_logit = st.one_of(st.floats(-60, 60), st.just(NEG_INF), st.floats(9990, 10010))

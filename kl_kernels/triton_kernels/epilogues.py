@@ -1,0 +1,134 @@
+"""What a finished row becomes, elementwise in float32: see the reference's `epilogues.py`.
+
+ESTIMATOR is an index into `schemas.ESTIMATORS`: k1, exact, k2, k3, abs.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from kl_kernels.triton_kernels.math import KEEP_NAN
+
+
+@triton.jit
+def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
+    """The KL reward without the score, and what to add to the advantage."""
+    k1 = f.logprob - f.ref_logprob
+    if ESTIMATOR == 0:
+        estimate = k1
+    elif ESTIMATOR == 1:
+        estimate = f.kl
+    elif ESTIMATOR == 2:
+        estimate = 0.5 * k1 * k1
+    elif ESTIMATOR == 3:
+        estimate = exp_minus_linear(-k1)
+    else:
+        estimate = tl.abs(k1)
+    k1, estimate = clamp(k1, kl_clip), clamp(estimate, kl_clip)
+    correction = tl.zeros_like(k1)
+    if ESTIMATOR == 1:
+        correction = (k1 - estimate) * -kl_coef
+    # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
+    reward = tl.where(kl_coef == 0.0, 0.0, estimate * -kl_coef)
+    return reward, tl.where(kl_coef == 0.0, 0.0, correction)
+
+
+class PolicyLossTerms(NamedTuple):
+    """In the order of `schemas.POLICY_LOSS_TERMS`."""
+
+    loss: tl.tensor
+    clip_fraction: tl.tensor
+    clip_fraction_dual: tl.tensor
+    approx_kl: tl.tensor
+    approx_kl_k1: tl.tensor
+    ratio_mean: tl.tensor
+    kl: tl.tensor
+    entropy: tl.tensor
+
+
+class Upstream(NamedTuple):
+    """The gradient of a token's weighted loss with respect to its row's statistics."""
+
+    logprob: tl.tensor
+    kl: tl.tensor
+    entropy: tl.tensor
+
+
+@triton.jit
+def policy_loss_epilogue(
+    f, log_ratio, advantage, token_weight, importance_weight,
+    ref_log_ratio,  # logprob - ref_logprob, for k2 and k3
+    clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, entropy_coef,
+    ESTIMATOR: tl.constexpr, HAS_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """HAS_KL, HAS_ENTROPY: whether their coefficients differ from 0.
+
+    If not they are left out: 0 * inf would be NaN.
+    """
+    log_ratio = clamp(log_ratio, log_ratio_clamp)
+    ratio = tl.exp(log_ratio)
+    unclipped = -advantage * ratio
+    within = tl.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high, KEEP_NAN)
+    clipped = -advantage * within
+    clip_decides = clipped > unclipped
+    loss = tl.where(clip_decides, clipped, unclipped)
+    constant, clip_fraction_dual = clip_decides, 0.0
+    if dual_clip is not None:
+        bound = -advantage * dual_clip
+        dual_clip_decides = (advantage < 0.0) & (loss > bound)
+        loss = tl.where(dual_clip_decides, bound, loss)
+        constant = constant | dual_clip_decides
+        clip_fraction_dual = dual_clip_decides.to(tl.float32)
+    loss = importance_weight * loss
+    # d ratio / d logprob is the ratio, so the unclipped loss is its own derivative.
+    grad_logprob = tl.where(constant, 0.0, importance_weight * unclipped)
+
+    kl = f.kl
+    if ESTIMATOR != 1:
+        d = clamp(ref_log_ratio, log_ratio_clamp)
+        kl, slope = exp_minus_linear(-d), -expm1(-d)
+        if ESTIMATOR == 2:
+            kl, slope = 0.5 * d * d, d
+    grad_kl, grad_entropy = 0.0, 0.0
+    if HAS_KL:
+        loss += kl_coef * kl
+        if ESTIMATOR == 1:
+            grad_kl = token_weight * kl_coef
+        else:
+            grad_logprob += kl_coef * slope
+    if HAS_ENTROPY:
+        loss -= entropy_coef * f.entropy
+        grad_entropy = token_weight * -entropy_coef
+
+    terms = PolicyLossTerms(
+        token_weight * loss, clip_decides.to(tl.float32), clip_fraction_dual,
+        exp_minus_linear(log_ratio), -log_ratio, ratio, kl, f.entropy,
+    )  # fmt: skip
+    return terms, Upstream(token_weight * grad_logprob, grad_kl, grad_entropy)
+
+
+@triton.jit
+def clamp(x, bound):
+    if bound is not None:
+        x = tl.clamp(x, -bound, bound, KEEP_NAN)
+    return x
+
+
+# Below this exp(d) - 1 cancels, and the series below has converged.
+SMALL = tl.constexpr(0.35)
+
+
+@triton.jit
+def exp_minus_linear(d):
+    """exp(d) - 1 - d."""
+    series = d * d * (
+        1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))))
+    )  # fmt: skip
+    return tl.where(tl.abs(d) < SMALL, series, tl.exp(d) - 1.0 - d)
+
+
+@triton.jit
+def expm1(d):
+    """exp(d) - 1."""
+    return tl.where(tl.abs(d) < SMALL, exp_minus_linear(d) + d, tl.exp(d) - 1.0)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kl_kernels import (
     autograd as _autograd,  # noqa: F401  registers torch.ops.kl_kernels
@@ -83,7 +82,6 @@ class LinearTokenKL(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any,
         grad_logprob: Tensor | None,
@@ -102,11 +100,31 @@ class LinearTokenKL(torch.autograd.Function):
         rows = Rows(token_ids, mask)
         upstream = _Upstream(*(None if g is None else rows.take(g)[None] for g in grads))
         saved = _Saved(policy_state, ref_state, kl, entropy)
-        with _full_precision(heads[0].weight):
+        with torch.no_grad(), _full_precision(heads[0].weight):
             gradients = _differentiate(
                 heads, rows, token_ids, ctx.options, upstream, saved, ctx.needs_input_grad[:3]
             )
+        if torch.is_grad_enabled():  # create_graph
+            gradients = [
+                None if g is None else _Once.apply(g, t) for g, t in zip(gradients, head_tensors)
+            ]
         return *gradients, *[None] * 6
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that is not differentiable again.
+
+    `once_differentiable` does not do: it looks at the upstream gradients alone, and if those are
+    constants the second derivative would silently be 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _of: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        raise RuntimeError("kl_kernels has no second derivatives: a head is differentiable once")
 
 
 def _heads(
@@ -169,7 +187,7 @@ def _differentiate(
     upstream: _Upstream,
     saved: _Saved,
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+) -> list[Tensor | None]:
     """Gradients of the first head's hidden [B, T, d], weight [V, d] and bias [V], if needed.
 
     The gradient of a tile is written over the tile, then multiplied with each factor.
@@ -206,11 +224,11 @@ def _differentiate(
         for gradient in (grad_weight, grad_bias):
             if gradient is not None:
                 gradient.store(columns)
-    return (
+    return [
         None if grad_hidden is None else rows.put(grad_hidden, policy.hidden.dtype),
         None if grad_weight is None else grad_weight.gradient,
         None if grad_bias is None else grad_bias.gradient,
-    )
+    ]
 
 
 def _over_logits(

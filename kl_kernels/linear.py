@@ -16,8 +16,16 @@ from kl_kernels.arguments import as_rows, as_tokens, needs_gradient, shaped
 from kl_kernels.functional import TokenKL, TokenStats
 from kl_kernels.linear_autograd import LinearTokenKL, Options
 
-# Measured by bench/linear.py; see there.
-MEMORY_BUDGET = 128 << 20
+# Bytes of memory_budget=None. On a CPU the tile that was just multiplied is then still in its last
+# cache when the kernels read it: from 16 to 64 MiB the time is flat, at 256 MiB it is a tenth more
+# (bench/linear.py --budgets). A GPU needs tiles of thousands of rows and columns to be busy, and
+# few enough of them that launching the kernels of a tile takes no longer than running them; that
+# figure is a guess, which no GPU has confirmed.
+MEMORY_BUDGETS = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+
+def default_memory_budget(device: torch.device) -> int:
+    return MEMORY_BUDGETS.get(device.type, MEMORY_BUDGETS["cuda"])
 
 
 @torch.compiler.disable(reason="tracing would unroll the loop over tiles")
@@ -31,7 +39,7 @@ def linear_token_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """`token_stats` of the logits of a linear head, which are never there in full.
@@ -56,8 +64,8 @@ def linear_token_stats(
         temperature: divides the logits; finite and above 0.
         softcap: Gemma-style soft cap applied after `logit_scale` and before the temperature.
         logit_scale: multiplies the logits (Cohere; 1 / logits_scaling for Granite); above 0.
-        memory_budget: bytes for tiles and for copies of their factors in float32. Larger tiles
-            are multiplied a little faster; the results are the same up to rounding.
+        memory_budget: bytes for tiles and for copies of their factors in float32; None: 64 MiB on
+            a CPU, 512 MiB elsewhere. The results are the same up to rounding.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -71,10 +79,9 @@ def linear_token_stats(
     """
     _check_head("", hidden, weight, bias)
     _check_scale("", temperature, softcap, logit_scale)
-    checks.check_positive("memory_budget", memory_budget)
     options = Options(
         *(temperature / logit_scale,) * 2, *(_scaled(softcap, logit_scale),) * 2,
-        memory_budget, backend,
+        _checked_budget(memory_budget, hidden), backend,
     )  # fmt: skip
     outputs = _apply(hidden, weight, bias, (None, None, None), token_ids, mask, options)
     return TokenStats(outputs[0], outputs[4])
@@ -97,7 +104,7 @@ def linear_token_kl(
     ref_softcap: float | None = None,
     logit_scale: float = 1.0,
     ref_logit_scale: float | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
     backend: str | None = None,
 ) -> TokenKL:
     """`token_kl` of the logits of two linear heads, which are never there in full.
@@ -139,11 +146,10 @@ def linear_token_kl(
     _check_head("ref_", ref_hidden, ref_weight, ref_bias)
     _check_scale("ref_", ref_temperature, ref_softcap, ref_logit_scale)
     _check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    checks.check_positive("memory_budget", memory_budget)
     options = Options(
         temperature / logit_scale, ref_temperature / ref_logit_scale,
         _scaled(softcap, logit_scale), _scaled(ref_softcap, ref_logit_scale),
-        memory_budget, backend,
+        _checked_budget(memory_budget, hidden), backend,
     )  # fmt: skip
     reference = as_rows(ref_hidden), ref_weight, ref_bias
     return TokenKL(*_apply(hidden, weight, bias, reference, token_ids, mask, options))
@@ -152,6 +158,13 @@ def linear_token_kl(
 def _scaled(softcap: float | None, logit_scale: float) -> float | None:
     """Of c tanh(s x / c) / T = c' tanh(x / c') / T', c' = c / s; and T' = T / s."""
     return None if softcap is None else softcap / logit_scale
+
+
+def _checked_budget(memory_budget: int | None, hidden: Tensor) -> int:
+    if memory_budget is None:
+        return default_memory_budget(hidden.device)
+    checks.check_positive("memory_budget", memory_budget)
+    return int(memory_budget)
 
 
 def _apply(

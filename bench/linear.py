@@ -227,7 +227,8 @@ def report_peak(job: str, shape: Shape, budget: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--memory-rows", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=131072)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -240,15 +241,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = record()
     print(f"{results['device']}, {args.threads} threads")
-    shapes = [Shape(args.rows, args.vocab, args.width, dtype) for dtype in args.dtypes]
-    runs = [(job, shape, b) for shape in shapes for b in args.budgets for job in args.jobs]
+
+    def runs(n_rows: int) -> list[tuple[str, Shape, int]]:
+        shapes = [Shape(n_rows, args.vocab, args.width, dtype) for dtype in args.dtypes]
+        return [(job, shape, b) for shape in shapes for b in args.budgets for job in args.jobs]
+
     print(Timing.HEADER)
     timings, memory = [], []
-    for run in runs:
+    for run in runs(args.rows):
         timings.append(time_job(*run, args.turns))
         print(timings[-1], flush=True)
     print(Memory.HEADER)
-    for run in runs:
+    for run in runs(args.memory_rows):
         memory.append(measure_memory(*run, args.threads))
         print(memory[-1], flush=True)
     results |= {

@@ -438,16 +438,26 @@ def test_autocast_does_not_reach_the_tiles(function):
 
 
 def test_compiled_callers_break_the_graph_here():
+    """Tracing would unroll the loop over tiles."""
     case = Case()
+    traced = []
+
+    def keep(graph, _inputs):
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
 
     def loss(hidden):
         case.hidden = torch.tanh(hidden)
         return case.ours("kl", memory_budget=SMALL).kl.sum()
 
     leaf = case.hidden.detach().requires_grad_()
-    (ours,) = torch.autograd.grad(torch.compile(loss, backend="eager")(leaf), leaf)
+    (ours,) = torch.autograd.grad(torch.compile(loss, backend=keep)(leaf), leaf)
     (plain,) = torch.autograd.grad(loss(leaf), leaf)
     assert_near(ours, plain, 1e-6)
+    assert any("tanh" in target for target in traced)
+    assert not any(
+        "mm" in target or "apply" in target or "kl_kernels" in target for target in traced
+    )
 
 
 BAD_ARGUMENTS = {
@@ -472,6 +482,13 @@ BAD_ARGUMENTS = {
     "a trained reference": (
         {"ref_weight": torch.ones(V, REF_D, requires_grad=True)}, ValueError,
         "ref_weight requires grad, but the reference is a constant: detach it",
+    ),
+    "a reference with a trained bias": (
+        {"ref_bias": torch.ones(V, requires_grad=True)}, ValueError, "ref_bias requires grad",
+    ),
+    "trained reference states": (
+        {"ref_hidden": torch.ones(2, 9, REF_D, requires_grad=True)}, ValueError,
+        "ref_hidden requires grad",
     ),
     "tokens of another shape": (
         {"token_ids": torch.zeros(2, 8, dtype=torch.long)}, ValueError,

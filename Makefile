@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo test validate bench bench-cpu bench-traffic bench-ppo bench-careful gpu abi lint format clean
+.PHONY: ppo test validate bench bench-cpu bench-traffic bench-ppo bench-careful bench-linear gpu abi lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels ppo $(ARGS)
@@ -32,6 +32,9 @@ bench-ppo: $(READY)
 bench-careful: $(READY)
 	$(BIN)/python bench/careful.py $(ARGS)
 	$(BIN)/python bench/readme.py
+
+bench-linear: $(READY)
+	$(BIN)/python bench/linear.py $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

@@ -10,6 +10,7 @@ from kl_kernels.functional import (
     token_kl,
     token_stats,
 )
+from kl_kernels.linear import linear_token_kl, linear_token_stats
 from kl_kernels.policy_loss import fused_policy_loss
 from kl_kernels.rl.advantages import compute_gae
 from kl_kernels.rl.controllers import AdaptiveKLController, FixedKLController
@@ -30,6 +31,8 @@ __all__ = [
     "fused_policy_loss",
     "kl_penalty",
     "kl_rewards",
+    "linear_token_kl",
+    "linear_token_stats",
     "masked_mean",
     "masked_var",
     "masked_whiten",

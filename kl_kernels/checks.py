@@ -77,11 +77,15 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         raise ValueError(f"{name} is on {tensor.device}, {other_name} on {other.device}")
 
 
-def check_logits(name: str, logits: Tensor) -> None:
-    check_tensor(name, logits)
-    if logits.dtype not in LOGITS_DTYPES:
+def check_floating(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype not in LOGITS_DTYPES:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in LOGITS_DTYPES)
-        raise TypeError(f"{name} has dtype {logits.dtype}; accepted: {accepted}")
+        raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: {accepted}")
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    check_floating(name, logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)}; it has to be [..., V] with at least one logit"

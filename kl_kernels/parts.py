@@ -8,6 +8,7 @@ vocabulary itself is the kernels' business.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -32,11 +33,11 @@ def local_token_ids(token_ids: Tensor, start: int, size: int) -> Tensor:  # [B, 
 
 
 def merge_parts(states: Iterable[Tensor]) -> Part:  # [F, B, T] each
-    """The state of the whole. The order of the parts is the order of rounding."""
-    whole, *others = map(_unpack, states)
-    for other in others:
-        whole = _merge(whole, other)
-    return whole
+    """The state of the whole. The order of the parts is the order of rounding.
+
+    One part is there at a time, so that states may come from a generator.
+    """
+    return reduce(_merge, map(_unpack, states))
 
 
 def _unpack(state: Tensor) -> Part:  # [F, B, T]

@@ -1,0 +1,252 @@
+"""Statistics of a linear head's logits without the logits.
+
+The output layer of a language model makes [tokens, vocabulary] logits of [tokens, width] hidden
+states. Here they exist a tile at a time: a tile is multiplied, read by the kernels and overwritten
+by the next one; backward multiplies it again. Hidden states are [..., d], everything per token is
+[...], and V is the vocabulary. Outputs are float32 (float64 for float64 heads).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kl_kernels import checks
+from kl_kernels.arguments import as_rows, as_tokens, needs_gradient, shaped
+from kl_kernels.functional import TokenKL, TokenStats
+from kl_kernels.linear_autograd import LinearTokenKL, Options
+
+# Bytes of memory_budget=None. On a CPU the tile that was just multiplied is then still in its last
+# cache when the kernels read it: from 16 to 64 MiB the time is flat, at 256 MiB it is a tenth more
+# (bench/linear.py --budgets). A GPU needs tiles of thousands of rows and columns to be busy, and
+# few enough of them that launching the kernels of a tile takes no longer than running them; that
+# figure is a guess, which no GPU has confirmed.
+MEMORY_BUDGETS = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+
+def default_memory_budget(device: torch.device) -> int:
+    return MEMORY_BUDGETS.get(device.type, MEMORY_BUDGETS["cuda"])
+
+
+@torch.compiler.disable(reason="tracing would unroll the loop over tiles")
+def linear_token_stats(
+    hidden: Tensor,  # [..., d]
+    weight: Tensor,  # [V, d]
+    token_ids: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,  # [...]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """`token_stats` of the logits of a linear head, which are never there in full.
+
+    logits = logit_scale (hidden @ weight.T + bias); softcap and temperature follow as in
+    `token_stats`. Products are computed and summed in float32 whatever the dtypes, under autocast
+    too, and gradients are rounded to the dtype of their tensor once, at the end. (Float32 factors
+    are multiplied as precisely as `torch.set_float32_matmul_precision` says.)
+
+    Rows where the mask is False are not multiplied: their outputs and gradients are exactly 0, even
+    if the row holds NaN. To know which those are, a GPU is waited for.
+
+    Memory, beyond inputs, outputs and gradients: `memory_budget`; in backward also the gradient of
+    the hidden states in float32, where they have another dtype or rows are masked.
+
+    Args:
+        hidden: the head's input; float32, bfloat16, float16 or float64.
+        weight: of the head; the same dtypes, not necessarily that of `hidden`.
+        token_ids: int64 or int32, in [0, V) where the mask is True.
+        bias: of the head.
+        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        temperature: divides the logits; finite and above 0.
+        softcap: Gemma-style soft cap applied after `logit_scale` and before the temperature.
+        logit_scale: multiplies the logits (Cohere; 1 / logits_scaling for Granite); above 0.
+        memory_budget: bytes for tiles and for copies of their factors in float32; None: 64 MiB on
+            a CPU, 512 MiB elsewhere. The results are the same up to rounding.
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        TokenStats(logprob, entropy), each [...], in nats, differentiable in any mix with respect
+        to hidden, weight and bias. What does not require a gradient costs none: a frozen head is
+        not differentiated.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
+            memory_budget is too small for any tile.
+    """
+    _check_head("", hidden, weight, bias)
+    _check_scale("", temperature, softcap, logit_scale)
+    options = Options(
+        *(temperature / logit_scale,) * 2, *(_scaled(softcap, logit_scale),) * 2,
+        _checked_budget(memory_budget, hidden), backend,
+    )  # fmt: skip
+    outputs = _apply(hidden, weight, bias, (None, None, None), token_ids, mask, options)
+    return TokenStats(outputs[0], outputs[4])
+
+
+@torch.compiler.disable(reason="tracing would unroll the loop over tiles")
+def linear_token_kl(
+    hidden: Tensor,  # [..., d]
+    weight: Tensor,  # [V, d]
+    ref_hidden: Tensor,  # [..., ref_d]
+    ref_weight: Tensor,  # [V, ref_d]
+    token_ids: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,  # [...]
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float | None = None,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> TokenKL:
+    """`token_kl` of the logits of two linear heads, which are never there in full.
+
+    See `token_kl` for what is computed and `linear_token_stats` for how and in which memory. The
+    reference's head may have a width, dtype and bias of its own; it is a constant, and is not
+    multiplied a second time unless a KL is differentiated.
+
+    Args:
+        hidden: the policy's; see `linear_token_stats`.
+        weight: of the policy's head.
+        ref_hidden: the reference's hidden states, of the same tokens; must not require grad.
+        ref_weight: of the reference's head, over the same vocabulary; must not require grad. (A
+            head that policy and reference share: pass `weight.detach()`.)
+        token_ids: int64 or int32, in [0, V) where the mask is True.
+        bias: of the policy's head.
+        ref_bias: of the reference's head; None: none, whatever the policy's.
+        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        temperature: of the policy; finite and above 0.
+        ref_temperature: of the reference; None: the policy's.
+        softcap: of the policy, None: none.
+        ref_softcap: of the reference; None: none, whatever the policy's.
+        logit_scale: of the policy; see `linear_token_stats`.
+        ref_logit_scale: of the reference; None: the policy's.
+        memory_budget: see `linear_token_stats`; for the tiles of both.
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        TokenKL(logprob, ref_logprob, kl, forward_kl, entropy), each [...], in nats.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
+            memory_budget is too small for any tile.
+    """
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    ref_logit_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
+    _check_head("", hidden, weight, bias)
+    _check_scale("", temperature, softcap, logit_scale)
+    _check_head("ref_", ref_hidden, ref_weight, ref_bias)
+    _check_scale("ref_", ref_temperature, ref_softcap, ref_logit_scale)
+    _check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    options = Options(
+        temperature / logit_scale, ref_temperature / ref_logit_scale,
+        _scaled(softcap, logit_scale), _scaled(ref_softcap, ref_logit_scale),
+        _checked_budget(memory_budget, hidden), backend,
+    )  # fmt: skip
+    reference = as_rows(ref_hidden), ref_weight, ref_bias
+    return TokenKL(*_apply(hidden, weight, bias, reference, token_ids, mask, options))
+
+
+def _scaled(softcap: float | None, logit_scale: float) -> float | None:
+    """Of c tanh(s x / c) / T = c' tanh(x / c') / T', c' = c / s; and T' = T / s."""
+    return None if softcap is None else softcap / logit_scale
+
+
+def _checked_budget(memory_budget: int | None, hidden: Tensor) -> int:
+    if memory_budget is None:
+        return default_memory_budget(hidden.device)
+    checks.check_positive("memory_budget", memory_budget)
+    return int(memory_budget)
+
+
+def _apply(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+    token_ids: Tensor,
+    mask: Tensor | None,
+    options: Options,
+) -> list[Tensor]:
+    _check_per_token("token_ids", token_ids, hidden)
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token_ids has dtype {token_ids.dtype}; accepted: int64, int32")
+    ids = as_tokens(token_ids).long()
+    counts = None
+    if mask is not None:
+        _check_per_token("mask", mask, hidden)
+        counts = as_tokens(mask).bool()
+    # Kernels see a tile's own ids; one that is in no tile would pass for one that is elsewhere.
+    checks.check_token_range(ids, counts, weight.shape[0])
+    outputs = LinearTokenKL.apply(as_rows(hidden), weight, bias, *reference, ids, counts, options)
+    return [shaped(output, token_ids.shape) for output in outputs]
+
+
+def _check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    names = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    for name, tensor in zip(names, (hidden, weight) if bias is None else (hidden, weight, bias)):
+        checks.check_floating(name, tensor)
+        checks.check_same_device(name, tensor, names[0], hidden)
+    if hidden.ndim == 0:
+        raise ValueError(f"{names[0]} has shape (); it has to be [..., d]")
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{names[1]} has shape {tuple(weight.shape)}; {names[0]} of shape "
+            f"{tuple(hidden.shape)} needs [V, {hidden.shape[-1]}] with at least one row"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{names[2]} has shape {tuple(bias.shape)}; {names[1]} of shape "
+            f"{tuple(weight.shape)} needs ({weight.shape[0]},)"
+        )
+
+
+def _check_scale(
+    prefix: str, temperature: float, softcap: float | None, logit_scale: float
+) -> None:
+    checks.check_positive(f"{prefix}temperature", temperature)
+    checks.check_positive(f"{prefix}logit_scale", logit_scale)
+    if softcap is not None:
+        checks.check_positive(f"{prefix}softcap", softcap)
+
+
+def _check_reference(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None
+) -> None:
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; "
+            "all but the last dimension have to be equal"
+        )
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} rows, weight {weight.shape[0]}; "
+            "they have to be equal (slice both to the vocabulary they share)"
+        )
+    checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
+    for name, tensor in (
+        ("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)
+    ):  # fmt: skip
+        if tensor is not None and needs_gradient(tensor):
+            raise ValueError(
+                f"{name} requires grad, but the reference is a constant: "
+                "detach it, or compute it under torch.no_grad()"
+            )
+
+
+def _check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    checks.check_tensor(name, tensor)
+    if tensor.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; hidden of shape {tuple(hidden.shape)} "
+            f"needs {tuple(hidden.shape[:-1])}"
+        )
+    checks.check_same_device(name, tensor, "hidden", hidden)

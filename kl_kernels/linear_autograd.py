@@ -1,0 +1,282 @@
+"""Statistics of a linear head's logits and their gradients, tile by tile.
+
+Vocabulary is the outer loop and tokens the inner one, forward and backward. A stretch of the weight
+is then brought to float32 once, and its gradient is complete when the inner loop ends: of the
+largest gradient no more than that stretch is held in float32. The gradient of the hidden states is
+a sum over the vocabulary, in float32 until the outer loop ends; that is [tokens, d], where tokens
+outside would hold the weight's [V, d].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_kernels import (
+    autograd as _autograd,  # noqa: F401  registers torch.ops.kl_kernels
+)
+from kl_kernels.parts import Whole, finish_parts, local_token_ids, merge_parts
+from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of `LinearTokenKL`: how logits are scaled, and how the work is done."""
+
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+    memory_budget: int  # bytes
+    backend: str | None
+
+    @property
+    def scales(self) -> tuple[float, float, float | None, float | None]:
+        return self.temperature, self.ref_temperature, self.softcap, self.ref_softcap
+
+
+class _Upstream(NamedTuple):
+    """The loss's gradient with respect to each output, each [1, n]."""
+
+    logprob: Tensor | None
+    kl: Tensor | None
+    forward_kl: Tensor | None
+    entropy: Tensor | None
+
+
+class LinearTokenKL(torch.autograd.Function):
+    """(logprob, ref_logprob, kl, forward_kl, entropy), each [B, T], of the logits of a head.
+
+    The reference is a constant; without one, logprob and entropy are what there is to be had.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [B, T, d]
+        weight: Tensor,  # [V, d]
+        bias: Tensor | None,  # [V]
+        ref_hidden: Tensor | None,  # [B, T, ref_d]
+        ref_weight: Tensor | None,  # [V, ref_d]
+        ref_bias: Tensor | None,  # [V]
+        token_ids: Tensor,  # [B, T]
+        mask: Tensor | None,  # [B, T]
+        options: Options,
+    ) -> tuple[Tensor, ...]:
+        heads = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        rows = Rows(token_ids, mask)
+        with _full_precision(weight):
+            whole = _fold(heads, rows, token_ids, options)
+        outputs = tuple(rows.put(value[0], value.dtype) for value in whole.outputs)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.save_for_backward(
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, token_ids, mask,
+            whole.policy_state, whole.ref_state, whole.outputs.kl, whole.outputs.entropy,
+        )  # fmt: skip
+        return outputs
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_logprob: Tensor | None,
+        _ref_logprob: None,
+        grad_kl: Tensor | None,
+        grad_forward_kl: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        grads = grad_logprob, grad_kl, grad_forward_kl, grad_entropy
+        if all(g is None for g in grads):
+            return (None,) * 9
+        *head_tensors, token_ids, mask, policy_state, ref_state, kl, entropy = ctx.saved_tensors
+        heads = _heads(*head_tensors)
+        if grad_kl is None and grad_forward_kl is None:
+            del heads[1:]  # the reference's logits are not computed a second time
+        rows = Rows(token_ids, mask)
+        upstream = _Upstream(*(None if g is None else rows.take(g)[None] for g in grads))
+        saved = _Saved(policy_state, ref_state, kl, entropy)
+        with torch.no_grad(), _full_precision(heads[0].weight):
+            gradients = _differentiate(
+                heads, rows, token_ids, ctx.options, upstream, saved, ctx.needs_input_grad[:3]
+            )
+        if torch.is_grad_enabled():  # create_graph
+            gradients = [
+                None if g is None else _Once.apply(g, t) for g, t in zip(gradients, head_tensors)
+            ]
+        return *gradients, *[None] * 6
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that is not differentiable again.
+
+    `once_differentiable` does not do: it looks at the upstream gradients alone, and if those are
+    constants the second derivative would silently be 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _of: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        raise RuntimeError("kl_kernels has no second derivatives: a head is differentiable once")
+
+
+def _heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> list[Head]:
+    policy = Head(hidden, weight, bias)
+    if ref_hidden is None or ref_weight is None:
+        return [policy]
+    return [policy, Head(ref_hidden, ref_weight, ref_bias)]
+
+
+def _full_precision(weight: Tensor) -> torch.autocast:
+    """Autocast would round factors and tiles to its own dtype."""
+    return torch.autocast(weight.device.type, enabled=False)
+
+
+def _fold(heads: list[Head], rows: Rows, token_ids: Tensor, options: Options) -> Whole:
+    """Of the rows that count, each [1, n]."""
+    plan = plan_tiles(heads, rows.n, options.memory_budget)
+    tiles = [Tiles(head, rows, plan) for head in heads]
+    ids = rows.take(token_ids)[None]
+
+    def fold(own_ids: Tensor, which: slice) -> Tensor:  # [F, 1, rows]
+        logits = [of_head.logits(which)[None] for of_head in tiles]
+        state: Tensor = torch.ops.kl_kernels.fold_part(
+            logits[0], logits[1] if len(logits) > 1 else None, own_ids[:, which], None,
+            *options.scales, options.backend,
+        )  # fmt: skip
+        return state
+
+    def states() -> Iterator[Tensor]:  # [F, 1, n]
+        for columns in plan.column_slices():
+            for of_head in tiles:
+                of_head.at(columns)
+            own_ids = local_token_ids(ids, columns.start, columns.stop - columns.start)
+            yield torch.cat([fold(own_ids, which) for which in plan.row_slices()], dim=-1)
+
+    return finish_parts(merge_parts(states()), None, heads[0].tile_dtype)
+
+
+class _Saved(NamedTuple):
+    """What `_fold` found, each [1, n] or, states, [2, 1, n]."""
+
+    policy_state: Tensor
+    ref_state: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+def _differentiate(
+    heads: list[Head],
+    rows: Rows,
+    token_ids: Tensor,  # [B, T]
+    options: Options,
+    upstream: _Upstream,
+    saved: _Saved,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of the first head's hidden [B, T, d], weight [V, d] and bias [V], if needed.
+
+    The gradient of a tile is written over the tile, then multiplied with each factor.
+    """
+    policy = heads[0]
+    needs_hidden, needs_weight, needs_bias = needs
+    plan = plan_tiles(heads, rows.n, options.memory_budget, weight_gradient=needs_weight)
+    tiles = [Tiles(head, rows, plan) for head in heads]
+    ids = rows.take(token_ids)[None]
+    dtype = policy.tile_dtype
+    grad_hidden = None
+    if needs_hidden:
+        grad_hidden = policy.hidden.new_zeros((rows.n, policy.hidden.shape[-1]), dtype=dtype)
+    grad_weight = _GradientByColumns(policy.weight, plan.columns, dtype) if needs_weight else None
+    grad_bias = None
+    if needs_bias and policy.bias is not None:
+        grad_bias = _GradientByColumns(policy.bias, plan.columns, dtype)
+    for columns in plan.column_slices():
+        for of_head in tiles:
+            of_head.at(columns)
+        own_ids = local_token_ids(ids, columns.start, columns.stop - columns.start)
+        for which in plan.row_slices():
+            hidden = tiles[0].hidden(which) if grad_weight is not None else None
+            tile, *others = (
+                of_head.logits(which, known) for of_head, known in zip(tiles, (hidden, None))
+            )
+            _over_logits(tile, others, own_ids, which, options, upstream, saved)
+            if grad_hidden is not None:
+                grad_hidden[which].addmm_(tile, tiles[0].weight)
+            if grad_weight is not None and hidden is not None:
+                grad_weight.sums(columns).addmm_(tile.t(), hidden)
+            if grad_bias is not None:
+                grad_bias.sums(columns).add_(tile.sum(0))
+        for gradient in (grad_weight, grad_bias):
+            if gradient is not None:
+                gradient.store(columns)
+    return [
+        None if grad_hidden is None else rows.put(grad_hidden, policy.hidden.dtype),
+        None if grad_weight is None else grad_weight.gradient,
+        None if grad_bias is None else grad_bias.gradient,
+    ]
+
+
+def _over_logits(
+    tile: Tensor,  # [rows, columns]
+    ref_tiles: list[Tensor],  # of the reference, or none
+    token_ids: Tensor,  # [1, n]
+    which: slice,
+    options: Options,
+    upstream: _Upstream,
+    saved: _Saved,
+) -> None:
+    """Writes the gradient of the policy's logits over them."""
+    o, g = options, _Upstream(*(None if g is None else g[:, which] for g in upstream))
+    s = _Saved(*(value[..., which].contiguous() for value in saved))
+    logits, ids = tile[None], token_ids[:, which]
+    if ref_tiles:
+        torch.ops.kl_kernels.token_kl_backward_(
+            *g, logits, ref_tiles[0][None], ids, None, *s, *o.scales, True, logits, o.backend
+        )
+    else:
+        torch.ops.kl_kernels.token_stats_backward_(
+            g.logprob, g.entropy, logits, ids, None, s.policy_state, s.entropy,
+            o.temperature, o.softcap, True, logits, o.backend,
+        )  # fmt: skip
+
+
+class _GradientByColumns:
+    """The gradient of a weight or bias, summed over the tokens one stretch after the other."""
+
+    def __init__(self, tensor: Tensor, n_columns: int, dtype: torch.dtype):  # [V, ...]
+        self.gradient = tensor.new_empty(tensor.shape)
+        self._sums = self.gradient  # of all there is, where the dtype allows that
+        if tensor.dtype != dtype:
+            self._sums = tensor.new_empty((n_columns, *tensor.shape[1:]), dtype=dtype)
+        self._started = -1
+
+    def sums(self, columns: slice) -> Tensor:  # [columns, ...]
+        """To add to."""
+        if self._sums is self.gradient:
+            sums = self._sums[columns]
+        else:
+            sums = self._sums[: columns.stop - columns.start]
+        if self._started != columns.start:
+            sums.zero_()
+            self._started = columns.start
+        return sums
+
+    def store(self, columns: slice) -> None:
+        """They are complete: rounds them."""
+        if self._sums is not self.gradient:
+            self.gradient[columns] = self.sums(columns)

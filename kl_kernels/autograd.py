@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kl_kernels.ops import are_neighbours, library, new_gradient
 
@@ -138,6 +137,28 @@ for _name in ("token_stats_backward", "token_kl_backward"):
     torch.library.register_autograd(f"kl_kernels::{_name}", _no_second_derivative, lib=library)
 
 
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _of: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        _no_second_derivative(ctx, grad)
+
+
+def once(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
+    """The gradient, not differentiable again with respect to what it is the gradient of.
+
+    (`once_differentiable` looks at upstream gradients alone. Where those are constants, it would
+    let the second derivative silently be 0.)
+    """
+    if gradient is None or not torch.is_grad_enabled():  # no create_graph
+        return gradient
+    result: Tensor = _Once.apply(gradient, of)
+    return result
+
+
 class PolicyLoss(torch.autograd.Function):
     """The operator `policy_loss`, whose gradient is there before anybody asks for it."""
 
@@ -148,14 +169,15 @@ class PolicyLoss(torch.autograd.Function):
         """(loss, terms), from the operator's arguments but for `logits` and `grad_logits`."""
         gradient = gradient_buffer(logits, inplace_backward) if ctx.needs_input_grad[0] else None
         terms = torch.ops.kl_kernels.policy_loss(logits.detach(), *args, gradient, backend)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient)  # and not the logits, which can go
         ctx.backend = backend
         ctx.mark_non_differentiable(terms)
         return terms[0].sum(), terms
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _terms: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            _no_second_derivative(ctx, grad_loss)
         (gradient,) = ctx.saved_tensors
         # It is given away, scaled in place: a second backward is to be refused.
         torch.autograd.graph.increment_version(gradient)

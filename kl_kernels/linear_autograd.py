@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_kernels import (
-    autograd as _autograd,  # noqa: F401  registers torch.ops.kl_kernels
-)
+from kl_kernels.autograd import once
 from kl_kernels.parts import Whole, finish_parts, local_token_ids, merge_parts
 from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles
 
@@ -104,27 +102,8 @@ class LinearTokenKL(torch.autograd.Function):
             gradients = _differentiate(
                 heads, rows, token_ids, ctx.options, upstream, saved, ctx.needs_input_grad[:3]
             )
-        if torch.is_grad_enabled():  # create_graph
-            gradients = [
-                None if g is None else _Once.apply(g, t) for g, t in zip(gradients, head_tensors)
-            ]
+        gradients = [once(g, of) for g, of in zip(gradients, head_tensors)]
         return *gradients, *[None] * 6
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that is not differentiable again.
-
-    `once_differentiable` does not do: it looks at the upstream gradients alone, and if those are
-    constants the second derivative would silently be 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, _of: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> None:
-        raise RuntimeError("kl_kernels has no second derivatives: a head is differentiable once")
 
 
 def _heads(

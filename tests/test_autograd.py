@@ -145,6 +145,14 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+def test_second_derivatives_of_a_policy_loss_are_refused():
+    logits, _, token_ids = make()
+    ones = torch.ones(2, 3)
+    loss, _ = kl_kernels.fused_policy_loss(logits, token_ids, None, ones, ones)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
 @pytest.mark.parametrize("output", ["logprob", "kl", "forward_kl", "entropy"])
 def test_gradcheck_in_float64(output):
     logits, ref_logits, token_ids = make(torch.float64)

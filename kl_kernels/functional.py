@@ -16,9 +16,9 @@ Backward sends nothing: every rank has to compute the same loss from the outputs
 logits' gradient of that loss, once, not the sum over ranks (as with Megatron's vocabulary-parallel
 cross-entropy). If losses differ, each rank's logits get the gradient of its own loss; where the
 loss is a sum over ranks, all-reduce the gradients of the outputs first. The ranks' shards have to
-tile 0 to V - 1, and each token has to be on one rank: otherwise a ValueError on all of them, or on
-a GPU, where looking would synchronise, NaN (everywhere, or in that row). A rank that fails before
-the collective leaves the others to the timeout of their process group.
+tile 0 to V - 1, and each token has to be on one rank: otherwise a ValueError on all of them, or NaN
+(everywhere, or in that row) on a GPU, where looking would synchronise, and under torch.compile. A
+rank that fails before the collective leaves the others to the timeout of their process group.
 
 DTensors need neither group nor vocab_start: see `dtensors.py`.
 """

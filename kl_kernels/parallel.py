@@ -32,6 +32,9 @@ from kl_kernels.epilogues import scored_rewards
 from kl_kernels.parts import Part, Whole, finish_parts, local_token_ids, merge_shards
 from kl_kernels.schemas import STATE_FIELDS, output_dtype
 
+# torch 2.13 renamed it, and warns of the old name.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 TOKEN_TX = STATE_FIELDS.index("token_tx")
 
 
@@ -101,7 +104,7 @@ def _exchange(
     own_range = (state.new_full((1,), float(n)) for n in (shard.start, vocab_size))
     packed = torch.cat([state.flatten(), *own_range])
     gathered = packed.new_empty(n_ranks * len(packed))
-    dist.all_gather_into_tensor(gathered, packed, group=shard.group)
+    all_gather(gathered, packed, group=shard.group)
     states, ranges = gathered.view(n_ranks, -1).split([state.numel(), 2], dim=1)
     states = states.reshape(n_ranks, *state.shape)
 
@@ -110,7 +113,8 @@ def _exchange(
     tiled = (start[0] == 0) & (start[1:] == end[:-1]).all()
     # A masked row is held by every rank, or by none: it is not looked at.
     held_once = (states[:, TOKEN_TX] != torch.inf).sum(0) == 1
-    if state.device.type == "cpu":
+    # Asking a GPU would synchronise; asking while torch.compile traces would break the graph.
+    if state.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_shards(tiled, ranges)
         _check_held_once(held_once if mask is None else held_once | ~mask, token_ids, end[-1])
     return merge_shards(torch.where(tiled & held_once, states, torch.nan))

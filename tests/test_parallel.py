@@ -183,13 +183,13 @@ def test_the_gradient_may_go_over_the_logits(ranks):
 
 
 def traffic(group, inputs):
-    sent, gather = [], dist.all_gather_into_tensor
+    sent, gather = [], parallel.all_gather
 
     def counted(output, sent_tensor, **options):
         sent.append(sent_tensor.numel() * sent_tensor.element_size())
         return gather(output, sent_tensor, **options)
 
-    dist.all_gather_into_tensor = counted
+    parallel.all_gather = counted
     try:
         arguments = on_shard(group, inputs, EQUAL)
         counts = []
@@ -203,7 +203,7 @@ def traffic(group, inputs):
                 sum(output.sum() for output in result).backward()
             counts.append((forward.get_total_counts(), backward.get_total_counts()))
     finally:
-        dist.all_gather_into_tensor = gather
+        parallel.all_gather = gather
     return counts, sent
 
 

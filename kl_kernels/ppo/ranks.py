@@ -28,7 +28,10 @@ PATIENCE = timedelta(hours=6)
 
 
 def launch() -> tuple[Accelerator, Ranks]:
-    """The process group that torchrun or `accelerate launch` asks for; of one process, none."""
+    """The process group that torchrun asks for, or `accelerate launch`; of one process, none.
+
+    (Without a GPU `accelerate launch` starts one process, whatever it is asked for: use torchrun.)
+    """
     accelerator = Accelerator(
         # Kernels for CPU and CUDA exist; their float64 reference rules other accelerators out.
         cpu=not torch.cuda.is_available(),

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from careful_rows import careful_rows
-from host.cuda_on_host import Logits, Outputs, RewardShape, Rows, backend, compile_host
+from host.cuda_on_host import Logits, Outputs, RewardShape, Rows, backend, compile_host, library
 
 import kl_kernels
 from kl_kernels import dispatch, reference
@@ -34,12 +34,10 @@ SANITIZERS = {
 
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory):
-    """The library and the two sanitized programs, compiled side by side."""
+    """The two sanitized programs, compiled beside the library."""
     directory = tmp_path_factory.mktemp("host")
     with ThreadPoolExecutor() as pool:
-        library = pool.submit(
-            compile_host, "kernels.cpp", directory / "kernels.so", "-O1", "-fPIC", "-shared"
-        )
+        pool.submit(library)
         programs = {
             name: pool.submit(
                 compile_host, "sanitized.cpp", directory / name,
@@ -47,12 +45,12 @@ def binaries(tmp_path_factory):
             )
             for name, flags in SANITIZERS.items()
         }  # fmt: skip
-        return {"library": library.result()} | {n: p.result() for n, p in programs.items()}
+        return {name: program.result() for name, program in programs.items()}
 
 
 @pytest.fixture(autouse=True)
-def host_backend(binaries, monkeypatch):
-    kernels = backend(binaries["library"])
+def host_backend(monkeypatch):
+    kernels = backend()
     monkeypatch.setitem(dispatch.BACKENDS, NAME, dispatch.Backend(lambda: kernels, lambda: None))
     dispatch._choose.cache_clear()
     yield
@@ -127,26 +125,22 @@ def test_expanded_rows_are_read_through_stride_zero():
     assert torch.equal(grad, expected_grad)
 
 
-def part_states(library_path, x, y, token_ids, n_parts):
+def part_states(x, y, token_ids, n_parts):
     """The states of all parts, [R, parts, 7], of which the first number is the anchor."""
-    library = ctypes.CDLL(str(library_path))
-    library.host_scratch_bytes.restype = ctypes.c_int64
     rows = Rows.of(x[None], token_ids[None], None)
     states = torch.empty(len(x), n_parts, 7)
-    assert library.host_scratch_bytes(ctypes.byref(rows)) == states.nbytes
+    assert library().host_scratch_bytes(ctypes.byref(rows)) == states.nbytes
     outputs = {name: torch.empty(2 * len(x)) for name in ("policy_state", "ref_state")}
     structs = (
         rows, Logits.of(x[None], 1.0, None), Logits.of(y[None], 1.0, None),
         Outputs(**{name: tensor.data_ptr() for name, tensor in outputs.items()}), RewardShape(),
     )  # fmt: skip
     pointers = (*map(ctypes.byref, structs), ctypes.c_void_p(states.data_ptr()))
-    assert library.host_forward(*pointers) == 0
+    assert library().host_forward(*pointers) == 0
     return states
 
 
-def test_the_rule_of_the_careful_benchmark_is_what_the_kernel_does(
-    binaries, monkeypatch, pytestconfig
-):
+def test_the_rule_of_the_careful_benchmark_is_what_the_kernel_does(monkeypatch, pytestconfig):
     """Parts of three tiles, and of two, a piece of one and a tail: the anchors tell the loops."""
     monkeypatch.syspath_prepend(pytestconfig.rootpath / "bench")
     from careful_rules import CudaRule, Loops, loops_taken
@@ -155,7 +149,7 @@ def test_the_rule_of_the_careful_benchmark_is_what_the_kernel_does(
     x, y, token_ids = careful_rows(400, 2601, (0, 1536), rule.tile, most=2 * 2048 / 64)
     careful = loops_taken(lambda *_: rule, x, y, token_ids) != Loops.FAST
     largest = torch.stack([part.amax(1) for part in x.split(rule.part_size(2601), 1)], 1)
-    anchors = part_states(binaries["library"], x, y, token_ids, 2)[..., 0]
+    anchors = part_states(x, y, token_ids, 2)[..., 0]
     assert torch.equal(anchors == largest * torch.tensor(1 / math.log(2)), careful)
     assert 50 < careful.sum() < 750
 
@@ -174,10 +168,12 @@ def test_a_token_outside_the_vocabulary_is_nan_and_reads_nothing(token):
         torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-6)
     saved = (token_ids, None, got[5], got[4], 1.0, None)
     ones = torch.ones(token_ids.shape)
-    grad = kernels.token_stats_backward(ones, ones, logits, *saved)
+    grad = torch.empty_like(logits)
+    kernels.token_stats_backward(ones, ones, logits, *saved, grad)
     assert grad[0, 1].isnan().all()
     assert grad[0, 0].isfinite().all()
-    assert kernels.token_stats_backward(None, ones, logits, *saved).isfinite().all()
+    kernels.token_stats_backward(None, ones, logits, *saved, grad)
+    assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("estimator", range(5))

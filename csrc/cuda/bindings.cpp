@@ -18,12 +18,6 @@ Rows rows_of(const Tensor& logits, const Tensor& token_ids, const OptionalTensor
           data_of<bool>(mask, "mask", ScalarType::Bool, n_rows, logits)};
 }
 
-void check_same_shape(const Tensor& logits, const Tensor& ref_logits) {
-  bool same = ref_logits.is_cuda() && logits.get_device_index() == ref_logits.get_device_index();
-  for (int64_t i = 0; i < 3; ++i) same = same && logits.size(i) == ref_logits.size(i);
-  check(same, "ref_logits has to have the shape and device of logits");
-}
-
 Tensor per_token(const Tensor& logits) {  // [B, T]
   return torch::stable::new_empty(logits, {logits.size(0), logits.size(1)}, ScalarType::Float);
 }
@@ -65,7 +59,7 @@ KlTensors token_kl_into(Outputs out, const RewardShape& shape, const Tensor& log
                         std::optional<double> ref_softcap) {
   const Logits policy = logits_of(logits, "logits", temperature, softcap);
   const Logits reference = logits_of(ref_logits, "ref_logits", ref_temperature, ref_softcap);
-  check_same_shape(logits, ref_logits);
+  check_like(ref_logits, "ref_logits", logits);
   Tensor logprob = per_token(logits), ref_logprob = per_token(logits), kl = per_token(logits);
   Tensor forward_kl = per_token(logits), entropy = per_token(logits);
   Tensor policy_state = new_state(logits), ref_state = new_state(logits);
@@ -109,12 +103,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                     ref_temperature, softcap, ref_softcap));
 }
 
-Tensor run_backward(const Tensor& logits, const Rows& rows, const Logits& policy,
-                    const Logits& reference, const Saved& saved) {
+void run_backward(const Tensor& logits, const Rows& rows, const Logits& policy,
+                  const Logits& reference, const Saved& saved, const Tensor& grad_logits) {
+  const GradLogits grad = grad_logits_of(grad_logits, "grad_logits", logits);
   const Device device(logits);
-  Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
-  check(backward(rows, policy, reference, saved, grad.mutable_data_ptr(), device.stream()));
-  return grad;
+  check(backward(rows, policy, reference, saved, grad, device.stream()));
 }
 
 // Upstream gradients and saved values, each [B, T] or [2, B, T] float32.
@@ -135,11 +128,10 @@ class PerToken {
   const Tensor& logits_;
 };
 
-Tensor token_stats_backward(const OptionalTensor& grad_logprob, const OptionalTensor& grad_entropy,
-                            const Tensor& logits, const Tensor& token_ids,
-                            const OptionalTensor& mask, const Tensor& policy_state,
-                            const Tensor& entropy, double temperature,
-                            std::optional<double> softcap) {
+void token_stats_backward(const OptionalTensor& grad_logprob, const OptionalTensor& grad_entropy,
+                          const Tensor& logits, const Tensor& token_ids, const OptionalTensor& mask,
+                          const Tensor& policy_state, const Tensor& entropy, double temperature,
+                          std::optional<double> softcap, const Tensor& grad_logits) {
   const Logits policy = logits_of(logits, "logits", temperature, softcap);
   const PerToken per_token(logits);
   Saved saved{};
@@ -148,19 +140,19 @@ Tensor token_stats_backward(const OptionalTensor& grad_logprob, const OptionalTe
   saved.policy_state = per_token.state(policy_state, "policy_state");
   saved.entropy = per_token(entropy, "entropy");
   saved.temperature = temperature;
-  return run_backward(logits, rows_of(logits, token_ids, mask), policy, Logits{}, saved);
+  run_backward(logits, rows_of(logits, token_ids, mask), policy, Logits{}, saved, grad_logits);
 }
 
-Tensor token_kl_backward(const OptionalTensor& grad_logprob, const OptionalTensor& grad_kl,
-                         const OptionalTensor& grad_forward_kl, const OptionalTensor& grad_entropy,
-                         const Tensor& logits, const Tensor& ref_logits, const Tensor& token_ids,
-                         const OptionalTensor& mask, const Tensor& policy_state,
-                         const Tensor& ref_state, const Tensor& kl, const Tensor& entropy,
-                         double temperature, double ref_temperature, std::optional<double> softcap,
-                         std::optional<double> ref_softcap) {
+void token_kl_backward(const OptionalTensor& grad_logprob, const OptionalTensor& grad_kl,
+                       const OptionalTensor& grad_forward_kl, const OptionalTensor& grad_entropy,
+                       const Tensor& logits, const Tensor& ref_logits, const Tensor& token_ids,
+                       const OptionalTensor& mask, const Tensor& policy_state,
+                       const Tensor& ref_state, const Tensor& kl, const Tensor& entropy,
+                       double temperature, double ref_temperature, std::optional<double> softcap,
+                       std::optional<double> ref_softcap, const Tensor& grad_logits) {
   const Logits policy = logits_of(logits, "logits", temperature, softcap);
   const Logits reference = logits_of(ref_logits, "ref_logits", ref_temperature, ref_softcap);
-  check_same_shape(logits, ref_logits);
+  check_like(ref_logits, "ref_logits", logits);
   const PerToken per_token(logits);
   Saved saved{};
   saved.grad_logprob = per_token(grad_logprob, "grad_logprob");
@@ -172,7 +164,53 @@ Tensor token_kl_backward(const OptionalTensor& grad_logprob, const OptionalTenso
   saved.kl = per_token(kl, "kl");
   saved.entropy = per_token(entropy, "entropy");
   saved.temperature = temperature;
-  return run_backward(logits, rows_of(logits, token_ids, mask), policy, reference, saved);
+  run_backward(logits, rows_of(logits, token_ids, mask), policy, reference, saved, grad_logits);
+}
+
+Tensor policy_loss_terms(const Tensor& logits, const OptionalTensor& ref_logits,
+                         const Tensor& token_ids, const Tensor& mask,
+                         const OptionalTensor& old_logprobs, const Tensor& advantages,
+                         const Tensor& token_weights, const OptionalTensor& importance_weights,
+                         const OptionalTensor& ref_logprobs, double clip_low, double clip_high,
+                         std::optional<double> dual_clip, std::optional<double> log_ratio_clamp,
+                         double kl_coef, int64_t kl_estimator, double entropy_coef,
+                         double temperature, double ref_temperature, std::optional<double> softcap,
+                         std::optional<double> ref_softcap, const OptionalTensor& grad_logits) {
+  const Logits policy = logits_of(logits, "logits", temperature, softcap);
+  Logits reference{};
+  if (ref_logits) {
+    reference = logits_of(*ref_logits, "ref_logits", ref_temperature, ref_softcap);
+    check_like(*ref_logits, "ref_logits", logits);
+  }
+  GradLogits grad{};
+  if (grad_logits) grad = grad_logits_of(*grad_logits, "grad_logits", logits);
+  const PerToken per_token(logits);
+  const PolicyLossTokens tokens{
+      per_token(old_logprobs, "old_logprobs"), per_token(advantages, "advantages"),
+      per_token(token_weights, "token_weights"),
+      per_token(importance_weights, "importance_weights"), per_token(ref_logprobs, "ref_logprobs")};
+  const PolicyLossShape shape{static_cast<float>(clip_low),
+                              static_cast<float>(clip_high),
+                              static_cast<float>(dual_clip.value_or(INFINITY)),
+                              static_cast<float>(log_ratio_clamp.value_or(INFINITY)),
+                              static_cast<float>(kl_coef),
+                              static_cast<float>(entropy_coef),
+                              static_cast<Estimator>(kl_estimator)};
+  const Device device(logits);
+  Tensor terms = torch::stable::new_empty(
+      logits, {kPolicyLossTerms, logits.size(0), logits.size(1)}, ScalarType::Float);
+  check(policy_loss(rows_of(logits, token_ids, mask), policy, reference, tokens, shape, temperature,
+                    grad, data(terms), device.stream()));
+  return terms;
+}
+
+void scale_gradient(const Tensor& gradient, const Tensor& factor) {
+  const GradLogits grad = grad_logits_of(gradient, "gradient", gradient);
+  const int64_t n_rows = gradient.size(0) * gradient.size(1);
+  const Rows rows{n_rows, gradient.size(1), gradient.size(2), nullptr, nullptr};
+  const Device device(gradient);
+  check(scale(rows, grad, dtype_of(gradient, "gradient"),
+              data_of<float>(factor, "factor", ScalarType::Float, 1, gradient), device.stream()));
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask,
@@ -196,5 +234,7 @@ STABLE_TORCH_LIBRARY_IMPL(kl_kernels_cuda, CUDA, m) {
   m.impl("token_kl", TORCH_BOX(&kl_kernels::token_kl));
   m.impl("token_kl_backward", TORCH_BOX(&kl_kernels::token_kl_backward));
   m.impl("kl_rewards", TORCH_BOX(&kl_kernels::kl_rewards));
+  m.impl("policy_loss", TORCH_BOX(&kl_kernels::policy_loss_terms));
+  m.impl("scale_gradient", TORCH_BOX(&kl_kernels::scale_gradient));
   m.impl("gae", TORCH_BOX(&kl_kernels::gae));
 }

@@ -12,25 +12,34 @@
 
 namespace kl_kernels {
 
-// The first tile and the last logit: where to anchor, and whether -inf is about.
-template <class Policy, bool kAligned, class T, bool kReference>
-__device__ Extent look(const Part<T, kReference>& part) {
-  Extent e{-INFINITY, -INFINITY, INFINITY};
-  const auto see = [&e](float x, float y) { e = join(e, {x, y, fminf(x, y)}); };
+// What one thread can see of a part without going through it: the last logit, which is where -inf
+// pads, and the token's logits, which may be NaN and of another part.
+template <class R, bool kReference>
+__device__ Extent glance(const Part<R, kReference>& part, float token_x, float token_y) {
+  const float x = part.x[part.size - 1], y = kReference ? part.y[part.size - 1] : x;
+  return {fmaxf(x, token_x), fmaxf(y, token_y), fminf(x, y)};
+}
+
+// The same, the first tile and what is left of the last: where to anchor, and whether -inf is
+// about.
+template <class Policy, bool kAligned, class P>
+__device__ Extent look(const P& part, Extent e, Meeting<Policy::kThreads>& meeting) {
   const int i = threadIdx.x * kLanes;
+  const auto see = [&e](int, float x, float y) { e = join(e, {x, y, fminf(x, y)}); };
+  for_each_left<Policy>(part, see);
+  await_first_tile(part);
   if (i < part.whole()) {
     float x[kLanes], y[kLanes];
     unpack(part.x.template eight<kAligned>(i), x);
     unpack(part.y.template eight<kAligned>(i), y);
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) see(x[j], y[j]);
+    for (int j = 0; j < kLanes; ++j) see(i + j, x[j], y[j]);
   }
-  see(part.x[part.size - 1], part.y[part.size - 1]);
-  return join_block<Policy::kThreads>(e);
+  return join_block(e, meeting);
 }
 
-template <class Policy, bool kAligned, class T, bool kReference>
-__device__ __forceinline__ RowState<float> fold_fast(const Part<T, kReference>& part, float anchor,
+template <class Policy, bool kAligned, bool kReference, class P>
+__device__ __forceinline__ RowState<float> fold_fast(const P& part, float anchor,
                                                      float ref_anchor) {
   const float kx = part.kx, ky = part.ky;
   Sums<float> s{};
@@ -56,8 +65,8 @@ __device__ __forceinline__ RowState<float> fold_fast(const Part<T, kReference>& 
 }
 
 // Each thread measures from the largest logits it has seen so far.
-template <class Policy, bool kAligned, class T, bool kReference>
-__device__ RowState<float> fold_careful(const Part<T, kReference>& part) {
+template <class Policy, bool kAligned, class P>
+__device__ RowState<float> fold_careful(const P& part) {
   constexpr float kFloor = Limits<float>::kFloor;
   const float kx = part.kx, ky = part.ky;
   RowState<float> s = empty_state<float>();
@@ -101,20 +110,19 @@ __device__ bool defeated(const Sums<float>& s) {
   return !isfinite(s.sx + s.sy + s.ex + s.rk + s.fk) || s.sx > kCrowded || s.sy > kCrowded;
 }
 
-// The part's state; right in thread 0 alone. The token's logits may be NaN: there is no such token.
-template <class Policy, bool kAligned, class T, bool kReference>
-__device__ RowState<float> fold_part(const Part<T, kReference>& part, float token_x,
-                                     float token_y) {
-  const Extent e = look<Policy, kAligned>(part);
+// The part's state; right in thread 0 alone.
+template <class Policy, bool kAligned, bool kReference, class P>
+__device__ RowState<float> fold_part(const P& part, const Extent& glanced,
+                                     Meeting<Policy::kThreads>& meeting) {
+  const Extent e = look<Policy, kAligned>(part, glanced, meeting);
   RowState<float> s = empty_state<float>();
   bool careful = e.smallest == -INFINITY;  // the same in all threads
   if (!careful) {
-    const float anchor = part.kx * fmaxf(e.largest, token_x);
-    s = fold_fast<Policy, kAligned>(part, anchor, part.ky * fmaxf(e.ref_largest, token_y));
+    s = fold_fast<Policy, kAligned, kReference>(part, part.kx * e.largest, part.ky * e.ref_largest);
     careful = __syncthreads_or(defeated<Policy>(s.sums));
   }
   if (careful) s = fold_careful<Policy, kAligned>(part);
-  return merge_block<Policy::kThreads>(s);
+  return merge_block(s, meeting);
 }
 
 }  // namespace kl_kernels

@@ -56,15 +56,8 @@ __device__ inline void write_finished(const Rows& rows, const Logits& policy,
   write(out.policy_state, rows.n_rows + row, s.sums.sx);
   write(out.ref_state, row, s.ref_anchor);
   write(out.ref_state, rows.n_rows + row, s.sums.sy);
-  const Finished<float> rounded{static_cast<float>(f.logprob), static_cast<float>(f.ref_logprob),
-                                static_cast<float>(f.kl), static_cast<float>(f.forward_kl),
-                                static_cast<float>(f.entropy)};
   write_rewards(rows, out, shape, row,
-                reward_epilogue(rounded, shape.kl_coef, shape.estimator, shape.kl_clip));
-}
-
-__device__ inline RowState<double> widened(const RowState<float>& s) {
-  return {s.anchor, s.ref_anchor, {s.sums.sx, s.sums.sy, s.sums.ex, s.sums.rk, s.sums.fk}};
+                reward_epilogue(rounded(f), shape.kl_coef, shape.estimator, shape.kl_clip));
 }
 
 // CUDA kernels
@@ -74,18 +67,20 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
     fold_kernel(Rows rows, Split split, Logits policy, Logits reference, Outputs out,
                 RewardShape shape,
                 RowState<float>* parts) {  // parts: [B T, n_parts], nullptr where that is 1
-  const Place place = place_of_block(split);
+  __shared__ Meeting<Policy::kThreads> meeting;
+  const Place place = place_of(blockIdx.x, rows, split);
   const uint32_t row = place.row;
   if (!counts(rows, row)) {  // the whole block returns
     if (parts == nullptr && threadIdx.x == 0) write_masked(rows, out, shape, row);
     return;
   }
-  const auto part = part_of<T, kReference>(rows, split, policy, reference, place);
+  const auto part = part_of<Row<T>, kReference>(rows, policy, reference, place);
   const float x = token_logit<T>(policy, rows, row);
   const float y = kReference ? token_logit<T>(reference, rows, row) : x;
-  const bool aligned = part.x.aligned() && part.y.aligned();
-  const RowState<float> s =
-      aligned ? fold_part<Policy, true>(part, x, y) : fold_part<Policy, false>(part, x, y);
+  const Extent glanced = glance(part, x, y);
+  const RowState<float> s = part.x.aligned() && part.y.aligned()
+                                ? fold_part<Policy, true, kReference>(part, glanced, meeting)
+                                : fold_part<Policy, false, kReference>(part, glanced, meeting);
   if (threadIdx.x != 0) return;
   if (parts == nullptr)
     write_finished(rows, policy, reference, out, shape, row, widened(s));
@@ -126,12 +121,12 @@ cudaError_t launch_forward(const Rows& rows, const Logits& policy, const Logits&
     using T = decltype(element);
     const auto kernel =
         reference.data == nullptr ? fold_kernel<Policy, T, false> : fold_kernel<Policy, T, true>;
-    return launch(kernel, rows.n_rows * split.n_parts, Policy::kThreads, stream, rows, split,
+    return launch(kernel, {rows.n_rows * split.n_parts, Policy::kThreads}, stream, rows, split,
                   policy, reference, out, shape, parts);
   });
   if (error != cudaSuccess || whole) return error;
   constexpr int kThreads = 128;
-  return launch(finish_kernel, (rows.n_rows + kThreads - 1) / kThreads, kThreads, stream, rows,
+  return launch(finish_kernel, {(rows.n_rows + kThreads - 1) / kThreads, kThreads}, stream, rows,
                 split, policy, reference, out, shape, parts);
 }
 

@@ -58,7 +58,7 @@ inline cudaError_t launch_gae(const float* rewards, const float* values, const b
                               cudaStream_t stream) {
   constexpr int kThreads = 2 * kWarp;  // few sequences: spread them over many SMs
   constexpr int64_t kRows = kThreads / kWarp;
-  return launch(gae_kernel<kThreads>, (n_batch + kRows - 1) / kRows, kThreads, stream, rewards,
+  return launch(gae_kernel<kThreads>, {(n_batch + kRows - 1) / kRows, kThreads}, stream, rewards,
                 values, mask, n_batch, n_tokens, gamma, lam, skip_masked, advantages, returns);
 }
 

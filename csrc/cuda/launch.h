@@ -1,6 +1,7 @@
 // How the vocabulary is spread over threads and blocks: all of the launch policy, with its reasons.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "operators.h"
@@ -27,6 +28,42 @@ struct LaunchPolicy {
   // 66 rows occupy an H200. Of smaller parts, starting and finishing would be a larger share: about
   // 400 instructions a thread, beside 13 for each of its 256 pairs of logits.
   static constexpr int kPart = 65536;
+
+  // scale_gradient: eight blocks for each of an H200's SMs.
+  static constexpr int kScaleBlocks = 1056;
+};
+
+// policy_loss, which looks at a row twice. Predictions, for an H200 (36 bytes per ns and SM), a
+// pair of bfloat16 rows and V = 128256; nothing here is measured yet.
+struct PolicyLossLaunch {
+  // A row in the shared memory of a cluster. A block of 8 holds 64 kB, all of it in flight at once:
+  // with three blocks 192 kB per SM, where 29 are needed. It moves 96 kB, which take 2.7 us of the
+  // SM's share of the memory. For about 2.5 us it moves nothing: 0.8 until the first bytes come,
+  // 0.4 to merge its states, 0.3 at the barrier and reading the other blocks' states, 1 to finish
+  // the row in float64 (some 1700 clocks, one warp). Three blocks hide up to 5.4 us of that: the
+  // memory stays busy, and each block spends 2.5 of 8.1 us, 31 %, waiting. Two blocks (V = 151936)
+  // hide 3.1 us, just enough. A single block (V = 262144, 131 kB) hides nothing, and with the
+  // gradient's instructions not overlapped, either, about half of the bandwidth is lost.
+  // Instructions: 13 per pair to fold, 10.6 for its gradient, 0.5 to fetch: 1.7 us per block and
+  // SM.
+  struct Resident {
+    static constexpr int kThreads = 256, kUnroll = 1, kBlocksPerSm = 3;
+    static constexpr int kPart = 65536;  // of the fast loop's rule alone: as LaunchPolicy has it
+  };
+
+  // A row that does not fit is read again, and had better be in the L2 cache still (50 MB). So few
+  // rows are under way: one wide block per SM, which is what its more than 42 registers a thread
+  // ensure, and 8 blocks per row. 16 pairs of float32 rows with V = 262144 are 34 MB; without
+  // clusters it would be 132 rows and 277 MB, of which little is found again.
+  struct Reread {
+    static constexpr int kThreads = 768, kUnroll = 1, kBlocksPerSm = 1;
+    static constexpr int kPart = 256 * kThreads;
+  };
+  // Softcaps and types known at run time only need more registers, and are bound by instructions.
+  struct RereadAny {
+    static constexpr int kThreads = 512, kUnroll = 1, kBlocksPerSm = 1;
+    static constexpr int kPart = 256 * kThreads;
+  };
 };
 
 // How a row is split: parts of about the same size, each but the last of whole tiles. (Blocks are
@@ -46,18 +83,40 @@ Split split_of(int64_t vocab_size) {
   return {static_cast<uint32_t>(divide_up(vocab_size, part_size)), static_cast<int>(part_size)};
 }
 
+struct Grid {
+  int64_t n_blocks;
+  int n_threads;
+  int shared_bytes = 0;             // dynamic shared memory of a block
+  uint32_t blocks_per_cluster = 1;  // divides n_blocks
+};
+
 // Launches `kernel` unless there is nothing to do. (A function, where <<<>>> is syntax: tests run
 // this very code as plain C++.)
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t n_blocks, int n_threads,
-                   cudaStream_t stream, Arguments&&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+                   Arguments&&... arguments) {
   constexpr int64_t kMostBlocks = 0x7fffffff;
-  if (n_blocks == 0) return cudaSuccess;
-  if (n_blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+  if (grid.n_blocks == 0) return cudaSuccess;
+  if (grid.n_blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(n_blocks));
-  config.blockDim = dim3(static_cast<unsigned>(n_threads));
+  config.gridDim = dim3(static_cast<unsigned>(grid.n_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.n_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = stream;
+  if (grid.shared_bytes > 0) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster{};
+  if (grid.blocks_per_cluster > 1) {  // GPUs before sm_90 know no such attribute
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = grid.blocks_per_cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
 }
 

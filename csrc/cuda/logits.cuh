@@ -26,28 +26,31 @@ template <class Policy>
 constexpr int kBlocks<Policy, Any> = Policy::kBlocksPerSmForAny;
 
 // A part of one row of one model's logits, counted from 0.
-template <class T>
+template <class T, Cache kCache = Cache::stream>
 class Row {
  public:
+  using Element = T;
   using Eight = Packed<T>;
 
   __device__ Row(const Logits& logits, int64_t offset)
       : at_(static_cast<const T*>(logits.data) + offset) {}
 
   __device__ bool aligned() const { return is_aligned(at_); }
+  __device__ const T* at(int i) const { return at_ + i; }
   __device__ float operator[](int64_t i) const { return to_float(at_[i]); }
   template <bool kAligned>
   __device__ __forceinline__ Eight eight(int i) const {
-    return load<kAligned>(at_ + i);
+    return load<kAligned, kCache>(at_ + i);
   }
 
  private:
   const T* at_;
 };
 
-template <>
-class Row<Any> {
+template <Cache kCache>
+class Row<Any, kCache> {
  public:
+  using Element = Any;
   using Eight = Packed<float>;
 
   __device__ Row(const Logits& logits, int64_t offset)
@@ -66,9 +69,9 @@ class Row<Any> {
   template <bool kAligned>
   __device__ __forceinline__ Eight eight(int i) const {
     float x[kLanes];
-    if (dtype_ == Dtype::float32) unpack(load<kAligned>(as<float>() + i), x);
-    if (dtype_ == Dtype::bfloat16) unpack(load<kAligned>(as<__nv_bfloat16>() + i), x);
-    if (dtype_ == Dtype::float16) unpack(load<kAligned>(as<__half>() + i), x);
+    if (dtype_ == Dtype::float32) unpack(load<kAligned, kCache>(as<float>() + i), x);
+    if (dtype_ == Dtype::bfloat16) unpack(load<kAligned, kCache>(as<__nv_bfloat16>() + i), x);
+    if (dtype_ == Dtype::float16) unpack(load<kAligned, kCache>(as<__half>() + i), x);
     if (softcap_ != 0) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) x[j] = softcapped(x[j], softcap_);

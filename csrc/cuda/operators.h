@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #include "../dtype.h"
-#include "../kl_math.h"
+#include "../epilogues.h"
 #include "runtime.h"
 
 namespace kl_kernels {
@@ -27,6 +27,12 @@ struct Rows {
   int64_t vocab_size;
   const int64_t* token_ids;  // [B, T]
   const bool* mask;          // [B, T]; nullptr: all rows count
+};
+
+// Where a gradient [B, T, V] goes, in the logits' dtype; it may be the logits' own memory.
+struct GradLogits {
+  void* data;  // nullptr: not wanted
+  int64_t stride_b, stride_t;
 };
 
 // What the forward pass writes, each [B, T] or nullptr where it is not wanted. A state is [2, B,
@@ -55,6 +61,14 @@ struct Saved {
   double temperature;  // the policy's
 };
 
+// What policy_loss knows of the tokens besides their logits, each [B, T] or nullptr.
+struct PolicyLossTokens {
+  const float* old_logprobs;  // nullptr: the ratio is 1
+  const float *advantages, *token_weights;
+  const float* importance_weights;  // nullptr: 1
+  const float* ref_logprobs;        // nullptr: neither k2 nor k3 is asked for
+};
+
 // Bytes of scratch memory that `forward` needs.
 int64_t scratch_bytes(const Rows& rows);
 
@@ -63,9 +77,20 @@ cudaError_t forward(const Rows& rows, const Logits& policy, const Logits& refere
                     const Outputs& outputs, const RewardShape& shape, void* scratch,
                     cudaStream_t stream);
 
-// token_stats_backward and token_kl_backward in one; grad_logits is [B, T, V], contiguous.
+// token_stats_backward and token_kl_backward in one.
 cudaError_t backward(const Rows& rows, const Logits& policy, const Logits& reference,
-                     const Saved& saved, void* grad_logits, cudaStream_t stream);
+                     const Saved& saved, const GradLogits& grad_logits, cudaStream_t stream);
+
+// The terms [kPolicyLossTerms, B, T] of every token's loss, and the loss's gradient where wanted.
+// `temperature` is the policy's.
+cudaError_t policy_loss(const Rows& rows, const Logits& policy, const Logits& reference,
+                        const PolicyLossTokens& tokens, const PolicyLossShape& shape,
+                        double temperature, const GradLogits& grad_logits, float* terms,
+                        cudaStream_t stream);
+
+// Multiplies a gradient in place by *factor, which lies in device memory; 1 costs nothing.
+cudaError_t scale(const Rows& rows, const GradLogits& gradient, Dtype dtype, const float* factor,
+                  cudaStream_t stream);
 
 // All [B, T].
 cudaError_t gae_rows(const float* rewards, const float* values, const bool* mask, int64_t n_batch,

@@ -9,9 +9,10 @@ __device__ inline bool counts(const Rows& rows, uint32_t row) {
   return rows.mask == nullptr || rows.mask[row];
 }
 
-__device__ inline int64_t row_offset(const Logits& logits, const Rows& rows, uint32_t row) {
+template <class Strided>  // Logits or GradLogits
+__device__ int64_t row_offset(const Strided& tensor, const Rows& rows, uint32_t row) {
   const uint32_t n_tokens = static_cast<uint32_t>(rows.n_tokens);
-  return row / n_tokens * logits.stride_b + row % n_tokens * logits.stride_t;
+  return row / n_tokens * tensor.stride_b + row % n_tokens * tensor.stride_t;
 }
 
 __device__ inline bool in_vocabulary(const Rows& rows, int64_t token) {
@@ -26,49 +27,69 @@ __device__ float token_logit(const Logits& logits, const Rows& rows, uint32_t ro
   return Row<T>(logits, row_offset(logits, rows, row))[token];
 }
 
-// One part of one row, of both models; without a reference y is x.
-template <class T, bool kReference>
+// One part of one row, of both models, as a kind of row R; without a reference y is x.
+template <class R, bool kReference>
 struct Part {
-  Row<T> x, y;
+  R x, y;
   int size;
   float kx, ky;
 
   __device__ int whole() const { return size / kLanes * kLanes; }
 };
 
-// Which row and which part of it this block is to work on.
-struct Place {
-  uint32_t row;
-  int64_t begin;
-};
-
-__device__ inline Place place_of_block(const Split& split) {
-  return {blockIdx.x / split.n_parts,
-          static_cast<int64_t>(blockIdx.x % split.n_parts) * split.part_size};
+template <class R, bool kReference>
+__device__ Part<R, false> without_reference(const Part<R, kReference>& part) {
+  return {part.x, part.x, part.size, part.kx, part.kx};
 }
 
-template <class T, bool kReference>
-__device__ Part<T, kReference> part_of(const Rows& rows, const Split& split, const Logits& policy,
+// Which row and which part of it this block is to work on.
+struct Place {
+  uint32_t row, part;
+  int64_t begin;
+  int size;
+};
+
+__device__ inline Place place_of(uint32_t part_of_all, const Rows& rows, const Split& split) {
+  const uint32_t part = part_of_all % split.n_parts;
+  const int64_t begin = static_cast<int64_t>(part) * split.part_size;
+  const int64_t left = rows.vocab_size - begin;
+  return {part_of_all / split.n_parts, part, begin,
+          static_cast<int>(left < split.part_size ? left : split.part_size)};
+}
+
+template <class R, bool kReference>
+__device__ Part<R, kReference> part_of(const Rows& rows, const Logits& policy,
                                        const Logits& reference, const Place& place) {
   const Logits& other = kReference ? reference : policy;
-  const int64_t left = rows.vocab_size - place.begin;
   return {{policy, row_offset(policy, rows, place.row) + place.begin},
           {other, row_offset(other, rows, place.row) + place.begin},
-          static_cast<int>(left < split.part_size ? left : split.part_size),
+          place.size,
           policy.k,
           other.k};
 }
 
-// Calls `eight(i, x, y)` for every 8 logits of this thread's, from the part's i-th on, and
-// `one(i, x, y)` for what is left, in an order that depends on the part's size alone.
-template <class Policy, bool kAligned, class T, bool kReference, class Eight, class One>
-__device__ __forceinline__ void for_each(const Part<T, kReference>& part, const Eight& eight,
-                                         const One& one) {
-  using Packed = typename Row<T>::Eight;
-  constexpr int kStep = Policy::kThreads * kLanes, kUnroll = Policy::kUnroll;
-  const int whole = part.whole();
-  int i = threadIdx.x * kLanes;
-  for (; i + (kUnroll - 1) * kStep < whole; i += kUnroll * kStep) {
+template <class T>
+__device__ GradRow<T> grad_row_of(const Rows& rows, const Logits& policy,
+                                  const GradLogits& grad_logits, const Place& place) {
+  return {grad_logits.data, policy, row_offset(grad_logits, rows, place.row) + place.begin};
+}
+
+enum class Order { forwards, backwards };
+
+// Calls `eight(i, x, y)` for every 8 logits of this thread's, from the part's i-th on, between
+// `begin` and `end`, which are multiples of 8.
+template <class Policy, bool kAligned, Order kOrder, class R, bool kReference, class Eight>
+__device__ __forceinline__ void for_each_eight(const Part<R, kReference>& part, int begin, int end,
+                                               const Eight& eight) {
+  using Packed = typename R::Eight;
+  constexpr bool kForwards = kOrder == Order::forwards;
+  constexpr int kTile = Policy::kThreads * kLanes, kUnroll = Policy::kUnroll;
+  constexpr int kStep = kForwards ? kTile : -kTile;
+  const int first = begin + threadIdx.x * kLanes;
+  if (!kForwards && first >= end) return;
+  const auto within = [=](int i) { return kForwards ? i < end : i >= begin; };
+  int i = kForwards ? first : first + (end - 1 - first) / kTile * kTile;
+  for (; within(i + (kUnroll - 1) * kStep); i += kUnroll * kStep) {
     Packed xs[kUnroll], ys[kUnroll];
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) {
@@ -78,16 +99,41 @@ __device__ __forceinline__ void for_each(const Part<T, kReference>& part, const 
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) eight(i + j * kStep, xs[j], kReference ? ys[j] : xs[j]);
   }
-  for (; i < whole; i += kStep) {
+  for (; within(i); i += kStep) {
     const Packed xs = part.x.template eight<kAligned>(i);
     if constexpr (kReference)
       eight(i, xs, part.y.template eight<kAligned>(i));
     else
       eight(i, xs, xs);
   }
+}
+
+// Calls `one(i, x, y)` for the logits that are no 8 any more.
+template <class Policy, class R, bool kReference, class One>
+__device__ __forceinline__ void for_each_left(const Part<R, kReference>& part, const One& one) {
   static_assert(kLanes <= Policy::kThreads, "what is left has to fit into the block");
-  i = whole + threadIdx.x;
+  const int i = part.whole() + threadIdx.x;
   if (i < part.size) one(i, part.x[i], kReference ? part.y[i] : part.x[i]);
+}
+
+// Both, in an order that depends on the part's size alone.
+template <class Policy, bool kAligned, Order kOrder = Order::forwards, class R, bool kReference,
+          class Eight, class One>
+__device__ __forceinline__ void for_each(const Part<R, kReference>& part, const Eight& eight,
+                                         const One& one) {
+  for_each_eight<Policy, kAligned, kOrder>(part, 0, part.whole(), eight);
+  for_each_left<Policy>(part, one);
+}
+
+// A part in global memory is there.
+template <class R, bool kReference>
+__device__ void await_first_tile(const Part<R, kReference>&) {}
+
+// Whether it is this thread that for_each brings to the part's logit i.
+template <class Policy>
+__device__ bool visits(int i, int whole) {
+  const int index = i < whole ? i / kLanes : i - whole;
+  return index % Policy::kThreads == static_cast<int>(threadIdx.x);
 }
 
 }  // namespace kl_kernels

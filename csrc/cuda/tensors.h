@@ -50,6 +50,12 @@ class Device {
   cudaStream_t stream_;
 };
 
+inline void check_like(const Tensor& tensor, const std::string& name, const Tensor& logits) {
+  bool same = tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index();
+  for (int64_t i = 0; i < 3; ++i) same = same && tensor.size(i) == logits.size(i);
+  check(same, name + " has to have the shape and device of logits");
+}
+
 inline Logits logits_of(const Tensor& tensor, const std::string& name, double temperature,
                         std::optional<double> softcap) {
   check_layout(tensor, name);
@@ -59,6 +65,15 @@ inline Logits logits_of(const Tensor& tensor, const std::string& name, double te
           tensor.stride(1),
           static_cast<float>(kLog2e / temperature),
           static_cast<float>(softcap.value_or(0))};
+}
+
+// `like` has the shape, dtype and device.
+inline GradLogits grad_logits_of(const Tensor& tensor, const std::string& name,
+                                 const Tensor& like) {
+  check_layout(tensor, name);
+  check_like(tensor, name, like);
+  check(tensor.scalar_type() == like.scalar_type(), name + " has to have the dtype of logits");
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
 // The data of a contiguous tensor of `numel` elements on the device of `like`.

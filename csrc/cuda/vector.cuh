@@ -9,7 +9,20 @@ namespace kl_kernels {
 template <class T>
 struct Packed {
   static constexpr int kWords = kLanes * sizeof(T) / 4;
+  static constexpr int kVectors = kWords / 4;  // of 16 bytes
   uint32_t words[kWords];
+
+  __device__ __forceinline__ uint4 vector(int i) const {
+    const uint32_t* w = words + 4 * i;
+    return make_uint4(w[0], w[1], w[2], w[3]);
+  }
+  __device__ __forceinline__ void set_vector(int i, const uint4& v) {
+    uint32_t* w = words + 4 * i;
+    w[0] = v.x;
+    w[1] = v.y;
+    w[2] = v.z;
+    w[3] = v.w;
+  }
 };
 
 constexpr int kAlignment = 16;
@@ -18,21 +31,21 @@ __device__ inline bool is_aligned(const void* at) {
   return reinterpret_cast<uintptr_t>(at) % kAlignment == 0;
 }
 
+// What becomes of a line that is loaded: it leaves the cache first, or stays to be read again.
+enum class Cache { stream, keep };
+
 // Aligned or not, a lane owns the same logits: with an odd V the alignment of a row depends on its
 // place in the batch, and its numbers must not. Narrower loads and stores make up for it.
 
-template <bool kAligned, class T>
+template <bool kAligned, Cache kCache = Cache::stream, class T>
 __device__ __forceinline__ Packed<T> load(const T* at) {
   Packed<T> packed;
   if constexpr (kAligned) {
     const uint4* vectors = reinterpret_cast<const uint4*>(at);
 #pragma unroll
-    for (int i = 0; i < Packed<T>::kWords / 4; ++i) {
-      const uint4 v = __ldcs(vectors + i);  // read once: the first to leave the cache
-      packed.words[4 * i] = v.x;
-      packed.words[4 * i + 1] = v.y;
-      packed.words[4 * i + 2] = v.z;
-      packed.words[4 * i + 3] = v.w;
+    for (int i = 0; i < Packed<T>::kVectors; ++i) {
+      // Neither goes past writes of this kernel (ld.global.nc would): a gradient may lie in place.
+      packed.set_vector(i, kCache == Cache::stream ? __ldcs(vectors + i) : vectors[i]);
     }
   } else if (sizeof(T) == 4 || reinterpret_cast<uintptr_t>(at) % 4 == 0) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(at);
@@ -55,10 +68,7 @@ __device__ __forceinline__ void store(T* at, const Packed<T>& packed) {
   if constexpr (kAligned) {
     uint4* vectors = reinterpret_cast<uint4*>(at);
 #pragma unroll
-    for (int i = 0; i < Packed<T>::kWords / 4; ++i) {
-      const uint32_t* w = packed.words + 4 * i;
-      __stcs(vectors + i, make_uint4(w[0], w[1], w[2], w[3]));
-    }
+    for (int i = 0; i < Packed<T>::kVectors; ++i) __stcs(vectors + i, packed.vector(i));
   } else if (sizeof(T) == 4 || reinterpret_cast<uintptr_t>(at) % 4 == 0) {
     uint32_t* words = reinterpret_cast<uint32_t*>(at);
 #pragma unroll

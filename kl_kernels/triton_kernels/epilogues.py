@@ -57,8 +57,8 @@ class Upstream(NamedTuple):
 
 @triton.jit
 def policy_loss_epilogue(
-    f, log_ratio, advantage, token_weight, importance_weight,
-    ref_log_ratio,  # logprob - ref_logprob, for k2 and k3
+    f, old_logprob, advantage, token_weight, importance_weight,
+    ref_logprob,  # for k2 and k3
     clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, entropy_coef,
     ESTIMATOR: tl.constexpr, HAS_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def policy_loss_epilogue(
 
     If not they are left out: 0 * inf would be NaN.
     """
-    log_ratio = clamp(log_ratio, log_ratio_clamp)
+    log_ratio = log_ratio_of(f.logprob, old_logprob, log_ratio_clamp)
     ratio = tl.exp(log_ratio)
     unclipped = -advantage * ratio
     within = tl.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high, KEEP_NAN)
@@ -86,7 +86,7 @@ def policy_loss_epilogue(
 
     kl = f.kl
     if ESTIMATOR != 1:
-        d = clamp(ref_log_ratio, log_ratio_clamp)
+        d = log_ratio_of(f.logprob, ref_logprob, log_ratio_clamp)
         kl, slope = exp_minus_linear(-d), -expm1(-d)
         if ESTIMATOR == 2:
             kl, slope = 0.5 * d * d, d
@@ -106,6 +106,12 @@ def policy_loss_epilogue(
         exp_minus_linear(log_ratio), -log_ratio, ratio, kl, f.entropy,
     )  # fmt: skip
     return terms, Upstream(token_weight * grad_logprob, grad_kl, grad_entropy)
+
+
+@triton.jit
+def log_ratio_of(logprob, other, bound):
+    """0 where both are equal, also to -inf: a token ruled out has a ratio of 1 to itself."""
+    return clamp(tl.where(logprob == other, 0.0, logprob - other), bound)
 
 
 @triton.jit

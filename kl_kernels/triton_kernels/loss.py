@@ -97,12 +97,10 @@ def policy_loss_kernel(
     f = finish(s, tl.where(in_range, xt, float("nan")), yt, k, ref_k, HAS_REF)
     if not HAS_REF:
         f = Finished(f.logprob, f.logprob, 0.0, 0.0, f.entropy)
-    # Without the other log-probability a difference of 0, or NaN.
-    log_ratio = f.logprob - per_token(old_logprob_ptr, row, f.logprob)
-    ref_log_ratio = f.logprob - per_token(ref_logprob_ptr, row, f.logprob)
     terms, g = policy_loss_epilogue(
-        f, log_ratio, per_token(advantage_ptr, row, None), per_token(token_weight_ptr, row, None),
-        per_token(importance_weight_ptr, row, 1.0), ref_log_ratio,
+        f, per_token(old_logprob_ptr, row, f.logprob), per_token(advantage_ptr, row, None),
+        per_token(token_weight_ptr, row, None), per_token(importance_weight_ptr, row, 1.0),
+        per_token(ref_logprob_ptr, row, f.logprob),
         clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, entropy_coef,
         ESTIMATOR, HAS_KL, HAS_ENTROPY,
     )  # fmt: skip

@@ -1,15 +1,23 @@
-// Just enough CUDA to run this project's kernels on host threads, one block at a time.
+// Just enough CUDA to run this project's kernels on host threads, one cluster at a time.
 //
-// A block's threads are real threads, so that a missing __syncthreads is a data race that
+// The threads of a cluster's blocks are real threads, so that a missing barrier is a data race that
 // ThreadSanitizer sees; device memory is host memory, so that AddressSanitizer sees its ends.
+// Asynchronous copies are made when they are waited for, and a block's dynamic shared memory is
+// gone when the block is: what is read too early or too late is NaN, and a race.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
+#include <atomic>
 #include <barrier>
+#include <map>
 #include <memory>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -17,7 +25,7 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline
-#define __shared__ static  // one block at a time
+#define __shared__ static  // not for kernels whose blocks run side by side, in clusters
 #define __launch_bounds__(...)
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
@@ -27,9 +35,29 @@ struct dim3 {
   unsigned x, y = 1, z = 1;
   dim3(unsigned x = 1) : x(x) {}
 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock,
+  cudaDevAttrClusterLaunch,
+  kDeviceAttributes,
 };
 struct uint4 {
   uint32_t x, y, z, w;
@@ -51,17 +79,71 @@ struct Warp {
   uint64_t exchange[2][kWarp] = {};
 };
 
+struct Cluster;
+
+struct alignas(16) Vector {
+  char bytes[16];
+};
+
 struct Block {
-  explicit Block(int n_threads) : here(n_threads), flags(n_threads) {
+  Block(int n_threads, size_t shared_bytes, Cluster& cluster)
+      : cluster(cluster), here(n_threads), flags(n_threads), shared((shared_bytes + 15) / 16) {
     for (int i = 0; i < n_threads; i += kWarp) warps.push_back(std::make_unique<Warp>());
   }
+  void forget_shared() { std::fill(shared.begin(), shared.end(), kGarbage); }
+
+  Cluster& cluster;
   std::barrier<> here;
   std::vector<int> flags;
   std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<Vector> shared;  // dynamic
+
+ private:
+  static constexpr Vector kGarbage = [] {
+    Vector vector{};
+    for (char& byte : vector.bytes) byte = -1;  // NaN
+    return vector;
+  }();
+};
+
+struct Cluster {
+  Cluster(int n_blocks, int n_threads, size_t shared_bytes) : here(n_blocks * n_threads) {
+    for (int i = 0; i < n_blocks; ++i)
+      blocks.push_back(std::make_unique<Block>(n_threads, shared_bytes, *this));
+  }
+  // A block's memory was read after so many arrivals of the reader: nobody may leave before all
+  // have arrived once more.
+  void read_after(int n_arrivals) {
+    int known = needed_waits;
+    while (known <= n_arrivals && !needed_waits.compare_exchange_weak(known, n_arrivals + 1)) {
+    }
+  }
+  void check_leave(int n_waits) const {
+    if (n_waits >= needed_waits) return;
+    fprintf(stderr, "a block left its cluster while others may have been reading its memory\n");
+    abort();
+  }
+
+  std::barrier<> here;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::atomic<int> needed_waits = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
 };
 
 inline thread_local Block* block;
-inline thread_local int turn;
+inline thread_local int turn, n_arrivals, n_waits;
+inline thread_local std::optional<std::barrier<>::arrival_token> arrived;
+inline thread_local std::vector<Copy> copies;               // since the last commit
+inline thread_local std::vector<std::vector<Copy>> groups;  // committed, not yet waited for
+
+// What cudaDeviceGetAttribute answers; tests change it.
+inline int device_attributes[kDeviceAttributes];
+// What cudaFuncSetAttribute has allowed.
+inline std::map<const void*, int> most_shared_bytes;
 
 template <class T>
 T shuffle(T value, int from_lane) {
@@ -102,25 +184,93 @@ T __shfl_down_sync(unsigned, T value, int by) {
   return cuda_on_host::shuffle(value, lane + by < cuda_on_host::kWarp ? lane + by : lane);
 }
 
+namespace kl_kernels {  // primitives.cuh
+
+inline void* dynamic_shared_memory() { return cuda_on_host::block->shared.data(); }
+
+template <bool kThroughL1>
+void copy_async(void* to, const void* from) {
+  for (const void* at : {static_cast<const void*>(to), from})
+    if (reinterpret_cast<uintptr_t>(at) % 16 != 0) __builtin_trap();
+  cuda_on_host::copies.push_back({to, from});
+}
+inline void commit_copies() {
+  cuda_on_host::groups.push_back(std::move(cuda_on_host::copies));
+  cuda_on_host::copies.clear();
+}
+template <int kPending>
+void wait_for_copies() {
+  auto& groups = cuda_on_host::groups;
+  while (groups.size() > kPending) {
+    for (const auto& copy : groups.front()) memcpy(copy.to, copy.from, 16);
+    groups.erase(groups.begin());
+  }
+}
+
+inline void cluster_arrive() {
+  ++cuda_on_host::n_arrivals;
+  cuda_on_host::arrived = cuda_on_host::block->cluster.here.arrive();
+}
+inline void cluster_wait() {
+  cuda_on_host::block->cluster.here.wait(std::move(*cuda_on_host::arrived));
+  ++cuda_on_host::n_waits;
+}
+inline const void* shared_of_rank(const void* shared, uint32_t rank) {
+  cuda_on_host::Block& mine = *cuda_on_host::block;
+  mine.cluster.read_after(cuda_on_host::n_arrivals);
+  const ptrdiff_t offset =
+      static_cast<const char*>(shared) - reinterpret_cast<const char*>(mine.shared.data());
+  return reinterpret_cast<const char*>(mine.cluster.blocks[rank]->shared.data()) + offset;
+}
+
+}  // namespace kl_kernels
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = cuda_on_host::device_attributes[attribute];
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  cuda_on_host::most_shared_bytes[kernel] = bytes;
+  return cudaSuccess;
+}
+
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
   const int n_threads = static_cast<int>(config->blockDim.x);
-  cuda_on_host::Block block(n_threads);
-  const auto run = [&](unsigned thread) {
+  const unsigned n_blocks = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  const int allowed = cuda_on_host::most_shared_bytes[reinterpret_cast<const void*>(kernel)];
+  if (config->gridDim.x % n_blocks != 0 || config->dynamicSmemBytes > static_cast<size_t>(allowed))
+    return cudaErrorInvalidConfiguration;
+  cuda_on_host::Cluster cluster(n_blocks, n_threads, config->dynamicSmemBytes);
+  const auto run = [&](unsigned rank, unsigned thread) {
+    cuda_on_host::Block& block = *cluster.blocks[rank];
     cuda_on_host::block = &block;
     cuda_on_host::turn = 0;
     threadIdx = dim3(thread);
     blockDim = config->blockDim;
     gridDim = config->gridDim;
-    for (unsigned i = 0; i < config->gridDim.x; ++i) {
+    for (unsigned i = rank; i < config->gridDim.x; i += n_blocks) {
       blockIdx = dim3(i);
+      cuda_on_host::n_arrivals = cuda_on_host::n_waits = 0;
+      if (thread == 0) block.forget_shared();
+      __syncthreads();
       kernel(arguments...);
       __syncthreads();  // the next block's shared memory is this one's
+      if (thread == 0) block.forget_shared();
+      cluster.here.arrive_and_wait();
+      cluster.check_leave(cuda_on_host::n_waits);
+      cluster.here.arrive_and_wait();  // a cluster starts together
+      if (rank == 0 && thread == 0) cluster.needed_waits = 0;
     }
   };
   std::vector<std::thread> threads;
-  for (int i = 0; i < n_threads; ++i) threads.emplace_back(run, i);
+  for (unsigned rank = 0; rank < n_blocks; ++rank)
+    for (int i = 0; i < n_threads; ++i) threads.emplace_back(run, rank, i);
   for (std::thread& thread : threads) thread.join();
   return cudaSuccess;
 }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import subprocess
+import tempfile
 from ctypes import byref, c_bool, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+
+from kl_kernels.schemas import POLICY_LOSS_TERMS
 
 HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,6 +36,18 @@ def compile_host(source: str, target: Path, *flags: str) -> Path:
     return target
 
 
+@functools.cache
+def library() -> ctypes.CDLL:
+    """kernels.cpp, compiled once per process."""
+    with tempfile.TemporaryDirectory() as directory:  # loaded, a library needs its file no more
+        path = compile_host(
+            "kernels.cpp", Path(directory) / "kernels.so", "-O1", "-fPIC", "-shared"
+        )
+        loaded = ctypes.CDLL(str(path))
+    loaded.host_scratch_bytes.restype = c_int64
+    return loaded
+
+
 # The structs of csrc/cuda/operators.h.
 
 
@@ -51,6 +67,17 @@ class Logits(ctypes.Structure):
         )  # fmt: skip
 
 
+class GradLogits(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("stride_b", c_int64), ("stride_t", c_int64)]
+
+    @classmethod
+    def of(cls, grad_logits: Tensor | None) -> GradLogits:
+        if grad_logits is None:
+            return cls()
+        assert grad_logits.stride(2) == 1 or grad_logits.shape[2] == 1
+        return cls(grad_logits.data_ptr(), grad_logits.stride(0), grad_logits.stride(1))
+
+
 class Rows(ctypes.Structure):
     _fields_ = [
         ("n_rows", c_int64), ("n_tokens", c_int64), ("vocab_size", c_int64),
@@ -58,9 +85,9 @@ class Rows(ctypes.Structure):
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, logits: Tensor, token_ids: Tensor, mask: Tensor | None) -> Rows:
+    def of(cls, logits: Tensor, token_ids: Tensor | None, mask: Tensor | None) -> Rows:
         n_batch, n_tokens, vocab_size = logits.shape
-        return cls(n_batch * n_tokens, n_tokens, vocab_size, token_ids.data_ptr(), pointer(mask))
+        return cls(n_batch * n_tokens, n_tokens, vocab_size, pointer(token_ids), pointer(mask))
 
 
 OUTPUTS = ("logprob", "ref_logprob", "kl", "forward_kl", "entropy")
@@ -87,6 +114,25 @@ class Saved(ctypes.Structure):
     ]
 
 
+TOKENS = ("old_logprobs", "advantages", "token_weights", "importance_weights", "ref_logprobs")
+
+
+class PolicyLossTokens(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in TOKENS]
+
+
+class PolicyLossShape(ctypes.Structure):
+    _fields_ = [
+        *((name, c_float) for name in ("clip_low", "clip_high", "dual_clip", "log_ratio_clamp")),
+        ("kl_coef", c_float), ("entropy_coef", c_float), ("estimator", c_int),
+    ]  # fmt: skip
+
+
+# The device the kernels believe to run on: shared memory of a block and of an SM (of which every
+# block loses 1 kB), in bytes, and whether there are clusters.
+H200 = 227 << 10, 228 << 10, True
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     if tensor is None:
         return None
@@ -94,10 +140,21 @@ def pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def backend(library_path: Path) -> SimpleNamespace:
-    """The operators of `schemas.KERNELS`, of a library made of kernels.cpp."""
-    library = ctypes.CDLL(str(library_path))
-    library.host_scratch_bytes.restype = c_int64
+def run_as(device: tuple[int, int, bool]) -> None:
+    per_block, per_sm, clusters = device
+    library().host_device(c_int(per_block), c_int(per_sm), c_bool(clusters))
+
+
+def blocks_per_row(vocab_size: int, dtype: torch.dtype, with_reference: bool) -> int:
+    """Over how many blocks the kernels for a GPU keep a row; 0: it is read again."""
+    return library().host_blocks_per_row(
+        c_int64(vocab_size), c_bool(dtype == torch.float32), c_bool(with_reference)
+    )
+
+
+def backend(device: tuple[int, int, bool] = H200) -> SimpleNamespace:
+    """The operators of `schemas.KERNELS`, of kernels.cpp."""
+    run_as(device)
 
     def forward(logits, policy, reference, token_ids, mask, names, shape=None):
         n_batch, n_tokens, _ = logits.shape
@@ -106,9 +163,9 @@ def backend(library_path: Path) -> SimpleNamespace:
             for name in names
         }
         rows = Rows.of(logits, token_ids, mask)
-        scratch = torch.empty(library.host_scratch_bytes(byref(rows)), dtype=torch.uint8)
+        scratch = torch.empty(library().host_scratch_bytes(byref(rows)), dtype=torch.uint8)
         outputs = Outputs(**{name: pointer(tensor) for name, tensor in tensors.items()})
-        assert not library.host_forward(
+        assert not library().host_forward(
             byref(rows), byref(policy), byref(reference), byref(outputs),
             byref(shape or RewardShape()), c_void_p(scratch.data_ptr()),
         )  # fmt: skip
@@ -137,22 +194,22 @@ def backend(library_path: Path) -> SimpleNamespace:
         names = (*REWARDS, *OUTPUTS, *STATES)
         return forward(logits, policy, reference, token_ids, mask, names, shape)
 
-    def backward(logits, policy, reference, token_ids, mask, temperature, **saved):
-        grad = torch.empty(logits.shape, dtype=logits.dtype)
+    def backward(
+        logits, policy, reference, token_ids, mask, temperature, grad_logits, **saved
+    ):  # fmt: skip
         pointers = {name: pointer(tensor) for name, tensor in saved.items()}
-        assert not library.host_backward(
+        assert not library().host_backward(
             byref(Rows.of(logits, token_ids, mask)), byref(policy), byref(reference),
-            byref(Saved(**pointers, temperature=temperature)), c_void_p(grad.data_ptr()),
+            byref(Saved(**pointers, temperature=temperature)), byref(GradLogits.of(grad_logits)),
         )  # fmt: skip
-        return grad
 
     def token_stats_backward(
         grad_logprob, grad_entropy, logits, token_ids, mask, policy_state, entropy,
-        temperature, softcap,
+        temperature, softcap, grad_logits,
     ):  # fmt: skip
         policy = Logits.of(logits, temperature, softcap)
-        return backward(
-            logits, policy, Logits(), token_ids, mask, temperature,
+        backward(
+            logits, policy, Logits(), token_ids, mask, temperature, grad_logits,
             grad_logprob=grad_logprob, grad_entropy=grad_entropy,
             policy_state=policy_state, entropy=entropy,
         )  # fmt: skip
@@ -160,14 +217,44 @@ def backend(library_path: Path) -> SimpleNamespace:
     def token_kl_backward(
         grad_logprob, grad_kl, grad_forward_kl, grad_entropy, logits, ref_logits, token_ids, mask,
         policy_state, ref_state, kl, entropy, temperature, ref_temperature, softcap, ref_softcap,
+        grad_logits,
     ):  # fmt: skip
         policy = Logits.of(logits, temperature, softcap)
         reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
-        return backward(
-            logits, policy, reference, token_ids, mask, temperature,
+        backward(
+            logits, policy, reference, token_ids, mask, temperature, grad_logits,
             grad_logprob=grad_logprob, grad_kl=grad_kl, grad_forward_kl=grad_forward_kl,
             grad_entropy=grad_entropy, policy_state=policy_state, ref_state=ref_state,
             kl=kl, entropy=entropy,
+        )  # fmt: skip
+
+    def policy_loss(
+        logits, ref_logits, token_ids, mask,
+        old_logprobs, advantages, token_weights, importance_weights, ref_logprobs,
+        clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef,
+        temperature, ref_temperature, softcap, ref_softcap, grad_logits,
+    ):  # fmt: skip
+        reference = Logits()
+        if ref_logits is not None:
+            reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
+        per_token = old_logprobs, advantages, token_weights, importance_weights, ref_logprobs
+        shape = PolicyLossShape(
+            clip_low, clip_high,
+            *(math.inf if b is None else b for b in (dual_clip, log_ratio_clamp)),
+            kl_coef, entropy_coef, kl_estimator,
+        )  # fmt: skip
+        terms = torch.empty((len(POLICY_LOSS_TERMS), *token_ids.shape))
+        assert not library().host_policy_loss(
+            byref(Rows.of(logits, token_ids, mask)), byref(Logits.of(logits, temperature, softcap)),
+            byref(reference), byref(PolicyLossTokens(*map(pointer, per_token))), byref(shape),
+            c_double(temperature), byref(GradLogits.of(grad_logits)), c_void_p(terms.data_ptr()),
+        )  # fmt: skip
+        return terms
+
+    def scale_gradient(gradient, factor):
+        assert not library().host_scale(
+            byref(Rows.of(gradient, None, None)), byref(GradLogits.of(gradient)),
+            c_int(DTYPES[gradient.dtype]), c_void_p(factor.data_ptr()),
         )  # fmt: skip
 
     def gae(rewards, values, mask, gamma, lam, skip_masked):
@@ -175,7 +262,7 @@ def backend(library_path: Path) -> SimpleNamespace:
         advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
         inputs = (c_void_p(pointer(t)) for t in (rewards, values, mask))
         outputs = (c_void_p(pointer(t)) for t in (advantages, returns))
-        assert not library.host_gae(
+        assert not library().host_gae(
             *inputs, c_int64(n_batch), c_int64(n_tokens), c_double(gamma), c_double(lam),
             c_bool(skip_masked), *outputs,
         )  # fmt: skip
@@ -187,5 +274,7 @@ def backend(library_path: Path) -> SimpleNamespace:
         token_kl=token_kl,
         token_kl_backward=token_kl_backward,
         kl_rewards=kl_rewards,
+        policy_loss=policy_loss,
+        scale_gradient=scale_gradient,
         gae=gae,
     )

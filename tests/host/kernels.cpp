@@ -4,12 +4,27 @@
 #include "../../csrc/cuda/backward.cuh"
 #include "../../csrc/cuda/forward.cuh"
 #include "../../csrc/cuda/gae.cuh"
+#include "../../csrc/cuda/policy_loss.cuh"
+#include "../../csrc/cuda/scale.cuh"
 
 using namespace kl_kernels;
 
 struct SmallLaunch {
   static constexpr int kThreads = 64, kUnroll = 2, kBlocksPerSm = 1, kBlocksPerSmForAny = 1;
   static constexpr int kPart = 2048;  // two double tiles
+  static constexpr int kScaleBlocks = 3;
+};
+
+struct SmallPolicyLossLaunch {
+  struct Resident {
+    static constexpr int kThreads = 64, kUnroll = 2, kBlocksPerSm = 3;
+    static constexpr int kPart = 2048;
+  };
+  struct Reread {
+    static constexpr int kThreads = 64, kUnroll = 2, kBlocksPerSm = 1;
+    static constexpr int kPart = 2048;
+  };
+  using RereadAny = Reread;
 };
 
 extern "C" {
@@ -23,8 +38,41 @@ int host_forward(const Rows* rows, const Logits* policy, const Logits* reference
 }
 
 int host_backward(const Rows* rows, const Logits* policy, const Logits* reference,
-                  const Saved* saved, void* grad_logits) {
-  return launch_backward<SmallLaunch>(*rows, *policy, *reference, *saved, grad_logits, nullptr);
+                  const Saved* saved, const GradLogits* grad_logits) {
+  return launch_backward<SmallLaunch>(*rows, *policy, *reference, *saved, *grad_logits, nullptr);
+}
+
+// What the kernels believe to run on: the shared memory of a block and of an SM, in bytes.
+void host_device(int shared_per_block, int shared_per_sm, bool clusters) {
+  int* const attributes = cuda_on_host::device_attributes;
+  attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin] = shared_per_block;
+  attributes[cudaDevAttrMaxSharedMemoryPerMultiprocessor] = shared_per_sm;
+  attributes[cudaDevAttrReservedSharedMemoryPerBlock] = 1024;
+  attributes[cudaDevAttrClusterLaunch] = clusters;
+}
+
+// Over how many blocks the kernels for a GPU keep a bfloat16 or a float32 row; 0: nowhere.
+int host_blocks_per_row(int64_t vocab_size, bool float32, bool with_reference) {
+  using Policy = PolicyLossLaunch::Resident;
+  SharedMemory memory;
+  shared_memory(memory);
+  const auto n_parts = [&](auto element) {
+    using T = decltype(element);
+    return with_reference ? resident_split<Policy, T, true>(vocab_size, memory).n_parts
+                          : resident_split<Policy, T, false>(vocab_size, memory).n_parts;
+  };
+  return static_cast<int>(float32 ? n_parts(float{}) : n_parts(__nv_bfloat16{}));
+}
+
+int host_policy_loss(const Rows* rows, const Logits* policy, const Logits* reference,
+                     const PolicyLossTokens* tokens, const PolicyLossShape* shape,
+                     double temperature, const GradLogits* grad_logits, float* terms) {
+  return launch_policy_loss<SmallPolicyLossLaunch>(*rows, *policy, *reference, *tokens, *shape,
+                                                   temperature, *grad_logits, terms, nullptr);
+}
+
+int host_scale(const Rows* rows, const GradLogits* gradient, Dtype dtype, const float* factor) {
+  return launch_scale<SmallLaunch>(*rows, *gradient, dtype, factor, nullptr);
 }
 
 int host_gae(const float* rewards, const float* values, const bool* mask, int64_t n_batch,

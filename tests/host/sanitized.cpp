@@ -49,6 +49,23 @@ Logits view(const RandomLogits<T>& logits, Dtype dtype, int64_t vocab_size, floa
   return {logits.at, dtype, kTokens * vocab_size, vocab_size, 1.3f, softcap};
 }
 
+// The shared memory of the device, and whether it has clusters.
+struct Device {
+  int64_t bytes;
+  bool clusters;
+};
+
+// The policy loss on devices that keep the row in one block or in two, or have it read again.
+template <class Run>
+void on_devices(int64_t row_bytes, const Run& run) {
+  constexpr int64_t kBesides = 600;
+  for (const Device device :
+       {Device{row_bytes + kBesides, false}, {row_bytes / 2 + kBesides, true}, {0, false}}) {
+    host_device(static_cast<int>(device.bytes), 1 << 20, device.clusters);
+    run();
+  }
+}
+
 template <class T, class R>
 void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float softcap) {
   const RandomLogits<T> logits(vocab_size, shift);
@@ -77,16 +94,37 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   Array<T> grad(kRows * vocab_size);
   Saved saved{ones.values, nullptr,  nullptr,  ones.values, policy_state,
               ref_state,   value(2), value(4), 1.1};
-  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, grad.values, nullptr));
+  const GradLogits separate{grad.values, kTokens * vocab_size, vocab_size};
+  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, separate, nullptr));
   saved.grad_kl = ones.values;
-  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, grad.values, nullptr));
+  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, separate, nullptr));
   saved.grad_forward_kl = ones.values;
-  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, grad.values, nullptr));
+  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, separate, nullptr));
 
   Outputs alone{};
   alone.logprob = value(0);
   alone.policy_state = policy_state;
   check(launch_forward<SmallLaunch>(rows, policy, Logits{}, alone, shape, scratch.values, nullptr));
+
+  const PolicyLossTokens tokens{value(0), ones.values, ones.values, nullptr, nullptr};
+  const PolicyLossShape loss{0.2f, 0.2f, INFINITY, 20, 0.1f, 0.1f, Estimator::exact};
+  Array<float> terms(kPolicyLossTerms * kRows);
+  const auto policy_loss = [&](const Logits& against, const GradLogits& to) {
+    check(launch_policy_loss<SmallPolicyLossLaunch>(rows, policy, against, tokens, loss, 1.1, to,
+                                                    terms.values, nullptr));
+  };
+  on_devices(2 * sizeof(T) * vocab_size, [&] { policy_loss(reference, separate); });
+  policy_loss(Logits{}, separate);
+  policy_loss(reference, GradLogits{});
+
+  // Over the logits; then the one, and then the other, are gone.
+  const GradLogits in_place{logits.at, kTokens * vocab_size, vocab_size};
+  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, in_place, nullptr));
+  policy_loss(reference, in_place);
+  float factor = 1;
+  check(launch_scale<SmallLaunch>(rows, in_place, dtype, &factor, nullptr));
+  factor = 0.5f;
+  check(launch_scale<SmallLaunch>(rows, in_place, dtype, &factor, nullptr));
 }
 
 void run_gae(int64_t n_tokens) {

@@ -1,0 +1,93 @@
+// The gradient of one part of a row, once the row is finished: one look at its logits, one write.
+#pragma once
+
+#include "part.cuh"
+
+namespace kl_kernels {
+
+// What a row's gradient depends on decides what is read and computed: nothing (it is 0), the
+// policy alone, or the reference, too.
+enum class Terms { none, policy, kl, both_kls };
+
+struct RowGradient {
+  Coefficients<float> c;
+  float anchor, ref_anchor;
+  float own;  // the sampled token's share, g_logprob / temperature
+  Terms terms;
+};
+
+// From the row's states and outputs, in float64; without a reference its state is {0, 1}.
+__device__ inline RowGradient row_gradient(const Upstream<double>& g,
+                                           const Anchored<double>& policy, Anchored<double> ref,
+                                           double kl, double entropy, double temperature) {
+  if (g.kl != 0) ref = centred(ref, policy.sum, kl);
+  const Coefficients<double> c = coefficients(g, policy.sum, ref.sum, kl, entropy, temperature);
+  return {{static_cast<float>(c.a), static_cast<float>(c.b), static_cast<float>(c.c),
+           static_cast<float>(c.d)},
+          static_cast<float>(policy.anchor),
+          static_cast<float>(ref.anchor),
+          static_cast<float>(g.logprob / temperature),
+          is_zero(g)          ? Terms::none
+          : g.forward_kl != 0 ? Terms::both_kls
+          : g.kl != 0         ? Terms::kl
+                              : Terms::policy};
+}
+
+// The gradient of one logit, all but the token's own share.
+template <Terms kTerms>
+__device__ __forceinline__ float gradient(const RowGradient& r, float kx, float ky, float x,
+                                          float y) {
+  const float tx = from_anchor(x, kx, r.anchor), w = exp2f(tx);
+  if constexpr (kTerms == Terms::policy) return backward(r.c, tx, w);
+  const float ty = from_anchor(y, ky, r.ref_anchor);
+  if constexpr (kTerms == Terms::kl) return backward(r.c, tx, ty, w);
+  return backward(r.c, tx, ty, w, exp2f(ty));
+}
+
+// `token` is counted from the part's first logit and may lie outside. The gradient may lie over the
+// logits: a thread reads what it is going to write, before, and no other thread reads it.
+template <class Policy, bool kAligned, Terms kTerms, Order kOrder, class R, bool kReference,
+          class T>
+__device__ void write_gradient(const Part<R, kReference>& part, const RowGradient& r,
+                               const GradRow<T>& grad, int64_t token) {
+  const bool own = token >= 0 && token < part.size && visits<Policy>(token, part.whole());
+  float own_x = 0, own_grad = 0;
+  if (own) {
+    own_x = fmaxf(part.x[token], kLowest);
+    const float y = kReference ? fmaxf(part.y[token], kLowest) : own_x;
+    own_grad = gradient<kTerms>(r, part.kx, part.ky, own_x, y) + r.own;
+  }
+  const auto eight = [&](int i, const auto& xs, const auto& ys) {
+    float x[kLanes], y[kLanes], g[kLanes];
+    unpack_finite(xs, x);
+    unpack_finite(ys, y);
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) g[j] = gradient<kTerms>(r, part.kx, part.ky, x[j], y[j]);
+    grad.template put_eight<kAligned>(i, g, x);
+  };
+  const auto one = [&](int i, float x, float y) {
+    x = fmaxf(x, kLowest);
+    y = fmaxf(y, kLowest);
+    grad.put(i, gradient<kTerms>(r, part.kx, part.ky, x, y), x);
+  };
+  for_each<Policy, kAligned, kOrder>(part, eight, one);
+  // The token's entry once more, by the thread that wrote it: any other would race with that one.
+  if (own) grad.put(token, own_grad, own_x);
+}
+
+template <class Policy, bool kAligned, class T>
+__device__ void write_zeros(const GradRow<T>& grad, int size) {
+  const int whole = size / kLanes * kLanes;
+  float zeros[kLanes] = {};
+  for (int i = threadIdx.x * kLanes; i < whole; i += Policy::kThreads * kLanes)
+    grad.template put_eight<kAligned>(i, zeros, zeros);
+  const int i = whole + threadIdx.x;
+  if (i < size) grad.put(i, 0.0f, 0.0f);
+}
+
+template <class Policy, class T>
+__device__ void write_zeros(const GradRow<T>& grad, int size) {
+  grad.aligned() ? write_zeros<Policy, true>(grad, size) : write_zeros<Policy, false>(grad, size);
+}
+
+}  // namespace kl_kernels

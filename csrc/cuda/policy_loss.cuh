@@ -1,0 +1,240 @@
+// policy_loss: a row's statistics, its loss and its gradient. The loss's gradient with respect to
+// the statistics is known as soon as they are, so the second look at the logits is one at memory
+// close by: shared memory, where the row fits into that of a cluster, or else the L2 cache.
+//
+//   fold      each block its part of the row, into a state
+//   exchange  the blocks' states, through distributed shared memory; everyone finishes the row
+//   gradient  each block of its part, from the same logits
+#pragma once
+
+#include "cluster.cuh"
+#include "fold.cuh"
+#include "gradient.cuh"
+#include "held.cuh"
+
+namespace kl_kernels {
+
+// What the threads of a block tell each other. (Not static __shared__: tests run the blocks of a
+// cluster side by side on host threads.)
+template <int kThreads>
+struct alignas(16) BlockMemory {
+  Meeting<kThreads> meeting;
+  RowState<float> state;
+  RowGradient gradient;
+};
+
+__device__ inline void write_terms(const Rows& rows, uint32_t row, const PolicyLoss& loss,
+                                   float* terms) {  // [kPolicyLossTerms, B T]
+#pragma unroll
+  for (int i = 0; i < kPolicyLossTerms; ++i) terms[i * rows.n_rows + row] = loss.terms[i];
+}
+
+__device__ inline PolicyLossInputs inputs_of(const PolicyLossTokens& tokens, uint32_t row,
+                                             float logprob) {
+  return {tokens.old_logprobs == nullptr ? logprob : tokens.old_logprobs[row],
+          tokens.advantages[row], tokens.token_weights[row],
+          tokens.importance_weights == nullptr ? 1.0f : tokens.importance_weights[row],
+          tokens.ref_logprobs == nullptr ? logprob : tokens.ref_logprobs[row]};
+}
+
+// In float64, like every finish; x and y are the token's logits.
+template <bool kReference>
+__device__ RowGradient finish_loss(uint32_t row, const RowState<double>& s, const Logits& policy,
+                                   const Logits& reference, double x, double y,
+                                   const PolicyLossTokens& tokens, const PolicyLossShape& shape,
+                                   double temperature, PolicyLoss& loss) {
+  const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
+  const double ty = kReference ? from_anchor(y, static_cast<double>(reference.k), s.ref_anchor) : 0;
+  Finished<double> f = finish(s.sums, tx, ty);
+  if (!kReference) f.kl = 0;  // of a policy alone, it is undefined
+  const PolicyLossInputs inputs = inputs_of(tokens, row, static_cast<float>(f.logprob));
+  loss = policy_loss_epilogue(rounded(f), inputs, shape);
+  Upstream<double> g = loss.gradient;
+  const Anchored<double> none{0, 1}, ref{s.ref_anchor, s.sums.sy};
+  if (!kReference) g.kl = 0;
+  return row_gradient(g, {s.anchor, s.sums.sx}, kReference ? ref : none, f.kl, f.entropy,
+                      temperature);
+}
+
+template <class Policy, Order kOrder, class R, bool kReference, class T>
+__device__ void write_loss_gradient(const Part<R, kReference>& part, bool aligned,
+                                    const RowGradient& r, const GradRow<T>& grad, int64_t token) {
+  constexpr Terms kTerms = kReference ? Terms::kl : Terms::policy;
+  aligned ? write_gradient<Policy, true, kTerms, kOrder>(part, r, grad, token)
+          : write_gradient<Policy, false, kTerms, kOrder>(part, r, grad, token);
+}
+
+// CUDA kernels
+
+// One cluster per row, one block per part of it.
+template <class Policy, class T, bool kReference, bool kResident>
+__global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
+    policy_loss_kernel(Rows rows, Split split, Logits policy, Logits reference,
+                       PolicyLossTokens tokens, PolicyLossShape shape, double temperature,
+                       GradLogits grad_logits,
+                       float* terms) {  // terms: [kPolicyLossTerms, B, T]
+  using Memory = BlockMemory<Policy::kThreads>;
+  Memory& memory = *static_cast<Memory*>(dynamic_shared_memory());
+  const Cluster cluster(split.n_parts);
+  const Place place = place_of(blockIdx.x, rows, split);
+  const uint32_t row = place.row;
+  const bool wants_gradient = grad_logits.data != nullptr;
+  const bool writes_terms = place.part == 0 && threadIdx.x == 0;
+  if (!counts(rows, row)) {  // all blocks of the cluster return
+    if (writes_terms) write_terms(rows, row, {}, terms);
+    if (wants_gradient)
+      write_zeros<Policy>(grad_row_of<T>(rows, policy, grad_logits, place), place.size);
+    return;
+  }
+
+  // All of these are read before anybody writes a gradient, which may lie over the logits.
+  constexpr Cache kCache = kResident ? Cache::stream : Cache::keep;
+  const auto part = part_of<Row<T, kCache>, kReference>(rows, policy, reference, place);
+  const auto held = [&] {
+    if constexpr (kResident)
+      return hold<Policy>(part, &memory + 1, split.part_size);
+    else
+      return part;
+  }();
+  const int64_t token = rows.token_ids[row];
+  const float x = token_logit<T>(policy, rows, row);
+  const float y = kReference ? token_logit<T>(reference, rows, row) : x;
+  const Extent glanced = glance(part, x, y);
+  const bool aligned = part.x.aligned() && part.y.aligned();
+  const RowState<float> state =
+      kResident || aligned ? fold_part<Policy, true, kReference>(held, glanced, memory.meeting)
+                           : fold_part<Policy, false, kReference>(held, glanced, memory.meeting);
+  if (threadIdx.x == 0) memory.state = state;
+  cluster.arrive();
+  cluster.wait();  // without it blocks would merge states that are not there yet
+  if (threadIdx.x < kWarp) {
+    PolicyLoss loss;
+    const RowGradient r =
+        finish_loss<kReference>(row, merge_cluster(cluster, memory.state), policy, reference, x, y,
+                                tokens, shape, temperature, loss);
+    if (threadIdx.x == 0) memory.gradient = r;
+    if (writes_terms) write_terms(rows, row, loss, terms);
+  }
+  __syncthreads();  // without it the others would use coefficients that are not there yet
+  cluster.arrive();
+  if (wants_gradient) {
+    const RowGradient r = memory.gradient;  // in registers, not read again for every logit
+    const auto grad = grad_row_of<T>(rows, policy, grad_logits, place);
+    const bool all_aligned = grad.aligned() && (kResident || aligned);
+    // What was read last is the likeliest to be in the L2 cache still.
+    constexpr Order kOrder = kResident ? Order::forwards : Order::backwards;
+    const auto again = [&] {
+      if constexpr (kResident)
+        return Part<HeldRow<T>, kReference>(held);
+      else
+        return part_of<Row<T>, kReference>(rows, policy, reference, place);
+    }();
+    const int64_t here = token - place.begin;
+    if (r.terms == Terms::none)
+      write_zeros<Policy>(grad, place.size);
+    else if (!kReference || r.terms == Terms::policy)
+      write_loss_gradient<Policy, kOrder>(without_reference(again), all_aligned, r, grad, here);
+    else
+      write_loss_gradient<Policy, kOrder>(again, all_aligned, r, grad, here);
+  }
+  cluster.wait();  // without it a block might be gone while others still read its state
+}
+
+// Launchers
+
+// What decides where a row is kept; of the current device.
+struct SharedMemory {
+  int per_block, per_sm, reserved;  // bytes; `reserved` of every block for itself
+  int clusters;                     // whether blocks form clusters
+};
+
+inline cudaError_t shared_memory(SharedMemory& memory) {
+  // (The runtime knows these by heart: nanoseconds each, and no synchronisation.)
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  ask(memory.per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(memory.per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(memory.reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+  ask(memory.clusters, cudaDevAttrClusterLaunch);
+  return error;
+}
+
+// A row over `n_parts` blocks, in whole lines of the cache.
+inline Split shares_of(int64_t vocab_size, int64_t n_parts) {
+  constexpr int64_t kLine = 64;
+  return {static_cast<uint32_t>(n_parts),
+          static_cast<int>((vocab_size + n_parts * kLine - 1) / (n_parts * kLine) * kLine)};
+}
+
+constexpr int64_t kLargestCluster = 8;  // larger ones are not portable
+
+template <class Policy, class T, bool kReference>
+int64_t resident_bytes(const Split& split) {
+  constexpr int kModels = kReference ? 2 : 1;
+  return sizeof(BlockMemory<Policy::kThreads>) + kModels * HeldRow<T>::bytes(split.part_size);
+}
+
+// The split of a row that stays on chip, by V, dtype and reference alone; n_parts is 0 if it
+// cannot. The smallest cluster that leaves room for three blocks per SM: while one of them waits
+// for its row or for the others, two keep the memory busy. Otherwise for two, or for one.
+template <class Policy, class T, bool kReference>
+Split resident_split(int64_t vocab_size, const SharedMemory& memory) {
+  const int64_t largest = memory.clusters ? kLargestCluster : 1;
+  for (const int blocks_per_sm : {3, 2, 1}) {
+    for (int64_t n = blocks_per_sm == 1 ? largest : 1; n <= largest; n *= 2) {
+      const Split split = shares_of(vocab_size, n);
+      const int64_t bytes = resident_bytes<Policy, T, kReference>(split);
+      if (bytes <= memory.per_block && blocks_per_sm * (bytes + memory.reserved) <= memory.per_sm)
+        return split;
+    }
+  }
+  return {0, 0};
+}
+
+// The split of a row that is read twice: over as many blocks as have a tile each, so that few rows
+// are under way and the L2 cache still has them at the second look.
+template <class Policy>
+Split reread_split(int64_t vocab_size, const SharedMemory& memory) {
+  int64_t n = memory.clusters ? kLargestCluster : 1;
+  while (n > 1 && vocab_size < n * Policy::kThreads * kLanes) n /= 2;
+  return shares_of(vocab_size, n);
+}
+
+template <class Launch>
+cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Logits& reference,
+                               const PolicyLossTokens& tokens, const PolicyLossShape& shape,
+                               double temperature, const GradLogits& grad_logits, float* terms,
+                               cudaStream_t stream) {
+  SharedMemory memory;
+  const cudaError_t error = shared_memory(memory);
+  if (error != cudaSuccess) return error;
+  const auto run = [&](auto kernel, int n_threads, const Split& split, int64_t bytes) {
+    const Grid grid{rows.n_rows * split.n_parts, n_threads, static_cast<int>(bytes), split.n_parts};
+    return launch(kernel, grid, stream, rows, split, policy, reference, tokens, shape, temperature,
+                  grad_logits, terms);
+  };
+  return with_element_type(policy, reference, [&](auto element) {
+    using T = decltype(element);
+    const auto choose = [&](auto with_reference) {
+      constexpr bool kReference = decltype(with_reference)::value;
+      if constexpr (!std::is_same_v<T, Any>) {
+        using Policy = typename Launch::Resident;
+        const Split split = resident_split<Policy, T, kReference>(rows.vocab_size, memory);
+        if (split.n_parts > 0)
+          return run(policy_loss_kernel<Policy, T, kReference, true>, Policy::kThreads, split,
+                     resident_bytes<Policy, T, kReference>(split));
+      }
+      using Policy = std::conditional_t<std::is_same_v<T, Any>, typename Launch::RereadAny,
+                                        typename Launch::Reread>;
+      return run(policy_loss_kernel<Policy, T, kReference, false>, Policy::kThreads,
+                 reread_split<Policy>(rows.vocab_size, memory),
+                 sizeof(BlockMemory<Policy::kThreads>));
+    };
+    return reference.data == nullptr ? choose(std::false_type{}) : choose(std::true_type{});
+  });
+}
+
+}  // namespace kl_kernels

@@ -25,10 +25,9 @@ DTensors need neither group nor vocab_start: see `dtensors.py`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from kl_kernels import (
     autograd as _autograd,  # noqa: F401  registers torch.ops.kl_kernels and their gradients
@@ -47,6 +46,9 @@ from kl_kernels.dtensors import takes_dtensors
 from kl_kernels.parallel import operator
 from kl_kernels.rl.rewards import check_reward_estimator, clip_scores, score_indices
 from kl_kernels.schemas import ESTIMATORS, output_dtype
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 
 class TokenStats(NamedTuple):

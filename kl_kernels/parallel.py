@@ -32,8 +32,8 @@ from kl_kernels.epilogues import scored_rewards
 from kl_kernels.parts import Part, Whole, finish_parts, local_token_ids, merge_shards
 from kl_kernels.schemas import STATE_FIELDS, output_dtype
 
-# torch 2.13 renamed it, and warns of the old name.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 renamed it, and warns of the old name. Builds without distributed have neither.
+all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
 TOKEN_TX = STATE_FIELDS.index("token_tx")
 

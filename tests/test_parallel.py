@@ -214,6 +214,25 @@ def test_forward_is_one_collective_of_the_state_and_backward_none(ranks):
     assert ranks(traffic, inputs, n=2) == [expected] * 2
 
 
+def compiled(group, inputs):
+    arguments = on_shard(group, inputs, EQUAL)
+
+    def loss(logits):
+        result = kl_kernels.token_kl(**arguments | {"logits": logits})
+        return (result.kl + result.logprob).sum()
+
+    whole_graph = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    return [
+        torch.autograd.grad(f(arguments["logits"]), arguments["logits"])
+        for f in (loss, whole_graph)
+    ]
+
+
+def test_torch_compile_sees_one_graph(ranks):
+    for eager_grad, compiled_grad in ranks(compiled, case(), n=2):
+        torch.testing.assert_close(compiled_grad, eager_grad, rtol=0, atol=0)
+
+
 def own_loss(group, inputs):
     arguments = on_shard(group, inputs, EQUAL)
     factor = dist.get_rank(group) + 1

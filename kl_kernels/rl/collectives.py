@@ -7,12 +7,14 @@ trained on is the mean of the ranks' losses, as everywhere in data parallelism.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 
 class _Sum(torch.autograd.Function):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from kl_kernels.checks import (
     check_batch,
@@ -18,6 +17,9 @@ from kl_kernels.checks import (
 )
 from kl_kernels.rl.collectives import sum_over_ranks
 from kl_kernels.rl.masked import select
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 UNITS = ("sequence_sum", "token_mean")
 

@@ -11,15 +11,17 @@ the gradient of the mean loss (`collectives.py`). x has to require grad on all r
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from kl_kernels.checks import check_like, check_non_negative
 from kl_kernels.rl.collectives import from_all_ranks, sum_over_ranks
 from kl_kernels.schemas import output_dtype
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 
 def masked_mean(

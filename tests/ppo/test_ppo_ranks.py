@@ -9,8 +9,8 @@ import pytest
 import torch
 from micro import MICRO, run
 
-from kl_kernels.ppo.checkpoint import load_state
-from kl_kernels.ppo.policy import sample
+from kl_kernels.ppo.checkpoint import load_state, save_model
+from kl_kernels.ppo.policy import load_model, sample
 from kl_kernels.ppo.ranks import ExponentialRace, Ranks
 from kl_kernels.ppo.report import read_metrics
 
@@ -50,9 +50,20 @@ def torchrun(folder, *arguments):
     )
 
 
+def often_ending(model_folder, folder):
+    """The model, with EOS likely: answers differ in length, and ranks in their share of tokens."""
+    lm, tokenizer = load_model(model_folder)
+    with torch.no_grad():
+        end = lm.get_input_embeddings().weight[tokenizer.eos_token_id]
+        lm.transformer.ln_f.bias += 3 * end
+    save_model(folder, lm, tokenizer)
+    return folder
+
+
 def test_two_processes_train_as_one_also_when_resumed(rewards, model_folder):
-    common = [*MICRO, "--model", model_folder, "--reward", "own_rewards:vowels"]
-    common += ["--learning-rate", "3e-3"]
+    model = often_ending(model_folder, rewards / "model")
+    common = [*MICRO, "--model", model, "--reward", "own_rewards:vowels"]
+    common += ["--learning-rate", "3e-3", "--answer-tokens", "12"]
     assert run(*common, "--out", rewards / "one", "--updates", "4") == 0
     (rewards / "rank0.txt").unlink()
     first = torchrun(rewards, *common, "--out", "two", "--updates", "2")
@@ -63,6 +74,7 @@ def test_two_processes_train_as_one_also_when_resumed(rewards, model_folder):
     one, two = (read_metrics(rewards / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 4
     assert one[3]["kl"] > 1e-3, "nothing was learned"
+    assert 2 < one[0]["length"] < 10, "answers hardly differ in length"
     for alone, together in zip(one, two):
         assert alone.keys() == together.keys()
         assert alone["sample"] == together["sample"]

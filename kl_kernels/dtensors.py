@@ -50,7 +50,7 @@ def takes_dtensors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _is_dtensor(value: object) -> bool:
-    return hasattr(value, "device_mesh")
+    return type(value) is not Tensor and hasattr(value, "device_mesh")
 
 
 class _Layout(NamedTuple):

@@ -37,7 +37,7 @@ def _run_backward(
     return grad_logits
 
 
-def _token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, token_ids, mask, *ctx.options = inputs
     logprob, entropy, policy_state = output
     ctx.set_materialize_grads(False)
@@ -45,16 +45,21 @@ def _token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(logits, token_ids, mask, policy_state, entropy)
 
 
+def token_stats_grad(
+    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *, part: bool = False
+) -> Tensor | None:
+    if grad_logprob is None and grad_entropy is None:
+        return None
+    logits, *saved = ctx.saved_tensors
+    temperature, softcap, *how = ctx.options
+    args = grad_logprob, grad_entropy, logits, *saved, temperature, softcap, part
+    return _run_backward("token_stats_backward", args, logits, *how)
+
+
 def _token_stats_backward(
     ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _state: None
 ) -> tuple[Tensor | None, ...]:
-    logits, *saved = ctx.saved_tensors
-    temperature, softcap, *how = ctx.options
-    grad_logits = None
-    if grad_logprob is not None or grad_entropy is not None:
-        args = grad_logprob, grad_entropy, logits, *saved, temperature, softcap, False
-        grad_logits = _run_backward("token_stats_backward", args, logits, *how)
-    return grad_logits, *[None] * 6
+    return token_stats_grad(ctx, grad_logprob, grad_entropy), *[None] * 6
 
 
 def _token_kl_save(
@@ -65,12 +70,14 @@ def _token_kl_save(
     ctx.save_for_backward(logits, ref_logits, token_ids, mask, *states, kl, entropy)
 
 
-def _token_kl_grad(
+def token_kl_grad(
     ctx: Any,
     grad_logprob: Tensor | None,
     grad_kl: Tensor | None,
     grad_forward_kl: Tensor | None,
     grad_entropy: Tensor | None,
+    *,
+    part: bool = False,
 ) -> Tensor | None:
     logits, ref_logits, token_ids, mask, policy_state, ref_state, kl, entropy = ctx.saved_tensors
     temperature, ref_temperature, softcap, ref_softcap, *how = ctx.options
@@ -79,20 +86,20 @@ def _token_kl_grad(
         args = (
             grad_logprob, grad_kl, grad_forward_kl, grad_entropy,
             logits, ref_logits, token_ids, mask, policy_state, ref_state, kl, entropy,
-            temperature, ref_temperature, softcap, ref_softcap, False,
+            temperature, ref_temperature, softcap, ref_softcap, part,
         )  # fmt: skip
         return _run_backward("token_kl_backward", args, logits, *how)
     if grad_logprob is not None or grad_entropy is not None:
         # No KL gradient: the reference logits are not read a second time.
         args = (
             grad_logprob, grad_entropy,
-            logits, token_ids, mask, policy_state, entropy, temperature, softcap, False,
+            logits, token_ids, mask, policy_state, entropy, temperature, softcap, part,
         )  # fmt: skip
         return _run_backward("token_stats_backward", args, logits, *how)
     return None
 
 
-def _token_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def token_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state = output
     ctx.mark_non_differentiable(ref_logprob, policy_state, ref_state)
     _token_kl_save(ctx, inputs, kl, entropy, (policy_state, ref_state))
@@ -100,7 +107,7 @@ def _token_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _token_kl_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_logprob, _, grad_kl, grad_forward_kl, grad_entropy, *_ = grads
-    grad_logits = _token_kl_grad(ctx, grad_logprob, grad_kl, grad_forward_kl, grad_entropy)
+    grad_logits = token_kl_grad(ctx, grad_logprob, grad_kl, grad_forward_kl, grad_entropy)
     return grad_logits, *[None] * 9
 
 
@@ -113,13 +120,13 @@ def _kl_rewards_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 def _kl_rewards_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     _, _, grad_logprob, _, grad_kl, grad_forward_kl, grad_entropy, *_ = grads
-    grad_logits = _token_kl_grad(ctx, grad_logprob, grad_kl, grad_forward_kl, grad_entropy)
+    grad_logits = token_kl_grad(ctx, grad_logprob, grad_kl, grad_forward_kl, grad_entropy)
     return grad_logits, *[None] * 14
 
 
 for _name, _setup, _backward in (
-    ("token_stats", _token_stats_setup, _token_stats_backward),
-    ("token_kl", _token_kl_setup, _token_kl_backward),
+    ("token_stats", token_stats_setup, _token_stats_backward),
+    ("token_kl", token_kl_setup, _token_kl_backward),
     ("kl_rewards", _kl_rewards_setup, _kl_rewards_backward),
 ):
     torch.library.register_autograd(

@@ -37,6 +37,23 @@ def reward_epilogue(
     return -kl_coef * estimate, -kl_coef * shortfall
 
 
+def scored_rewards(
+    f: Finished,  # each [B, T]
+    mask: Tensor,  # [B, T]
+    scores: Tensor,  # [B]
+    score_index: Tensor,  # [B], -1 for nowhere
+    kl_coef: float,
+    estimator: int,
+    kl_clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`reward_epilogue` with the score where it belongs, 0 where masked."""
+    rewards, correction = reward_epilogue(f, kl_coef, estimator, kl_clip)
+    position = torch.arange(mask.shape[1], device=mask.device)
+    at_score = position == score_index[:, None]
+    rewards = torch.where(mask, rewards, 0.0) + torch.where(at_score, scores[:, None], 0.0)
+    return rewards, torch.where(mask, correction, 0.0)
+
+
 class PolicyLossInputs(NamedTuple):
     """What a token's loss is made of besides its logits, each [n] float64."""
 

@@ -7,13 +7,26 @@ not read: their outputs and gradients are exactly 0, even if the row holds NaN.
 Views are taken as they are (`logits[:, :-1]`, a slice of the vocabulary, any row stride) as long
 as neighbouring logits are neighbours in memory and at most two dimensions precede V; otherwise the
 logits are copied first.
+
+Sharded vocabularies (tensor parallelism): with `group`, each of its ranks passes [..., V_local]
+logits of its own part of the vocabulary and, apart from `vocab_start`, the same of everything else;
+token ids count over the whole vocabulary. Columns that only pad a shard have to hold `-inf`. All
+ranks get the same outputs, bit for bit, through one collective (`parallel.py` has its cost).
+Backward sends nothing: every rank has to compute the same loss from the outputs, and gets its own
+logits' gradient of that loss, once, not the sum over ranks (as with Megatron's vocabulary-parallel
+cross-entropy). If losses differ, each rank's logits get the gradient of its own loss; where the
+loss is a sum over ranks, all-reduce the gradients of the outputs first. The ranks' shards have to
+tile 0 to V - 1, and each token has to be on one rank: otherwise a ValueError on all of them, or NaN
+(everywhere, or in that row) on a GPU, where looking would synchronise, and under torch.compile. A
+rank that fails before the collective leaves the others to the timeout of their process group.
+
+DTensors need neither group nor vocab_start: see `dtensors.py`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from kl_kernels import (
@@ -29,8 +42,13 @@ from kl_kernels.arguments import (
     check_scaled_logits,
     shaped,
 )
+from kl_kernels.dtensors import takes_dtensors
+from kl_kernels.parallel import operator
 from kl_kernels.rl.rewards import check_reward_estimator, clip_scores, score_indices
 from kl_kernels.schemas import ESTIMATORS, output_dtype
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 
 class TokenStats(NamedTuple):
@@ -61,6 +79,7 @@ class KLRewards(NamedTuple):
     entropy: Tensor
 
 
+@takes_dtensors
 def token_stats(
     logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [...]
@@ -69,6 +88,8 @@ def token_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Log-probability of each token and entropy of its distribution, reading each logit once.
@@ -84,6 +105,9 @@ def token_stats(
         softcap: Gemma-style soft cap applied before the temperature; `-inf` stays `-inf`.
         inplace_backward: write the gradient over the logits, in backward, instead of beside them.
             Whoever else needs them for a backward gets torch's error.
+        group: the process group that the vocabulary is sharded over. None: logits are whole.
+        vocab_start: with a group, the global token id of this rank's first logit. None: all shards
+            are of one size, and in the order of the ranks.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -96,7 +120,7 @@ def token_stats(
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
     shape = token_ids.shape
-    logprob, entropy, _ = torch.ops.kl_kernels.token_stats(
+    logprob, entropy, _ = operator("token_stats", logits, group, vocab_start)(
         as_rows(logits),
         as_tokens(token_ids).long(),
         as_mask(mask, logits),
@@ -108,6 +132,7 @@ def token_stats(
     return TokenStats(shaped(logprob, shape), shaped(entropy, shape))
 
 
+@takes_dtensors
 def token_kl(
     logits: Tensor,  # [..., V]
     ref_logits: Tensor,  # [..., V]
@@ -119,6 +144,8 @@ def token_kl(
     softcap: float | None = None,
     ref_softcap: float | None = None,
     inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     backend: str | None = None,
 ) -> TokenKL:
     """Log-probabilities under both models, exact KL both ways and entropy, in one pass.
@@ -138,6 +165,8 @@ def token_kl(
         softcap: of the policy, None: none.
         ref_softcap: of the reference; None: none, whatever the policy's.
         inplace_backward: see `token_stats`.
+        group: see `token_stats`.
+        vocab_start: see `token_stats`.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -152,7 +181,9 @@ def token_kl(
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
     shape = token_ids.shape
-    logprob, ref_logprob, kl, forward_kl, entropy, _, _ = torch.ops.kl_kernels.token_kl(
+    logprob, ref_logprob, kl, forward_kl, entropy, _, _ = operator(
+        "token_kl", logits, group, vocab_start
+    )(
         as_rows(logits),
         as_rows(ref_logits),
         as_tokens(token_ids).long(),
@@ -168,6 +199,7 @@ def token_kl(
     return TokenKL(*(shaped(output, shape) for output in outputs))
 
 
+@takes_dtensors
 def kl_rewards(
     logits: Tensor,  # [B, T, V]
     ref_logits: Tensor,  # [B, T, V]
@@ -186,6 +218,8 @@ def kl_rewards(
     softcap: float | None = None,
     ref_softcap: float | None = None,
     inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     backend: str | None = None,
 ) -> KLRewards:
     """The shaped rewards of RLHF, -kl_coef * KL per token and the score once, in the same pass.
@@ -214,6 +248,8 @@ def kl_rewards(
         softcap: of the policy.
         ref_softcap: of the reference.
         inplace_backward: see `token_stats`.
+        group: see `token_stats`.
+        vocab_start: see `token_stats`.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -236,7 +272,7 @@ def kl_rewards(
     if kl_clip is not None:
         checks.check_positive("kl_clip", kl_clip)
     mask = mask.bool()
-    outputs = torch.ops.kl_kernels.kl_rewards(
+    outputs = operator("kl_rewards", logits, group, vocab_start)(
         logits,
         ref_logits,
         token_ids.long(),

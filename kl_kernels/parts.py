@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kl_kernels.algebra import Finished, RowState, finish, merge
+from kl_kernels.algebra import Finished, RowState, finish, merge, move
 from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS
 
 
@@ -63,6 +63,20 @@ def _merge(s: Part, t: Part) -> Part:
         state,
         token(s.token_tx, t.token_tx, "anchor"),
         token(s.token_ty, t.token_ty, "ref_anchor"),
+    )
+
+
+def merge_shards(states: Tensor) -> Part:  # [R, F, B, T]
+    """`merge_parts` of states that are all there, in few operations whatever their number."""
+    state, token_tx, token_ty = _unpack(states.movedim(1, 0))
+    anchor, ref_anchor = state.anchor.amax(0), state.ref_anchor.amax(0)
+    _, _, *sums = move(state, anchor, ref_anchor)
+    # One after another: the order in which `sum` adds depends on the number of rows.
+    whole = reduce(torch.add, torch.stack(sums, 1).unbind())
+    return Part(
+        RowState(anchor, ref_anchor, *whole),
+        (token_tx + (state.anchor - anchor)).amin(0),
+        (token_ty + (state.ref_anchor - ref_anchor)).amin(0),
     )
 
 

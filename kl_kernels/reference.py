@@ -31,7 +31,7 @@ from kl_kernels.epilogues import (
     PolicyLossInputs,
     PolicyLossShape,
     policy_loss_epilogue,
-    reward_epilogue,
+    scored_rewards,
 )
 from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS, output_dtype
 
@@ -188,11 +188,10 @@ def kl_rewards(
     *scales: float | None,
 ) -> tuple[Tensor, ...]:
     outputs = token_kl(logits, ref_logits, token_ids, mask, *scales)  # type: ignore[arg-type]
-    rewards, correction = reward_epilogue(Finished(*outputs[:5]), kl_coef, estimator, kl_clip)
-    position = torch.arange(mask.shape[1], device=mask.device)
-    at_score = position == score_index[:, None]
-    rewards = torch.where(mask, rewards, 0.0) + torch.where(at_score, scores[:, None], 0.0)
-    return rewards, torch.where(mask, correction, 0.0), *outputs
+    shaped = scored_rewards(
+        Finished(*outputs[:5]), mask, scores, score_index, kl_coef, estimator, kl_clip
+    )
+    return *shaped, *outputs
 
 
 def policy_loss(

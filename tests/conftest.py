@@ -74,3 +74,12 @@ def _mend_interpreter():
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         patch.setattr(launch, "CONFIG", wide)
         yield
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    from ranks import Ranks
+
+    world = Ranks(4)
+    yield world
+    world.close()

@@ -141,15 +141,15 @@ def save_model(folder: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def rng_state() -> dict[str, Any]:
-    """State of torch's global generators, the only randomness a run draws on."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """State of torch's global generators, the only randomness of a run, alike on all its ranks."""
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def _sync_folder(folder: Path) -> None:

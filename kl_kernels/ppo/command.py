@@ -25,6 +25,7 @@ from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.loop import train
 from kl_kernels.ppo.policy import check_model_folder, load_model
 from kl_kernels.ppo.pretrain import pretrain
+from kl_kernels.ppo.ranks import Ranks, launch
 from kl_kernels.ppo.report import draw, read_metrics, summary, table
 from kl_kernels.ppo.reward import TokenReward, fit_reward_model, load_reward
 from kl_kernels.ppo.task import GoldScore, load_corpus
@@ -46,23 +47,45 @@ def run(args: argparse.Namespace) -> int:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    _, ranks = launch()
+    try:
+        return _run(args, ranks)
+    except ValueError:
+        if ranks.first:
+            raise
+        return 2  # said once is enough
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> int:
+    config, folder, inputs = _prepared(args, ranks)
+    if ranks.first:
+        print(f"run folder: {folder.path}")
+    try:
+        _train(config, folder, inputs, ranks)
+    except KeyboardInterrupt:
+        if ranks.first:
+            print(f"\ninterrupted; continue with --resume {folder.path}", flush=True)
+        return INTERRUPTED
+    return 0
+
+
+def _prepared(args: argparse.Namespace, ranks: Ranks) -> tuple[PPOConfig, RunFolder, Inputs]:
+    """Everything checked, and then the run folder."""
     names = {field.name for field in dataclasses.fields(PPOConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
     if args.resume:
         folder, config = _resumed(Path(args.resume), args.out, given)
+        ranks.check(config)
         inputs = Inputs(config)
-    else:
-        config = PPOConfig(**given)
-        inputs = Inputs(config)
-        default = Path("runs") / time.strftime("ppo-%Y%m%d-%H%M%S")
-        folder = create_run(Path(args.out) if args.out else default, config)
-    print(f"run folder: {folder.path}")
-    try:
-        _train(config, folder, inputs)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; continue with --resume {folder.path}")
-        return INTERRUPTED
-    return 0
+        if given:
+            ranks.on_first(lambda: write_text(folder.config, config.to_json()))
+        return config, folder, inputs
+    config = PPOConfig(**given)
+    ranks.check(config)
+    inputs = Inputs(config)
+    default = Path("runs") / time.strftime("ppo-%Y%m%d-%H%M%S")
+    out = Path(args.out) if args.out else default
+    return config, ranks.on_first(lambda: create_run(out, config)), inputs
 
 
 class Inputs:
@@ -86,7 +109,6 @@ def _resumed(path: Path, out: str | None, given: dict[str, object]) -> tuple[Run
         )
     if given:
         config = dataclasses.replace(config, **given)  # type: ignore[arg-type]
-        write_text(folder.config, config.to_json())
     return folder, config
 
 
@@ -100,10 +122,10 @@ def _read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs) -> None:
+def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -> None:
     if inputs.lm is None:
-        if not folder.reference.is_dir():
-            pretrain(config, inputs.paragraphs, folder)
+        if not ranks.on_first(folder.reference.is_dir):
+            ranks.on_first(lambda: pretrain(config, inputs.paragraphs, folder))
         lm, tokenizer = load_model(folder.reference)
     else:
         lm, tokenizer = inputs.lm
@@ -116,9 +138,20 @@ def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs) -> None:
         reward = inputs.reward
     else:
         gold = GoldScore.of_corpus(inputs.paragraphs)
-        reward = _reward_model(config, folder, lm, tokenizer, prompts, gold)
+        ranks.on_first(lambda: _fit_reward(config, folder, lm, tokenizer, prompts, gold))
+        reward = TokenReward(tokenizer)
+        reward.load_state_dict(load_state(folder.reward_model))
     lm = train(config, folder, lm, tokenizer, prompts, reward, gold)
+    if ranks.first:
+        _report(config, folder, lm, tokenizer)
 
+
+def _report(
+    config: PPOConfig,
+    folder: RunFolder,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     save_model(folder.policy, lm, tokenizer)
     records = read_metrics(folder.metrics)
     draw(folder.picture, config, records)
@@ -149,20 +182,17 @@ def _encode_prompts(
     return prompts
 
 
-def _reward_model(
+def _fit_reward(
     config: PPOConfig,
     folder: RunFolder,
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     gold: GoldScore,
-) -> TokenReward:
-    """Fitted once per run: the run folder keeps it."""
+) -> None:
+    """Once per run: the run folder keeps it."""
     if folder.reward_model.is_file():
-        reward = TokenReward(tokenizer)
-        reward.load_state_dict(load_state(folder.reward_model))
-        return reward
+        return
     torch.manual_seed(config.seed)
     reward = fit_reward_model(config, lm, tokenizer, prompts, gold)
     save_state(folder.reward_model, reward.state_dict())
-    return reward

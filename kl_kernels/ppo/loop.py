@@ -10,6 +10,9 @@ The KL per token is exact, a sum over the vocabulary instead of one sampled log-
 exact KL credits earlier tokens but not the token just sampled, which it does not depend on; that
 token's share is the gradient of the KL itself, added to the loss. Together they are the gradient of
 the objective above. (With kl_estimator k1 the sampled log-ratio in the reward does both, noisily.)
+
+On several processes (`ranks.py`) each samples, scores and shapes its own rows of the batch, and
+takes its own rows of every minibatch; DDP averages their gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +43,7 @@ from kl_kernels import (
 from kl_kernels.ppo.checkpoint import RunFolder, load_state, restore_rng, rng_state, save_state
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.policy import Policy, Samples, answer_texts, causal_lm, frozen_copy, sample
+from kl_kernels.ppo.ranks import Ranks, launch
 from kl_kernels.ppo.report import MetricsLog, live_line
 from kl_kernels.ppo.reward import RewardFunction, scores_of
 
@@ -52,7 +55,7 @@ KL_TOLERANCE = 1e-4  # nats per token
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything the optimisation of one update needs, a row per answer."""
+    """Everything the optimisation of one update needs, a row per answer, of all ranks."""
 
     samples: Samples
     logprobs: Tensor  # [B, T] under the policy that sampled them
@@ -60,9 +63,12 @@ class Batch:
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T]
 
-    def rows(self, rows: Tensor) -> Batch:  # [b] int64
+    def each(self, f: Callable[[Tensor], Tensor]) -> Batch:
         rest = (self.logprobs, self.values, self.advantages, self.returns)
-        return Batch(self.samples.rows(rows), *(tensor[rows] for tensor in rest))
+        return Batch(self.samples.each(f), *map(f, rest))
+
+    def rows(self, rows: Tensor) -> Batch:  # [b] int64
+        return self.each(lambda tensor: tensor[rows])
 
 
 def train(
@@ -76,14 +82,15 @@ def train(
 ) -> PreTrainedModel:
     """Train `lm`, or go on where the checkpoint in `run` ends, and return it.
 
+    Of several processes, each calls this with the same arguments; the first one writes.
+
     Raises:
+        ValueError: the batch does not divide by the number of processes.
         RuntimeError: before the first step, the policy already differs from itself or from the
             reference.
     """
-    # Kernels for CPU and CUDA exist; their float64 reference rules other accelerators out.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.num_processes > 1:
-        raise ValueError(f"{accelerator.num_processes} processes were launched; accepted: one")
+    accelerator, ranks = launch()
+    ranks.check(config)
 
     torch.manual_seed(config.seed)
     reference = frozen_copy(lm).to(accelerator.device)
@@ -114,17 +121,19 @@ def train(
         restore_rng(state["rng"])
         done = state["updates"]
 
-    log = MetricsLog(run.metrics, keep=done)
+    log = ranks.on_first(lambda: MetricsLog(run.metrics, keep=done))
     progress = tqdm(range(done + 1, config.updates + 1), desc="PPO", unit="update",
-                    initial=done, total=config.updates, dynamic_ncols=True)  # fmt: skip
+                    initial=done, total=config.updates, dynamic_ncols=True,
+                    disable=not ranks.first)  # fmt: skip
     for update in progress:
         started = time.perf_counter()
         kl_coef = controller.value
 
         # 1. Rollout: sample answers, and ask what they are worth.
-        chosen = torch.randint(len(prompts), (config.batch_size,)).tolist()
-        samples = sample(module.lm, tokenizer, [prompts[i] for i in chosen], config.answer_tokens)
-        prompt_texts = [tokenizer.decode(prompts[i], skip_special_tokens=True) for i in chosen]
+        chosen = [prompts[i] for i in torch.randint(len(prompts), (config.batch_size,)).tolist()]
+        samples = sample(module.lm, tokenizer, chosen, config.answer_tokens, ranks)
+        own = chosen[ranks.rows(len(chosen))]
+        prompt_texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
         answers = answer_texts(samples, tokenizer)
         scores = scores_of(reward, prompt_texts, answers)
 
@@ -139,19 +148,21 @@ def train(
         if not config.kl_in_loss:
             advantages = advantages + shaped.advantage_correction
         # Whitened advantages measure rewards in standard deviations; so must the KL in the loss.
-        advantage_sd = masked_var(advantages, mask).sqrt().clamp_min(1e-8).item()
+        advantage_var = masked_var(advantages, mask, group=ranks.group)
+        advantage_sd = advantage_var.sqrt().clamp_min(1e-8).item()
         kl_loss_coef = kl_coef / advantage_sd if config.kl_in_loss else 0.0
-        advantages = masked_whiten(advantages, mask)
-        batch = Batch(samples, shaped.logprob, values, advantages, returns)
+        advantages = masked_whiten(advantages, mask, group=ranks.group)
+        batch = Batch(samples, shaped.logprob, values, advantages, returns).each(ranks.all_rows)
 
         # 4. Optimisation: a few clipped steps, each on a random part of the batch.
         steps: list[dict[str, float]] = []
         for _ in range(config.epochs):
             for rows in torch.randperm(config.batch_size).chunk(config.minibatches):
                 part = batch.rows(rows.to(accelerator.device))
-                loss, metrics = ppo_loss(config, policy, reference, part, kl_loss_coef)
+                loss, metrics = ppo_loss(config, policy, reference, part, kl_loss_coef, ranks)
                 if update == 1 and not steps:
-                    check_start(metrics["ratio_deviation"], shaped.kl.max().item())
+                    largest_kl = ranks.largest(shaped.kl.max()).item()
+                    check_start(metrics["ratio_deviation"], largest_kl)
                 optimizer.zero_grad()
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
@@ -159,23 +170,28 @@ def train(
                 steps.append({**metrics, "grad_norm": float(norm)})
 
         # 5. Control: beta follows the KL of the answers that were just sampled.
-        controlled = controller.update(shaped.kl, config.batch_size, mask=mask)
+        controlled = controller.update(shaped.kl, config.batch_size, mask=mask, group=ranks.group)
 
         # 6. Report, then checkpoint: metrics after the checkpoint are dropped when resuming.
+        scores = ranks.all_rows(scores.to(accelerator.device))
+        entropy = masked_mean(shaped.entropy, mask, group=ranks.group)
+        golds = scores.new_tensor(list(map(gold, answers)) if gold else [], dtype=torch.float64)
         record: dict[str, Any] = {
             "update": update,
             "proxy": scores.mean().item(),
             "proxy_sd": scores.std().item(),
-            "gold": fmean(map(gold, answers)) if gold else None,
+            "gold": ranks.all_rows(golds).mean().item() if gold else None,
             "kl": controlled.kl,
             "kl_coef": kl_coef,
-            "entropy": masked_mean(shaped.entropy, mask).item(),
-            "length": mask.sum(1).float().mean().item(),
+            "entropy": entropy.item(),
+            "length": batch.samples.mask.sum(1).float().mean().item(),
             "advantage_sd": advantage_sd,
             **{name: fmean(step[name] for step in steps) for name in steps[0]},
             "seconds": time.perf_counter() - started,
             "sample": prompt_texts[0] + " |" + answers[0],
         }
+        if not ranks.first:
+            continue
         log.append(record)
         progress.set_postfix_str(live_line(record))
         if update % config.checkpoint_every == 0 or update == config.updates:
@@ -208,7 +224,7 @@ def shape_rewards(
     """
     pieces, values = [], []
     n_answer = samples.mask.shape[1]
-    for rows in torch.arange(config.batch_size).chunk(config.minibatches):
+    for rows in torch.arange(len(scores)).chunk(config.minibatches):
         part = samples.rows(rows.to(samples.ids.device))
         logits, value = policy(part.ids, part.attention_mask, n_answer)
         ref_logits, _ = causal_lm(reference, part.ids, part.attention_mask, n_answer)
@@ -233,12 +249,16 @@ def ppo_loss(
     reference: PreTrainedModel,
     batch: Batch,
     kl_loss_coef: float,
+    ranks: Ranks,
 ) -> tuple[Tensor, dict[str, float]]:
     """Clipped policy loss + KL to the reference + value loss, and what they were made of.
 
     Each logit of both models is read once for the loss and its gradient together; where the loss
-    holds no KL, the reference is not run.
+    holds no KL, the reference is not run. The loss is that of this rank's rows, such that its mean
+    over ranks, and so DDP's mean of gradients, is the batch's; the metrics are the batch's.
     """
+    n_tokens = batch.samples.mask.sum()
+    batch = batch.each(lambda tensor: tensor[ranks.rows(len(tensor))])
     samples, n_answer = batch.samples, batch.samples.mask.shape[1]
     logits, values = policy(samples.ids, samples.attention_mask, n_answer)
     if kl_loss_coef > 0:
@@ -256,19 +276,30 @@ def ppo_loss(
         kl_loss_coef=kl_loss_coef,
         clip_low=config.clip,
         clip_high=config.clip,
+        denominator=n_tokens / ranks.n,
     )
-    kl_loss = metrics.get("kl", torch.zeros(())).item()
     value_loss, _ = ppo_value_loss(
-        values, batch.values, batch.returns, samples.mask, clip_range=config.value_clip
+        values,
+        batch.values,
+        batch.returns,
+        samples.mask,
+        clip_range=config.value_clip,
+        denominator=n_tokens / ranks.n,
     )
+    share = samples.mask.sum() / n_tokens  # of this rank in what is averaged over tokens
+    kl = metrics.get("kl", torch.zeros_like(loss))
+    of_tokens = share * torch.stack([kl, metrics["approx_kl"], metrics["clip_fraction"]])
+    of_ranks = torch.stack([loss.detach(), value_loss.detach()]) / ranks.n
+    total = ranks.total(torch.cat([of_ranks, of_tokens]))
+    policy_loss, value_loss_, kl_loss, approx_kl, clip_fraction = total.tolist()
     # Of ratios near 1, k3 is half the mean square of what they are off by.
-    rms = (2 * metrics["approx_kl"].abs()).sqrt()
+    rms = (2 * abs(approx_kl)) ** 0.5
     return loss + config.value_coef * value_loss, {
-        "policy_loss": loss.item() - kl_loss_coef * kl_loss,
-        "value_loss": value_loss.item(),
+        "policy_loss": policy_loss - kl_loss_coef * kl_loss,
+        "value_loss": value_loss_,
         "kl_loss": kl_loss,
-        "ratio_deviation": torch.maximum(metrics["ratio_max"] - 1, rms).item(),
-        "clip_fraction": metrics["clip_fraction"].item(),
+        "ratio_deviation": max(ranks.largest(metrics["ratio_max"]).item() - 1, rms),
+        "clip_fraction": clip_fraction,
     }
 
 

@@ -7,18 +7,23 @@ answers start in the same column. Padding is known by masks, never by the token 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from kl_kernels.ppo.ranks import ALONE, ExponentialRace, Ranks
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,11 @@ class Samples:
     def answers(self) -> Tensor:  # [B, T]
         return self.ids[:, -self.mask.shape[1] :]
 
+    def each(self, f: Callable[[Tensor], Tensor]) -> Samples:
+        return Samples(f(self.ids), f(self.attention_mask), f(self.mask))
+
     def rows(self, rows: Tensor) -> Samples:  # [b] int64
-        return Samples(self.ids[rows], self.attention_mask[rows], self.mask[rows])
+        return self.each(lambda tensor: tensor[rows])
 
 
 def check_model_folder(folder: str) -> None:
@@ -149,26 +157,29 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     n_answer: int,
+    ranks: Ranks = ALONE,
 ) -> Samples:
     """One answer of at most `n_answer` tokens per prompt, drawn from softmax(logits) itself.
 
-    top_k, top_p and temperature are spelled out: `generate` otherwise keeps only the 50 likeliest
-    tokens without saying so, and the loss's log-probabilities are then of another distribution.
+    Of several ranks, each is given all prompts and answers its own rows of them. To `generate` this
+    is greedy decoding, which warps nothing; told to sample, it keeps only the 50 likeliest tokens
+    without saying so, and the loss's log-probabilities are then of another distribution.
     """
     eos = tokenizer.eos_token_id
     filler = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    prompt_ids, prompt_mask = pad_left(prompts, filler, lm.device)
+    own = ranks.rows(len(prompts))
+    prompt_ids, prompt_mask = (rows[own] for rows in pad_left(prompts, filler, lm.device))
+    race = ExponentialRace(len(prompts), own)
     ids = lm.generate(
         prompt_ids,
         attention_mask=prompt_mask.long(),
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
+        logits_processor=LogitsProcessorList([race]),
+        do_sample=False,
         max_new_tokens=n_answer,
         eos_token_id=eos,
         pad_token_id=filler,
     )
+    ids = F.pad(ids, (0, race.catch_up(ranks)), value=filler)
     mask = through_first_eos(ids[:, prompt_ids.shape[1] :], eos)
     return Samples(ids, torch.cat((prompt_mask, mask), 1), mask)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from kl_kernels.checks import (
@@ -14,7 +15,11 @@ from kl_kernels.checks import (
     check_non_negative,
     check_positive,
 )
-from kl_kernels.rl.masked import masked_mean
+from kl_kernels.rl.collectives import sum_over_ranks
+from kl_kernels.rl.masked import select
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 UNITS = ("sequence_sum", "token_mean")
 
@@ -35,7 +40,12 @@ class KLController(Protocol):
     def value(self) -> float: ...
 
     def update(
-        self, kl: Tensor | float, n_steps: int, *, mask: Tensor | None = None
+        self,
+        kl: Tensor | float,
+        n_steps: int,
+        *,
+        mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> KLUpdate: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -43,28 +53,40 @@ class KLController(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def measure_kl(kl: Tensor | float, mask: Tensor | None, unit: str) -> float:
+def measure_kl(
+    kl: Tensor | float,
+    mask: Tensor | None,
+    unit: str,
+    group: ProcessGroup | None = None,
+) -> float:
     """The KL of a batch in nats: "sequence_sum" or "token_mean".
 
     A [B, T] tensor of per-token KL is reduced here: "sequence_sum" sums each sequence and averages
     over sequences that have tokens, "token_mean" averages over all tokens. A plain number (or 0-dim
-    tensor) is taken as being in that unit.
+    tensor) is taken as being in that unit. With `group`, sequences and tokens of all its ranks are
+    summed by one collective; a number leaves open how many it stands for, and is refused.
     """
     if not isinstance(kl, Tensor) or kl.ndim == 0:
         if mask is not None:
             raise ValueError(
                 "mask is given, but kl is a single number; it needs [B, T] per-token KL"
             )
+        if group is not None:
+            raise ValueError(
+                "group is given, but kl is a single number; it needs [B, T] per-token KL and a mask"
+            )
         return float(kl)
     check_batch("kl", kl)
     if mask is None:
         raise ValueError(f"kl has shape {tuple(kl.shape)}, so it needs a mask of that shape")
     check_like("mask", mask, "kl", kl)
-    per_token = masked_mean(kl, mask)
-    if unit == "token_mean":
-        return float(per_token)
-    n_sequences = mask.bool().any(1).sum().clamp_min(1)
-    return float(per_token * mask.bool().sum() / n_sequences)
+    total = select(kl, mask, torch.float64).sum()
+    n_tokens, n_sequences = mask.bool().sum(), mask.bool().any(1).sum()
+    sums = torch.stack([total, n_tokens.double(), n_sequences.double()])
+    if group is not None:
+        sums = sum_over_ranks(sums.detach(), group)
+    total, n_tokens, n_sequences = sums.tolist()
+    return total / max(1, n_tokens if unit == "token_mean" else n_sequences)
 
 
 class FixedKLController:
@@ -88,9 +110,16 @@ class FixedKLController:
     def value(self) -> float:
         return self._value
 
-    def update(self, kl: Tensor | float, n_steps: int, *, mask: Tensor | None = None) -> KLUpdate:
+    def update(
+        self,
+        kl: Tensor | float,
+        n_steps: int,
+        *,
+        mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> KLUpdate:
         """Report the KL; the coefficient stays. See `AdaptiveKLController.update`."""
-        current = measure_kl(kl, mask, self.unit)
+        current = measure_kl(kl, mask, self.unit, group)
         return KLUpdate(current, self._value, 0.0, applied=math.isfinite(current))
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,17 +197,26 @@ class AdaptiveKLController:
         """The current coefficient."""
         return self._value
 
-    def update(self, kl: Tensor | float, n_steps: int, *, mask: Tensor | None = None) -> KLUpdate:
+    def update(
+        self,
+        kl: Tensor | float,
+        n_steps: int,
+        *,
+        mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> KLUpdate:
         """Move the coefficient, once per rollout.
 
-        In data parallel every rank has to pass the same global figures, or coefficients drift
-        apart: reduce the KL over ranks first and pass it as a number.
+        In data parallel every rank has to see the same global figures, or coefficients drift
+        apart: pass each rank's own [B, T] KL with `group`, or the reduced KL as a number.
 
         Args:
             kl: [B, T] per-token KL, which the controller reduces to its unit under `mask`, or a
                 number that is in the unit already. Sampled KL may be negative; it counts as such.
             n_steps: sequences in the rollout, over all ranks; above 0.
             mask: [B, T] bool or numeric, with per-token KL only; NaN where it is 0 changes nothing.
+            group: data-parallel ranks that each pass their own sequences; they have to call this
+                together, and all get the same update. A rank may have no token.
 
         Returns:
             KLUpdate(kl, value, error, applied). A KL that is not finite is not applied.
@@ -193,7 +231,7 @@ class AdaptiveKLController:
                 f"n_steps is {n_steps} and horizon {self.horizon}: one update could turn the "
                 f"coefficient negative; the horizon has to exceed {n_steps * self.error_clip}"
             )
-        current = measure_kl(kl, mask, self.unit)
+        current = measure_kl(kl, mask, self.unit, group)
         if not math.isfinite(current):
             return KLUpdate(current, self._value, 0.0, applied=False)
         error = min(max(current / self.target - 1, -self.error_clip), self.error_clip)

@@ -2,21 +2,34 @@
 
 Masked positions are selected away, never multiplied by 0: NaN there reaches neither a result nor a
 gradient. Arithmetic and results are float32 (float64 for float64 input).
+
+With `group`, statistics are those of all its ranks' positions together, the same on all of them
+through one collective; a rank may have none. Gradients are those of the sum of all ranks' losses,
+through one more collective in backward, so that DDP's and FSDP's averages over ranks come out as
+the gradient of the mean loss (`collectives.py`). x has to require grad on all ranks or on none.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kl_kernels.checks import check_like, check_non_negative
+from kl_kernels.rl.collectives import from_all_ranks, sum_over_ranks
 from kl_kernels.schemas import output_dtype
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 
 def masked_mean(
     x: Tensor,  # [...]
     mask: Tensor,  # [...]
     dim: int | tuple[int, ...] | None = None,
+    *,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Mean of `x` where the mask is set, over all of it or over `dim`; 0 where no position is.
 
@@ -24,6 +37,7 @@ def masked_mean(
         x: any real dtype.
         mask: bool or numeric (non-zero counts), of x's shape.
         dim: the dimensions to average over; None: all.
+        group: ranks to average over as well; what remains has to have one shape on all of them.
 
     Returns:
         The mean, with `dim` removed, float32 (float64 for float64 x), differentiable in x.
@@ -33,7 +47,11 @@ def masked_mean(
     """
     check_like("mask", mask, "x", x)
     dim = tuple(range(x.ndim)) if dim is None else dim
-    return select(x, mask, output_dtype(x)).sum(dim) / mask.bool().sum(dim).clamp_min(1)
+    total, count = select(x, mask, output_dtype(x)).sum(dim), mask.bool().sum(dim)
+    if group is None:
+        return total / count.clamp_min(1)
+    total, count = sum_over_ranks(torch.stack([total.double(), count.double()]), group)
+    return (total / count.clamp_min(1)).to(output_dtype(x))
 
 
 def masked_var(
@@ -41,6 +59,7 @@ def masked_var(
     mask: Tensor,  # [...]
     *,
     unbiased: bool = True,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Variance of `x` where the mask is set; 0 where fewer than two positions are.
 
@@ -50,6 +69,7 @@ def masked_var(
         x: any real dtype.
         mask: bool or numeric (non-zero counts), of x's shape.
         unbiased: divide by n - 1 (Bessel) instead of n.
+        group: ranks whose positions count as well.
 
     Returns:
         The variance, 0-dim, float32 (float64 for float64 x), differentiable in x.
@@ -58,9 +78,7 @@ def masked_var(
         TypeError, ValueError: `mask` is not a tensor of x's shape and device.
     """
     check_like("mask", mask, "x", x)
-    dtype = output_dtype(x)
-    deviation = select(x.to(dtype) - masked_mean(x, mask), mask, dtype)
-    return deviation.square().sum() / (mask.bool().sum() - int(unbiased)).clamp_min(1)
+    return _moments(x, mask, group).var(unbiased=unbiased).to(output_dtype(x))
 
 
 def masked_whiten(
@@ -69,6 +87,7 @@ def masked_whiten(
     *,
     shift_mean: bool = True,
     eps: float = 1e-8,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """`x` with unit variance where the mask is set, exactly 0 elsewhere.
 
@@ -82,6 +101,7 @@ def masked_whiten(
         mask: bool or numeric (non-zero counts), of x's shape.
         shift_mean: whether the mean is removed.
         eps: added to the variance; 0 or above.
+        group: ranks whose positions count in mean and variance.
 
     Returns:
         [...] float32 (float64 for float64 x), differentiable in x.
@@ -92,9 +112,35 @@ def masked_whiten(
     check_non_negative("eps", eps)
     check_like("mask", mask, "x", x)
     x = select(x, mask, output_dtype(x))
-    mean = masked_mean(x, mask)
-    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + eps)
+    moments = _moments(x, mask, group)
+    mean, var = (moment.to(x.dtype) for moment in (moments.mean, moments.var()))
+    whitened = (x - mean) * torch.rsqrt(var + eps)
     return select(whitened if shift_mean else whitened + mean, mask, x.dtype)
+
+
+class _Moments(NamedTuple):
+    """Of the unmasked positions, each []."""
+
+    n: Tensor
+    mean: Tensor
+    m2: Tensor  # the sum of squared deviations from the mean
+
+    def var(self, *, unbiased: bool = True) -> Tensor:
+        return self.m2 / (self.n - int(unbiased)).clamp_min(1)
+
+
+def _moments(x: Tensor, mask: Tensor, group: ProcessGroup | None) -> _Moments:
+    dtype = output_dtype(x)
+    count, mean = mask.bool().sum(), masked_mean(x, mask)
+    m2 = select(x.to(dtype) - mean, mask, dtype).square().sum()
+    if group is None:
+        return _Moments(count, mean, m2)
+    # Chan et al. (1979): deviations from a rank's own mean, so that nothing large cancels.
+    own = torch.stack([count.double(), mean.double(), m2.double()])
+    counts, means, m2s = from_all_ranks(own, group).unbind(1)
+    count = counts.sum()
+    mean = (counts * means).sum() / count.clamp_min(1)
+    return _Moments(count, mean, (m2s + counts * (means - mean).square()).sum())
 
 
 def select(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:  # [...], [...]

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kl_kernels import checks
 from kl_kernels.arguments import as_rows, as_tokens, needs_gradient, shaped
 from kl_kernels.functional import TokenKL, TokenStats
 from kl_kernels.linear_autograd import LinearTokenKL, Options
+from kl_kernels.parallel import Shard, check_no_vocab_start, shard_of
 
 # Bytes of memory_budget=None. On a CPU the tile that was just multiplied is then still in its last
 # cache when the kernels read it: from 16 to 64 MiB the time is flat, at 256 MiB it is a tenth more
@@ -40,6 +42,8 @@ def linear_token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """`token_stats` of the logits of a linear head, which are never there in full.
@@ -66,6 +70,10 @@ def linear_token_stats(
         logit_scale: multiplies the logits (Cohere; 1 / logits_scaling for Granite); above 0.
         memory_budget: bytes for tiles and for copies of their factors in float32; None: 64 MiB on
             a CPU, 512 MiB elsewhere. The results are the same up to rounding.
+        group: the process group that the vocabulary is sharded over, as in `token_stats`: weight
+            and bias are this rank's rows, hidden states are the same on all ranks. Backward takes
+            one collective, to sum the gradient of the hidden states. None: the head is whole.
+        vocab_start: with a group, the global token id of this rank's first row; see `token_stats`.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -81,7 +89,7 @@ def linear_token_stats(
     _check_scale("", temperature, softcap, logit_scale)
     options = Options(
         *(temperature / logit_scale,) * 2, *(_scaled(softcap, logit_scale),) * 2,
-        _checked_budget(memory_budget, hidden), backend,
+        _checked_budget(memory_budget, hidden), backend, _shard(weight, group, vocab_start),
     )  # fmt: skip
     outputs = _apply(hidden, weight, bias, (None, None, None), token_ids, mask, options)
     return TokenStats(outputs[0], outputs[4])
@@ -105,6 +113,8 @@ def linear_token_kl(
     logit_scale: float = 1.0,
     ref_logit_scale: float | None = None,
     memory_budget: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     backend: str | None = None,
 ) -> TokenKL:
     """`token_kl` of the logits of two linear heads, which are never there in full.
@@ -130,6 +140,8 @@ def linear_token_kl(
         logit_scale: of the policy; see `linear_token_stats`.
         ref_logit_scale: of the reference; None: the policy's.
         memory_budget: see `linear_token_stats`; for the tiles of both.
+        group: see `linear_token_stats`.
+        vocab_start: see `linear_token_stats`.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -149,10 +161,17 @@ def linear_token_kl(
     options = Options(
         temperature / logit_scale, ref_temperature / ref_logit_scale,
         _scaled(softcap, logit_scale), _scaled(ref_softcap, ref_logit_scale),
-        _checked_budget(memory_budget, hidden), backend,
+        _checked_budget(memory_budget, hidden), backend, _shard(weight, group, vocab_start),
     )  # fmt: skip
     reference = as_rows(ref_hidden), ref_weight, ref_bias
     return TokenKL(*_apply(hidden, weight, bias, reference, token_ids, mask, options))
+
+
+def _shard(weight: Tensor, group: ProcessGroup | None, vocab_start: int | None) -> Shard | None:
+    if group is not None:
+        return shard_of(len(weight), group, vocab_start)
+    check_no_vocab_start(vocab_start)
+    return None
 
 
 def _scaled(softcap: float | None, logit_scale: float) -> float | None:
@@ -184,8 +203,9 @@ def _apply(
     if mask is not None:
         _check_per_token("mask", mask, hidden)
         counts = as_tokens(mask).bool()
-    # Kernels see a tile's own ids; one that is in no tile would pass for one that is elsewhere.
-    checks.check_token_range(ids, counts, weight.shape[0])
+    if options.shard is None:
+        # Kernels see a tile's own ids; one that is in no tile would pass for one elsewhere.
+        checks.check_token_range(ids, counts, weight.shape[0])
     outputs = LinearTokenKL.apply(as_rows(hidden), weight, bias, *reference, ids, counts, options)
     return [shaped(output, token_ids.shape) for output in outputs]
 

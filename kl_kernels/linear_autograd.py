@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kl_kernels.autograd import once
-from kl_kernels.parts import Whole, finish_parts, local_token_ids, merge_parts
+from kl_kernels.parallel import Shard, exchange
+from kl_kernels.parts import Whole, finish_parts, local_token_ids, merge_parts, pack
 from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles
 
 
@@ -31,6 +33,7 @@ class Options:
     ref_softcap: float | None
     memory_budget: int  # bytes
     backend: str | None
+    shard: Shard | None = None  # of the vocabulary that the heads are of; None: all of it
 
     @property
     def scales(self) -> tuple[float, float, float | None, float | None]:
@@ -129,7 +132,8 @@ def _fold(heads: list[Head], rows: Rows, token_ids: Tensor, options: Options) ->
     """Of the rows that count, each [1, n]."""
     plan = plan_tiles(heads, rows.n, options.memory_budget)
     tiles = [Tiles(head, rows, plan) for head in heads]
-    ids = rows.take(token_ids)[None]
+    global_ids = rows.take(token_ids)[None]
+    ids = _counted_from(options.shard, global_ids)
 
     def fold(own_ids: Tensor, which: slice) -> Tensor:  # [F, 1, rows]
         logits = [of_head.logits(which)[None] for of_head in tiles]
@@ -146,7 +150,15 @@ def _fold(heads: list[Head], rows: Rows, token_ids: Tensor, options: Options) ->
             own_ids = local_token_ids(ids, columns.start, columns.stop - columns.start)
             yield torch.cat([fold(own_ids, which) for which in plan.row_slices()], dim=-1)
 
-    return finish_parts(merge_parts(states()), None, heads[0].tile_dtype)
+    part, dtype = merge_parts(states()), heads[0].tile_dtype
+    if options.shard is not None:
+        state = pack(part, alone=len(heads) == 1, dtype=dtype)
+        part = exchange(state, options.shard, len(heads[0].weight), global_ids, None)
+    return finish_parts(part, None, dtype)
+
+
+def _counted_from(shard: Shard | None, token_ids: Tensor) -> Tensor:
+    return token_ids if shard is None else token_ids - shard.start
 
 
 class _Saved(NamedTuple):
@@ -175,7 +187,7 @@ def _differentiate(
     needs_hidden, needs_weight, needs_bias = needs
     plan = plan_tiles(heads, rows.n, options.memory_budget, weight_gradient=needs_weight)
     tiles = [Tiles(head, rows, plan) for head in heads]
-    ids = rows.take(token_ids)[None]
+    ids = _counted_from(options.shard, rows.take(token_ids)[None])
     dtype = policy.tile_dtype
     grad_hidden = None
     if needs_hidden:
@@ -203,6 +215,9 @@ def _differentiate(
         for gradient in (grad_weight, grad_bias):
             if gradient is not None:
                 gradient.store(columns)
+    if grad_hidden is not None and options.shard is not None:
+        # All ranks' logits come from the same hidden states.
+        dist.all_reduce(grad_hidden, group=options.shard.group)
     return [
         None if grad_hidden is None else rows.put(grad_hidden, policy.hidden.dtype),
         None if grad_weight is None else grad_weight.gradient,

@@ -55,19 +55,24 @@ def operator(
             this rank is not in.
     """
     if group is not None:
-        return partial(_SHARDED[name], _shard_of(logits, group, vocab_start))
-    if vocab_start is not None:
-        raise ValueError(f"vocab_start is {vocab_start}, but there is no group; pass both")
+        return partial(_SHARDED[name], shard_of(logits.shape[-1], group, vocab_start))
+    check_no_vocab_start(vocab_start)
     whole: Callable[..., Any] = getattr(torch.ops.kl_kernels, name)
     return whole
 
 
-def _shard_of(logits: Tensor, group: dist.ProcessGroup, vocab_start: int | None) -> Shard:
+def check_no_vocab_start(vocab_start: int | None) -> None:
+    if vocab_start is not None:
+        raise ValueError(f"vocab_start is {vocab_start}, but there is no group; pass both")
+
+
+def shard_of(vocab_size: int, group: dist.ProcessGroup, vocab_start: int | None) -> Shard:
+    """Of a group's vocabulary, `vocab_size` here; see `operator` for what is raised."""
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"group does not hold this process, rank {dist.get_rank()} of the world")
     if vocab_start is None:
-        return Shard(group, rank * logits.shape[-1])
+        return Shard(group, rank * vocab_size)
     if not isinstance(vocab_start, int):
         raise TypeError(f"vocab_start is a {type(vocab_start).__name__}; it has to be an int")
     if vocab_start < 0:
@@ -87,11 +92,11 @@ def _fold_and_exchange(
     vocab_size = logits.shape[-1]
     local_ids = local_token_ids(token_ids, shard.start, vocab_size)
     state = torch.ops.kl_kernels.fold_part(logits, ref_logits, local_ids, mask, *scales_and_backend)
-    part = _exchange(state, shard, vocab_size, token_ids, mask)
+    part = exchange(state, shard, vocab_size, token_ids, mask)
     return finish_parts(part, mask, output_dtype(logits)), local_ids
 
 
-def _exchange(
+def exchange(
     state: Tensor,  # [F, B, T]
     shard: Shard,
     vocab_size: int,  # of this shard

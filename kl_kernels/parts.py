@@ -51,6 +51,14 @@ def _unpack(state: Tensor) -> Part:  # [F, B, T]
     return Part(RowState(**fields), *token)
 
 
+def pack(part: Part, *, alone: bool, dtype: torch.dtype) -> Tensor:  # [F, B, T]
+    """The state tensor that `_unpack` takes apart, of a policy alone the shorter one."""
+    s = part.state
+    of_policy = (s.anchor, s.sx, s.ex, part.token_tx)
+    of_reference = (s.ref_anchor, s.sy, s.rk, s.fk, part.token_ty)
+    return torch.stack(of_policy if alone else of_policy + of_reference).to(dtype)
+
+
 def _merge(s: Part, t: Part) -> Part:
     state = merge(s.state, t.state)
 

@@ -452,3 +452,55 @@ def test_a_rank_that_dies_ends_the_others_with_an_error():
         ranks.close()
     assert isinstance(error, RuntimeError)
     assert result is None
+
+
+def linear_inputs(bias=True):
+    g = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    hidden, ref_hidden = torch.randn(2, 3, 12, generator=g), torch.randn(2, 3, 7, generator=g)
+    hidden[~mask] = torch.nan
+    heads = [torch.randn(V, d, generator=g) for d in (12, 7)]
+    biases = [torch.randn(V, generator=g) for _ in range(2)] if bias else [None, None]
+    ids = torch.randint(V, (2, 3), generator=g)
+    return hidden, ref_hidden, heads, biases, ids, mask
+
+
+def linear_head(group, cuts, backend, with_reference):
+    """Outputs, and the gradients of hidden states, weight and bias, of this rank's rows."""
+    hidden, ref_hidden, heads, biases, ids, mask = linear_inputs()
+    rows = slice(None)
+    where = {}
+    if group is not None:
+        rank = dist.get_rank(group)
+        rows = slice(cuts[rank], cuts[rank + 1])
+        where = {"group": group, "vocab_start": cuts[rank]}
+    needs = [t.clone().requires_grad_() for t in (hidden, heads[0][rows], biases[0][rows])]
+    options = {"bias": needs[2], "mask": mask, "temperature": 0.8, "softcap": 5.0, **where}
+    options |= {"memory_budget": 4000, "backend": backend}  # a few rows of a tile
+    if with_reference:
+        outputs = kl_kernels.linear_token_kl(
+            *needs[:2], ref_hidden, heads[1][rows], ids, ref_bias=biases[1][rows], **options
+        )._asdict()
+    else:
+        outputs = kl_kernels.linear_token_stats(*needs[:2], ids, **options)._asdict()
+    loss = sum((i + 1) * outputs[n].sum() for i, n in enumerate(DIFFERENTIABLE) if n in outputs)
+    grads = torch.autograd.grad(loss, needs)
+    return {name: value.detach() for name, value in outputs.items()}, grads
+
+
+@pytest.mark.parametrize("cuts", [EQUAL, UNEVEN])
+@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_may_be_sharded(ranks, cuts, with_reference, backend):
+    expected, expected_grads = linear_head(None, None, backend, with_reference)
+    found = ranks(linear_head, cuts, backend, with_reference, n=len(cuts) - 1)
+    for outputs, _ in found:
+        for name, value in outputs.items():
+            assert torch.equal(value, found[0][0][name]), name
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    hidden, *columns = zip(*(grads for _, grads in found))
+    for grad in hidden:
+        assert torch.equal(grad, hidden[0])
+        torch.testing.assert_close(grad, expected_grads[0], rtol=1e-5, atol=1e-5)
+    for grads, true in zip(columns, expected_grads[1:]):
+        torch.testing.assert_close(torch.cat(grads), true, rtol=1e-5, atol=1e-5)

@@ -169,10 +169,10 @@ def test_a_token_outside_the_vocabulary_is_nan_and_reads_nothing(token):
     saved = (token_ids, None, got[5], got[4], 1.0, None)
     ones = torch.ones(token_ids.shape)
     grad = torch.empty_like(logits)
-    kernels.token_stats_backward(ones, ones, logits, *saved, grad)
+    kernels.token_stats_backward(ones, ones, logits, *saved, False, grad)
     assert grad[0, 1].isnan().all()
     assert grad[0, 0].isfinite().all()
-    kernels.token_stats_backward(None, ones, logits, *saved, grad)
+    kernels.token_stats_backward(None, ones, logits, *saved, False, grad)
     assert grad.isfinite().all()
 
 

@@ -4,6 +4,7 @@
 each part against the whole's. Parts of one logit, of an odd number, and of more than one block.
 """
 
+import itertools
 import math
 
 import pytest
@@ -24,7 +25,7 @@ from kl_kernels.validate.truth import eager
 
 VOCAB_SIZE = 2601
 CUTS = (0, 1, 100, 101, 2250, 2601)
-PARTS = tuple(slice(*ends) for ends in zip(CUTS, CUTS[1:]))
+PARTS = tuple(slice(*ends) for ends in itertools.pairwise(CUTS))
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -140,14 +140,20 @@ __device__ RowState<float> fold_part(const P& part, const Extent& glanced,
                                      Meeting<Policy::kThreads>& meeting) {
   const Extent e = look<Policy, kAligned>(part, glanced, meeting);
   const float anchor = part.kx * e.largest, ref_anchor = part.ky * e.ref_largest;
-  const bool guarded = fmaxf(part.kx, part.ky) * e.smallest == -INFINITY;  // finfo.min, too
+  const bool minus_infinity = fmaxf(part.kx, part.ky) * e.smallest == -INFINITY;  // or finfo.min
   RowState<float> s = empty_state<float>();
   bool careful = fminf(anchor, ref_anchor) == -INFINITY;  // the same in all threads
   if (!careful) {
     bool failed;
-    s = guarded
-            ? fold_anchored<Policy, kAligned, kReference, true>(part, anchor, ref_anchor, failed)
-            : fold_anchored<Policy, kAligned, kReference, false>(part, anchor, ref_anchor, failed);
+    const auto fold = [&](auto guarded) {
+      constexpr bool kGuarded = decltype(guarded)::value;
+      return fold_anchored<Policy, kAligned, kReference, kGuarded>(part, anchor, ref_anchor,
+                                                                   failed);
+    };
+    if constexpr (Policy::kFastLoop)
+      s = minus_infinity ? fold(std::true_type{}) : fold(std::false_type{});
+    else
+      s = fold(std::true_type{});
     careful = __syncthreads_or(failed);
   }
   if (careful) s = fold_careful<Policy, kAligned>(part);

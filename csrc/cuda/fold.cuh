@@ -14,10 +14,8 @@
 
 namespace kl_kernels {
 
-#ifndef KL_CROWDED
-#define KL_CROWDED 512
-#endif
-constexpr float kCrowded = KL_CROWDED;  // weight in one thread's sums
+// The most weight that one thread's sums may hold.
+constexpr float kCrowded = 512;
 
 // What one thread can see of a part without going through it: the last logit, which is where -inf
 // pads, and the token's logits, which may be NaN and of another part.

@@ -215,7 +215,7 @@ def test_each_mix_of_gradients_is_the_sum_of_its_parts(inputs):
         grad = torch.full_like(logits, torch.nan)
         triton_kernels.token_kl_backward(
             *grads, logits, ref_logits, token_ids, mask, *result[5:], result[2], result[4],
-            1.0, 1.0, None, None, grad,
+            1.0, 1.0, None, None, False, grad,
         )  # fmt: skip
         assert torch.equal(grad[0, 1], torch.zeros(V))
         if grads in singles:
@@ -242,7 +242,7 @@ def test_a_token_out_of_range_is_never_read_and_gives_nan(bad, inputs, monkeypat
         grad = torch.empty_like(logits)
         triton_kernels.token_stats_backward(
             torch.where(here, wanted, 1.0), None, logits, token_ids, None, result[5], result[4],
-            1.0, None, grad,
+            1.0, None, False, grad,
         )  # fmt: skip
         assert torch.equal(grad.isnan().all(-1), here & (wanted != 0))
         assert torch.equal(grad.isnan().any(-1), here & (wanted != 0))

@@ -47,7 +47,7 @@ def stats_backward(x, y, token_ids, grad):
     _, entropy, state = triton_kernels.token_stats(x, token_ids, MASK, 0.9, None)
     one = torch.ones_like(entropy)
     triton_kernels.token_stats_backward(
-        one, one, x, token_ids, MASK, state, entropy, 0.9, None, grad
+        one, one, x, token_ids, MASK, state, entropy, 0.9, None, False, grad
     )
 
 
@@ -56,7 +56,7 @@ def kl_backward(x, y, token_ids, grad):
     out = triton_kernels.token_kl(x, y, token_ids, MASK, *scales)
     one = torch.ones_like(out[0])
     triton_kernels.token_kl_backward(
-        one, one, one, one, x, y, token_ids, MASK, *out[5:], out[2], out[4], *scales, grad
+        one, one, one, one, x, y, token_ids, MASK, *out[5:], out[2], out[4], *scales, False, grad
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kl_kernels.triton_kernels import launch
 from kl_kernels.triton_kernels.backward import backward_kernel
-from kl_kernels.triton_kernels.fold import finish_kernel, fold_kernel
+from kl_kernels.triton_kernels.fold import finish_kernel, fold_kernel, part_kernel
 from kl_kernels.triton_kernels.loss import policy_loss_kernel
 from kl_kernels.triton_kernels.scale import scale_kernel
 from kl_kernels.triton_kernels.scan import gae_kernel
@@ -74,6 +74,7 @@ def variants(shape: Shape) -> list[Variant]:
         _finish("policy", shape, ref=False, rewards=False),
         _finish("both KLs", shape, ref=True, rewards=False),
         _finish("rewards", shape, ref=True, rewards=True),
+        _part(shape),
         _gae(),
     ]
 
@@ -153,6 +154,15 @@ def _finish(name: str, shape: Shape, *, ref: bool, rewards: bool) -> Variant:
         **shape.sizes(launch.CONFIG.fold_split), **SCALES,
     )  # fmt: skip
     return Variant(f"finish: {name}", finish_kernel, arguments)
+
+
+def _part(shape: Shape) -> Variant:
+    arguments: dict[str, Any] = dict(
+        states_ptr=PER_TOKEN, logits_ptr=LOGITS, ref_ptr=LOGITS, token_ids_ptr=torch.int64,
+        mask_ptr=torch.bool, state_ptr=PER_TOKEN, ROWS=launch.CONFIG.finish_rows,
+        **shape.sizes(launch.CONFIG.fold_split), **SCALES,
+    )  # fmt: skip
+    return Variant("part of a vocabulary", part_kernel, arguments)
 
 
 def _gae() -> Variant:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kl_kernels.triton_kernels.math import (
+    NO_TOKEN,
     anchored,
     backward,
     coefficients,
@@ -144,8 +145,8 @@ def backward_kernel(
         ref_anchor, sy = tl.load(ref_state_ptr + row), tl.load(ref_state_ptr + n_rows + row)
         kl = tl.load(kl_ptr + row)
     token = tl.load(token_ids_ptr + row)
-    # An id out of range shows as NaN, but not where its gradient is not wanted.
-    misplaced = ((token < 0) | (token >= vocab_size)) & (g_logprob != 0.0)
+    # An id out of range shows as NaN, but not where its gradient is not wanted, nor elsewhere.
+    misplaced = ((token < 0) | (token >= vocab_size)) & (g_logprob != 0.0) & (token != NO_TOKEN)
     c = coefficients(
         tl.where(misplaced, float("nan"), g_logprob), upstream(grad_kl_ptr, row),
         upstream(grad_forward_kl_ptr, row), upstream(grad_entropy_ptr, row),

@@ -1,5 +1,8 @@
 """The forward kernels: `fold_kernel` makes a state of each split of a row, `finish_kernel` outputs.
 
+`part_kernel` takes the place of the second where the logits are a part of a vocabulary: it merges
+the splits, and leaves it at that.
+
 Splits make enough programs of few rows, and confine a row's trouble to a part of it. Their size
 comes from the vocabulary alone and they are merged in order, so a row's results never depend on how
 many rows there are.
@@ -12,6 +15,7 @@ from kl_kernels.triton_kernels.epilogues import reward_epilogue
 from kl_kernels.triton_kernels.math import (
     EMPTY_ANCHOR,
     INF,
+    NO_TOKEN,
     RowState,
     add_all,
     empty_state,
@@ -174,6 +178,28 @@ def fold_kernel(
     store_state(state_ptr, n_rows.to(tl.int64) * n_splits, s, HAS_REF)
 
 
+@triton.jit
+def merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF: tl.constexpr):
+    """The states of whole rows, one per thread, merged in the order of the splits."""
+    stride = n_rows.to(tl.int64) * n_splits
+    state_ptr = states_ptr + rows
+    s = load_state(state_ptr, stride, counts, HAS_REF)
+    for _ in range(1, n_splits):
+        state_ptr += n_rows
+        s = merge(s, load_state(state_ptr, stride, counts, HAS_REF), HAS_REF)
+    return s
+
+
+@triton.jit
+def token_logit(
+    logits_ptr, rows, token, counts, n_tokens, vocab_size, batch_stride, token_stride, softcap
+):  # fmt: skip
+    """The tokens' logits after softcap, NaN where there is no such token."""
+    in_range = (token >= 0) & (token < vocab_size)
+    row_ptr = row_pointer(logits_ptr, rows, n_tokens, batch_stride, token_stride, 1)
+    return tl.where(in_range, load(row_ptr, token, softcap, counts & in_range), float("nan"))
+
+
 @triton.jit(
     do_not_specialize=[
         "n_rows", "n_tokens",
@@ -203,23 +229,17 @@ def finish_kernel(
     if mask_ptr is not None:
         counts = valid & (tl.load(mask_ptr + rows, valid, 0) != 0)
 
-    stride = n_rows.to(tl.int64) * n_splits
-    state_ptr = states_ptr + rows
-    s = load_state(state_ptr, stride, counts, HAS_REF)
-    for _ in range(1, n_splits):
-        state_ptr += n_rows
-        s = merge(s, load_state(state_ptr, stride, counts, HAS_REF), HAS_REF)
-
+    s = merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF)
     token = tl.load(token_ids_ptr + rows, counts, 0)
-    in_range = (token >= 0) & (token < vocab_size)
-    readable = counts & in_range
-    x_row = row_pointer(logits_ptr, rows, n_tokens, batch_stride, token_stride, 1)
-    xt = load(x_row, token, softcap, readable)
-    xt = tl.where(in_range, xt, float("nan"))
+    xt = token_logit(
+        logits_ptr, rows, token, counts, n_tokens, vocab_size, batch_stride, token_stride, softcap
+    )  # fmt: skip
     yt = xt
     if HAS_REF:
-        y_row = row_pointer(ref_ptr, rows, n_tokens, ref_batch_stride, ref_token_stride, 1)
-        yt = tl.where(in_range, load(y_row, token, ref_softcap, readable), float("nan"))
+        yt = token_logit(
+            ref_ptr, rows, token, counts, n_tokens, vocab_size,
+            ref_batch_stride, ref_token_stride, ref_softcap,
+        )  # fmt: skip
     f = finish(s, xt, yt, k, ref_k, HAS_REF)
 
     store(logprob_ptr + rows, f.logprob, counts, valid)
@@ -241,6 +261,59 @@ def finish_kernel(
         reward = tl.where(counts, reward, 0.0) + score
         store(rewards_ptr + rows, reward, valid, valid)
         store(correction_ptr + rows, correction, counts, valid)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_rows", "n_tokens",
+        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
+    ]
+)  # fmt: skip
+def part_kernel(
+    states_ptr,  # [fields, splits, B T]
+    logits_ptr,  # [B, T, V]
+    ref_ptr,  # [B, T, V] or None
+    token_ids_ptr,  # [B, T]
+    mask_ptr,  # [B, T] or None
+    state_ptr,  # [9 or 4, B, T]: schemas.STATE_FIELDS
+    n_rows, n_tokens, vocab_size, n_splits,
+    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
+    k, ref_k, softcap, ref_softcap,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """One thread per row: merge the splits in order, store; masked rows are exactly 0."""
+    HAS_REF: tl.constexpr = ref_ptr is not None
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < n_rows
+    counts = valid
+    if mask_ptr is not None:
+        counts = valid & (tl.load(mask_ptr + rows, valid, 0) != 0)
+    s = merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF)
+    token = tl.load(token_ids_ptr + rows, counts, 0)
+    elsewhere = token == NO_TOKEN
+    xt = token_logit(
+        logits_ptr, rows, token, counts, n_tokens, vocab_size, batch_stride, token_stride, softcap
+    )  # fmt: skip
+    to = state_ptr + rows
+    stride = n_rows.to(tl.int64)
+    store(to, s.anchor, counts, valid)
+    store(to + stride, s.sx, counts, valid)
+    store(to + 2 * stride, s.ex, counts, valid)
+    store(to + 3 * stride, tl.where(elsewhere, INF, tl.fma(xt, k, -s.anchor)), counts, valid)
+    if HAS_REF:
+        yt = token_logit(
+            ref_ptr, rows, token, counts, n_tokens, vocab_size,
+            ref_batch_stride, ref_token_stride, ref_softcap,
+        )  # fmt: skip
+        store(to + 4 * stride, s.ref_anchor, counts, valid)
+        store(to + 5 * stride, s.sy, counts, valid)
+        # Infinity is added, not selected: a row that is NaN for another reason stays NaN.
+        rk = s.rk + tl.where(s.gap == INF, INF, 0.0)
+        fk = tl.where(s.least_gap == -INF, INF, 0.0) - s.fk
+        store(to + 6 * stride, rk, counts, valid)
+        store(to + 7 * stride, fk, counts, valid)
+        at_token = tl.where(elsewhere, INF, tl.fma(yt, ref_k, -s.ref_anchor))
+        store(to + 8 * stride, at_token, counts, valid)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_kernels import schemas
 from kl_kernels.checks import check_token_range
 from kl_kernels.schemas import POLICY_LOSS_TERMS, output_dtype
 from kl_kernels.triton_kernels.backward import backward_kernel
@@ -16,6 +17,7 @@ from kl_kernels.triton_kernels.fold import (
     STATE_FIELDS,
     finish_kernel,
     fold_kernel,
+    part_kernel,
 )
 from kl_kernels.triton_kernels.loss import policy_loss_kernel
 from kl_kernels.triton_kernels.math import LOG2E
@@ -130,7 +132,7 @@ def _forward(
 ) -> tuple[Any, ...]:
     """Outputs in the order of `token_kl`, then rewards and correction; None where not asked for."""
     check_token_range(token_ids, mask, logits.shape[-1])
-    n_rows, vocab_size = token_ids.numel(), logits.shape[-1]
+    n_rows = token_ids.numel()
     has_ref = ref_logits is not None
 
     def per_token(*leading: int, wanted: bool = True) -> Tensor | None:
@@ -149,17 +151,10 @@ def _forward(
     if n_rows == 0:
         return *outputs, rewards, correction
 
-    split = CONFIG.fold_split
-    n_splits = -(-vocab_size // split)
-    fields = STATE_FIELDS if has_ref else POLICY_STATE_FIELDS
-    states = torch.empty((fields, n_splits, n_rows), dtype=torch.float32, device=logits.device)
-    sizes = (n_rows, token_ids.shape[1], vocab_size, n_splits, *_strides(logits, ref_logits))
-    scales = (LOG2E.value / temperature, LOG2E.value / ref_temperature, softcap, ref_softcap)
     with torch.cuda.device_of(logits):
-        fold_kernel[(n_rows * n_splits,)](
-            logits, ref_logits, token_ids, mask, states, *sizes, *scales,
-            SPLIT=split, **_tile(logits, ref_logits), **COMPILE,
-        )  # fmt: skip
+        states, sizes, scales = _fold(
+            logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
+        )
         finish_kernel[(-(-n_rows // CONFIG.finish_rows),)](
             states, logits, ref_logits, token_ids, mask,
             logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state,
@@ -167,6 +162,60 @@ def _forward(
             ESTIMATOR=estimator, ROWS=CONFIG.finish_rows, num_warps=CONFIG.num_warps, **COMPILE,
         )  # fmt: skip
     return *outputs, rewards, correction
+
+
+def _fold(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor | None,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor | None,  # [B, T]
+    temperature: float,
+    ref_temperature: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+) -> tuple[Tensor, tuple[int, ...], tuple[float | None, ...]]:
+    """The states of all splits, and what else the kernel that merges them takes."""
+    n_rows, vocab_size, split = token_ids.numel(), logits.shape[-1], CONFIG.fold_split
+    n_splits = -(-vocab_size // split)
+    fields = POLICY_STATE_FIELDS if ref_logits is None else STATE_FIELDS
+    states = torch.empty((fields, n_splits, n_rows), dtype=torch.float32, device=logits.device)
+    sizes = (n_rows, token_ids.shape[1], vocab_size, n_splits, *_strides(logits, ref_logits))
+    scales = (LOG2E.value / temperature, LOG2E.value / ref_temperature, softcap, ref_softcap)
+    fold_kernel[(n_rows * n_splits,)](
+        logits, ref_logits, token_ids, mask, states, *sizes, *scales,
+        SPLIT=split, **_tile(logits, ref_logits), **COMPILE,
+    )  # fmt: skip
+    return states, sizes, scales
+
+
+def fold_part(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor | None,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    mask: Tensor | None,  # [B, T]
+    temperature: float,
+    ref_temperature: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+) -> Tensor:
+    here = token_ids != schemas.ELSEWHERE
+    check_token_range(token_ids, here if mask is None else mask & here, logits.shape[-1])
+    n_fields = schemas.ALONE_FIELDS if ref_logits is None else len(schemas.STATE_FIELDS)
+    n_rows = token_ids.numel()
+    state = torch.empty(
+        (n_fields, *token_ids.shape), dtype=output_dtype(logits), device=logits.device
+    )
+    if n_rows == 0:
+        return state
+    with torch.cuda.device_of(logits):
+        states, sizes, scales = _fold(
+            logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
+        )
+        part_kernel[(-(-n_rows // CONFIG.finish_rows),)](
+            states, logits, ref_logits, token_ids, mask, state, *sizes, *scales,
+            ROWS=CONFIG.finish_rows, num_warps=CONFIG.num_warps, **COMPILE,
+        )  # fmt: skip
+    return state
 
 
 def token_stats_backward(
@@ -179,12 +228,13 @@ def token_stats_backward(
     entropy: Tensor,  # [B, T]
     temperature: float,
     softcap: float | None,
+    part: bool,
     grad_logits: Tensor,  # [B, T, V], written; may be logits
 ) -> None:
     token_kl_backward(
         grad_logprob, None, None, grad_entropy,
         logits, None, token_ids, mask, policy_state, None, None,
-        entropy, temperature, temperature, softcap, None, grad_logits,
+        entropy, temperature, temperature, softcap, None, part, grad_logits,
     )  # fmt: skip
 
 
@@ -205,6 +255,7 @@ def token_kl_backward(
     ref_temperature: float,
     softcap: float | None,
     ref_softcap: float | None,
+    part: bool,
     grad_logits: Tensor,  # [B, T, V], written; may be logits
 ) -> None:
     """What belongs to the reference may be None where neither KL has a gradient."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntFlag
 from pathlib import Path
 
 import torch
@@ -19,15 +19,16 @@ from torch import Tensor
 from kl_kernels.triton_kernels import launch
 from kl_kernels.triton_kernels.math import EMPTY_ANCHOR, FLOOR, LARGE_SUM, LOG2E
 
-LAUNCH_HEADER = Path(__file__).parent.parent / "csrc/cuda/launch.h"
+CUDA_SOURCES = Path(__file__).parent.parent / "csrc/cuda"
+CUDA_FLOOR = -3e38  # `Limits<float>::kFloor`
 
 
-class Loops(IntEnum):
-    """What a part of a row is folded by."""
+class Loops(IntFlag):
+    """What a part of a row is folded by; with care after another in vain, it is read twice."""
 
-    FAST = 0
-    CAREFUL = 1  # at once: -inf was seen where the fast loop does not take it
-    BOTH = 2  # the fast loop in vain first: the part is read twice
+    FAST = 1
+    GUARDED = 2  # the fast one, taking -inf for what it is; `cuda` alone has it
+    CAREFUL = 4
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class TritonRule:
         sound = (sx <= self.large_sum) & (sy <= self.large_sum)
         for total in others:
             sound &= total.isfinite()
-        return chosen(at_once, ~sound)
+        return torch.where(
+            at_once, Loops.CAREFUL, torch.where(sound, Loops.FAST, Loops.FAST | Loops.CAREFUL)
+        )
 
 
 # CUDA
@@ -124,19 +127,16 @@ class CudaRule:
     threads: int
     lanes: int
     part: int
-    crowded: float = 2.0  # weight per logit that a thread's sum may be made of
-    # Not what the kernels do: take -inf for what it is in the last tile, as Triton's do, and look
-    # for it just before that tile instead.
-    guards_last_tile: bool = False
+    crowded: float  # weight that a thread's sums may hold
 
     @classmethod
     def of_header(cls) -> CudaRule:
-        text = LAUNCH_HEADER.read_text()
+        text = "".join((CUDA_SOURCES / name).read_text() for name in ("launch.h", "fold.cuh"))
 
         def constant(name: str) -> int:
-            return int(re.findall(rf"constexpr int {name} = (\d+);", text)[0])
+            return int(re.findall(rf"constexpr (?:int|float) {name} = (\d+);", text)[0])
 
-        return cls(constant("kThreads"), constant("kLanes"), constant("kPart"))
+        return cls(*map(constant, ("kThreads", "kLanes", "kPart", "kCrowded")))
 
     @property
     def tile(self) -> int:
@@ -150,18 +150,26 @@ class CudaRule:
     def loops(self, part: Pair) -> Tensor:  # [R]
         size = part.x.shape[1]
         whole = size // self.lanes * self.lanes
-        before_last = (size - 1) // self.tile * self.tile
         near = part.at([*range(min(self.tile, whole)), size - 1])
+        scaled = Pair(near.x * part.k, near.y * part.k, part.xt * part.k, part.yt * part.k, 1.0)
+        without_anchor = torch.zeros(len(part.x), dtype=torch.bool)
+        for seen, token in ((scaled.x, scaled.xt), (scaled.y, scaled.yt)):
+            without_anchor |= (torch.maximum(seen.amax(1), token[:, 0])) == -torch.inf
+        guarded = scaled.has_minus_infinity
         tx, ty = part.measured_from(near)
-        if self.guards_last_tile:
-            near = part.at([*range(min(self.tile, before_last)), max(before_last - 1, 0)])
-            for t in (tx, ty):
-                t[:, before_last:].clamp_(min=FLOOR.value)
-        sx, sy, *others = (self.per_thread(summand, whole) for summand in sums(tx, ty))
-        most = self.crowded * self.part / self.threads
-        total = sx + sy + sum(others)
-        defeated = (~total.isfinite() | (sx > most) | (sy > most)).any(1)
-        return chosen(near.has_minus_infinity, defeated)
+        for t in (tx, ty):
+            t[guarded] = t[guarded].clamp(min=CUDA_FLOOR)
+        sx, sy, ex, rk, fk = (self.per_thread(summand, whole) for summand in sums(tx, ty))
+        # The guarded loop knows which divergences are infinite.
+        for total, sign in ((rk, 1), (fk, -1)):
+            alone = part.x - part.y == sign * torch.inf
+            total[guarded[:, None] & (self.per_thread(alone.float(), whole) > 0)] = 0
+        total = sx + sy + ex + rk + fk
+        crowded = (sx > self.crowded) | (sy > self.crowded)
+        defeated = (~total.isfinite() | crowded).any(1)
+        first = torch.where(guarded, Loops.GUARDED, Loops.FAST)
+        loops = torch.where(defeated, first | Loops.CAREFUL, first)
+        return torch.where(without_anchor, Loops.CAREFUL, loops)
 
     def per_thread(self, summand: Tensor, whole: int) -> Tensor:  # [R, size] -> [R, threads]
         n_rows, size = summand.shape
@@ -173,10 +181,6 @@ class CudaRule:
 
 
 Rule = TritonRule | CudaRule
-
-
-def chosen(at_once: Tensor, defeated: Tensor) -> Tensor:
-    return torch.where(at_once, Loops.CAREFUL, torch.where(defeated, Loops.BOTH, Loops.FAST))
 
 
 def loops_taken(

@@ -107,10 +107,13 @@ def careful_table(results: dict[str, Any]) -> str:
             )
             lines.append(f"| {case} | {by['cuda']['vocab_size']} | {' | '.join(cells)} |")
     loops = {b: results["instructions"][b] for b in backends}
-    cost = "; ".join(f"`{b}` {n['fast']:.1f} and {n['careful']:.1f}" for b, n in loops.items())
+    cost = "; ".join(
+        f"`{b}` " + ", ".join(f"{name} {n:.1f}" for name, n in by_loop.items())
+        for b, by_loop in loops.items()
+    )
     lines.append(
         "\nRows with a part that takes the careful loop; instructions and reads per pair of logits "
-        f"over all rows (fast and careful loop: {cost}). No row does with these logits: "
+        f"over all rows (in each loop: {cost}). No row does with these logits: "
         f"{'; '.join(fast)}. By the kernels' rules, on {results['rows']} rows of a small "
         f"language model with sampled tokens; commit {results['commit']}. From "
         "`bench/results/careful.json`, made by `make bench-careful`."

@@ -20,8 +20,9 @@ from host.cuda_on_host import Logits, Outputs, RewardShape, Rows, backend, compi
 
 import kl_kernels
 from kl_kernels import dispatch, reference
-from kl_kernels.validate.cases import DIFFICULTIES, grid
-from kl_kernels.validate.errors import errors
+from kl_kernels.validate.cases import DIFFICULTIES, Inputs, grid
+from kl_kernels.validate.errors import VALUE_BUDGET, errors, value_error
+from kl_kernels.validate.truth import eager
 
 NAME = "cuda_on_host"
 SIZES = (1, 7, 2601)
@@ -145,13 +146,38 @@ def test_the_rule_of_the_careful_benchmark_is_what_the_kernel_does(monkeypatch, 
     monkeypatch.syspath_prepend(pytestconfig.rootpath / "bench")
     from careful_rules import CudaRule, Loops, loops_taken
 
-    rule = CudaRule(threads=64, lanes=8, part=2048)
-    x, y, token_ids = careful_rows(400, 2601, (0, 1536), rule.tile, most=2 * 2048 / 64)
-    careful = loops_taken(lambda *_: rule, x, y, token_ids) != Loops.FAST
+    rule = CudaRule(threads=64, lanes=8, part=2048, crowded=CudaRule.of_header().crowded)
+    x, y, token_ids = careful_rows(400, 2601, (0, 1536), rule.tile, most=rule.crowded)
+    loops = loops_taken(lambda *_: rule, x, y, token_ids)
+    assert {*loops.flatten().tolist()} >= {Loops.FAST, Loops.GUARDED, Loops.FAST | Loops.CAREFUL}
+    careful = (loops & Loops.CAREFUL) != 0
     largest = torch.stack([part.amax(1) for part in x.split(rule.part_size(2601), 1)], 1)
     anchors = part_states(x, y, token_ids, 2)[..., 0]
     assert torch.equal(anchors == largest * torch.tensor(1 / math.log(2)), careful)
     assert 50 < careful.sum() < 750
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_guarded_loop_decides_by_support(dtype):
+    """A divergence is infinite where a logit is, however small the weight; NaN and +inf stay."""
+    logits, ref_logits, token_ids = random_rows(2601, dtype)
+    logits[..., 5], ref_logits[..., 5] = -math.inf, -math.inf  # seen beforehand
+    place = 1200  # not in the first tile, and no last logit
+    token_ids[token_ids == place] = 0
+    logits[0, 0, place], ref_logits[0, 0, place] = -math.inf, -3e4
+    logits[0, 1, place], ref_logits[0, 1, place] = -3e4, -math.inf
+    logits[0, 2, place], ref_logits[0, 2, place] = -math.inf, -math.inf
+    logits[1, 0, place] = math.nan
+    ref_logits[1, 1, place] = math.inf
+    lowest = torch.finfo(dtype).min
+    logits[1, 2, [5, place]], ref_logits[1, 2, [5, place]] = lowest, lowest
+    token_ids[token_ids == 5] = 0
+    true = eager(Inputs(logits, ref_logits, token_ids), torch.float64)
+    assert true["forward_kl"][0, 0] == math.inf
+    assert true["kl"][0, 1] == math.inf
+    got = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=NAME)
+    for name, value in got._asdict().items():
+        assert value_error(name, value, true[name]) <= VALUE_BUDGET, name
 
 
 @pytest.mark.parametrize("token", [-1, 70, 2**40])
@@ -169,10 +195,10 @@ def test_a_token_outside_the_vocabulary_is_nan_and_reads_nothing(token):
     saved = (token_ids, None, got[5], got[4], 1.0, None)
     ones = torch.ones(token_ids.shape)
     grad = torch.empty_like(logits)
-    kernels.token_stats_backward(ones, ones, logits, *saved, grad)
+    kernels.token_stats_backward(ones, ones, logits, *saved, False, grad)
     assert grad[0, 1].isnan().all()
     assert grad[0, 0].isfinite().all()
-    kernels.token_stats_backward(None, ones, logits, *saved, grad)
+    kernels.token_stats_backward(None, ones, logits, *saved, False, grad)
     assert grad.isfinite().all()
 
 

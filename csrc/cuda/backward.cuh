@@ -16,7 +16,9 @@ __device__ RowGradient saved_gradient(const Rows& rows, const Saved& saved, uint
   Upstream<double> g{};
   g.logprob = value_or_zero(saved.grad_logprob, row);
   // A token outside the vocabulary shows, unless nobody asks for its gradient.
-  if (g.logprob != 0 && !in_vocabulary(rows, rows.token_ids[row])) g.logprob = NAN;
+  const int64_t token = rows.token_ids[row];
+  const bool elsewhere = saved.part && token == kElsewhere;
+  if (g.logprob != 0 && !in_vocabulary(rows, token) && !elsewhere) g.logprob = NAN;
   g.entropy = value_or_zero(saved.grad_entropy, row);
   const Anchored<double> policy{saved.policy_state[row], saved.policy_state[rows.n_rows + row]};
   Anchored<double> ref{0, 1};

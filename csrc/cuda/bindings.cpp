@@ -38,6 +38,24 @@ void run_forward(const Tensor& tensor, const Rows& rows, const Logits& policy,
                 device.stream()));
 }
 
+Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const Tensor& token_ids,
+                 const OptionalTensor& mask, double temperature, double ref_temperature,
+                 std::optional<double> softcap, std::optional<double> ref_softcap) {
+  const Logits policy = logits_of(logits, "logits", temperature, softcap);
+  Logits reference{};
+  if (ref_logits) {
+    reference = logits_of(*ref_logits, "ref_logits", ref_temperature, ref_softcap);
+    check_like(*ref_logits, "ref_logits", logits);
+  }
+  Tensor state = torch::stable::new_empty(
+      logits, {ref_logits ? kStateFields : kAloneFields, logits.size(0), logits.size(1)},
+      ScalarType::Float);
+  Outputs out{};
+  out.part_state = data(state);
+  run_forward(logits, rows_of(logits, token_ids, mask), policy, reference, out, RewardShape{});
+  return state;
+}
+
 std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits, const Tensor& token_ids,
                                                const OptionalTensor& mask, double temperature,
                                                std::optional<double> softcap) {
@@ -131,7 +149,7 @@ class PerToken {
 void token_stats_backward(const OptionalTensor& grad_logprob, const OptionalTensor& grad_entropy,
                           const Tensor& logits, const Tensor& token_ids, const OptionalTensor& mask,
                           const Tensor& policy_state, const Tensor& entropy, double temperature,
-                          std::optional<double> softcap, const Tensor& grad_logits) {
+                          std::optional<double> softcap, bool part, const Tensor& grad_logits) {
   const Logits policy = logits_of(logits, "logits", temperature, softcap);
   const PerToken per_token(logits);
   Saved saved{};
@@ -140,6 +158,7 @@ void token_stats_backward(const OptionalTensor& grad_logprob, const OptionalTens
   saved.policy_state = per_token.state(policy_state, "policy_state");
   saved.entropy = per_token(entropy, "entropy");
   saved.temperature = temperature;
+  saved.part = part;
   run_backward(logits, rows_of(logits, token_ids, mask), policy, Logits{}, saved, grad_logits);
 }
 
@@ -149,7 +168,7 @@ void token_kl_backward(const OptionalTensor& grad_logprob, const OptionalTensor&
                        const OptionalTensor& mask, const Tensor& policy_state,
                        const Tensor& ref_state, const Tensor& kl, const Tensor& entropy,
                        double temperature, double ref_temperature, std::optional<double> softcap,
-                       std::optional<double> ref_softcap, const Tensor& grad_logits) {
+                       std::optional<double> ref_softcap, bool part, const Tensor& grad_logits) {
   const Logits policy = logits_of(logits, "logits", temperature, softcap);
   const Logits reference = logits_of(ref_logits, "ref_logits", ref_temperature, ref_softcap);
   check_like(ref_logits, "ref_logits", logits);
@@ -164,6 +183,7 @@ void token_kl_backward(const OptionalTensor& grad_logprob, const OptionalTensor&
   saved.kl = per_token(kl, "kl");
   saved.entropy = per_token(entropy, "entropy");
   saved.temperature = temperature;
+  saved.part = part;
   run_backward(logits, rows_of(logits, token_ids, mask), policy, reference, saved, grad_logits);
 }
 
@@ -229,6 +249,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
 }  // namespace kl_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(kl_kernels_cuda, CUDA, m) {
+  m.impl("fold_part", TORCH_BOX(&kl_kernels::fold_part));
   m.impl("token_stats", TORCH_BOX(&kl_kernels::token_stats));
   m.impl("token_stats_backward", TORCH_BOX(&kl_kernels::token_stats_backward));
   m.impl("token_kl", TORCH_BOX(&kl_kernels::token_kl));

@@ -2,15 +2,21 @@
 //
 // The fast loop has no maximum, no rescaling and no test: it measures from anchors fixed
 // beforehand, the larger of the first tile's maximum and the sampled token's logit (which is nearly
-// always close to the top). Whatever defeats it (-inf, NaN, a peak far above the anchor) shows in
-// the sums, and the careful loop, with a running maximum, folds that part again. Both the choice
-// and the split into parts depend on the row alone.
+// always close to the top). Where -inf is seen beforehand, the guarded loop does the same and takes
+// it for what it is. Whatever defeats them (NaN, a peak far above the anchor, -inf for the fast
+// loop) shows in the sums, and the careful loop, with a running maximum, folds that part again. The
+// choice and the split into parts depend on the row alone.
 #pragma once
 
 #include "block.cuh"
 #include "part.cuh"
+#include "primitives.cuh"
 
 namespace kl_kernels {
+
+// The most weight that one thread's sums may hold: of 256 pairs an average of 2. One peak far above
+// its anchor is what costs digits: its terms are large, and every later one is rounded to theirs.
+constexpr float kCrowded = 512;
 
 // What one thread can see of a part without going through it: the last logit, which is where -inf
 // pads, and the token's logits, which may be NaN and of another part.
@@ -38,16 +44,34 @@ __device__ Extent look(const P& part, Extent e, Meeting<Policy::kThreads>& meeti
   return join_block(e, meeting);
 }
 
-template <class Policy, bool kAligned, bool kReference, class P>
-__device__ __forceinline__ RowState<float> fold_fast(const P& part, float anchor,
-                                                     float ref_anchor) {
+// Whether this thread's sums cannot be kept.
+__device__ inline bool defeated(const Sums<float>& s) {
+  return !isfinite(s.sx + s.sy + s.ex + s.rk + s.fk) || s.sx > kCrowded || s.sy > kCrowded;
+}
+
+// The fast loop or, guarded, one that takes -inf as fold_by_support does, in 5 instructions more.
+// `failed`: this thread's sums cannot be kept.
+template <class Policy, bool kAligned, bool kReference, bool kGuarded, class P>
+__device__ __forceinline__ RowState<float> fold_anchored(const P& part, float anchor,
+                                                         float ref_anchor, bool& failed) {
   const float kx = part.kx, ky = part.ky;
   Sums<float> s{};
+  // Extremes of x - y: infinite where only one of them is -inf, and NaN, which both extremes drop,
+  // where both are.
+  float lowest = 0, highest = 0;
+  const auto measure = [](float logit, float k, float from) {
+    const float t = from_anchor(logit, k, from);
+    return kGuarded ? max_or_nan(t, Limits<float>::kFloor) : t;
+  };
   const auto absorb = [&](float x, float y) {
-    const float tx = from_anchor(x, kx, anchor);
+    const float tx = measure(x, kx, anchor);
     if constexpr (kReference) {
-      const float ty = from_anchor(y, ky, ref_anchor);
+      const float ty = measure(y, ky, ref_anchor);
       fold(s, tx, ty, exp2f(tx), exp2f(ty));
+      if constexpr (kGuarded) {
+        lowest = fminf(lowest, x - y);
+        highest = fmaxf(highest, x - y);
+      }
     } else {
       fold(s, tx, exp2f(tx));
     }
@@ -61,6 +85,12 @@ __device__ __forceinline__ RowState<float> fold_fast(const P& part, float anchor
   };
   const auto one = [&](int, float x, float y) { absorb(x, y); };
   for_each<Policy, kAligned>(part, eight, one);
+  const bool infinite_rk = highest == INFINITY, infinite_fk = lowest == -INFINITY;
+  if (infinite_rk) s.rk = 0;  // whatever kFloor made of it
+  if (infinite_fk) s.fk = 0;
+  failed = defeated(s);
+  if (infinite_rk) s.rk = INFINITY;
+  if (infinite_fk) s.fk = INFINITY;
   return {anchor, ref_anchor, s};
 }
 
@@ -76,8 +106,8 @@ __device__ RowState<float> fold_careful(const P& part) {
   };
   const auto absorb = [&](float x, float y) {
     float tx = from_anchor(x, kx, s.anchor), ty = from_anchor(y, ky, s.ref_anchor);
-    tx = tx < kFloor ? kFloor : tx;  // not fmaxf, which drops NaN
-    ty = ty < kFloor ? kFloor : ty;
+    tx = max_or_nan(tx, kFloor);
+    ty = max_or_nan(ty, kFloor);
     fold_by_support(s.sums, x, y, tx, ty, exp2f(tx), exp2f(ty));
   };
   const auto one = [&](int, float x, float y) {
@@ -102,24 +132,27 @@ __device__ RowState<float> fold_careful(const P& part) {
   return s;
 }
 
-// Whether this thread's sums can be kept. A t of 16 has an absolute error of 2^-20, and so has the
-// KL: no weight may lie far above its anchor.
-template <class Policy>
-__device__ bool defeated(const Sums<float>& s) {
-  constexpr float kCrowded = 2.0f * Policy::kPart / Policy::kThreads;
-  return !isfinite(s.sx + s.sy + s.ex + s.rk + s.fk) || s.sx > kCrowded || s.sy > kCrowded;
-}
-
 // The part's state; right in thread 0 alone.
 template <class Policy, bool kAligned, bool kReference, class P>
 __device__ RowState<float> fold_part(const P& part, const Extent& glanced,
                                      Meeting<Policy::kThreads>& meeting) {
   const Extent e = look<Policy, kAligned>(part, glanced, meeting);
+  const float anchor = part.kx * e.largest, ref_anchor = part.ky * e.ref_largest;
+  const bool minus_infinity = fmaxf(part.kx, part.ky) * e.smallest == -INFINITY;  // or finfo.min
   RowState<float> s = empty_state<float>();
-  bool careful = e.smallest == -INFINITY;  // the same in all threads
+  bool careful = fminf(anchor, ref_anchor) == -INFINITY;  // the same in all threads
   if (!careful) {
-    s = fold_fast<Policy, kAligned, kReference>(part, part.kx * e.largest, part.ky * e.ref_largest);
-    careful = __syncthreads_or(defeated<Policy>(s.sums));
+    bool failed;
+    const auto fold = [&](auto guarded) {
+      constexpr bool kGuarded = decltype(guarded)::value;
+      return fold_anchored<Policy, kAligned, kReference, kGuarded>(part, anchor, ref_anchor,
+                                                                   failed);
+    };
+    if constexpr (Policy::kFastLoop)
+      s = minus_infinity ? fold(std::true_type{}) : fold(std::false_type{});
+    else
+      s = fold(std::true_type{});
+    careful = __syncthreads_or(failed);
   }
   if (careful) s = fold_careful<Policy, kAligned>(part);
   return merge_block(s, meeting);

@@ -1,4 +1,5 @@
-// token_stats, token_kl and kl_rewards: one row's logits to all of its numbers, reading each once.
+// token_stats, token_kl, kl_rewards and fold_part: one row's logits to all of its numbers, reading
+// each once.
 //
 //   fold_kernel    one block per part of a row; where a row is one part, it finishes it, too
 //   finish_kernel  one thread per row: merges the parts, in order, and finishes
@@ -21,9 +22,22 @@ __device__ inline void write_rewards(const Rows& rows, const Outputs& out, const
   out.advantage_correction[row] = shaped.advantage_correction;
 }
 
+// Of logits that may be a part of their vocabulary; tx and ty are the token's.
+__device__ inline void write_part_state(const Rows& rows, bool alone, float* to, uint32_t row,
+                                        const RowState<double>& s, double tx, double ty) {
+  if (to == nullptr) return;
+  if (rows.token_ids[row] == kElsewhere) tx = ty = INFINITY;
+  const double fields[kStateFields] = {s.anchor,  s.sums.sx, s.sums.ex, tx, s.ref_anchor,
+                                       s.sums.sy, s.sums.rk, s.sums.fk, ty};
+#pragma unroll
+  for (int i = 0; i < kStateFields; ++i) {
+    if (!alone || i < kAloneFields) write(to, i * rows.n_rows + row, fields[i]);
+  }
+}
+
 // A row that counts for nothing is 0 everywhere.
-__device__ inline void write_masked(const Rows& rows, const Outputs& out, const RewardShape& shape,
-                                    uint32_t row) {
+__device__ inline void write_masked(const Rows& rows, bool alone, const Outputs& out,
+                                    const RewardShape& shape, uint32_t row) {
   float* const outputs[] = {out.logprob, out.ref_logprob, out.kl, out.forward_kl, out.entropy};
   for (float* output : outputs) write(output, row, 0);
   float* const states[] = {out.policy_state, out.ref_state};
@@ -31,6 +45,8 @@ __device__ inline void write_masked(const Rows& rows, const Outputs& out, const 
     write(state, row, 0);
     write(state, rows.n_rows + row, 0);
   }
+  const int n_fields = alone ? kAloneFields : kStateFields;
+  for (int i = 0; i < n_fields; ++i) write(out.part_state, i * rows.n_rows + row, 0);
   write_rewards(rows, out, shape, row, {0.0f, 0.0f});
 }
 
@@ -56,6 +72,7 @@ __device__ inline void write_finished(const Rows& rows, const Logits& policy,
   write(out.policy_state, rows.n_rows + row, s.sums.sx);
   write(out.ref_state, row, s.ref_anchor);
   write(out.ref_state, rows.n_rows + row, s.sums.sy);
+  write_part_state(rows, reference.data == nullptr, out.part_state, row, s, tx, ty);
   write_rewards(rows, out, shape, row,
                 reward_epilogue(rounded(f), shape.kl_coef, shape.estimator, shape.kl_clip));
 }
@@ -71,7 +88,7 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
   const Place place = place_of(blockIdx.x, rows, split);
   const uint32_t row = place.row;
   if (!counts(rows, row)) {  // the whole block returns
-    if (parts == nullptr && threadIdx.x == 0) write_masked(rows, out, shape, row);
+    if (parts == nullptr && threadIdx.x == 0) write_masked(rows, !kReference, out, shape, row);
     return;
   }
   const auto part = part_of<Row<T>, kReference>(rows, policy, reference, place);
@@ -93,7 +110,7 @@ __global__ void finish_kernel(Rows rows, Split split, Logits policy, Logits refe
   const uint32_t row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= rows.n_rows) return;
   if (!counts(rows, row)) {
-    write_masked(rows, out, shape, row);
+    write_masked(rows, reference.data == nullptr, out, shape, row);
     return;
   }
   parts += static_cast<int64_t>(row) * split.n_parts;

@@ -18,6 +18,7 @@ struct LaunchPolicy {
   // at 800 ns, needs 29 kB in flight per SM. Four blocks of 256 threads with two 16-byte loads of
   // two models each have 64 kB, so half of the threads may be computing; of a policy alone 32 kB.
   static constexpr int kUnroll = 2;
+  static constexpr bool kFastLoop = true;
 
   // At most 64 registers, so that four blocks fit: the 1024 threads counted on above. Softcaps are
   // bound by their tanh, not by memory, and would spill.
@@ -48,6 +49,7 @@ struct PolicyLossLaunch {
   // SM.
   struct Resident {
     static constexpr int kThreads = 256, kUnroll = 1, kBlocksPerSm = 3;
+    static constexpr bool kFastLoop = true;
     static constexpr int kPart = 65536;  // of the fast loop's rule alone: as LaunchPolicy has it
   };
 
@@ -55,13 +57,17 @@ struct PolicyLossLaunch {
   // rows are under way: one wide block per SM, which is what its more than 42 registers a thread
   // ensure, and 8 blocks per row. 16 pairs of float32 rows with V = 262144 are 34 MB; without
   // clusters it would be 132 rows and 277 MB, of which little is found again.
+  // The guarded loop alone: its 5 instructions more per pair are few beside the memory's time, and
+  // with both of them sm_100's 80 registers would spill.
   struct Reread {
     static constexpr int kThreads = 768, kUnroll = 1, kBlocksPerSm = 1;
+    static constexpr bool kFastLoop = false;
     static constexpr int kPart = 256 * kThreads;
   };
   // Softcaps and types known at run time only need more registers, and are bound by instructions.
   struct RereadAny {
     static constexpr int kThreads = 512, kUnroll = 1, kBlocksPerSm = 1;
+    static constexpr bool kFastLoop = false;
     static constexpr int kPart = 256 * kThreads;
   };
 };

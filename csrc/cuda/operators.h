@@ -35,12 +35,19 @@ struct GradLogits {
   int64_t stride_b, stride_t;
 };
 
+// The logits may be a part of a vocabulary, and the token in another one: ELSEWHERE in schemas.py.
+constexpr int64_t kElsewhere = -(int64_t{1} << 62);
+
+// Of a part's state, and of a policy's alone: STATE_FIELDS and ALONE_FIELDS in schemas.py.
+constexpr int kStateFields = 9, kAloneFields = 4;
+
 // What the forward pass writes, each [B, T] or nullptr where it is not wanted. A state is [2, B,
-// T]: the anchors, then the sums.
+// T]: the anchors, then the sums; of a part [kStateFields or kAloneFields, B, T].
 struct Outputs {
   float *logprob, *ref_logprob, *kl, *forward_kl, *entropy;
   float *policy_state, *ref_state;
   float *rewards, *advantage_correction;
+  float* part_state;
 };
 
 // How rewards are shaped, where they are wanted.
@@ -59,6 +66,7 @@ struct Saved {
   const float *policy_state, *ref_state;  // [2, B, T]
   const float *kl, *entropy;
   double temperature;  // the policy's
+  bool part;           // of a vocabulary: a token may be kElsewhere
 };
 
 // What policy_loss knows of the tokens besides their logits, each [B, T] or nullptr.
@@ -72,7 +80,7 @@ struct PolicyLossTokens {
 // Bytes of scratch memory that `forward` needs.
 int64_t scratch_bytes(const Rows& rows);
 
-// token_stats (no reference), token_kl and kl_rewards (rewards wanted) in one.
+// token_stats (no reference), token_kl, kl_rewards (rewards wanted) and fold_part in one.
 cudaError_t forward(const Rows& rows, const Logits& policy, const Logits& reference,
                     const Outputs& outputs, const RewardShape& shape, void* scratch,
                     cudaStream_t stream);

@@ -19,7 +19,7 @@ __device__ inline bool in_vocabulary(const Rows& rows, int64_t token) {
   return token >= 0 && token < rows.vocab_size;
 }
 
-// NaN for a token outside the vocabulary: nothing is read out of bounds.
+// NaN for a token outside the vocabulary, or elsewhere: nothing is read out of bounds.
 template <class T>
 __device__ float token_logit(const Logits& logits, const Rows& rows, uint32_t row) {
   const int64_t token = rows.token_ids[row];

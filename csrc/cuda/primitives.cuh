@@ -7,6 +7,13 @@
 
 namespace kl_kernels {
 
+// The larger one, or NaN if either is NaN: fmaxf drops it.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // The dynamic shared memory of this block, aligned to 16 bytes.
 __device__ __forceinline__ void* dynamic_shared_memory() {
   extern __shared__ uint4 dynamic_memory[];

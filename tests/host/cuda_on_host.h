@@ -186,6 +186,8 @@ T __shfl_down_sync(unsigned, T value, int by) {
 
 namespace kl_kernels {  // primitives.cuh
 
+inline float max_or_nan(float a, float b) { return isnan(a) || isnan(b) ? NAN : fmaxf(a, b); }
+
 inline void* dynamic_shared_memory() { return cuda_on_host::block->shared.data(); }
 
 template <bool kThroughL1>

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from kl_kernels.schemas import POLICY_LOSS_TERMS
+from kl_kernels.schemas import ALONE_FIELDS, POLICY_LOSS_TERMS, STATE_FIELDS
 
 HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -96,7 +96,7 @@ REWARDS = ("rewards", "advantage_correction")
 
 
 class Outputs(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in (*OUTPUTS, *STATES, *REWARDS)]
+    _fields_ = [(name, c_void_p) for name in (*OUTPUTS, *STATES, *REWARDS, "part_state")]
 
 
 class RewardShape(ctypes.Structure):
@@ -111,6 +111,7 @@ class Saved(ctypes.Structure):
         *((name, c_void_p) for name in ("grad_logprob", "grad_kl", "grad_forward_kl")),
         *((name, c_void_p) for name in ("grad_entropy", *STATES, "kl", "entropy")),
         ("temperature", c_double),
+        ("part", c_bool),
     ]
 
 
@@ -158,10 +159,9 @@ def backend(device: tuple[int, int, bool] = H200) -> SimpleNamespace:
 
     def forward(logits, policy, reference, token_ids, mask, names, shape=None):
         n_batch, n_tokens, _ = logits.shape
-        tensors = {
-            name: torch.empty((2, n_batch, n_tokens) if name in STATES else (n_batch, n_tokens))
-            for name in names
-        }
+        n_fields = len(STATE_FIELDS) if reference.data else ALONE_FIELDS
+        leading = dict.fromkeys(STATES, (2,)) | {"part_state": (n_fields,)}
+        tensors = {name: torch.empty(*leading.get(name, ()), n_batch, n_tokens) for name in names}
         rows = Rows.of(logits, token_ids, mask)
         scratch = torch.empty(library().host_scratch_bytes(byref(rows)), dtype=torch.uint8)
         outputs = Outputs(**{name: pointer(tensor) for name, tensor in tensors.items()})
@@ -170,6 +170,14 @@ def backend(device: tuple[int, int, bool] = H200) -> SimpleNamespace:
             byref(shape or RewardShape()), c_void_p(scratch.data_ptr()),
         )  # fmt: skip
         return tuple(tensors[name] for name in names)
+
+    def fold_part(
+        logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
+    ):
+        policy, reference = Logits.of(logits, temperature, softcap), Logits()
+        if ref_logits is not None:
+            reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
+        return forward(logits, policy, reference, token_ids, mask, ("part_state",))[0]
 
     def token_stats(logits, token_ids, mask, temperature, softcap):
         policy = Logits.of(logits, temperature, softcap)
@@ -195,21 +203,22 @@ def backend(device: tuple[int, int, bool] = H200) -> SimpleNamespace:
         return forward(logits, policy, reference, token_ids, mask, names, shape)
 
     def backward(
-        logits, policy, reference, token_ids, mask, temperature, grad_logits, **saved
+        logits, policy, reference, token_ids, mask, temperature, part, grad_logits, **saved
     ):  # fmt: skip
         pointers = {name: pointer(tensor) for name, tensor in saved.items()}
         assert not library().host_backward(
             byref(Rows.of(logits, token_ids, mask)), byref(policy), byref(reference),
-            byref(Saved(**pointers, temperature=temperature)), byref(GradLogits.of(grad_logits)),
+            byref(Saved(**pointers, temperature=temperature, part=part)),
+            byref(GradLogits.of(grad_logits)),
         )  # fmt: skip
 
     def token_stats_backward(
         grad_logprob, grad_entropy, logits, token_ids, mask, policy_state, entropy,
-        temperature, softcap, grad_logits,
+        temperature, softcap, part, grad_logits,
     ):  # fmt: skip
         policy = Logits.of(logits, temperature, softcap)
         backward(
-            logits, policy, Logits(), token_ids, mask, temperature, grad_logits,
+            logits, policy, Logits(), token_ids, mask, temperature, part, grad_logits,
             grad_logprob=grad_logprob, grad_entropy=grad_entropy,
             policy_state=policy_state, entropy=entropy,
         )  # fmt: skip
@@ -217,12 +226,12 @@ def backend(device: tuple[int, int, bool] = H200) -> SimpleNamespace:
     def token_kl_backward(
         grad_logprob, grad_kl, grad_forward_kl, grad_entropy, logits, ref_logits, token_ids, mask,
         policy_state, ref_state, kl, entropy, temperature, ref_temperature, softcap, ref_softcap,
-        grad_logits,
+        part, grad_logits,
     ):  # fmt: skip
         policy = Logits.of(logits, temperature, softcap)
         reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
         backward(
-            logits, policy, reference, token_ids, mask, temperature, grad_logits,
+            logits, policy, reference, token_ids, mask, temperature, part, grad_logits,
             grad_logprob=grad_logprob, grad_kl=grad_kl, grad_forward_kl=grad_forward_kl,
             grad_entropy=grad_entropy, policy_state=policy_state, ref_state=ref_state,
             kl=kl, entropy=entropy,
@@ -269,6 +278,7 @@ def backend(device: tuple[int, int, bool] = H200) -> SimpleNamespace:
         return advantages, returns
 
     return SimpleNamespace(
+        fold_part=fold_part,
         token_stats=token_stats,
         token_stats_backward=token_stats_backward,
         token_kl=token_kl,

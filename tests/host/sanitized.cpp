@@ -80,12 +80,13 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   mask.values[3] = false;
   const Rows rows{kRows, kTokens, vocab_size, token_ids.values, mask.values};
 
-  Array<float> values(7 * kRows), states(4 * kRows), scores(kBatch, 1.0f), ones(kRows, 1.0f);
+  Array<float> values(7 * kRows), states(4 * kRows), part_states(kStateFields * kRows),
+      scores(kBatch, 1.0f), ones(kRows, 1.0f);
   Array<int64_t> score_index(kBatch, 1);
   const auto value = [&](int i) { return values.values + i * kRows; };
   float *policy_state = states.values, *ref_state = states.values + 2 * kRows;
   const Outputs outputs{value(0),     value(1),  value(2), value(3), value(4),
-                        policy_state, ref_state, value(5), value(6)};
+                        policy_state, ref_state, value(5), value(6), part_states.values};
   const RewardShape shape{scores.values, score_index.values, 0.1f, Estimator::exact, INFINITY};
   Array<char> scratch(host_scratch_bytes(&rows));
   check(launch_forward<SmallLaunch>(rows, policy, reference, outputs, shape, scratch.values,
@@ -93,7 +94,7 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
 
   Array<T> grad(kRows * vocab_size);
   Saved saved{ones.values, nullptr,  nullptr,  ones.values, policy_state,
-              ref_state,   value(2), value(4), 1.1};
+              ref_state,   value(2), value(4), 1.1,         false};
   const GradLogits separate{grad.values, kTokens * vocab_size, vocab_size};
   check(launch_backward<SmallLaunch>(rows, policy, reference, saved, separate, nullptr));
   saved.grad_kl = ones.values;

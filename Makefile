@@ -35,6 +35,7 @@ bench-careful: $(READY)
 
 bench-linear: $(READY)
 	$(BIN)/python bench/linear.py $(ARGS)
+	$(BIN)/python bench/readme.py
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

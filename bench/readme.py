@@ -121,9 +121,34 @@ def careful_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def linear_table(results: dict[str, Any]) -> str:
+    """Linear heads: time beside the products alone, memory beside the logits."""
+    memory = {(m["job"], m["dtype"]): m for m in results["memory"]}
+    lines = [
+        "| linear head | time over its matrix products alone "
+        "| MB on top of inputs, of which results | MB of the logits, were they there |",
+        "|---|---|---|---|",
+    ]
+    for t in results["timings"]:
+        m = memory[t["job"], t["dtype"]]
+        lines.append(
+            f"| {t['job']}, {t['dtype']} | {t['ratio']:.2f}x | {m['peak_mb']:.0f}, "
+            f"{m['results_mb']:.0f} | {m['logits_mb']:.0f} |"
+        )
+    t, m = results["timings"][0], results["memory"][0]
+    lines.append(
+        f"\nV = {t['vocab_size']}, width {t['width']}; time of {t['rows']} rows, memory of "
+        f"{m['rows']}, with the default budget of {t['budget_mb']:.0f} MB; "
+        f"{results['device']} with {results['threads']} thread(s); commit {results['commit']}. From "
+        "`bench/results/linear.json`, made by `make bench-linear`."
+    )
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": cpu_table,
     "traffic": traffic_sentence,
+    "linear": linear_table,
     "ppo": ppo_table,
     "careful": careful_table,
 }

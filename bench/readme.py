@@ -139,8 +139,8 @@ def linear_table(results: dict[str, Any]) -> str:
     lines.append(
         f"\nV = {t['vocab_size']}, width {t['width']}; time of {t['rows']} rows, memory of "
         f"{m['rows']}, with the default budget of {t['budget_mb']:.0f} MB; "
-        f"{results['device']} with {results['threads']} thread(s); commit {results['commit']}. From "
-        "`bench/results/linear.json`, made by `make bench-linear`."
+        f"{results['device']} with {results['threads']} thread(s); commit {results['commit']}. "
+        "From `bench/results/linear.json`, made by `make bench-linear`."
     )
     return "\n".join(lines)
 

@@ -1,5 +1,7 @@
 """Fused log-softmax, exact per-token KL, entropy and shaped reward: each logit is read once."""
 
+from typing import TYPE_CHECKING, Any
+
 from kl_kernels._version import __version__
 from kl_kernels.functional import (
     KLRewards,
@@ -10,7 +12,6 @@ from kl_kernels.functional import (
     token_kl,
     token_stats,
 )
-from kl_kernels.linear import linear_token_kl, linear_token_stats
 from kl_kernels.policy_loss import fused_policy_loss
 from kl_kernels.rl.advantages import compute_gae
 from kl_kernels.rl.controllers import AdaptiveKLController, FixedKLController
@@ -18,6 +19,9 @@ from kl_kernels.rl.estimators import kl_penalty
 from kl_kernels.rl.losses import ppo_policy_loss, ppo_value_loss
 from kl_kernels.rl.masked import masked_mean, masked_var, masked_whiten
 from kl_kernels.rl.rewards import compute_rewards
+
+if TYPE_CHECKING:
+    from kl_kernels.linear import linear_token_kl, linear_token_stats
 
 __all__ = [
     "AdaptiveKLController",
@@ -42,3 +46,12 @@ __all__ = [
     "token_kl",
     "token_stats",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Linear heads are imported when they are asked for: with them comes all of torch.compile."""
+    if name not in ("linear_token_kl", "linear_token_stats"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kl_kernels import linear
+
+    return getattr(linear, name)

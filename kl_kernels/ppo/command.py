@@ -49,11 +49,14 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     _, ranks = launch()
     try:
-        return _run(args, ranks)
+        status = _run(args, ranks)
     except ValueError:
+        ranks.leave()
         if ranks.first:
             raise
         return 2  # said once is enough
+    ranks.leave()
+    return status
 
 
 def _run(args: argparse.Namespace, ranks: Ranks) -> int:
@@ -66,6 +69,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         if ranks.first:
             print(f"\ninterrupted; continue with --resume {folder.path}", flush=True)
         return INTERRUPTED
+    ranks.wait()
     return 0
 
 

@@ -82,6 +82,16 @@ class Ranks:
     def largest(self, own: Tensor) -> Tensor:  # [...] -> [...]
         return self.all_rows(own[None]).amax(0)
 
+    def wait(self) -> None:
+        """For all ranks to get here."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def leave(self) -> None:
+        """The last thing a process does: a group still there may abort it at its exit."""
+        if self.group is not None:
+            dist.destroy_process_group()
+
     def on_first(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank, which alone runs it; or its error, everywhere."""
         if self.group is None:

@@ -179,6 +179,17 @@ def fold_kernel(
 
 
 @triton.jit
+def rows_of_program(mask_ptr, n_rows, ROWS: tl.constexpr):
+    """One row per thread, [ROWS]; which of them there are, and which of those count."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < n_rows
+    counts = valid
+    if mask_ptr is not None:
+        counts = valid & (tl.load(mask_ptr + rows, valid, 0) != 0)
+    return rows, valid, counts
+
+
+@triton.jit
 def merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF: tl.constexpr):
     """The states of whole rows, one per thread, merged in the order of the splits."""
     stride = n_rows.to(tl.int64) * n_splits
@@ -223,12 +234,7 @@ def finish_kernel(
 ):  # fmt: skip
     """One thread per row: merge the splits in order, finish, store; masked rows are exactly 0."""
     HAS_REF: tl.constexpr = ref_ptr is not None
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid = rows < n_rows
-    counts = valid
-    if mask_ptr is not None:
-        counts = valid & (tl.load(mask_ptr + rows, valid, 0) != 0)
-
+    rows, valid, counts = rows_of_program(mask_ptr, n_rows, ROWS)
     s = merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF)
     token = tl.load(token_ids_ptr + rows, counts, 0)
     xt = token_logit(
@@ -283,11 +289,7 @@ def part_kernel(
 ):  # fmt: skip
     """One thread per row: merge the splits in order, store; masked rows are exactly 0."""
     HAS_REF: tl.constexpr = ref_ptr is not None
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid = rows < n_rows
-    counts = valid
-    if mask_ptr is not None:
-        counts = valid & (tl.load(mask_ptr + rows, valid, 0) != 0)
+    rows, valid, counts = rows_of_program(mask_ptr, n_rows, ROWS)
     s = merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF)
     token = tl.load(token_ids_ptr + rows, counts, 0)
     elsewhere = token == NO_TOKEN

@@ -109,6 +109,10 @@ def check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
 
 def check_token_ids(token_ids: Tensor, logits: Tensor) -> None:
     check_per_token("token_ids", token_ids, logits)
+    check_token_dtype(token_ids)
+
+
+def check_token_dtype(token_ids: Tensor) -> None:
     if token_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"token_ids has dtype {token_ids.dtype}; accepted: int64, int32")
 

@@ -8,15 +8,19 @@ by the next one; backward multiplies it again. Hidden states are [..., d], every
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from kl_kernels import checks
 from kl_kernels.arguments import as_rows, as_tokens, needs_gradient, shaped
 from kl_kernels.functional import TokenKL, TokenStats
 from kl_kernels.linear_autograd import LinearTokenKL, Options
 from kl_kernels.parallel import Shard, check_no_vocab_start, shard_of
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 # Bytes of memory_budget=None. On a CPU the tile that was just multiplied is then still in its last
 # cache when the kernels read it: from 16 to 64 MiB the time is flat, at 256 MiB it is a tenth more
@@ -196,8 +200,7 @@ def _apply(
     options: Options,
 ) -> list[Tensor]:
     _check_per_token("token_ids", token_ids, hidden)
-    if token_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"token_ids has dtype {token_ids.dtype}; accepted: int64, int32")
+    checks.check_token_dtype(token_ids)
     ids = as_tokens(token_ids).long()
     counts = None
     if mask is not None:

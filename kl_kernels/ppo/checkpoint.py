@@ -1,21 +1,17 @@
-"""Run folders: what a run leaves on disk, written so that a crash at any moment loses nothing.
-
-Every file is written beside its place, flushed to the disk and then renamed onto it, so a name
-always holds either the old content or the new, never a part of it.
-"""
+"""Run folders: what a run leaves on disk, written so that a crash at any moment loses nothing."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kl_kernels.files import sync_folder, write_atomically, write_text
 from kl_kernels.ppo.config import PPOConfig
 
 
@@ -97,25 +93,6 @@ def open_run(path: Path) -> tuple[RunFolder, PPOConfig]:
         raise ValueError(f"resume is '{path}', whose config.json is not usable: {error}") from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` with a binary file that becomes `path` only once it is complete on disk."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: _write_all(file, text.encode()))
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
-
-
 def save_state(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save(state, file))
 
@@ -137,7 +114,7 @@ def save_model(folder: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizer
             os.fsync(written.fileno())
     shutil.rmtree(folder, ignore_errors=True)  # a folder cannot be renamed onto a full one
     os.replace(partial, folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def rng_state() -> dict[str, Any]:
@@ -150,14 +127,3 @@ def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"]:
         torch.cuda.set_rng_state(state["cuda"][0])
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows cannot open folders, and orders renames itself."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

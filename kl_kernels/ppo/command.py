@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from kl_kernels.files import write_text
 from kl_kernels.ppo import config as ppo_config
 from kl_kernels.ppo.checkpoint import (
     RunFolder,
@@ -19,7 +20,6 @@ from kl_kernels.ppo.checkpoint import (
     open_run,
     save_model,
     save_state,
-    write_text,
 )
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.loop import train

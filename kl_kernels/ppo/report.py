@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kl_kernels.ppo.checkpoint import write_atomically, write_text
+from kl_kernels.files import write_atomically, write_text
 from kl_kernels.ppo.config import PPOConfig
 
 Record = dict[str, Any]  # one update: see the end of the loop in loop.py

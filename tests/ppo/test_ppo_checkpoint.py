@@ -1,20 +1,14 @@
-"""A file is the old one or the new one, whatever happens while it is written."""
-
-import os
+"""A run folder holds a whole run, whatever happens while it is written."""
 
 import pytest
 import torch
 
-from kl_kernels.ppo import checkpoint
 from kl_kernels.ppo.checkpoint import (
     create_run,
-    load_state,
     open_run,
     restore_rng,
     rng_state,
     save_model,
-    save_state,
-    write_atomically,
 )
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.report import MetricsLog, read_metrics
@@ -22,50 +16,6 @@ from kl_kernels.ppo.report import MetricsLog, read_metrics
 
 class Crash(Exception):
     pass
-
-
-def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    save_state(path, {"updates": 1})
-
-    def half(file):
-        file.write(b"half of a che")
-        raise Crash
-
-    with pytest.raises(Crash):
-        write_atomically(path, half)
-    assert load_state(path) == {"updates": 1}
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tmp_path, monkeypatch, step):
-    path = tmp_path / "checkpoint.pt"
-    save_state(path, {"updates": 1})
-
-    def crash(*_):
-        raise Crash
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, step, crash)
-        with pytest.raises(Crash):
-            save_state(path, {"updates": 2})
-    assert load_state(path) == {"updates": 1}
-    save_state(path, {"updates": 3})
-    assert load_state(path) == {"updates": 3}
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no folders to flush")
-def test_content_reaches_the_disk_before_the_name_and_the_name_before_returning(
-    tmp_path, monkeypatch
-):
-    order = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(
-        checkpoint.os, "replace", lambda a, b: (order.append("rename"), replace(a, b))
-    )
-    save_state(tmp_path / "checkpoint.pt", {})
-    assert order == ["fsync", "rename", "fsync"]
 
 
 def test_a_model_folder_is_complete_or_absent(tmp_path, tiny, monkeypatch):

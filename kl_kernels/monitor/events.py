@@ -1,0 +1,31 @@
+"""What monitoring says, and whom it may say it to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a detector found at a step of training."""
+
+    step: int
+    kind: str  # the detector's name, such as "kl_jump"
+    value: float  # what it measured
+    limit: float  # what it accepts
+    message: str  # one sentence: what was seen, in which unit, and what it may mean
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.message}"
+
+
+class Sink(Protocol):
+    """Where metrics and events go besides the caller."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def alert(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...

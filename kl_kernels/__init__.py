@@ -14,7 +14,13 @@ from kl_kernels.functional import (
 )
 from kl_kernels.policy_loss import fused_policy_loss
 from kl_kernels.rl.advantages import compute_gae
-from kl_kernels.rl.controllers import AdaptiveKLController, FixedKLController
+from kl_kernels.rl.controllers import (
+    AdaptiveKLController,
+    FixedKLController,
+    PIKLController,
+    ThresholdKLController,
+)
+from kl_kernels.rl.early_stop import KLEarlyStop
 from kl_kernels.rl.estimators import kl_penalty
 from kl_kernels.rl.losses import ppo_policy_loss, ppo_value_loss
 from kl_kernels.rl.masked import masked_mean, masked_var, masked_whiten
@@ -26,7 +32,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptiveKLController",
     "FixedKLController",
+    "KLEarlyStop",
     "KLRewards",
+    "PIKLController",
+    "ThresholdKLController",
     "TokenKL",
     "TokenStats",
     "__version__",

@@ -22,9 +22,15 @@ from kl_kernels.rl.controllers import (
 )
 from kl_kernels.rl.early_stop import KLEarlyStop
 from kl_kernels.rl.estimators import kl_penalty
+from kl_kernels.rl.importance import importance_weights
 from kl_kernels.rl.losses import ppo_policy_loss, ppo_value_loss
 from kl_kernels.rl.masked import masked_mean, masked_var, masked_whiten
 from kl_kernels.rl.rewards import compute_rewards
+from kl_kernels.rl.scores import (
+    length_normalized_scores,
+    missing_eos_penalty,
+    overlong_penalty,
+)
 
 if TYPE_CHECKING:
     from kl_kernels.linear import linear_token_kl, linear_token_stats
@@ -42,13 +48,17 @@ __all__ = [
     "compute_gae",
     "compute_rewards",
     "fused_policy_loss",
+    "importance_weights",
     "kl_penalty",
     "kl_rewards",
+    "length_normalized_scores",
     "linear_token_kl",
     "linear_token_stats",
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "missing_eos_penalty",
+    "overlong_penalty",
     "ppo_policy_loss",
     "ppo_value_loss",
     "selective_log_softmax",

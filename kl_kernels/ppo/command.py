@@ -145,18 +145,13 @@ def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -
         ranks.on_first(lambda: _fit_reward(config, folder, lm, tokenizer, prompts, gold))
         reward = TokenReward(tokenizer)
         reward.load_state_dict(load_state(folder.reward_model))
-    lm = train(config, folder, lm, tokenizer, prompts, reward, gold)
+    lm, weights = train(config, folder, lm, tokenizer, prompts, reward, gold)
     if ranks.first:
-        _report(config, folder, lm, tokenizer)
+        save_model(folder.policy, lm, tokenizer, weights)
+        _report(config, folder)
 
 
-def _report(
-    config: PPOConfig,
-    folder: RunFolder,
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    save_model(folder.policy, lm, tokenizer)
+def _report(config: PPOConfig, folder: RunFolder) -> None:
     records = read_metrics(folder.metrics)
     draw(folder.picture, config, records)
     report = f"{table(records)}\n\n{summary(config, records)}\n"

@@ -1,4 +1,4 @@
-"""Which updates a constraint lets pass; what a loop does about the others is tested with the loop."""
+"""Which updates a constraint lets pass."""
 
 import math
 

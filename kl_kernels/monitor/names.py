@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kl_kernels.checks import check_choice
 
-# The means are over the tokens (or answers) of a batch; nats.
+# The means are over the tokens (or answers) of a batch; KL and entropy in nats.
 DEFINITIONS = {
     "kl_token_mean": "KL(policy || reference), mean over tokens",
     "kl_sequence_sum": "KL(policy || reference), summed over each answer, mean over answers",
@@ -15,7 +15,8 @@ DEFINITIONS = {
     "reward": "score of an answer before any KL, mean over answers",
     "grad_norm": "of the policy, before clipping",
     "clip_fraction": "share of tokens whose policy loss is clipped",
-    "ratio": "policy / policy that sampled, mean over tokens",
+    "ratio_max": "policy / policy that sampled, the largest of any token",
+    "ratio_mean": "the same, mean over tokens",
     "approx_kl": "KL(policy that sampled || policy), mean over tokens, by k3",
     "approx_kl_k1": "the same by k1, the mean difference of log-probabilities",
     "policy_loss": "clipped loss, mean over tokens",
@@ -25,8 +26,8 @@ DEFINITIONS = {
 
 # A name is only here if the trainer's number under it has the same definition; the estimator of KL
 # to the reference may differ, as theirs is k1 or k3 where ours can be exact. Not here, for example:
-# TRL's policy/approxkl_avg and val/ratio, which count padding; verl's actor/reward_kl_penalty and
-# OpenRLHF's kl, means over answers of each answer's mean over its tokens.
+# PPOTrainer's policy/approxkl_avg and val/ratio, which count padding; verl's
+# actor/reward_kl_penalty and OpenRLHF's kl, means over answers of each answer's mean over tokens.
 NAMES: Mapping[str, Mapping[str, str]] = {
     "kl_kernels": {},
     "trl": {  # GRPOTrainer 1.16, and where that logs no such thing PPOTrainer (up to 1.12)

@@ -93,16 +93,13 @@ def _walk(file: BinaryIO, sidecar: Head | None, wanted: str | None) -> _Walk:
         if sidecar and walk.end.count == sidecar.count:
             walk.at_sidecar = walk.end
         record = decode(line)
-        if record is None or (record.index, record.previous) != (walk.end.count, walk.end.hash):
+        if record is None or not _continues(record, walk.end):
             walk.bad, walk.bad_record = line, record
             return walk
         walk.end = Head(walk.end.count + 1, record.hash)
         walk.whole_bytes += len(line)
         if record.hash == wanted:
             walk.wanted_line = walk.end.count
-        if record.index == 0 and not _is_header(record):
-            walk.bad, walk.bad_record, walk.end = line, None, Head()
-            return walk
     if sidecar and walk.end.count == sidecar.count:
         walk.at_sidecar = walk.end
     return walk
@@ -121,8 +118,10 @@ def _judge(path: Path, file: BinaryIO, sidecar: Head | str, wanted: str | None) 
         # What the sidecar does not count was never finished: a crash, not an edit.
         uncounted = head is not None and head.count == count and walk.bad_record is None
         is_torn = not file.read(1) and (uncounted or not walk.bad.endswith(b"\n"))
-        if not is_torn and count == 0 and head is None and not walk.bad.startswith(b'{"data":'):
-            return verdict("line 1 is not the header of an audit log", "not a log", 1)
+        if not is_torn and count == 0 and not _is_of_a_log(walk, head):
+            return verdict(
+                f"line 1 is no header of an audit log of format {FORMAT}", "not a log", 1
+            )
         if not is_torn:
             file.seek(walk.whole_bytes + len(walk.bad))
             problem, message = _explain(file, walk.end, walk.bad_record)
@@ -167,8 +166,20 @@ def lines_of(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
+def _continues(record: Record, end: Head) -> bool:
+    is_link = (record.index, record.previous) == (end.count, end.hash)
+    return is_link and (record.index > 0 or _is_header(record))
+
+
 def _is_header(record: Record) -> bool:
     return record.kind == "header" and record.data.get("format") == FORMAT
+
+
+def _is_of_a_log(walk: _Walk, sidecar: Head | None) -> bool:
+    """Whether a bad first line is that of a log at all: a damaged one, or one from further down."""
+    if walk.bad_record is not None:
+        return walk.bad_record.index > 0
+    return sidecar is not None or (walk.bad or b"").startswith(b'{"data":')
 
 
 def _read_sidecar(path: Path) -> Head | str:
@@ -184,7 +195,7 @@ def _read_sidecar(path: Path) -> Head | str:
 def _explain(file: BinaryIO, end: Head, record: Record | None) -> tuple[str, str]:
     """The problem with a line that does not continue a log ending at `end`; `file` is behind it."""
     later = map(decode, lines_of(file))
-    follows = any(r and (r.index, r.previous) == (end.count, end.hash) for r in later)
+    follows = any(other is not None and _continues(other, end) for other in later)
     if record is not None and record.index > end.count:
         missing = record.index - end.count
         if follows:

@@ -12,6 +12,7 @@ from kl_kernels.functional import (
     token_kl,
     token_stats,
 )
+from kl_kernels.monitor.monitor import KLMonitor
 from kl_kernels.policy_loss import fused_policy_loss
 from kl_kernels.rl.advantages import compute_gae
 from kl_kernels.rl.controllers import AdaptiveKLController, FixedKLController
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptiveKLController",
     "FixedKLController",
+    "KLMonitor",
     "KLRewards",
     "TokenKL",
     "TokenStats",

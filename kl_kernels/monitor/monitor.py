@@ -200,7 +200,8 @@ class KLMonitor:
         if name == "entropy":
             return float(masked_mean(value.double(), mask, group=group))
         # NaN is the largest of all to amax, so it shows; a rank without tokens has no say.
-        largest = torch.where(kept, value.double(), -math.inf).amax()
+        nothing = value.new_full((1,), -math.inf, dtype=torch.float64)
+        largest = torch.cat([nothing, value[kept].double()]).amax()
         return float(largest if group is None else from_all_ranks(largest, group).amax())
 
     def _detect(self, step: int, metrics: dict[str, float]) -> Iterator[Event]:

@@ -91,3 +91,11 @@ class AR1Sums:
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name in vars(self):
             setattr(self, name, state[name])
+
+
+def fit_ar1(values: Sequence[float]) -> AR1:
+    """Of 4 values or more."""
+    sums = AR1Sums()
+    for value in values:
+        sums.add(value)
+    return sums.fit()

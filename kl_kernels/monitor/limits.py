@@ -28,12 +28,12 @@ class Limits:
     jump: float = 6.0
 
     # Log-likelihood ratio of "the level has moved up" against "it has not". By simulation, AR(1)
-    # noise with phi = 0.6 passes 7.8 in one run of twenty, and one less in more than twice as many.
-    drift: float = 7.8
+    # noise with phi = 0.6 passes 7.6 in one run of twenty, and one less in more than twice as many.
+    drift: float = 7.6
 
     # The same for "the level has moved down": more, as a falling KL is news but no danger, and
     # what it does not spend on false alarms a rising one can.
-    drift_down: float = 9.8
+    drift_down: float = 9.6
 
     # Nats of KL at step 0, where policy and reference are the same; None: START_KL of the unit.
     start_kl: float | None = None

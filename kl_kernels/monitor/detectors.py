@@ -145,7 +145,7 @@ class NegativeKL(Detector):
       - a mean of up to 64 values below a tenth of that, and 4.5 standard errors (more, of fewer
         values) of an AR(1) series below 0.
     False alarms: below 0.01 per run around a KL of 0 whose standard deviation is at most the limit,
-    for phi up to 0.6. Told again only after the mean of 16 values has been 0 or above.
+    for phi up to 0.6. Told again only after 16 values with a mean of 0 or above.
     """
 
     keeps = ("values", "told")
@@ -163,7 +163,7 @@ class NegativeKL(Detector):
         del self.values[:-WINDOW]
         if self.told:
             latest = self.values[-BURN_IN:]
-            self.told = sum(latest) < 0
+            self.told = len(latest) < BURN_IN or sum(latest) < 0
             return None
         if value >= 0:
             return None
@@ -172,7 +172,8 @@ class NegativeKL(Detector):
             event = self._event(step, value, -limit, f"is {value:.4g} nats")
         elif len(self.values) > BURN_IN:
             event = self._compare_mean(step)
-        self.told = event is not None
+        if event is not None:
+            self.told, self.values = True, []
         return event
 
     def _limit_of_one(self) -> float:
@@ -206,7 +207,7 @@ class NegativeKL(Detector):
 class EntropyCollapse(Detector):
     """Entropy below a part of the level it had at first, the median of the first 16 values.
 
-    It also has to be outside the noise of those. False alarms: none in simulation. Told again only
+    It also has to be outside the noise of those. False alarms: below 0.001 per run. Told again only
     after half of what was lost at the limit has come back.
     """
 
@@ -223,7 +224,7 @@ class EntropyCollapse(Detector):
             self.values.append(value)
             return None
         first, scale = robust_location(self.values)
-        limit = min(self.part_left * first, first - widened(self.jump_limit, BURN_IN) * scale)
+        limit = min(self.part_left * first, first - self.jump_limit * scale)
         if value > (1 + self.part_left) / 2 * first:
             self.collapsed = False
         if first <= 0 or self.collapsed or value >= limit:

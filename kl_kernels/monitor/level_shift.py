@@ -125,4 +125,5 @@ class LevelShift(Detector):
             f"{level:.4g} within {since} observations (log-likelihood ratio {ratio:.3g}, limit "
             f"{limit:.3g}): a lasting change, which the noise of this series does not explain"
         )
+        self.reset()
         return Event(step, self.name, ratio, limit, message)

@@ -208,20 +208,15 @@ class KLMonitor:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name, detector in self._watching:
             if name in finite:
-                event = detector.observe(step, finite[name])
-                if event is not None:
+                if (event := detector.observe(step, finite[name])) is not None:
                     yield event
         if "kl" in finite:
-            # One change, one event: whichever sees it first makes both start anew.
-            event = self._jump.observe(step, finite["kl"])
-            if event is not None:
+            # One change, one event: whichever tells it makes the other start anew as well.
+            if (event := self._jump.observe(step, finite["kl"])) is not None:
                 self._drift.reset()
-            else:
-                event = self._drift.observe(step, finite["kl"])
-            if event is not None:
-                if event.kind == self._drift.name:
-                    self._drift.reset()
-                    self._jump.reset()
+                yield event
+            elif (event := self._drift.observe(step, finite["kl"])) is not None:
+                self._jump.reset()
                 yield event
         if "kl" in finite and "reward" in finite:
             event = self._acceleration.observe_both(step, finite["kl"], finite["reward"])

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo test validate bench bench-cpu bench-traffic bench-ppo bench-careful bench-linear gpu abi lint format clean
+.PHONY: ppo test validate bench bench-cpu bench-traffic bench-ppo bench-careful bench-linear bench-monitor gpu abi lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels ppo $(ARGS)
@@ -35,6 +35,10 @@ bench-careful: $(READY)
 
 bench-linear: $(READY)
 	$(BIN)/python bench/linear.py $(ARGS)
+	$(BIN)/python bench/readme.py
+
+bench-monitor: $(READY)
+	$(BIN)/python bench/monitor_rates.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
 bench: $(READY)

@@ -1,4 +1,4 @@
-"""Figures in the README are those of the committed results files."""
+"""Figures in README.md and docs/ are those of the committed results files."""
 
 import subprocess
 import sys
@@ -7,6 +7,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_readme_says_what_the_results_files_say():
+def test_the_documents_say_what_the_results_files_say():
     done = subprocess.run([sys.executable, "bench/readme.py", "--check"], cwd=ROOT, check=False)
     assert done.returncode == 0, "run `python bench/readme.py`"

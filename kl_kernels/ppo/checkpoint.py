@@ -47,6 +47,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def audit(self) -> Path:
+        return self.path / "audit.jsonl"
+
+    @property
     def table(self) -> Path:
         return self.path / "table.txt"
 

@@ -29,6 +29,7 @@ from kl_kernels.ppo.ranks import Ranks, launch
 from kl_kernels.ppo.report import draw, read_metrics, summary, table
 from kl_kernels.ppo.reward import TokenReward, fit_reward_model, load_reward
 from kl_kernels.ppo.task import GoldScore, load_corpus
+from kl_kernels.ppo.watch import check_library
 
 INTERRUPTED = 130  # the shell's status for a process ended by Ctrl-C
 
@@ -96,6 +97,7 @@ class Inputs:
     """What the arguments name, loaded as far as that is quick, so that errors come at once."""
 
     def __init__(self, config: PPOConfig) -> None:
+        check_library(config.log_to)
         self.reward = load_reward(config.reward) if config.reward else None
         self.prompts = _read_prompts(config.prompts) if config.prompts else None
         if config.model:

@@ -207,9 +207,10 @@ class KLMonitor:
     def _detect(self, step: int, metrics: dict[str, float]) -> Iterator[Event]:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name, detector in self._watching:
-            if name in finite:
-                if (event := detector.observe(step, finite[name])) is not None:
-                    yield event
+            if name not in finite:
+                continue
+            if (event := detector.observe(step, finite[name])) is not None:
+                yield event
         if "kl" in finite:
             # One change, one event: whichever tells it makes the other start anew as well.
             if (event := self._jump.observe(step, finite["kl"])) is not None:

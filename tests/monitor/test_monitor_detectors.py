@@ -267,7 +267,7 @@ def test_limits_out_of_range_are_refused(name, value):
 def test_messages_say_what_was_seen():
     series = [*noise(64), 7.0]
     monitor = KLMonitor()
-    event = [e for t, x in enumerate(series) for e in monitor.observe(t + 1, kl=float(x))][0]
+    event = next(e for t, x in enumerate(series) for e in monitor.observe(t + 1, kl=float(x)))
     assert (event.step, event.kind) == (65, "kl_jump")
     assert event.value > event.limit
     assert "from 5.0" in event.message

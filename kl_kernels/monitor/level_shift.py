@@ -13,7 +13,7 @@ WINDOW = 16  # steps back at which a change may have come; longer windows find l
 CALIBRATE_AT = 24  # values: 16 to fit the noise to, 8 in which a change may have come
 SHIFT = 3.0  # the change looked for, in standard deviations of the noise
 CLIP = 3.5  # of residuals: less than a single one would need for an alarm
-FEW_VALUES = 96  # the limit gains this over n; less floods phi = 0.8, more blinds the first hundred
+FEW_VALUES = 84  # n that cost a unit of the limit; less and phi = 0.8 raises too many alarms early
 
 
 class LevelShift(Detector):
@@ -32,8 +32,8 @@ class LevelShift(Detector):
     where B^2 / n is the error of a mean estimated from n values. The statistic is the largest
     log-likelihood ratio over k, d A S / V - (d A)^2 / (2 V) with V = Var[S] (Page 1954, with the
     signature of a step in an AR(1) series). What remains of estimating sd and phi is in the limit,
-    which gains 96 / n, and in a phi that errs upwards (`statistics.shrunk_phi`). Residuals are
-    clipped, so that one outlier is no shift; telling those is the business of `Jump`.
+    which gains (84 / n)^1.5, and in a phi that errs upwards (`statistics.shrunk_phi`). Residuals
+    are clipped, so that one outlier is no shift; telling those is the business of `Jump`.
 
     Mean, phi and sd come from all values since the last alarm but the latest 16 (a third of them,
     where there are fewer than 48), which may be those after the change. After an alarm everything
@@ -73,7 +73,7 @@ class LevelShift(Detector):
         while len(self.recent) > min(WINDOW, n // 3):
             self.sums.add(self.recent.pop(0))
         up, down, since_up, since_down = self._log_likelihood_ratios()
-        gain = FEW_VALUES / self.sums.n
+        gain = (FEW_VALUES / self.sums.n) ** 1.5
         if up > self.limit + gain:
             return self._alarm(step, value, up, self.limit + gain, since_up, "up")
         if down > self.limit_down + gain:

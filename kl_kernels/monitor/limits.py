@@ -33,7 +33,7 @@ class Limits:
 
     # The same for "the level has moved down": more, as a falling KL is news but no danger, and
     # what it does not spend on false alarms a rising one can.
-    drift_down: float = 9.6
+    drift_down: float = 11.0
 
     # Nats of KL at step 0, where policy and reference are the same; None: START_KL of the unit.
     start_kl: float | None = None

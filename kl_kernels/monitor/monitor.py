@@ -63,8 +63,9 @@ class KLMonitor:
         kl_budget: nats of `unit` that the KL may reach; None: any.
         unit: "sequence_sum" or "token_mean", of kl and of every limit in nats.
         limits: of the detectors.
-        sinks: each gets all metrics of a step by `log`, and each event by `alert`. One that raises
-            does not stop training: it is warned of once, and called on.
+        sinks: each gets all metrics of a step by `log`, under the names of `names.DEFINITIONS`, and
+            each event by `alert`. One that raises does not stop training: it is warned of once,
+            and called on.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -207,8 +208,9 @@ class KLMonitor:
     def _detect(self, step: int, metrics: dict[str, float]) -> Iterator[Event]:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name, detector in self._watching:
-            event = detector.observe(step, finite[name]) if name in finite else None
-            if event is not None:
+            if name not in finite:
+                continue
+            if (event := detector.observe(step, finite[name])) is not None:
                 yield event
         if "kl" in finite:
             # One change, one event: whichever tells it makes the other start anew as well.

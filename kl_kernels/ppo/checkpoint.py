@@ -51,6 +51,10 @@ class RunFolder:
         return self.path / "audit.jsonl"
 
     @property
+    def drift(self) -> Path:
+        return self.path / "drift.json"  # where the last rollout's KL sits
+
+    @property
     def table(self) -> Path:
         return self.path / "table.txt"
 

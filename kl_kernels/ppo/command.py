@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -155,11 +156,13 @@ def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -
 
 def _report(config: PPOConfig, folder: RunFolder) -> None:
     records = read_metrics(folder.metrics)
+    drift = json.loads(folder.drift.read_text(encoding="utf-8"))
     draw(folder.picture, config, records)
-    report = f"{table(records)}\n\n{summary(config, records)}\n"
+    report = f"{table(records)}\n\n{summary(config, records, drift)}\n"
     write_text(folder.table, report)
     print(f"\n{report}")
-    print(f"metrics: {folder.metrics}\npicture: {folder.picture}\npolicy:  {folder.policy}")
+    print(f"metrics: {folder.metrics}\naudit:   {folder.audit}")
+    print(f"picture: {folder.picture}\npolicy:  {folder.policy}")
 
 
 def _encode_prompts(

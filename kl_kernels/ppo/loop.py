@@ -181,6 +181,8 @@ def train(
                 )
                 watch.checkpoint(update, saved["policy"])
             if last:
+                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in chosen]
+                watch.drift(ranks.all_rows(shaped.kl), batch.samples, texts, tokenizer)
                 break
     trained = without_adapter(module.lm)
     return trained, whole_weights(trained)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from kl_kernels.files import write_text
 from kl_kernels.monitor.audit import AuditLog
+from kl_kernels.monitor.drift import summarize_drift
 from kl_kernels.monitor.events import Event, Sink
 from kl_kernels.monitor.hashes import model_hash
 from kl_kernels.monitor.monitor import KLMonitor
 from kl_kernels.monitor.sinks import MLflowSink, TensorBoardSink, WandbSink, library
 from kl_kernels.ppo.checkpoint import RunFolder
 from kl_kernels.ppo.config import PPOConfig
+from kl_kernels.ppo.policy import Samples
 from kl_kernels.ppo.ranks import Ranks
 from kl_kernels.ppo.report import Record
 from kl_kernels.rl.controllers import KLUpdate
@@ -38,6 +43,7 @@ class Watch:
         updates: int,  # behind the policy
         policy: dict[str, Tensor],  # its weights
     ) -> None:
+        self.run = run
         constants = dataclasses.asdict(config)
         header = {"config": constants, "updates": updates, "policy": model_hash(policy)}
         self.audit: AuditLog | None = None
@@ -74,6 +80,22 @@ class Watch:
         """After it was written: which weights it holds."""
         if self.audit:
             self.audit.append("checkpoint", {"updates": updates, "policy": model_hash(policy)})
+
+    def drift(
+        self,
+        kl: Tensor,  # [B, T]
+        samples: Samples,
+        prompts: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Of the last rollout: which prompts, positions and tokens carry the KL."""
+        if self.audit is None:
+            return
+        summary = summarize_drift(
+            kl, samples.mask, samples.answers, prompts, decode=lambda i: tokenizer.decode([i])
+        ).to_dict()
+        write_text(self.run.drift, json.dumps(summary, indent=1) + "\n")
+        self.audit.append("drift", summary)
 
     def close(self) -> None:
         for sink in self.monitor.sinks:

@@ -86,7 +86,7 @@ def test_a_change_of_a_constant_is_a_jump_and_its_rounding_is_not():
 
 
 def shift():
-    return LevelShift("kl_drift", "KL", 7.6, 9.6, 6.0)
+    return LevelShift("kl_drift", "KL", 7.6, 11.0, 6.0)
 
 
 def test_a_small_lasting_shift_is_told_in_both_directions():
@@ -229,6 +229,8 @@ def test_acceleration_needs_a_kl_that_curves_upwards_and_a_reward_that_rises():
     assert hacking(Acceleration(4.0), kl, -reward) == []
     assert hacking(Acceleration(4.0), noise(150) + 0.05 * t, reward) == []  # rises, at one speed
     assert hacking(Acceleration(4.0), 100 - kl, reward) == []
+    falls_ever_slower = noise(150) + 0.005 * (170 - t) ** 2
+    assert hacking(Acceleration(4.0), falls_ever_slower, reward) == []
     assert hacking(Acceleration(4.0), [0.0] * 150, [0.0] * 150) == []
 
 

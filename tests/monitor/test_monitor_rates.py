@@ -83,6 +83,17 @@ def test_a_change_is_told_once(change):
     assert min(told) == 1
 
 
+@pytest.mark.parametrize(("change", "kind"), [(0.6, "kl_drift"), (3.0, "kl_jump")])
+def test_jump_and_drift_start_anew_together(change, kind):
+    series = ar1(np.random.default_rng(6), 120)
+    series[100:] += change
+    monitor = KLMonitor()
+    [(told, found)] = alarms(series, monitor)
+    assert found == kind
+    state = monitor.state_dict()["detectors"]
+    assert state["kl_jump"]["values"] == state["kl_drift"]["recent"] == series[told + 1 :].tolist()
+
+
 def test_a_spike_is_told_once_though_the_level_comes_back():
     rng = np.random.default_rng(6)
     for _ in range(20):

@@ -45,6 +45,10 @@ def test_the_embedded_task_end_to_end(tmp_path, capsys):
     assert header[0]["versions"]["torch"] == torch.__version__
     for update, record in zip(updates, records, strict=True):
         assert record.items() <= update.items()
+    (drift,) = (record["data"] for record in audited if record["kind"] == "drift")
+    assert drift == json.loads((out / "drift.json").read_text())
+    assert drift["kl"] / 8 == pytest.approx(records[-1]["kl"])  # 8 answers
+    assert repr(drift["tokens"][0]["text"]) in printed
     saved = load_state(out / "checkpoint.pt")
     assert checkpoints[-1] == {"updates": 3, "policy": model_hash(saved["policy"])}
     assert len({checkpoint["policy"] for checkpoint in checkpoints}) == 3

@@ -39,7 +39,7 @@ class LevelShift(Detector):
     where there are fewer than 48), which may be those after the change. After an alarm everything
     starts anew, and 24 steps are blind.
 
-    False alarms: 0.05 per run for phi = 0.6, 0.08 for phi = 0.8, 0.01 for phi = 0.
+    False alarms: 0.04 per run for phi = 0.6, 0.07 for phi = 0.8, 0.02 for phi = 0.
     """
 
     keeps = ("recent", "calibrated", "sums")

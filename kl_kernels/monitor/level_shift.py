@@ -32,14 +32,14 @@ class LevelShift(Detector):
     where B^2 / n is the error of a mean estimated from n values. The statistic is the largest
     log-likelihood ratio over k, d A S / V - (d A)^2 / (2 V) with V = Var[S] (Page 1954, with the
     signature of a step in an AR(1) series). What remains of estimating sd and phi is in the limit,
-    which gains (84 / n)^1.5, and in a phi that errs upwards (`statistics.shrunk_phi`). Residuals
-    are clipped, so that one outlier is no shift; telling those is the business of `Jump`.
+    which gains (84 / n)^1.5, and in a phi that errs upwards (`shrunk_phi`). Residuals are clipped,
+    so that one outlier is no shift; telling those is the business of `Jump`.
 
     Mean, phi and sd come from all values since the last alarm but the latest 16 (a third of them,
     where there are fewer than 48), which may be those after the change. After an alarm everything
     starts anew, and 24 steps are blind.
 
-    False alarms: 0.05 per run for phi = 0.6, 0.08 for phi = 0.8, 0.01 for phi = 0.
+    False alarms: 0.04 per run for phi = 0.6, 0.07 for phi = 0.8, 0.02 for phi = 0.
     """
 
     keeps = ("recent", "calibrated", "sums")

@@ -86,7 +86,7 @@ def test_a_change_of_a_constant_is_a_jump_and_its_rounding_is_not():
 
 
 def shift():
-    return LevelShift("kl_drift", "KL", 7.6, 11.0, 6.0)
+    return LevelShift("kl_drift", "KL", 7.9, 11.0, 6.0)
 
 
 def test_a_small_lasting_shift_is_told_in_both_directions():

@@ -77,7 +77,7 @@ class Plan:
 
 
 def canonical_beta(text: str) -> str:
-    """ "0.10" and "0.1" are one beta."""
+    """One spelling for a number: 0.10 and 0.1 are the same beta."""
     if text.strip() == ADAPTIVE:
         return ADAPTIVE
     try:

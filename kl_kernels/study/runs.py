@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -141,10 +141,8 @@ def run_all(plan: Plan, study: StudyFolder, n_at_a_time: int) -> None:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(SECONDS_BETWEEN_LOOKS)
-    except subprocess.TimeoutExpired:
-        pass
 
 
 def _launch(job: Job, side_by_side: int, lock: int | None) -> subprocess.Popen[bytes]:

@@ -171,10 +171,10 @@ def gold_follows_gao(fits: Mapping[str, Any]) -> Claim:
         f"{GOOD_FIT:g}",
         gold["r_squared"] >= GOOD_FIT and gold["peak_kl"] is not None,
         f"alpha = {gold['alpha']:.2f}, beta = {gold['beta']:.2f}, R^2 = {gold['r_squared']:.2f}; "
-        f"the fit {fitted}, the runs at {fits['observed_peak_kl']:.0f}. The proxy "
-        + ("turns over as well" if follows else "does not turn over, as this form would")
-        + f": its fit (R^2 = {proxy['r_squared']:.2f}) has {proxy_peak}, the runs end at "
-        f"{fits['largest_kl']:.0f}.",
+        f"the fit {fitted}, the runs at {fits['observed_peak_kl']:.0f}. The same "
+        f"form fitted to the proxy (R^2 = {proxy['r_squared']:.2f}) has {proxy_peak}, and the runs "
+        f"go to {fits['largest_kl']:.0f}: the proxy "
+        + ("turns over as well." if follows else "does not turn over on the way."),
     )
 
 

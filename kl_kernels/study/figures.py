@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
+from matplotlib.ticker import FuncFormatter
 
 from kl_kernels.study.estimators import SAMPLED
 from kl_kernels.study.fit import GaoFit
@@ -23,6 +24,7 @@ GOLD, PROXY, OTHER, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 ESTIMATOR_COLOURS = {"k1": "#E69F00", "k2": "#CC79A7", "k3": "#56B4E9", "exact": "black"}
 MARKERS = {"k1": "o", "k2": "s", "k3": "^"}
 DPI = 130
+PLAIN = FuncFormatter(lambda x, _: f"{x:g}")  # 0.1, 1, 10 instead of powers
 
 
 def pictures(data: Data) -> dict[str, Figure]:
@@ -67,9 +69,8 @@ def overoptimisation(data: Data) -> Figure:
 def _draw_fit(axes: Any, data: Data) -> None:
     points, fits = data["overoptimisation"], data["fits"]
     peak_d, peak = math.sqrt(points["observed_peak_kl"]), points["observed_peak_gold"]
-    low, high = axes.get_ylim()
     axes.plot(peak_d, peak, "*", markersize=16, color=GOLD, markeredgecolor="white", zorder=4)
-    _say(axes, f"observed peak\n{peak_d**2:.0f} nats", (peak_d, peak), GOLD, (12, 12))
+    _say(axes, f"observed peak\n{peak_d**2:.0f} nats", (peak_d, peak), GOLD, (-40, 14))
     if not fits:
         return
     fit = GaoFit(*(fits["gold"][name] for name in ("alpha", "beta", "r_squared")))
@@ -89,38 +90,27 @@ def _draw_fit(axes: Any, data: Data) -> None:
 
 
 def _draw_ends(axes: Any, data: Data) -> None:
-    places = []
+    seen = [*data["overoptimisation"]["gold"], *data["overoptimisation"]["proxy"]]
+    margin = 0.12 * (max(seen) - min(seen))
+    axes.set_ylim(min(seen) - margin, max(seen) + margin)  # wide intervals may leave the picture
     for beta, row in data["table"].items():
-        kl, gold = row["kl"]["mean"], row["gold"]["mean"]
-        x = math.sqrt(kl)
-        special = beta in ("0", ADAPTIVE)
+        gold, x = row["gold"]["mean"], math.sqrt(max(row["kl"]["mean"], 0.0))
         colour = {"0": GREY, ADAPTIVE: OTHER}.get(beta, GOLD)
-        error = None if row["gold"]["low"] is None else gold - row["gold"]["low"]
-        axes.errorbar(x, gold, yerr=error, fmt="D" if special else "o", color=colour, capsize=3)
-        places.append((x, gold, described(beta) if special else beta, colour))
-    x_start, gold = 0.0, data["start"]["gold"]["mean"]
-    axes.plot(x_start, gold, "s", color="black")
-    places.append((x_start, gold, "start", "black"))
-    _spread_labels(axes, places)
+        half = 0.0 if row["gold"]["low"] is None else gold - row["gold"]["low"]
+        axes.errorbar(x, gold, yerr=half, color=colour, capsize=3 if half else 0,
+                      fmt="D" if beta == ADAPTIVE else "o")  # fmt: skip
+        if beta == "0":
+            _say(axes, "beta = 0", (x, gold), colour, (8, 0), va="center")
+        elif beta == ADAPTIVE:
+            _say(axes, "adaptive", (x, gold - half), colour, (0, -8), va="top", ha="center")
+        else:
+            _say(axes, beta, (x, gold + half), colour, (0, 5), ha="center")
+    start = data["start"]["gold"]["mean"]
+    axes.plot(0, start, "s", color="black")
+    _say(axes, "start", (0, start), "black", (0, -8), va="top", ha="center")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low - 0.03 * (high - low), high + 0.2 * (high - low))
     axes.set_title("where each beta ends: gold score", loc="left")
-
-
-def _spread_labels(axes: Any, places: list[tuple[float, float, str, str]]) -> None:
-    """Labels right of their points, moved up where an earlier one is in the way."""
-    width = max(x for x, *_ in places) * 1.35 or 1.0
-    axes.set_xlim(-0.04 * width, width)
-    low, high = axes.get_ylim()
-    taken: list[tuple[float, float]] = []
-    for x, y, text, colour in sorted(places):
-        label_y = y
-        while any(abs(x - a) < 0.16 * width and abs(label_y - b) < 0.05 * (high - low)
-                  for a, b in taken):  # fmt: skip
-            label_y += 0.025 * (high - low)
-        taken.append((x, label_y))
-        axes.annotate(
-            text, (x, y), (x + 0.025 * width, label_y), color=colour, va="center", fontsize=9.5,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5} if label_y != y else None,
-        )  # fmt: skip
 
 
 def learning_curves(data: Data) -> Figure:
@@ -139,9 +129,9 @@ def learning_curves(data: Data) -> Figure:
     means = [c[name]["mean"] for c in data["curves"].values() for name in ("proxy", "gold")]
     low, high = min(map(min, means)), max(map(max, means))
     grid[0, 0].set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    first = data["curves"][betas[0]]
-    label_ends(grid[0, 0], [(first["proxy"]["mean"], "proxy", PROXY),
-                            (first["gold"]["mean"], "gold", GOLD)])  # fmt: skip
+    for height, text, colour in ((0.95, "proxy (trained on)", PROXY), (0.85, "gold", GOLD)):
+        grid[0, 0].text(0.04, height, text, transform=grid[0, 0].transAxes, color=colour,
+                        va="top", fontsize=9.5)  # fmt: skip
     for axes in list(grid.flat)[len(betas) :]:
         axes.set_visible(False)
     for column in range(n_columns):
@@ -162,20 +152,20 @@ def control(data: Data) -> Figure:
         colour = colour_of(beta, list(data["curves"]))
         style = "--" if beta == ADAPTIVE else "-"
         # The first update's KL is 0, which a logarithm has no place for.
-        _band(kls, {k: v[1:] for k, v in curve["kl"].items()}, colour, first=2, style=style)
-        name = "adaptive" if beta == ADAPTIVE else beta
-        kl_ends.append((curve["kl"]["mean"], name, colour))
+        _seeds(kls, {k: v[1:] for k, v in curve["kl"].items()}, colour, first=2, style=style)
+        kl_ends.append((curve["kl"]["mean"], described(beta), colour))
         if beta != "0":
-            _band(betas, curve["kl_coef"], colour, style=style)
-            beta_ends.append((curve["kl_coef"]["mean"], name, colour))
+            _seeds(betas, curve["kl_coef"], colour, style=style)
+            beta_ends.append((curve["kl_coef"]["mean"], described(beta), colour))
     kls.axhline(data["kl_target"], color=GREY, linewidth=1, linestyle=":")
-    kls.text(1, data["kl_target"] * 1.06, f"target {data['kl_target']:g} nats", color=GREY,
+    kls.text(1, data["kl_target"] * 1.08, f"target {data['kl_target']:g} nats", color=GREY,
              fontsize=9)  # fmt: skip
     for axes, ends, title, unit in (
         (kls, kl_ends, "KL to the reference, by beta", "exact KL  [nats per answer]"),
         (betas, beta_ends, "the penalty itself (beta = 0 has none)", "beta  [score per nat]"),
     ):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PLAIN)
         axes.set_title(title, loc="left")
         axes.set_ylabel(unit)
         axes.set_xlabel("PPO update")
@@ -213,9 +203,10 @@ def estimators(data: Data) -> Figure:
         level_line = 1.0 if axes is variance else 0.0
         axes.axhline(level_line, color="black", linewidth=1.6)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(PLAIN)
         axes.set_xlabel("KL of the policy  [nats per answer]")
         axes.grid(alpha=0.25)
-        ends[axes].append(([level_line], "exact", "black"))
+    ends[variance].append(([1.0], "exact", "black"))
     variance.set_yscale("log")
     variance.set_ylabel("variance over that of exact KL")
     variance.set_title("noise of one answer's KL estimate", loc="left")
@@ -223,6 +214,7 @@ def estimators(data: Data) -> Figure:
     bias.set_ylabel("bias  [% of the KL]")
     bias.set_title("bias (mean difference from exact, 95 % interval)", loc="left")
     for axes in (variance, bias):
+        axes.yaxis.set_major_formatter(PLAIN)
         label_ends(axes, ends[axes])
     return figure
 
@@ -241,6 +233,14 @@ def _band(axes: Any, curve: Data, colour: Any, *, first: int = 1, style: str = "
     if curve["low"] and curve["low"][0] is not None:
         axes.fill_between(updates, curve["low"], curve["high"], color=colour, alpha=0.17,
                           linewidth=0)  # fmt: skip
+
+
+def _seeds(axes: Any, curve: Data, colour: Any, *, first: int = 1, style: str = "-") -> None:
+    """A mean over seeds, and each seed: an interval may reach below 0, which has no logarithm."""
+    updates = range(first, first + len(curve["mean"]))
+    for seed in zip(*curve["seeds"]):
+        axes.plot(updates, seed, style, color=colour, linewidth=0.7, alpha=0.45)
+    axes.plot(updates, curve["mean"], style, color=colour, linewidth=1.9)
 
 
 def label_ends(axes: Any, ends: list[tuple[list[float], str, Any]]) -> None:
@@ -267,9 +267,11 @@ def _say(
     colour: str,
     offset: tuple[float, float],
     va: str = "bottom",
+    ha: str = "left",
 ) -> None:
+    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0}
     axes.annotate(text, place, offset, textcoords="offset points", color=colour, fontsize=9.5,
-                  va=va)  # fmt: skip
+                  va=va, ha=ha, bbox=box, zorder=5)  # fmt: skip
 
 
 def _nats_on_top(axes: Any) -> None:

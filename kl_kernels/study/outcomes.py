@@ -73,7 +73,7 @@ def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, dict[str, Any]
     }
 
 
-def curves(runs: Sequence[Sequence[Record]]) -> dict[str, dict[str, list[float | None]]]:
+def curves(runs: Sequence[Sequence[Record]]) -> dict[str, dict[str, list[Any]]]:
     """For each reported number, its mean over seeds and interval at every update."""
     return {
         name: _columns([[record[name] for record in records] for records in runs])
@@ -81,12 +81,13 @@ def curves(runs: Sequence[Sequence[Record]]) -> dict[str, dict[str, list[float |
     }
 
 
-def _columns(values: list[list[float]]) -> dict[str, list[float | None]]:  # [seed][update]
+def _columns(values: list[list[float]]) -> dict[str, list[Any]]:  # [seed][update]
     intervals = [mean_interval(at_update) for at_update in np.array(values).T]
     return {
         "mean": [i.mean for i in intervals],
         "low": [i.low for i in intervals],
         "high": [i.high for i in intervals],
+        "seeds": np.array(values).T.tolist(),  # [update][seed]
     }
 
 

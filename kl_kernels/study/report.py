@@ -94,7 +94,7 @@ def contents(data: Data) -> list[Block]:
         ),
         Picture(
             "control",
-            "KL and beta over the updates, labelled by beta. " + _band_note(data),
+            "KL and beta over the updates. Thick: mean over seeds; thin: each seed.",
         ),
     ]
     if data["samples"]:
@@ -193,7 +193,8 @@ def _estimator_blocks(data: Data) -> list[Block]:
             "estimators",
             "Left: variance of each estimator of an answer's KL over that of exact KL per token. "
             "Right: bias. Intervals of 95 %: bootstrap for variances, t for biases. k3's heavy "
-            "tail makes its own intervals too narrow at large KL.",
+            "tail makes its own intervals too narrow at large KL. Each interval is for itself; of "
+            "many, some miss.",
         ),
         Table(
             [

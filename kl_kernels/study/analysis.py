@@ -37,9 +37,7 @@ def analyse(plan: Plan, study: StudyFolder) -> dict[str, Any]:
     shown = [beta for beta in plan.betas if beta in ("0", best)]
     return analyse_records(plan.constants, records, measure_all(plan, study, task, config)) | {
         "seeds": list(plan.seeds),
-        "cost": measure_cost(
-            config.batch_size // config.minibatches, config.answer_tokens, len(task.tokenizer)
-        ),
+        "cost": measure_cost(config.batch_size, config.answer_tokens, len(task.tokenizer)),
         "gradients": compare_forms(),
         "samples": answers_side_by_side(study, task, config, shown),
     }

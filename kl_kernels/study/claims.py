@@ -1,7 +1,6 @@
 """Conclusions: sentences whose numbers, and whose verdicts, come from the runs.
 
-A verdict can be that a claim does not hold, or that the study has not the runs to test it. What
-counts as clear is said in the sentence itself.
+A verdict can be that a claim does not hold, or that the study has not the runs to test it.
 """
 
 from __future__ import annotations
@@ -37,9 +36,12 @@ class Claim:
     holds: bool | None
     evidence: str
 
+    @property
+    def verdict(self) -> str:
+        return {True: "holds", False: "does not hold", None: "not tested"}[self.holds]
+
     def __str__(self) -> str:
-        verdict = {True: "holds", False: "does not hold", None: "not tested"}[self.holds]
-        return f"{self.claim}: {verdict}. {self.evidence}"
+        return f"{self.claim}: {self.verdict}. {self.evidence}"
 
 
 def conclusions(
@@ -79,7 +81,7 @@ def no_penalty_is_hacked(runs: Sequence[Outcome]) -> Claim:
         is_clear(rise) and is_clear(drop),
         f"Proxy {both_ends(runs, 'proxy')}; gold starts at {over(runs, start_of('gold'))}, peaks "
         f"at {peak} (around update {update:.0f}, {kl:.0f} nats) and ends at "
-        f"{over(runs, end_of('gold'))}, a drop of {drop}. {CLEARLY} The peak is the highest of "
+        f"{over(runs, end_of('gold'))}, a drop of {drop}. The peak is the highest of "
         "many noisy values, so it is biased up, and the drop with it.",
     )
 
@@ -95,7 +97,7 @@ def moderate_beta_ends_higher(outcomes: Outcomes) -> Claim:
         "A moderate beta ends with clearly higher gold than none",
         is_clear(gain) and not at_the_end,
         f"Of {', '.join(penalties)} the highest gold at the end is that of beta = {best}{where}: "
-        f"{over(numbers[best], end_of('gold'))}, seed by seed {gain} more than without. {CLEARLY} "
+        f"{over(numbers[best], end_of('gold'))}, seed by seed {gain} more than without. "
         "It was chosen for being highest, so this too is biased up.",
     )
 
@@ -136,7 +138,7 @@ def lost_gold_is_kept(without: Sequence[Outcome], adaptive: Sequence[Outcome]) -
         f"Adaptive beta keeps the gold that beta = 0 loses (at least {KEPT:.0%} of it)",
         is_clear(gain) and kept >= KEPT,
         f"Gold ends at {over(adaptive, end_of('gold'))}, seed by seed {gain} above beta = 0, which "
-        f"lost {lost:.2f} from its peak: {kept:.0%} of that. {CLEARLY} This does not say that it "
+        f"lost {lost:.2f} from its peak: {kept:.0%} of that. This does not say that it "
         "beats stopping beta = 0 early, had one known when.",
     )
 
@@ -152,7 +154,7 @@ def penalty_is_not_enough(outcomes: Outcomes) -> Claim:
     return Claim(
         claim,
         is_clear(drops["0"]) and bool(weak),
-        f"Gold lost from its peak: {listed}. {CLEARLY} The penalty buys time and a drift that can "
+        f"Gold lost from its peak: {listed}. The penalty buys time and a drift that can "
         "be watched; it does not make a bad reward good.",
     )
 
@@ -199,7 +201,9 @@ def times(ratio: Interval) -> str:
     return f"{ratio.mean:.3g} ({ratio.low:.3g} to {ratio.high:.3g})"
 
 
-CLEARLY = f"(Clear: more than {CLEAR:g} points and, over seeds, an interval above 0.)"
+def what_is_clear(n_seeds: int) -> str:
+    interval = ", and its 95 % interval over seeds is above 0" if n_seeds > 1 else ""
+    return f"A difference is called clear where it is more than {CLEAR:g} point{interval}."
 
 
 def is_clear(difference: Interval) -> bool:

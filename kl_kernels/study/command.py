@@ -97,15 +97,18 @@ def _planned(args: argparse.Namespace) -> tuple[Plan, StudyFolder]:
         }.items()
         if value is not None
     }
-    if args.resume:
-        if args.out or constants or given:
-            raise ValueError(
-                "resume continues a study with its own constants; only jobs may be given beside it"
-            )
-        study, plan = open_study(Path(args.resume))
-        return plan, study
     if "controller" in constants:
         raise ValueError("controller is given; a study names it in betas: a number or 'adaptive'")
+    if args.resume:
+        study, plan = open_study(Path(args.resume))
+        changed = dataclasses.replace(
+            plan, **given, constants=dataclasses.replace(plan.constants, **constants)
+        )
+        if args.out or changed != plan:
+            raise ValueError(
+                "resume continues a study as it was planned; only jobs may be given anew beside it"
+            )
+        return plan, study
     plan = Plan(PPOConfig(**constants), **given)
     Inputs(plan.constants)  # refuses what cannot be read, before a folder is made
     default = Path("runs") / time.strftime("study-%Y%m%d-%H%M%S")

@@ -95,7 +95,7 @@ def _markdown(block: Block, folder: str) -> str:
             return f"![{text.replace('`', '')}]({folder}/{name}.png)\n\n*{text}*"
         case Table(header, rows):
             lines = [header, ["---"] * len(header), *rows]
-            cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+            cells = ([re.sub(r"([|<>])", r"\\\1", cell) for cell in line] for line in lines)
             return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 

@@ -30,9 +30,9 @@ class GaoFit:
 
     @property
     def peak(self) -> float | None:
-        """The d of the highest reward; None if it rises for ever, or not at all."""
-        exponent = self.alpha / self.beta - 1 if self.beta > 0 else math.inf
-        return math.exp(exponent) if exponent < 50 else None
+        """The d of the highest reward; None if there is none, or none below a KL of 1e8 nats."""
+        log_d = self.alpha / self.beta - 1 if self.beta > 0 else math.inf
+        return math.exp(log_d) if log_d < math.log(1e4) else None
 
 
 def fit_gao(kl: Array, reward: Array) -> GaoFit:  # [N], [N]

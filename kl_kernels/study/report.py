@@ -9,7 +9,7 @@ from typing import Any
 
 from kl_kernels.files import write_atomically, write_text
 from kl_kernels.study.analysis import analyse
-from kl_kernels.study.claims import Claim, times
+from kl_kernels.study.claims import Claim, times, what_is_clear
 from kl_kernels.study.document import (
     Block,
     Bullets,
@@ -48,7 +48,8 @@ def write_report(plan: Plan, study: StudyFolder) -> str:
     write_text(study.data, json.dumps(data, indent=1) + "\n")
     write_text(study.report, to_html(TITLE, contents(data), pngs))
     verdicts = "\n".join(f"- {claim}" for claim in claims_of(data))
-    return f"\n{to_text(penalty_table(data))}\n\n{verdicts}\n\nreport: {study.report}"
+    note = f"{_table_note(data)} {what_is_clear(data['n_seeds'])}"
+    return f"\n{to_text(penalty_table(data))}\n\n{note}\n\n{verdicts}\n\nreport: {study.report}"
 
 
 def write_bytes(study: StudyFolder, name: str, content: bytes) -> None:
@@ -83,7 +84,8 @@ def contents(data: Data) -> list[Block]:
             f"the score, is all that differs between runs ({seeds}, {data['updates']} updates)."
         ),
         Heading("Conclusions"),
-        Bullets([f"**{c.claim}: {verdict(c)}.** {c.evidence}" for c in claims_of(data)]),
+        Text(what_is_clear(data["n_seeds"])),
+        Bullets([f"**{c.claim}: {c.verdict}.** {c.evidence}" for c in claims_of(data)]),
         Heading("Sensitivity to beta"),
         penalty_table(data),
         Text(_table_note(data)),
@@ -113,10 +115,6 @@ def contents(data: Data) -> list[Block]:
 
 def claims_of(data: Data) -> list[Claim]:
     return [Claim(**claim) for claim in data["claims"]]
-
-
-def verdict(claim: Claim) -> str:
-    return {True: "holds", False: "does not hold", None: "not tested"}[claim.holds]
 
 
 def _overoptimisation_caption(data: Data) -> str:

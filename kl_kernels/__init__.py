@@ -14,11 +14,23 @@ from kl_kernels.functional import (
 )
 from kl_kernels.policy_loss import fused_policy_loss
 from kl_kernels.rl.advantages import compute_gae
-from kl_kernels.rl.controllers import AdaptiveKLController, FixedKLController
+from kl_kernels.rl.controllers import (
+    AdaptiveKLController,
+    FixedKLController,
+    PIKLController,
+    ThresholdKLController,
+)
+from kl_kernels.rl.early_stop import KLEarlyStop
 from kl_kernels.rl.estimators import kl_penalty
+from kl_kernels.rl.importance import importance_weights
 from kl_kernels.rl.losses import ppo_policy_loss, ppo_value_loss
 from kl_kernels.rl.masked import masked_mean, masked_var, masked_whiten
 from kl_kernels.rl.rewards import compute_rewards
+from kl_kernels.rl.scores import (
+    length_normalized_scores,
+    missing_eos_penalty,
+    overlong_penalty,
+)
 
 if TYPE_CHECKING:
     from kl_kernels.linear import linear_token_kl, linear_token_stats
@@ -26,20 +38,27 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptiveKLController",
     "FixedKLController",
+    "KLEarlyStop",
     "KLRewards",
+    "PIKLController",
+    "ThresholdKLController",
     "TokenKL",
     "TokenStats",
     "__version__",
     "compute_gae",
     "compute_rewards",
     "fused_policy_loss",
+    "importance_weights",
     "kl_penalty",
     "kl_rewards",
+    "length_normalized_scores",
     "linear_token_kl",
     "linear_token_stats",
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "missing_eos_penalty",
+    "overlong_penalty",
     "ppo_policy_loss",
     "ppo_value_loss",
     "selective_log_softmax",

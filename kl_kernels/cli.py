@@ -12,6 +12,7 @@ COMMANDS = {
     "study": ("kl_kernels.study.command", "PPO over many beta and seeds: what the KL penalty does"),
     "validate": ("kl_kernels.validate.command", "check every backend here against float64"),
     "codegen": ("kl_kernels.codegen.command", "compile the Triton kernels, count, predict times"),
+    "audit": ("kl_kernels.monitor.audit_command", "check an audit log, or show its records"),
     "info": ("kl_kernels.info", "versions, devices, backends and why the others are not there"),
 }
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 
 import torch
 
-from kl_kernels._version import __version__
 from kl_kernels.dispatch import BACKENDS
-
-PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "accelerate")
+from kl_kernels.versions import versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,20 +24,12 @@ def run(args: argparse.Namespace) -> int:
 def facts() -> dict[str, str]:
     """Name and one line for each fact, in the order they are shown."""
     return {
-        "kl_kernels": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
-        **{package: _version(package) for package in PACKAGES},
+        **versions(),
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "gpu": _gpus(),
         **{f"[{name}]": _availability(name) for name in BACKENDS},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _gpus() -> str:

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from kl_kernels import AdaptiveKLController, FixedKLController
+from kl_kernels import (
+    AdaptiveKLController,
+    FixedKLController,
+    PIKLController,
+    ThresholdKLController,
+)
 
 KL = torch.tensor([[1.0, 2.0, torch.nan], [4.0, torch.nan, torch.nan], [torch.nan] * 3])
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
@@ -14,6 +19,19 @@ MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
 def controller(**options):
     arguments = {"init_kl_coef": 0.2, "target": 6.0, "horizon": 10000, "unit": "sequence_sum"}
     return AdaptiveKLController(**arguments | options)
+
+
+def threshold(**options):
+    return ThresholdKLController(
+        **{"init_kl_coef": 0.2, "target": 6.0, "unit": "token_mean"} | options
+    )
+
+
+def pi(**options):
+    return PIKLController(**{"init_kl_coef": 0.2, "target": 6.0, "unit": "token_mean"} | options)
+
+
+STEERED = pytest.mark.parametrize("steered", [controller, threshold, pi])
 
 
 @pytest.mark.parametrize(
@@ -64,9 +82,10 @@ def test_an_empty_batch_has_no_kl():
     assert update.kl == 0
 
 
+@STEERED
 @pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf])
-def test_kl_that_is_not_finite_is_ignored_and_reported(kl):
-    control = controller()
+def test_kl_that_is_not_finite_is_ignored_and_reported(steered, kl):
+    control = steered()
     control.update(7.0, 256)
     before = control.value
     for update in (
@@ -79,8 +98,11 @@ def test_kl_that_is_not_finite_is_ignored_and_reported(kl):
     assert not FixedKLController(0.1).update(kl, 256).applied
 
 
-def test_bounds_hold_and_can_be_left_again():
-    control = controller(horizon=100, min_coef=0.1, max_coef=0.5)
+@STEERED
+def test_bounds_hold_and_can_be_left_again(steered):
+    control = steered(
+        min_coef=0.1, max_coef=0.5, **{"horizon": 100} if steered is controller else {}
+    )
     values = [control.update(1e9, 256).value for _ in range(20)]
     assert values[-1] == max(values) == 0.5
     values = [control.update(0.0, 256).value for _ in range(20)]
@@ -93,24 +115,26 @@ def test_error_clip_is_used():
     assert controller(error_clip=0.5).update(1e9, 256).error == 0.5
 
 
-def test_resuming_goes_on_identically():
+@STEERED
+def test_resuming_goes_on_identically(steered):
     kls = [3.0, 9.0, 6.5, 0.1, 20.0, 6.0]
-    straight = controller()
+    straight = steered()
     values = [straight.update(kl, 256).value for kl in kls]
-    first, second = controller(), controller(init_kl_coef=0.9)
+    first, second = steered(), steered(init_kl_coef=0.9)
     resumed = [first.update(kl, 256).value for kl in kls[:3]]
     second.load_state_dict(first.state_dict())
     resumed += [second.update(kl, 256).value for kl in kls[3:]]
     assert resumed == values
 
 
-def test_a_loaded_coefficient_keeps_to_the_bounds():
-    control = controller(max_coef=0.3)
-    control.load_state_dict({"value": 0.7})
+@STEERED
+def test_a_loaded_coefficient_keeps_to_the_bounds(steered):
+    control = steered(max_coef=0.3)
+    control.load_state_dict({"value": 0.7, "previous_error": None})
     assert control.value == 0.3
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="value is"):
-            control.load_state_dict({"value": bad})
+            control.load_state_dict({"value": bad, "previous_error": None})
     assert control.value == 0.3
 
 
@@ -125,6 +149,7 @@ def test_a_fixed_coefficient_stays():
     assert FixedKLController(0.0).value == 0
 
 
+@STEERED
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -133,24 +158,89 @@ def test_a_fixed_coefficient_stays():
         ({"target": 0.0}, "target is 0"),
         ({"target": -6.0}, "target is -6"),
         ({"target": math.nan}, "target is nan"),
-        ({"horizon": 0}, "horizon is 0"),
-        ({"horizon": -1}, "horizon is -1"),
         ({"unit": "nats"}, "unit is 'nats'"),
-        ({"error_clip": 0.0}, "error_clip is 0"),
         ({"min_coef": 0.0}, "min_coef is 0"),
         ({"min_coef": 0.1, "max_coef": 0.05}, "max_coef is 0.05"),
         ({"max_coef": 0.1}, "init_kl_coef is 0.2"),
         ({"min_coef": 0.3}, "init_kl_coef is 0.2"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(options, message):
+def test_settings_that_cannot_work_are_refused(steered, options, message):
     with pytest.raises(ValueError, match=message):
-        controller(**options)
+        steered(**options)
+
+
+@pytest.mark.parametrize(
+    ("steered", "options", "message"),
+    [
+        (controller, {"horizon": 0}, "horizon is 0"),
+        (controller, {"horizon": -1}, "horizon is -1"),
+        (controller, {"error_clip": 0.0}, "error_clip is 0"),
+        (threshold, {"tolerance": 1.0}, "tolerance is 1"),
+        (threshold, {"tolerance": math.nan}, "tolerance is nan"),
+        (threshold, {"raise_by": 0.5}, "raise_by is 0.5"),
+        (threshold, {"raise_by": math.inf}, "raise_by is inf"),
+        (threshold, {"lower_by": 0.0}, "lower_by is 0"),
+        (threshold, {"lower_by": 1.0}, "lower_by is 1"),
+        (pi, {"gain": 0.0}, "gain is 0"),
+        (pi, {"lag": -1.0}, "lag is -1"),
+        (pi, {"error_clip": math.nan}, "error_clip is nan"),
+    ],
+)
+def test_settings_of_one_controller_that_cannot_work_are_refused(steered, options, message):
+    with pytest.raises(ValueError, match=message):
+        steered(**options)
+
+
+@pytest.mark.parametrize(
+    ("kl", "ppo", "rllib"),
+    [
+        (1.49, 1.0, 1.0),
+        (1.51, 2.0, 1.0),
+        (1.99, 2.0, 1.0),
+        (2.01, 2.0, 1.5),
+        (0.68, 1.0, 1.0),
+        (0.66, 0.5, 1.0),
+        (0.51, 0.5, 1.0),
+        (0.49, 0.5, 0.5),
+        (-1.0, 0.5, 0.5),
+    ],
+)
+def test_the_threshold_rules_of_ppo_and_rllib(kl, ppo, rllib):
+    control = threshold(target=1.0)
+    assert control.update(kl, 64).value == 0.2 * ppo
+    control = threshold(target=1.0, tolerance=2.0, raise_by=1.5, lower_by=0.5)
+    assert control.update(kl, 64).value == pytest.approx(0.2 * rllib, rel=1e-15)
+
+
+def test_the_pi_controller_is_a_sum_over_all_errors_so_far():
+    """In position form: log value = log start + gain (sum of errors) + gain lag (last - first)."""
+    kls = [6.0, 9.0, 15.0, 100.0, 3.0, 0.1, 0.0, -2.0, 6.5]
+    errors = [min(max(math.log(kl / 6) if kl > 0 else -math.inf, -1), 1) for kl in kls]
+    control = pi(gain=0.15, lag=4.0)
+    for n, kl in enumerate(kls, 1):
+        update = control.update(kl, 64)
+        exponent = 0.15 * (sum(errors[:n]) + 4.0 * (errors[n - 1] - errors[0]))
+        assert update.error == errors[n - 1]
+        assert update.value == pytest.approx(0.2 * math.exp(exponent), rel=1e-12)
+
+
+def test_at_a_bound_the_pi_controller_does_not_wind_up():
+    control = pi(max_coef=0.3)
+    for _ in range(100):
+        control.update(60.0, 64)
+    assert control.value == 0.3
+    assert control.update(6.0, 64).value < 0.3, "the very next update has to act"
 
 
 def test_the_unit_has_to_be_stated():
-    with pytest.raises(TypeError, match="unit"):
-        AdaptiveKLController(0.2, 6.0, 10000)
+    for make in (
+        lambda: AdaptiveKLController(0.2, 6.0, 10000),
+        lambda: ThresholdKLController(0.2, 6.0),
+        lambda: PIKLController(0.2, 6.0),
+    ):
+        with pytest.raises(TypeError, match="unit"):
+            make()
 
 
 @pytest.mark.parametrize("kl_coef", [-0.1, math.nan, math.inf])

@@ -48,6 +48,15 @@ def test_the_kl_costs_kl_coef_each_token():
     assert torch.equal(rewards, torch.where(MASK.bool(), -0.5 * kl, 0.0))
 
 
+def test_one_token_s_kl_is_clipped_before_the_coefficient():
+    kl = torch.arange(20.0).view(5, 4) - 5
+    rewards = compute_rewards(torch.zeros(5), kl, MASK, 0.5, kl_clip=3.0)
+    expected = [[-0.5 * max(min(x, 3.0), -3.0) for x in row] for row in kl.tolist()]
+    assert torch.equal(rewards, torch.where(MASK.bool(), torch.tensor(expected), 0.0))
+    with pytest.raises(ValueError, match="kl_clip is 0"):
+        compute_rewards(torch.zeros(5), kl, MASK, 0.5, kl_clip=0.0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 2**31),

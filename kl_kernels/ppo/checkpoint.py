@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl_kernels.files import sync_folder, write_atomically, write_text
@@ -103,11 +104,19 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_model(folder: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A Hugging Face folder, complete or absent; an older one of that name is replaced."""
+def save_model(
+    folder: Path,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """A Hugging Face folder, complete or absent; an older one of that name is replaced.
+
+    `weights`: in place of the model's own, of which this process may hold a part.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    lm.save_pretrained(partial)
+    lm.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
         with open(file, "rb+") as written:

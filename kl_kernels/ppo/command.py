@@ -160,18 +160,13 @@ def prepare(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) 
 
 def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -> None:
     task = prepare(config, folder, inputs, ranks)
-    lm = train(config, folder, *task)
+    lm, weights = train(config, folder, *task)
     if ranks.first:
-        _report(config, folder, lm, task.tokenizer)
+        save_model(folder.policy, lm, task.tokenizer, weights)
+        _report(config, folder)
 
 
-def _report(
-    config: PPOConfig,
-    folder: RunFolder,
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    save_model(folder.policy, lm, tokenizer)
+def _report(config: PPOConfig, folder: RunFolder) -> None:
     records = read_metrics(folder.metrics)
     draw(folder.picture, config, records)
     report = f"{table(records)}\n\n{summary(config, records)}\n"

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kl_kernels.checks import check_choice
+from kl_kernels.monitor.constraint import ACTIONS, UpdateConstraint
 
 LITERATURE = """
 [GAE] Schulman et al. (2016), High-dimensional continuous control using generalized advantage
 estimation. [PPO] Schulman et al. (2017), Proximal policy optimization algorithms. [Ziegler] Ziegler
 et al. (2019), Fine-tuning language models from human preferences. [37 details] Huang et al. (2022),
-The 37 implementation details of proximal policy optimization.
+The 37 implementation details of proximal policy optimization. [GRPO] Shao et al. (2024),
+DeepSeekMath. [DAPO] Yu et al. (2025), DAPO: an open-source LLM reinforcement learning system.
 """
 
 
@@ -104,15 +106,29 @@ class PPOConfig:
     answer_tokens: int = option(40, "longest answer", at_least=1)
 
     # The KL to the reference model.
+    reference: str = option(
+        "copy",
+        "what the policy is held to: a frozen copy, or itself without its LoRA adapter, which then "
+        "is all that is trained",
+        choices=("copy", "adapter"),
+    )
+    lora_rank: int = option(16, "rank of the adapter", at_least=1)
     kl_coef: float = option(
         0.1,
         "beta, score per nat; the start of an adaptive one: fixed, it holds 18 nats",
         at_least=0,
     )
+    kl_in: str = option(
+        "reward",
+        "where the penalty is: the reward, which credits every token with the KL that follows it "
+        "[Ziegler], or the loss alone, which sees a token's own [GRPO]",
+        choices=("reward", "loss"),
+    )
     kl_estimator: str = option(
         "exact",
-        "per-token KL in the reward: over the vocabulary, or sampled",
-        choices=("exact", "k1"),
+        "per-token KL: over the vocabulary; sampled, k1 for the reward or k2 for the loss, which "
+        "need the reference's log-probabilities once per rollout",
+        choices=("exact", "k1", "k2"),
     )
     exact_kl_gradient: str = option(
         "loss",
@@ -120,17 +136,50 @@ class PPOConfig:
         "differentiated in the loss (stable at any beta) or as a correction of its advantage",
         choices=("loss", "advantage"),
     )
+    kl_clip: float = option(
+        0.0,
+        "bound of a token's KL in the reward, nats; 0: none, it would blunt the pull-back",
+        at_least=0,
+    )
     controller: str = option(
-        "adaptive", "beta stays, or follows the KL [Ziegler, 2.2]", choices=("adaptive", "fixed")
+        "adaptive",
+        "beta stays, or follows the KL: adaptive [Ziegler, 2.2], threshold [PPO, 4], or pi, which "
+        "settles soonest",
+        choices=("adaptive", "fixed", "threshold", "pi"),
     )
     kl_target: float = option(
-        20.0, "adaptive: nats per answer, where the proxy still tells good from bad", above=0
+        20.0,
+        "where beta steers to: nats per answer, where the proxy still tells good from bad",
+        above=0,
     )
     kl_horizon: int = option(
         192,
         "adaptive: answers to adapt over; the KL follows beta by ten updates, so that faster "
         "overshoots, and 10000 [Ziegler] outlasts the run",
         at_least=1,
+    )
+    kl_gain: float = option(0.2, "pi: share of the error that log beta moves per update", above=0)
+    kl_lag: float = option(5.0, "pi: updates by which the KL is taken to follow beta", at_least=0)
+
+    # What an answer is paid.
+    score_clip: float = option(0.0, "bound of the score; 0: none", at_least=0)
+    length_exponent: float = option(
+        0.0, "scores are divided by tokens to this power; 1: a score per token", at_least=0
+    )
+    missing_eos_penalty: float = option(
+        0.0, "price of an answer that was cut off, in units of the score", at_least=0
+    )
+    missing_eos: str = option(
+        "subtract",
+        "the price is subtracted from the score, or takes its place [37 details]",
+        choices=("subtract", "replace"),
+    )
+    overlong_buffer: int = option(
+        0, "last tokens over which a price for length grows [DAPO]; 0: none", at_least=0
+    )
+    overlong_factor: float = option(1.0, "that price in full, in units of the score", at_least=0)
+    whiten_rewards: bool = option(
+        False, "rewards in standard deviations, their mean kept [Ziegler]; the score does already"
     )
 
     # Advantages and losses.
@@ -156,6 +205,29 @@ class PPOConfig:
     adam_eps: float = option(1e-5, "Adam's epsilon [37 details]", above=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
 
+    # Limits, and who watches them.
+    target_kl: float = option(
+        0.0,
+        "leave a batch early once KL(old policy || policy) is beyond, nats per token; 0: never",
+        at_least=0,
+    )
+    early_stop: str = option(
+        "before_step",
+        "measured before each step, with a tolerance of 1.5 (Stable-Baselines3), or after each "
+        "pass (CleanRL)",
+        choices=("before_step", "after_epoch"),
+    )
+    max_update_kl: float = option(
+        0.0, "limit of an update's KL(old policy || policy), nats per token; 0: none", at_least=0
+    )
+    max_ratio: float = option(
+        0.0, "limit of any token's policy ratio in an update, above 1; 0: none", at_least=0
+    )
+    constraint: str = option("skip", "what happens to an update beyond a limit", choices=ACTIONS)
+    kl_budget: float = option(
+        0.0, "nats per answer beyond which the monitor speaks up; 0: none", at_least=0
+    )
+
     checkpoint_every: int = option(1, "updates between checkpoints", at_least=1)
 
     def __post_init__(self) -> None:
@@ -176,17 +248,40 @@ class PPOConfig:
                 f"context is {self.context}; it has to hold prompt_tokens + answer_tokens, "
                 f"{self.prompt_tokens} + {self.answer_tokens}"
             )
-        if self.controller == "adaptive" and self.kl_coef == 0:
+        if self.controller != "fixed" and self.kl_coef == 0:
             raise ValueError("kl_coef is 0, which cannot adapt; use controller fixed with it")
         if self.controller == "adaptive" and self.kl_horizon < self.batch_size:
             raise ValueError(
                 f"kl_horizon is {self.kl_horizon}; it has to be at least batch_size, "
                 f"{self.batch_size}, or beta swings from update to update"
             )
+        if self.kl_estimator == {"reward": "k2", "loss": "k1"}[self.kl_in]:
+            raise ValueError(
+                f"kl_estimator is {self.kl_estimator!r}, which does not have the KL's gradient in "
+                f"the {self.kl_in}; use exact, k1 in the reward, or k2 in the loss"
+            )
+        if self.overlong_buffer > self.answer_tokens:
+            raise ValueError(
+                f"overlong_buffer is {self.overlong_buffer}; it has to be at most answer_tokens, "
+                f"{self.answer_tokens}"
+            )
+        self.update_constraint()
+
+    def update_constraint(self) -> UpdateConstraint | None:
+        if not (self.max_update_kl or self.max_ratio):
+            return None
+        return UpdateConstraint(self.max_update_kl or None, self.max_ratio or None, self.constraint)
 
     @property
     def kl_in_loss(self) -> bool:
-        return self.kl_estimator == "exact" and self.exact_kl_gradient == "loss"
+        """Whether the loss holds a differentiable KL."""
+        shared = self.kl_estimator == "exact" and self.exact_kl_gradient == "loss"
+        return self.kl_in == "loss" or shared
+
+    @property
+    def corrects_advantages(self) -> bool:
+        """Whether the KL's gradient at the sampled token comes through its advantage."""
+        return self.kl_in == "reward" and not self.kl_in_loss
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -204,12 +299,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = LITERATURE
     for f in dataclasses.fields(PPOConfig):
         default = "" if f.default == "" else f" (default: {f.default})"
+        form: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction}
+            if isinstance(f.default, bool)
+            else {"type": type(f.default), "metavar": f.metadata["metavar"]}
+        )
         parser.add_argument(
             "--" + f.name.replace("_", "-"),
-            type=type(f.default),
-            metavar=f.metadata["metavar"],
             default=argparse.SUPPRESS,
             help=f.metadata["reason"] + default,
+            **form,
         )
 
 

@@ -6,13 +6,14 @@ answers start in the same column. Padding is known by masks, never by the token 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -109,10 +110,20 @@ class Policy(nn.Module):
         logits, hidden = causal_lm(self.lm, ids, attention_mask, n_answer)
         return logits, self.value_head(hidden.detach()).squeeze(-1)
 
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
 
-def frozen_copy(lm: PreTrainedModel) -> PreTrainedModel:
-    """The reference model: the policy as it is now, for good."""
-    return copy.deepcopy(lm).eval().requires_grad_(False)
+    def generate(self, ids: Tensor, **options: Any) -> Tensor:  # [B, P] -> [B, P + at most T]
+        """The language model's, through this module, whose weights a sharded policy gathers."""
+        # A rank whose answers have ended goes on with the others, who need its shards.
+        generated: Tensor = self.lm.generate(ids, synced_gpus=is_sharded(self), **options)
+        return generated
+
+
+def is_sharded(policy: nn.Module) -> bool:
+    """Whether FSDP2 has spread the weights over the ranks."""
+    return isinstance(policy, FSDPModule)
 
 
 def causal_lm(
@@ -153,7 +164,7 @@ def through_first_eos(answers: Tensor, eos: int) -> Tensor:  # [B, T] -> [B, T] 
 
 @torch.no_grad()
 def sample(
-    lm: PreTrainedModel,
+    lm: PreTrainedModel | Policy,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     n_answer: int,

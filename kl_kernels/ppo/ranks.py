@@ -30,7 +30,8 @@ PATIENCE = timedelta(hours=6)
 def launch() -> tuple[Accelerator, Ranks]:
     """The process group that torchrun asks for, or `accelerate launch`; of one process, none.
 
-    (Without a GPU `accelerate launch` starts one process, whatever it is asked for: use torchrun.)
+    (Without a GPU `accelerate launch --cpu` starts one process, whatever it is asked for; it takes
+    --multi_gpu to start several, which then find that there is no GPU.)
     """
     accelerator = Accelerator(
         # Kernels for CPU and CUDA exist; their float64 reference rules other accelerators out.

@@ -27,6 +27,7 @@ def compute_rewards(
     *,
     score_position: str | Tensor = "last_token",  # or [B]
     score_clip: float | None = None,
+    kl_clip: float | None = None,
 ) -> Tensor:
     """Shaped rewards, -kl_coef * KL per token and the score once: `kl_rewards` without the logits.
 
@@ -44,6 +45,8 @@ def compute_rewards(
             TRL does; the last column where there is no later one) or an integer index per
             sequence, -1 for nowhere. A response without tokens gets no reward anywhere.
         score_clip: scores are clamped to [-score_clip, score_clip].
+        kl_clip: each token's KL is clamped to [-kl_clip, kl_clip] before kl_coef, so that one token
+            cannot outweigh the score; the tokens it clips feel no further pull.
 
     Returns:
         [B, T] float32 (float64 for float64 kl), without gradient.
@@ -60,9 +63,13 @@ def compute_rewards(
     dtype = output_dtype(kl)
     scores = clip_scores(scores.detach().to(dtype), score_clip)
     index = score_indices(score_position, mask)
+    kl = kl.detach().to(dtype)
+    if kl_clip is not None:
+        check_positive("kl_clip", kl_clip)
+        kl = kl.clamp(-kl_clip, kl_clip)
     at_score = torch.arange(mask.shape[1], device=mask.device) == index[:, None]
     # Selected: without a penalty an infinite KL is nobody's business, and 0 * inf would be NaN.
-    penalty = torch.where(mask & (kl_coef != 0), -kl_coef * kl.detach().to(dtype), 0.0)
+    penalty = torch.where(mask & (kl_coef != 0), -kl_coef * kl, 0.0)
     return penalty + torch.where(at_score, scores[:, None], 0.0)
 
 

@@ -97,8 +97,6 @@ def _planned(args: argparse.Namespace) -> tuple[Plan, StudyFolder]:
         }.items()
         if value is not None
     }
-    if "controller" in constants:
-        raise ValueError("controller is given; a study names it in betas: a number or 'adaptive'")
     if args.resume:
         study, plan = open_study(Path(args.resume))
         changed = dataclasses.replace(

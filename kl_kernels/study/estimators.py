@@ -20,7 +20,7 @@ from kl_kernels import kl_penalty, token_kl
 from kl_kernels.ppo.checkpoint import load_state, save_state
 from kl_kernels.ppo.command import Task
 from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.policy import causal_lm, frozen_copy, load_model, sample
+from kl_kernels.ppo.policy import causal_lm, load_model, sample
 from kl_kernels.study.plan import Plan, StudyFolder
 from kl_kernels.study.statistics import Array, mean_interval, variance_ratio
 
@@ -32,7 +32,7 @@ def measure_all(
 ) -> dict[str, dict[str, Any]]:
     """`compare` for the policy of each beta, of the first seed; samples are kept in the folder."""
     found = {}
-    reference = frozen_copy(task.lm)
+    reference = task.lm.eval()
     for beta in plan.betas:
         path = study.estimates(beta, config.seed)
         if not path.is_file():

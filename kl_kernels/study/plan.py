@@ -41,6 +41,10 @@ class Plan:
             raise ValueError(f"seeds is {self.n_seeds}; it has to be at least 1")
         if self.n_sequences < 2:
             raise ValueError(f"sequences is {self.n_sequences}; it has to be at least 2")
+        if self.constants.controller == "fixed":
+            raise ValueError(
+                "controller is 'fixed', which betas says with a number; it is for 'adaptive' here"
+            )
         if self.constants.reward:
             raise ValueError(
                 f"reward is {self.constants.reward!r}; a study compares the reward with the gold "
@@ -60,7 +64,7 @@ class Plan:
 
     def config(self, beta: str, seed: int) -> PPOConfig:
         if beta == ADAPTIVE:
-            return dataclasses.replace(self.constants, controller="adaptive", seed=seed)
+            return dataclasses.replace(self.constants, seed=seed)
         return dataclasses.replace(
             self.constants, controller="fixed", kl_coef=float(beta), seed=seed
         )

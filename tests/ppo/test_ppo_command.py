@@ -71,8 +71,20 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, model_folder, monkeypatch, capsys):
         (["--prompts", "no/such/file"], "prompts is 'no/such/file'"),
         (["--reward", "nowhere:f"], "reward is 'nowhere:f'"),
         (["--resume", "no/such/run"], "resume is 'no/such/run', which holds no checkpoint"),
-        (["--kl-estimator", "k4"], "kl_estimator is 'k4'; accepted: 'exact', 'k1'"),
+        (["--kl-estimator", "k4"], "kl_estimator is 'k4'; accepted: 'exact', 'k1', 'k2'"),
+        (
+            ["--kl-estimator", "k2"],
+            "kl_estimator is 'k2', which does not have the KL's",
+        ),
+        (["--kl-in", "loss", "--kl-estimator", "k1"], "kl_estimator is 'k1', which does not have"),
         (["--controller", "pid"], "controller is 'pid'; accepted: 'adaptive', 'fixed'"),
+        (["--controller", "pi", "--kl-coef", "0"], "kl_coef is 0, which cannot adapt"),
+        (["--overlong-buffer", "41"], "overlong_buffer is 41; it has to be at most answer_tokens"),
+        (["--max-ratio", "0.5"], "max_ratio is 0.5; it has to be above 1"),
+        (
+            ["--max-ratio", "2", "--constraint", "warn"],
+            "constraint is 'warn'; accepted: 'log', 'skip'",
+        ),
         (["--kl-coef", "-1"], "kl_coef is -1.0; it has to be at least 0"),
         (["--kl-coef", "nan"], "kl_coef is nan; it has to be a finite number"),
         (["--kl-coef", "0"], "kl_coef is 0, which cannot adapt"),
@@ -117,7 +129,11 @@ def test_a_prompt_longer_than_the_context_is_refused(tmp_path, model_folder):
 @pytest.mark.parametrize("field", dataclasses.fields(PPOConfig), ids=lambda field: field.name)
 def test_every_constant_is_an_option_with_a_reason(field):
     option = "--" + field.name.replace("_", "-")
-    assert vars(parse(option, str(field.default)))[field.name] == field.default
+    if isinstance(field.default, bool):
+        assert vars(parse(option))[field.name] is True
+        assert vars(parse("--no" + option[1:]))[field.name] is False
+    else:
+        assert vars(parse(option, str(field.default)))[field.name] == field.default
     assert field.metadata["reason"]
     assert field.name not in vars(parse()), "an option that is not given has to stay out"
 

@@ -1,35 +1,20 @@
 """The loop notices a policy that is not what it samples from, and loses nothing when stopped."""
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
-from micro import MICRO, parse
+from micro import CONFIG, train, vowels
 
 from kl_kernels.ppo import loop, pretrain
 from kl_kernels.ppo.checkpoint import RunFolder, create_run, load_state
 from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.policy import Policy, load_model
+from kl_kernels.ppo.losses import check_ratio, check_reference
+from kl_kernels.ppo.policy import Policy, Samples, load_model
 from kl_kernels.ppo.report import read_metrics
-
-CONFIG = PPOConfig(**{k: v for k, v in vars(parse(*MICRO)).items() if k not in ("out", "resume")})
-PROMPTS = [[4], [7, 8, 9], [11, 12]]
-
-
-def vowels(prompts, answers):
-    return [sum(letter in "aeiou" for letter in answer) / 4 for answer in answers]
-
-
-def train(folder, model_folder, *, reward=vowels, **changes):
-    """The metrics of a new run, or of one that goes on in `folder`; all but the time it took."""
-    config = dataclasses.replace(CONFIG, **changes)
-    run = RunFolder(folder) if folder.exists() else create_run(folder, config)
-    lm, tokenizer = load_model(model_folder)
-    loop.train(config, run, lm, tokenizer, PROMPTS, reward, None)
-    records = read_metrics(run.metrics)
-    assert all(record.pop("seconds") > 0 for record in records)
-    return records
+from kl_kernels.ppo.rollout import shape_scores
 
 
 @pytest.mark.parametrize(
@@ -39,6 +24,11 @@ def train(folder, model_folder, *, reward=vowels, **changes):
         {"exact_kl_gradient": "advantage"},
         {"kl_estimator": "k1"},
         {"controller": "fixed", "kl_coef": 0.0},
+        {"kl_in": "loss"},
+        {"kl_in": "loss", "kl_estimator": "k2"},
+        {"reference": "adapter", "lora_rank": 4},
+        {"controller": "threshold"},
+        {"controller": "pi", "whiten_rewards": True},
     ],
 )
 def test_every_form_of_the_kl_starts_at_ratio_one_and_kl_zero(tmp_path, model_folder, changes):
@@ -83,9 +73,9 @@ def test_one_token_answers_feel_corrected_exact_kl_as_they_feel_k1(tmp_path, mod
 
 def test_dropout_is_noticed(tmp_path, model_folder, monkeypatch):
     class Dropping(Policy):
-        def __init__(self, lm):
-            super().__init__(lm)
-            self.train()
+        def forward(self, *arguments):
+            self.train(torch.is_grad_enabled())  # in the loss, not in the rollout
+            return super().forward(*arguments)
 
     monkeypatch.setattr(loop, "Policy", Dropping)
     with pytest.raises(RuntimeError, match="before the first step a policy ratio is off 1"):
@@ -93,25 +83,28 @@ def test_dropout_is_noticed(tmp_path, model_folder, monkeypatch):
 
 
 def test_another_reference_is_noticed(tmp_path, model_folder, monkeypatch):
-    copy = loop.frozen_copy
+    make = loop.make_reference
 
-    def other(lm):
-        reference = copy(lm)
-        reference.get_input_embeddings().weight.mul_(1.1)
-        return reference
+    def other(config, lm, device):
+        changed = copy.deepcopy(lm)
+        changed.get_input_embeddings().weight.data.mul_(1.1)
+        return lm, make(config, changed, device)[1]
 
-    monkeypatch.setattr(loop, "frozen_copy", other)
+    monkeypatch.setattr(loop, "make_reference", other)
     with pytest.raises(RuntimeError, match="before the first step a token's KL"):
         train(tmp_path / "run", model_folder)
 
 
 @pytest.mark.parametrize("nonsense", [math.nan, math.inf, 0.01])
 def test_the_start_check_refuses(nonsense):
-    loop.check_start(0.0, 0.0)
+    check_ratio(0.0, 1.0)
+    check_reference(0.0)
     with pytest.raises(RuntimeError):
-        loop.check_start(nonsense, 0.0)
+        check_ratio(nonsense, 1.0)
     with pytest.raises(RuntimeError):
-        loop.check_start(0.0, nonsense)
+        check_ratio(0.0, 1 + nonsense)
+    with pytest.raises(RuntimeError):
+        check_reference(nonsense)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, model_folder):
@@ -138,6 +131,44 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, model_folder):
     states = [load_state(tmp_path / name / "checkpoint.pt") for name in ("whole", "stopped")]
     for part in ("policy", "optimizer", "controller", "rng", "updates"):
         torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
+
+
+def test_a_reference_that_is_the_policy_without_its_adapter(tmp_path, model_folder):
+    """Only the adapter learns, and the KL is to the model it was put on."""
+    start = load_model(model_folder)[0].state_dict()
+    train(tmp_path / "run", model_folder, updates=3, reference="adapter", learning_rate=1e-2)
+    saved = load_state(tmp_path / "run" / "checkpoint.pt")
+    trained = {n for n, w in saved["policy"].items() if "lora" in n and "_B." in n and w.any()}
+    assert trained, "nothing was learned"
+    base = {n.replace("lm.base_model.model.", "").replace("base_layer.", ""): w
+            for n, w in saved["policy"].items() if "lora" not in n}  # fmt: skip
+    for name, weight in start.items():
+        assert torch.equal(base[name], weight), name
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[2]["kl"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [1.0, 4.0, -6.0]),
+        ({"score_clip": 2.0}, [1.0, 2.0, -2.0]),
+        ({"length_exponent": 1.0}, [1.0, 2.0, -2.0]),
+        ({"missing_eos_penalty": 5.0}, [-4.0, 4.0, -11.0]),
+        ({"missing_eos_penalty": 5.0, "missing_eos": "replace"}, [-5.0, 4.0, -5.0]),
+        ({"overlong_buffer": 2}, [1.0, 4.0, -6.5]),
+        ({"overlong_buffer": 2, "overlong_factor": 3.0}, [1.0, 4.0, -7.5]),
+        ({"score_clip": 2.0, "missing_eos_penalty": 5.0}, [-4.0, 2.0, -7.0]),
+    ],
+)
+def test_scores_are_paid_by_length_and_ending(changes, expected):
+    """Answers of 1, 2 and 3 tokens; only the second holds EOS, and the first EOS as padding."""
+    eos = 9
+    ids = torch.tensor([[1, eos, eos, eos], [1, eos, eos, eos], [1, 2, 3, 0]])
+    mask = torch.arange(4) < torch.tensor([[1], [2], [3]])
+    samples = Samples(ids, mask, mask)
+    config = dataclasses.replace(CONFIG, answer_tokens=4, **changes)
+    paid = shape_scores(config, torch.tensor([1.0, 4.0, -6.0]), samples, eos)
+    assert paid.tolist() == pytest.approx(expected)
 
 
 def test_pretraining_goes_on_bit_for_bit(tmp_path, paragraphs, monkeypatch):

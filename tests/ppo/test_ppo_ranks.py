@@ -40,9 +40,13 @@ def rewards(tmp_path, monkeypatch):
     sys.modules.pop("own_rewards", None)
 
 
-def torchrun(folder, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "kl_kernels", "ppo", *map(str, arguments)]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# Told to use CPUs, accelerate starts one process; its launcher of several is named after GPUs.
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+
+
+def torchrun(folder, *arguments, launcher=TORCHRUN, program=("-m", "kl_kernels")):
+    command = [sys.executable, "-m", *launcher, *program, "ppo", *map(str, arguments)]
     path = os.pathsep.join(map(str, (REPOSITORY, folder)))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -60,35 +64,57 @@ def often_ending(model_folder, folder):
     return folder
 
 
-def test_two_processes_train_as_one_also_when_resumed(rewards, model_folder):
-    model = often_ending(model_folder, rewards / "model")
-    common = [*MICRO, "--model", model, "--reward", "own_rewards:vowels"]
-    common += ["--learning-rate", "3e-3", "--answer-tokens", "12"]
-    assert run(*common, "--out", rewards / "one", "--updates", "4") == 0
-    (rewards / "rank0.txt").unlink()
-    first = torchrun(rewards, *common, "--out", "two", "--updates", "2")
-    assert first.returncode == 0, first.stderr
-    resumed = torchrun(rewards, "--resume", "two", "--updates", "4")
-    assert resumed.returncode == 0, resumed.stderr
-
-    one, two = (read_metrics(rewards / name / "metrics.jsonl") for name in ("one", "two"))
+def assert_same_training(*folders):
+    one, two = (read_metrics(folder / "metrics.jsonl") for folder in folders)
     assert len(one) == len(two) == 4
     assert one[3]["kl"] > 1e-3, "nothing was learned"
     assert 2 < one[0]["length"] < 10, "answers hardly differ in length"
     for alone, together in zip(one, two):
         assert alone.keys() == together.keys()
         assert alone["sample"] == together["sample"]
-        for name in alone.keys() - {"sample", "seconds", "gold"}:
+        assert alone["violation"] is together["violation"] is None
+        for name in alone.keys() - {"sample", "seconds", "gold", "violation"}:
             assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), name
-    states = [load_state(rewards / name / "checkpoint.pt") for name in ("one", "two")]
+    states = [load_state(folder / "checkpoint.pt") for folder in folders]
     assert torch.equal(states[0]["rng"]["cpu"], states[1]["rng"]["cpu"])
     torch.testing.assert_close(states[0]["policy"], states[1]["policy"], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_train_as_one_also_when_resumed(rewards, model_folder):
+    model = often_ending(model_folder, rewards / "model")
+    common = [*MICRO, "--model", model, "--reward", "own_rewards:vowels"]
+    common += ["--learning-rate", "3e-3", "--answer-tokens", "12"]
+    assert run(*common, "--out", rewards / "one", "--updates", "4") == 0
+    (rewards / "rank0.txt").unlink()
+    first = torchrun(rewards, *common, "--out", "two", "--updates", "2", launcher=ACCELERATE)
+    assert first.returncode == 0, first.stderr
+    resumed = torchrun(rewards, "--resume", "two", "--updates", "4")
+    assert resumed.returncode == 0, resumed.stderr
+
+    assert_same_training(rewards / "one", rewards / "two")
 
     # Each process scored its half, and only one of them wrote and spoke.
     assert [(rewards / f"rank{i}.txt").read_text() for i in (0, 1)] == ["4\n" * 4] * 2
     files = [sorted(p.name for p in (rewards / name).iterdir()) for name in ("one", "two")]
     assert files[0] == files[1]
     assert resumed.stdout.count("run folder: ") == resumed.stdout.count("metrics: ") == 1
+
+
+def test_shards_train_as_one_process_and_resume_as_any_number_of_them(rewards, model_folder):
+    """FSDP2's shards for two updates, one process for one, shards again."""
+    model = often_ending(model_folder, rewards / "model")
+    common = [*MICRO, "--model", model, "--reward", "own_rewards:vowels"]
+    common += ["--learning-rate", "3e-3", "--answer-tokens", "12", "--max-update-kl", "1e9"]
+    assert run(*common, "--out", rewards / "one", "--updates", "4") == 0
+    sharded = (str(Path(__file__).parent / "sharded.py"),)
+    first = torchrun(rewards, *common, "--out", "two", "--updates", "2", program=sharded)
+    assert first.returncode == 0, first.stderr
+    assert run("--resume", rewards / "two", "--updates", "3") == 0
+    resumed = torchrun(rewards, "--resume", "two", "--updates", "4", program=sharded)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_training(rewards / "one", rewards / "two")
+    trained = [load_model(rewards / name / "policy")[0].state_dict() for name in ("one", "two")]
+    torch.testing.assert_close(trained[0], trained[1], rtol=1e-3, atol=1e-4)
 
 
 def test_ctrl_c_ends_all_processes_and_tells_how_to_go_on(rewards, model_folder):

@@ -154,7 +154,7 @@ def test_two_studies_in_one_folder_are_refused(tmp_path):
         (["--seeds", "0"], "seeds is 0"),
         (["--jobs", "0"], "jobs is 0"),
         (["--sequences", "1"], "sequences is 1"),
-        (["--controller", "fixed"], "controller is given"),
+        (["--controller", "fixed"], "controller is 'fixed', which betas says"),
         (["--reward", "m:f"], "reward is 'm:f'; a study compares"),
         (["--model", "no/such/folder"], "model is 'no/such/folder'"),
         (["--kl-coef", "0"], "kl_coef is 0, which cannot adapt"),

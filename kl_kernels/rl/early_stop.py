@@ -1,0 +1,87 @@
+"""Leaving off with a batch once the policy has moved far enough on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kl_kernels.checks import check_choice, check_positive
+from kl_kernels.rl.measure import measure_kl
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
+
+TOLERANCES = {"before_step": 1.5, "after_epoch": 1.0}
+
+
+class KLEarlyStop:
+    """Tells when to stop taking steps on a batch: KL(old policy || policy) exceeds a target.
+
+    Two rules are in use. "before_step" looks at every minibatch before its step, which is not
+    taken then, and no other on this batch either: Stable-Baselines3's, with its tolerance of 1.5.
+    "after_epoch" looks at the last minibatch of an epoch, whose step has been taken: CleanRL's,
+    with no tolerance. One loop serves both:
+
+        for epoch in range(epochs):
+            for minibatch in minibatches:
+                loss, metrics = ...
+                if early_stop.before_step(metrics["approx_kl"]):
+                    break
+                ...  # the step
+            if early_stop.after_epoch():
+                break
+
+    Both measure with k3, (r - 1) - log r with r = policy / old policy, which is never negative:
+    `metrics["approx_kl"]` of the policy losses, or
+    `kl_penalty(old_logprobs, logprobs.detach(), "k3")` per token.
+
+    Args:
+        target_kl: nats per token, above 0; 0.01 to 0.03 are usual.
+        when: "before_step" or "after_epoch".
+        tolerance: stops above tolerance x target_kl, above 0. None: the rule's own, 1.5 or 1.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(
+        self, target_kl: float, *, when: str = "before_step", tolerance: float | None = None
+    ) -> None:
+        check_positive("target_kl", target_kl)
+        check_choice("when", when, tuple(TOLERANCES))
+        tolerance = TOLERANCES[when] if tolerance is None else tolerance
+        check_positive("tolerance", tolerance)
+        self.limit = tolerance * target_kl
+        self.when = when
+        self._last = 0.0
+
+    def before_step(
+        self,
+        kl: Tensor | float,
+        mask: Tensor | None = None,
+        *,
+        group: ProcessGroup | None = None,
+    ) -> bool:
+        """Whether to leave this minibatch's step out, and with it the rest of the batch.
+
+        Args:
+            kl: the minibatch's mean KL(old policy || policy) as a number, or [B, T] per token, to
+                be averaged over the tokens of `mask`. NaN stops.
+            mask: [B, T] bool or numeric, with per-token KL only.
+            group: data-parallel ranks that each pass their own sequences; all get one answer.
+                Without it, and with numbers, pass what has been averaged over ranks: a rank that
+                stops alone leaves the others waiting for its gradients.
+
+        Raises:
+            TypeError, ValueError: shapes disagree.
+        """
+        self._last = measure_kl(kl, mask, "token_mean", group)
+        return self.when == "before_step" and self._exceeded()
+
+    def after_epoch(self) -> bool:
+        """Whether to leave the remaining epochs out."""
+        return self._exceeded()
+
+    def _exceeded(self) -> bool:
+        return not self._last <= self.limit

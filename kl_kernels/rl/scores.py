@@ -1,0 +1,126 @@
+"""What a sequence's score is changed by before it becomes a reward: length, and how it ended."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kl_kernels.checks import (
+    check_batch,
+    check_choice,
+    check_finite,
+    check_non_negative,
+    check_per_sequence,
+    check_positive,
+)
+from kl_kernels.schemas import output_dtype
+
+MISSING_EOS = ("subtract", "replace")
+
+
+def missing_eos_penalty(
+    scores: Tensor,  # [B]
+    ended: Tensor,  # [B]
+    penalty: float,
+    *,
+    mode: str = "subtract",
+) -> Tensor:
+    """Scores of sequences that were cut off instead of ending, lowered or replaced.
+
+    A reward model has no say on half an answer, and a policy that learns not to end is not worth
+    its score. "subtract": score - penalty, as TRL. "replace": -penalty whatever the score, as
+    OpenAI's summarisation work (Stiennon et al. 2020; 1 there) and torchtune (3).
+
+    Args:
+        scores: any float dtype.
+        ended: bool or numeric, non-zero where the sequence holds its EOS, or any other token or
+            text that ends it: the caller knows which count.
+        penalty: in units of the score, 0 or above.
+        mode: "subtract" or "replace".
+
+    Returns:
+        [B] float32 (float64 for float64 scores), without gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or range.
+    """
+    _check_scores(scores)
+    check_per_sequence("ended", ended, "scores", scores)
+    check_non_negative("penalty", penalty)
+    check_choice("mode", mode, MISSING_EOS)
+    scores = scores.detach().to(output_dtype(scores))
+    cut_off = scores - penalty if mode == "subtract" else torch.full_like(scores, -penalty)
+    return torch.where(ended.bool(), scores, cut_off)
+
+
+def overlong_penalty(
+    lengths: Tensor,  # [B]
+    max_length: int,
+    buffer: int,
+    *,
+    factor: float = 1.0,
+) -> Tensor:
+    """A penalty that grows with length over the last `buffer` tokens; add it to the scores.
+
+        0                                                 length <= max_length - buffer
+        -factor (length - (max_length - buffer)) / buffer     up to max_length
+        -factor                                           beyond
+
+    DAPO's soft overlong punishment (Yu et al. 2025, arXiv 2503.14476, equation 13).
+
+    Args:
+        lengths: tokens of each response, any real dtype; `mask.sum(1)`.
+        max_length: the length from which the whole penalty is due, above 0.
+        buffer: tokens before it over which the penalty grows, 1 to max_length.
+        factor: the whole penalty, in units of the score, 0 or above.
+
+    Returns:
+        [B] float32, 0 or below.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or range.
+    """
+    _check_scores(lengths, "lengths")
+    check_positive("max_length", max_length)
+    if not 1 <= buffer <= max_length:
+        raise ValueError(f"buffer is {buffer}; accepted: 1 to max_length, {max_length}")
+    check_non_negative("factor", factor)
+    over = (lengths.detach().float() - (max_length - buffer)) / buffer
+    return -factor * over.clamp(0, 1)
+
+
+def length_normalized_scores(
+    scores: Tensor,  # [B]
+    mask: Tensor,  # [B, T]
+    *,
+    exponent: float = 1.0,
+) -> Tensor:
+    """Scores divided by length^exponent, so that a sum over tokens does not pay for more of them.
+
+    Exponent 1 makes a sum of log-probabilities their mean (as SimPO's reward is, Meng et al. 2024,
+    arXiv 2405.14734); below 1 is beam search's milder form (Wu et al. 2016, arXiv 1609.08144).
+
+    Args:
+        scores: any float dtype.
+        mask: bool or numeric, non-zero at response tokens. Without any, the score stays.
+        exponent: finite; 0 changes nothing.
+
+    Returns:
+        [B] float32 (float64 for float64 scores), without gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or range.
+    """
+    check_batch("mask", mask)
+    check_per_sequence("scores", scores, "mask", mask)
+    check_finite("exponent", exponent)
+    dtype = output_dtype(scores)
+    lengths = mask.bool().sum(1).clamp_min(1).to(dtype)
+    return scores.detach().to(dtype) / lengths**exponent
+
+
+def _check_scores(scores: Tensor, name: str = "scores") -> None:
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"{name} is a {type(scores).__name__}; it has to be a torch.Tensor")
+    if scores.ndim != 1:
+        raise ValueError(f"{name} has shape {tuple(scores.shape)}; it has to be [B]")

@@ -122,10 +122,10 @@ def target_is_held(runs: Sequence[Outcome], target: float) -> Claim:
     low = min(run.last_third_kl_range[0] for run in runs) / target - 1
     high = max(run.last_third_kl_range[1] for run in runs) / target - 1
     return Claim(
-        f"The adaptive controller holds its target of {target:g} nats within {NEAR_TARGET:.0%} "
-        "over the last third of the updates, in every seed",
+        f"The adaptive controller holds its target of {target:g} nats: the mean KL over the last "
+        f"third of the updates is within {NEAR_TARGET:.0%} of it in every seed",
         all(abs(mean) <= NEAR_TARGET for mean in means),
-        f"The mean KL there is off by {', '.join(f'{mean:+.0%}' for mean in means)}; single "
+        f"It is off by {', '.join(f'{mean:+.0%}' for mean in means)}; single "
         f"updates by {low:+.0%} to {high:+.0%}.",
     )
 

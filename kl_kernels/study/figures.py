@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kl_kernels.study.estimators import SAMPLED
 from kl_kernels.study.fit import GaoFit
@@ -96,6 +96,9 @@ def _draw_ends(axes: Any, data: Data) -> None:
     for beta, row in data["table"].items():
         gold, x = row["gold"]["mean"], math.sqrt(max(row["kl"]["mean"], 0.0))
         colour = {"0": GREY, ADAPTIVE: OTHER}.get(beta, GOLD)
+        curve = data["curves"][beta]
+        way = np.sqrt(np.maximum(curve["kl"]["mean"], 0.0))
+        axes.plot(way, curve["gold"]["mean"], color=colour, linewidth=1, alpha=0.35)
         half = 0.0 if row["gold"]["low"] is None else gold - row["gold"]["low"]
         axes.errorbar(x, gold, yerr=half, color=colour, capsize=3 if half else 0,
                       fmt="D" if beta == ADAPTIVE else "o")  # fmt: skip
@@ -164,8 +167,7 @@ def control(data: Data) -> Figure:
         (kls, kl_ends, "KL to the reference, by beta", "exact KL  [nats per answer]"),
         (betas, beta_ends, "the penalty itself (beta = 0 has none)", "beta  [score per nat]"),
     ):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(PLAIN)
+        _logarithmic(axes.set_yscale, axes.yaxis)
         axes.set_title(title, loc="left")
         axes.set_ylabel(unit)
         axes.set_xlabel("PPO update")
@@ -202,19 +204,18 @@ def estimators(data: Data) -> Figure:
     for axes in (variance, bias):
         level_line = 1.0 if axes is variance else 0.0
         axes.axhline(level_line, color="black", linewidth=1.6)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(PLAIN)
+        _logarithmic(axes.set_xscale, axes.xaxis)
         axes.set_xlabel("KL of the policy  [nats per answer]")
         axes.grid(alpha=0.25)
     ends[variance].append(([1.0], "exact", "black"))
-    variance.set_yscale("log")
+    _logarithmic(variance.set_yscale, variance.yaxis)
     variance.set_ylabel("variance over that of exact KL")
     variance.set_title("noise of one answer's KL estimate", loc="left")
     bias.set_yscale("symlog", linthresh=10)
+    bias.yaxis.set_major_formatter(PLAIN)
     bias.set_ylabel("bias  [% of the KL]")
     bias.set_title("bias (mean difference from exact, 95 % interval)", loc="left")
     for axes in (variance, bias):
-        axes.yaxis.set_major_formatter(PLAIN)
         label_ends(axes, ends[axes])
     return figure
 
@@ -258,6 +259,14 @@ def label_ends(axes: Any, ends: list[tuple[list[float], str, Any]]) -> None:
             textcoords="axes fraction", color=colour, va="center", fontsize=9.5,
             annotation_clip=False,
         )  # fmt: skip
+
+
+def _logarithmic(set_scale: Callable[[str], None], axis: Any) -> None:
+    """Ticks at 1, 2, 5, 10, ... with plain numbers."""
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(PLAIN)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _say(

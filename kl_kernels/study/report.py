@@ -122,8 +122,8 @@ def _overoptimisation_caption(data: Data) -> str:
     return (
         f"Left: without a KL penalty, {points}. Line: the form of Gao et al. "
         "(2023), fitted to gold, with its peak (diamond) beside the observed one (star). It is not "
-        "drawn for the proxy, which need not follow it. Right: the mean of the last "
-        f"{WINDOW} updates for each beta."
+        "drawn for the proxy, which need not follow it. Right: gold on each beta's way, "
+        f"and the mean of its last {WINDOW} updates."
     )
 
 

@@ -83,7 +83,7 @@ def test_a_target_has_to_be_held_in_every_seed():
     seeds = [run(gold_end=5.0, kl_end=kl) for kl in (20.0, 20.0, 15.0)]
     claim = claims(as_expected() | {"adaptive": seeds})["target"]
     assert claim["holds"] is False
-    assert "off by +0%, +0%, -25%" in claim["evidence"]
+    assert "It is off by +0%, +0%, -25%" in claim["evidence"]
 
 
 def test_gold_that_does_not_turn_over_does_not_follow_gao():

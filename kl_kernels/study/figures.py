@@ -212,6 +212,7 @@ def estimators(data: Data) -> Figure:
     variance.set_ylabel("variance over that of exact KL")
     variance.set_title("noise of one answer's KL estimate", loc="left")
     bias.set_yscale("symlog", linthresh=10)
+    bias.margins(y=0.1)
     bias.yaxis.set_major_formatter(PLAIN)
     bias.set_ylabel("bias  [% of the KL]")
     bias.set_title("bias (mean difference from exact, 95 % interval)", loc="left")

@@ -109,6 +109,9 @@ def test_a_study_that_is_stopped_twice_has_the_metrics_of_lone_runs(
     assert lone.wait(60) == 0
     assert metrics(killed) == metrics(RunFolder(tmp_path / "ppo"))
 
+    assert "reward model:" in folder.log(folder.start(3)).read_text()
+    assert "reward model:" not in folder.log(killed).read_text(), "runs of a seed share its start"
+
     printed = capsys.readouterr().out
     assert str(folder.report) in printed
     assert "adaptive beta" in printed

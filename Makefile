@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear gpu abi lint format clean
+.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor gpu abi lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -39,6 +39,10 @@ bench-careful: $(READY)
 
 bench-linear: $(READY)
 	$(BIN)/python bench/linear.py $(ARGS)
+	$(BIN)/python bench/readme.py
+
+bench-monitor: $(READY)
+	$(BIN)/python bench/monitor_rates.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
 bench: $(READY)

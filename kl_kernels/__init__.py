@@ -12,6 +12,9 @@ from kl_kernels.functional import (
     token_kl,
     token_stats,
 )
+from kl_kernels.monitor.audit import AuditLog
+from kl_kernels.monitor.constraint import UpdateConstraint
+from kl_kernels.monitor.monitor import KLMonitor
 from kl_kernels.policy_loss import fused_policy_loss
 from kl_kernels.rl.advantages import compute_gae
 from kl_kernels.rl.controllers import (
@@ -37,13 +40,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveKLController",
+    "AuditLog",
     "FixedKLController",
     "KLEarlyStop",
+    "KLMonitor",
     "KLRewards",
     "PIKLController",
     "ThresholdKLController",
     "TokenKL",
     "TokenStats",
+    "UpdateConstraint",
     "__version__",
     "compute_gae",
     "compute_rewards",

@@ -1,4 +1,4 @@
-"""Figures in the README, and in docs/study.md, are those of the committed results files."""
+"""Figures in README.md and docs/ are those of the committed results files."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_readme_says_what_the_results_files_say():
+def test_the_documents_say_what_the_results_files_say():
     done = subprocess.run(
         [sys.executable, "bench/readme.py", "--check"],
         cwd=ROOT,

@@ -35,7 +35,7 @@ class TensorBoardSink:
         self._names, self._prefix = names, prefix
         self._owns = isinstance(writer, (str, os.PathLike))
         if self._owns:
-            tensorboard = _library("torch.utils.tensorboard", "tensorboard")
+            tensorboard = library("torch.utils.tensorboard", "tensorboard")
             writer = tensorboard.SummaryWriter(os.fspath(writer))
         self._writer = writer
 
@@ -85,7 +85,7 @@ class WandbSink:
     ) -> None:
         check_choice("names", names, tuple(NAMES))
         check_choice("level", level, ("INFO", "WARN", "ERROR"))
-        self._run = run if run is not None else _library("wandb", "wandb").run
+        self._run = run if run is not None else library("wandb", "wandb").run
         if self._run is None:
             raise ValueError("run is None and no run is active; call wandb.init first")
         self._names, self._prefix, self._step_metric = names, prefix, step_metric
@@ -141,7 +141,7 @@ class MLflowSink:
         tracking_uri: str | None = None,
     ) -> None:
         check_choice("names", names, tuple(NAMES))
-        mlflow = _library("mlflow", "mlflow")
+        mlflow = library("mlflow", "mlflow")
         if run_id is None:
             active = mlflow.active_run()
             if active is None:
@@ -168,7 +168,7 @@ class MLflowSink:
         """Nothing: the run is the caller's."""
 
 
-def _library(module: str, package: str) -> Any:
+def library(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -47,6 +47,14 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def audit(self) -> Path:
+        return self.path / "audit.jsonl"
+
+    @property
+    def drift(self) -> Path:
+        return self.path / "drift.json"  # where the last rollout's KL sits
+
+    @property
     def table(self) -> Path:
         return self.path / "table.txt"
 

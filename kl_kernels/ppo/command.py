@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from kl_kernels.ppo.ranks import Ranks, launch
 from kl_kernels.ppo.report import draw, read_metrics, summary, table
 from kl_kernels.ppo.reward import RewardFunction, TokenReward, fit_reward_model, load_reward
 from kl_kernels.ppo.task import GoldScore, load_corpus
+from kl_kernels.ppo.watch import check_library
 
 INTERRUPTED = 130  # the shell's status for a process ended by Ctrl-C
 
@@ -97,6 +99,7 @@ class Inputs:
     """What the arguments name, loaded as far as that is quick, so that errors come at once."""
 
     def __init__(self, config: PPOConfig) -> None:
+        check_library(config.log_to)
         self.reward = load_reward(config.reward) if config.reward else None
         self.prompts = _read_prompts(config.prompts) if config.prompts else None
         if config.model:
@@ -168,11 +171,13 @@ def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -
 
 def _report(config: PPOConfig, folder: RunFolder) -> None:
     records = read_metrics(folder.metrics)
+    drift = json.loads(folder.drift.read_text(encoding="utf-8"))
     draw(folder.picture, config, records)
-    report = f"{table(records)}\n\n{summary(config, records)}\n"
+    report = f"{table(records)}\n\n{summary(config, records, drift)}\n"
     write_text(folder.table, report)
     print(f"\n{report}")
-    print(f"metrics: {folder.metrics}\npicture: {folder.picture}\npolicy:  {folder.policy}")
+    print(f"metrics: {folder.metrics}\naudit:   {folder.audit}")
+    print(f"picture: {folder.picture}\npolicy:  {folder.policy}")
 
 
 def _encode_prompts(

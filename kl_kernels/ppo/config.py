@@ -15,6 +15,7 @@ from typing import Any
 
 from kl_kernels.checks import check_choice
 from kl_kernels.monitor.constraint import ACTIONS, UpdateConstraint
+from kl_kernels.monitor.names import NAMES
 
 LITERATURE = """
 [GAE] Schulman et al. (2016), High-dimensional continuous control using generalized advantage
@@ -227,6 +228,12 @@ class PPOConfig:
     kl_budget: float = option(
         0.0, "nats per answer beyond which the monitor speaks up; 0: none", at_least=0
     )
+    log_to: str = option(
+        "none",
+        "a dashboard beside metrics.jsonl and audit.jsonl; its library has to be installed",
+        choices=("none", "tensorboard", "wandb", "mlflow"),
+    )
+    metric_names: str = option("kl_kernels", "whose names metrics get on it", choices=tuple(NAMES))
 
     checkpoint_every: int = option(1, "updates between checkpoints", at_least=1)
 

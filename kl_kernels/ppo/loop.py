@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from kl_kernels.ppo.report import MetricsLog, live_line
 from kl_kernels.ppo.reward import RewardFunction, scores_of
 from kl_kernels.ppo.rollout import shape_rewards, shape_scores, teach
 from kl_kernels.ppo.state import TrainingState, whole_weights
+from kl_kernels.ppo.watch import Watch
 from kl_kernels.rl.controllers import KLController
 
 
@@ -94,82 +96,94 @@ def train(
         config, accelerator, ranks, policy, reference, optimizer, early_stop, constraint
     )
 
-    done = 0
-    if run.checkpoint.is_file():
-        saved = state.load(run.checkpoint)
+    saved = state.load(run.checkpoint) if run.checkpoint.is_file() else None
+    done = saved["updates"] if saved else 0
+    watch = Watch(config, run, ranks, updates=done, policy=whole_weights(module))
+    if saved:
+        watch.monitor.load_state_dict(saved["monitor"])
         restore_rng(saved["rng"])
-        done = saved["updates"]
-    elif constraint and constraint.action == "rollback":
-        state.save(run.checkpoint, done, ranks)  # the first update may have to be rolled back
+    elif constraint and constraint.action == "rollback":  # maybe of the first update
+        state.save(run.checkpoint, done, ranks, monitor=watch.monitor.state_dict())
 
     log = ranks.on_first(lambda: MetricsLog(run.metrics, keep=done))
-    progress = tqdm(range(done + 1, config.updates + 1), desc="PPO", unit="update",
-                    initial=done, total=config.updates, dynamic_ncols=True,
-                    disable=not ranks.first)  # fmt: skip
-    for update in progress:
-        started = time.perf_counter()
-        kl_coef = controller.value
+    with closing(watch):
+        progress = tqdm(range(done + 1, config.updates + 1), desc="PPO", unit="update",
+                        initial=done, total=config.updates, dynamic_ncols=True,
+                        disable=not ranks.first)  # fmt: skip
+        for update in progress:
+            started = time.perf_counter()
+            kl_coef = controller.value
 
-        # 1. Rollout: sample answers, and ask what they are worth.
-        chosen = [prompts[i] for i in torch.randint(len(prompts), (config.batch_size,)).tolist()]
-        samples = sample(module, tokenizer, chosen, config.answer_tokens, ranks)
-        own = chosen[ranks.rows(len(chosen))]
-        prompt_texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
-        answers = answer_texts(samples, tokenizer)
-        scores = scores_of(reward, prompt_texts, answers).to(accelerator.device)
+            # 1. Rollout: sample answers, and ask what they are worth.
+            chosen = [
+                prompts[i] for i in torch.randint(len(prompts), (config.batch_size,)).tolist()
+            ]
+            samples = sample(module, tokenizer, chosen, config.answer_tokens, ranks)
+            own = chosen[ranks.rows(len(chosen))]
+            prompt_texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
+            answers = answer_texts(samples, tokenizer)
+            scores = scores_of(reward, prompt_texts, answers).to(accelerator.device)
 
-        # 2. Rewards: the score at the last token, -beta KL at every token.
-        paid = shape_scores(config, scores, samples, tokenizer.eos_token_id)
-        shaped, values = shape_rewards(config, policy, reference, samples, paid, kl_coef)
-        if update == 1:
-            check_reference(ranks.largest(shaped.kl.max()).item())
+            # 2. Rewards: the score at the last token, -beta KL at every token.
+            paid = shape_scores(config, scores, samples, tokenizer.eos_token_id)
+            shaped, values = shape_rewards(config, policy, reference, samples, paid, kl_coef)
+            if update == 1:
+                check_reference(ranks.largest(shaped.kl.max()).item())
 
-        # 3. Advantages: better or worse than the value head expected, token by token.
-        batch, per_unit = teach(config, samples, shaped, values, ranks)
-        kl_loss_coef = per_unit * kl_coef if config.kl_in_loss else 0.0
+            # 3. Advantages: better or worse than the value head expected, token by token.
+            batch, per_unit = teach(config, samples, shaped, values, ranks)
+            kl_loss_coef = per_unit * kl_coef if config.kl_in_loss else 0.0
 
-        # 4. Optimisation: a few clipped steps, each on a random part of the batch.
-        before = state.copy() if constraint and constraint.undoes else None
-        steps = trainer.update(update, batch, kl_loss_coef)
-        if steps.action and before:
-            state.undo(before)
-        elif steps.action == "rollback":
-            state.load(run.checkpoint)
+            # 4. Optimisation: a few clipped steps, each on a random part of the batch.
+            before = state.copy() if constraint and constraint.undoes else None
+            steps = trainer.update(update, batch, kl_loss_coef)
+            if steps.action and before:
+                state.undo(before)
+            elif steps.action == "rollback":
+                state.load(run.checkpoint)
 
-        # 5. Control: beta follows the KL of the answers that were just sampled.
-        mask = samples.mask
-        controlled = controller.update(shaped.kl, config.batch_size, mask=mask, group=ranks.group)
+            # 5. Control: beta follows the KL of the answers that were just sampled.
+            mask = samples.mask
+            controlled = controller.update(
+                shaped.kl, config.batch_size, mask=mask, group=ranks.group
+            )
 
-        # 6. Report, then checkpoint: metrics after the checkpoint are dropped when resuming.
-        scores = ranks.all_rows(scores)
-        entropy = masked_mean(shaped.entropy, mask, group=ranks.group)
-        golds = scores.new_tensor(list(map(gold, answers)) if gold else [], dtype=torch.float64)
-        record: dict[str, Any] = {
-            "update": update,
-            "proxy": scores.mean().item(),
-            "proxy_sd": scores.std().item(),
-            "gold": ranks.all_rows(golds).mean().item() if gold else None,
-            "kl": controlled.kl,
-            "kl_coef": kl_coef,
-            "entropy": entropy.item(),
-            "length": batch.samples.mask.sum(1).float().mean().item(),
-            **steps.metrics(),
-            "advantage_sd": 1 / per_unit,
-            "stopped_early": steps.stopped_early,
-            "violation": steps.violation.message if steps.violation else None,
-            "seconds": time.perf_counter() - started,
-            "sample": prompt_texts[0] + " |" + answers[0],
-        }
-        if ranks.first:
-            log.append(record)
-            progress.set_postfix_str(live_line(record))
-        if steps.action == "raise":
-            raise ConstraintViolation(str(steps.violation))
-        last = update == config.updates or steps.action == "stop"
-        if last or update % config.checkpoint_every == 0:
-            state.save(run.checkpoint, update, ranks)
-        if last:
-            break
+            # 6. Report, then checkpoint: metrics after the checkpoint are dropped when resuming.
+            scores = ranks.all_rows(scores)
+            entropy = masked_mean(shaped.entropy, mask, group=ranks.group)
+            golds = scores.new_tensor(list(map(gold, answers)) if gold else [], dtype=torch.float64)
+            record: dict[str, Any] = {
+                "update": update,
+                "proxy": scores.mean().item(),
+                "proxy_sd": scores.std().item(),
+                "gold": ranks.all_rows(golds).mean().item() if gold else None,
+                "kl": controlled.kl,
+                "kl_coef": kl_coef,
+                "entropy": entropy.item(),
+                "length": batch.samples.mask.sum(1).float().mean().item(),
+                **steps.metrics(),
+                "advantage_sd": 1 / per_unit,
+                "stopped_early": steps.stopped_early,
+                "violation": steps.violation.message if steps.violation else None,
+                "seconds": time.perf_counter() - started,
+                "sample": prompt_texts[0] + " |" + answers[0],
+            }
+            watch.update(record, controlled, steps.violation)
+            if ranks.first:
+                log.append(record)
+                progress.set_postfix_str(live_line(record))
+            if steps.action == "raise":
+                raise ConstraintViolation(str(steps.violation))
+            last = update == config.updates or steps.action == "stop"
+            if last or update % config.checkpoint_every == 0:
+                saved = state.save(
+                    run.checkpoint, update, ranks, monitor=watch.monitor.state_dict()
+                )
+                watch.checkpoint(update, saved["policy"])
+            if last:
+                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in chosen]
+                watch.drift(ranks.all_rows(shaped.kl), batch.samples, texts, tokenizer)
+                break
     trained = without_adapter(module.lm)
     return trained, whole_weights(trained)
 

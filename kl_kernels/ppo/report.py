@@ -66,7 +66,13 @@ def table(records: list[Record]) -> str:
     return "\n".join("".join(f"{cell:>9}" for cell in row) for row in rows)
 
 
-def summary(config: PPOConfig, records: list[Record]) -> str:
+def drift_line(drift: dict[str, Any]) -> str:
+    """The tokens that carry the last answers' KL."""
+    tokens = (f"{token['text']!r} {token['share']:.0%}" for token in drift["tokens"][:5])
+    return f"tokens with most of that KL at the end: {', '.join(tokens)}"
+
+
+def summary(config: PPOConfig, records: list[Record], drift: dict[str, Any]) -> str:
     """Start against end: what a reader would work out from the table, and how answers changed."""
     first, last_third = records[0], records[-max(1, len(records) // 3) :]
 
@@ -83,8 +89,9 @@ def summary(config: PPOConfig, records: list[Record]) -> str:
             f"gold score:   {first['gold']:.2f} at the start, "
             f"{over('gold'):.2f} over the last third"
         )
-    target = f", target {config.kl_target:g}" if config.controller == "adaptive" else ""
+    target = f", target {config.kl_target:g}" if config.controller != "fixed" else ""
     lines.append(f"KL per answer: {over('kl'):.1f} nats over the last third{target}")
+    lines.append(drift_line(drift))
     lines += [
         f"a sample, prompt | answer, of update {r['update']}:\n    {' '.join(r['sample'].split())}"
         for r in (first, records[-1])
@@ -111,7 +118,7 @@ def draw(path: Path, config: PPOConfig, records: list[Record]) -> None:
     rewards.legend()
 
     curve(kl, "kl", "tab:blue")
-    if config.controller == "adaptive":
+    if config.controller != "fixed":
         kl.axhline(config.kl_target, color="gray", linestyle="--", label="target")
         kl.legend()
     kl.set_title("exact KL(policy || reference) per answer, nats")

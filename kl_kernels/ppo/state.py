@@ -40,8 +40,8 @@ class TrainingState:
         self.policy.load_state_dict(before["policy"])
         self.optimizer.load_state_dict(before["optimizer"])
 
-    def save(self, path: Path, updates: int, ranks: Ranks, **others: Any) -> None:
-        """Write a checkpoint; returns on every process once it is there."""
+    def save(self, path: Path, updates: int, ranks: Ranks, **others: Any) -> dict[str, Any]:
+        """Write a checkpoint; returns it, on every process, once it is there."""
         state = {
             "policy": tree_map(whole, self.policy.state_dict()),
             "optimizer": tree_map(whole, self.optimizer.state_dict()),
@@ -51,6 +51,7 @@ class TrainingState:
             **others,
         }
         ranks.on_first(lambda: save_state(path, state))
+        return state
 
     def load(self, path: Path) -> dict[str, Any]:
         """Take policy, optimizer and controller from a checkpoint; returns all of it."""

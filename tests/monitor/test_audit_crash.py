@@ -88,6 +88,26 @@ def test_a_crash_between_the_record_and_its_sidecar_is_no_tampering(path, monkey
     assert kinds(path) == ["header", "note", "note", "resumed", "note"]
 
 
+def test_crashes_in_a_row_leave_the_sidecar_no_further_behind(path, monkeypatch):
+    write, n_calls = audit.Head.write, []
+    with AuditLog(path) as log:
+        monkeypatch.setattr(audit.Head, "write", crash)
+        with pytest.raises(Crash):
+            log.append("note", {})
+    for _ in range(3):  # the sidecar is mended; then the "resumed" record is in, its sidecar not
+        n_calls.clear()
+        monkeypatch.setattr(
+            audit.Head,
+            "write",
+            lambda head, log: (n_calls.append(log), len(n_calls) > 1 and crash(), write(head, log)),
+        )
+        with pytest.raises(Crash):
+            AuditLog(path)
+        monkeypatch.undo()
+        assert verify_log(path).ok
+    assert kinds(path) == ["header", "note", *["resumed"] * 3]
+
+
 def test_a_torn_line_is_dropped_and_the_log_says_how_much_of_it(path):
     """At every length a record can be torn at."""
     with AuditLog(path) as log:
@@ -140,9 +160,11 @@ def test_a_sidecar_cannot_be_one_behind_a_torn_line(path):
     assert verify_log(path).problem == "sidecar disagrees"
 
 
-@pytest.mark.parametrize("step", ["sidecar", "file", "header"])
+@pytest.mark.parametrize("step", ["nothing", "sidecar", "file", "header"])
 def test_a_crash_while_a_log_is_begun_leaves_one_that_can_be_opened(path, monkeypatch, step):
+    """`step` is the last thing that still happened."""
     target = {
+        "nothing": (audit.Head, "write"),
         "sidecar": (audit, "FileIO"),
         "file": (audit, "sync_folder"),
         "header": (audit.os, "fsync"),

@@ -36,6 +36,8 @@ def test_order_strides_and_storage_do_not_count():
     assert model_hash(state) == expected
     state["a"] = torch.cat([state["a"], state["a"]])[3:]
     assert model_hash(state) == expected
+    state["b"] = torch.stack([state["b"], state["b"]], dim=1)[:, 0]
+    assert model_hash(state) == expected
     state["a"] = nn.Parameter(state["a"])
     assert model_hash(state) == expected
 

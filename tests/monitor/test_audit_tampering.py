@@ -149,6 +149,14 @@ def test_an_edit_with_a_fresh_hash_is_found_where_the_old_hash_is_named(log, at)
         assert (verdict.line, verdict.problem) == (at + 2, "edited")
 
 
+@pytest.mark.parametrize(("index", "problem"), [(N, "removed"), (N - 2, "inserted")])
+def test_a_last_line_with_another_index_and_a_fresh_hash_is_found(log, index, problem):
+    path, lines = log
+    forged, _ = rehashed(lines[-1], index=index)
+    verdict = check(path, [*lines[:-1], forged])
+    assert (verdict.line, verdict.problem) == (N, problem)
+
+
 @given(at=st.integers(1, N - 1))
 def test_a_chain_that_was_forged_to_its_end_contradicts_the_sidecar_and_a_hash_kept_elsewhere(
     log, at

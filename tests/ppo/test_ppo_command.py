@@ -6,8 +6,13 @@ import re
 import sys
 
 import pytest
+import torch
 from micro import MICRO, parse, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kl_kernels.monitor.hashes import model_hash
+from kl_kernels.monitor.verify import verify_log
+from kl_kernels.ppo.checkpoint import load_state
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.report import read_metrics
 
@@ -29,10 +34,30 @@ def test_the_embedded_task_end_to_end(tmp_path, capsys):
     assert all(word in printed for word in ("update", "proxy", "gold", "KL", "beta", "entropy"))
     assert not list(out.glob("*.partial"))
 
+    verdict = verify_log(out / "audit.jsonl")
+    assert verdict.ok
+    audited = [json.loads(line) for line in (out / "audit.jsonl").read_text().splitlines()]
+    header, updates, checkpoints = (
+        [record["data"] for record in audited if record["kind"] == kind]
+        for kind in ("header", "update", "checkpoint")
+    )
+    assert header[0]["header"]["config"] == json.loads((out / "config.json").read_text())
+    assert header[0]["versions"]["torch"] == torch.__version__
+    for update, record in zip(updates, records, strict=True):
+        assert record.items() <= update.items()
+    (drift,) = (record["data"] for record in audited if record["kind"] == "drift")
+    assert drift == json.loads((out / "drift.json").read_text())
+    assert drift["kl"] / 8 == pytest.approx(records[-1]["kl"])  # 8 answers
+    assert repr(drift["tokens"][0]["text"]) in printed
+    saved = load_state(out / "checkpoint.pt")
+    assert checkpoints[-1] == {"updates": 3, "policy": model_hash(saved["policy"])}
+    assert len({checkpoint["policy"] for checkpoint in checkpoints}) == 3
+
     # More updates in the same folder, then the trained policy as the start of another run.
     assert run("--resume", out, "--updates", "4") == 0
     assert read_metrics(out / "metrics.jsonl")[:3] == records
     assert len(read_metrics(out / "metrics.jsonl")) == 4
+    assert verify_log(out / "audit.jsonl").ok
     again = tmp_path / "again"
     assert run(*MICRO, "--model", out / "policy", "--out", again, "--updates", "1") == 0
 
@@ -52,6 +77,28 @@ def test_own_model_prompts_and_reward(tmp_path, model_folder, monkeypatch):
         None,
         None,
     ]
+
+
+def test_a_run_whose_audit_log_was_edited_is_not_continued(tmp_path, model_folder, monkeypatch):
+    (tmp_path / "any_reward.py").write_text("def one(prompts, answers):\n    return [1] * 8\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--model", model_folder, "--out", tmp_path / "run", "--reward", "any_reward:one"]
+    assert run(*MICRO, *arguments, "--updates", "1") == 0
+    audit = tmp_path / "run" / "audit.jsonl"
+    audit.write_text(audit.read_text().replace('"proxy":1.0', '"proxy":9.0'))
+    with pytest.raises(ValueError, match=r"audit.jsonl' cannot be continued \(edited\): line 2"):
+        run("--resume", tmp_path / "run", "--updates", "2")
+
+
+def test_a_dashboard_gets_the_run_under_a_trainer_s_names(tmp_path, model_folder, monkeypatch):
+    (tmp_path / "any_reward.py").write_text("def one(prompts, answers):\n    return [1] * 8\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--model", model_folder, "--out", tmp_path / "run", "--reward", "any_reward:one"]
+    arguments += ["--log-to", "tensorboard", "--metric-names", "trl", "--updates", "2"]
+    assert run(*MICRO, *arguments) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [point.step for point in events.Scalars("objective/kl")] == [0, 1]
+    assert [point.value for point in events.Scalars("reward")] == [1.0, 1.0]
 
 
 def test_ctrl_c_tells_how_to_go_on(tmp_path, model_folder, monkeypatch, capsys):

@@ -1,0 +1,64 @@
+"""What the monitor accepts, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from kl_kernels.checks import check_non_negative, check_positive, check_unit_interval
+
+# Nats that identical policies differ by through arithmetic alone: bfloat16 moves the log-prob of a
+# token by about 1e-2 either way, of 1000 tokens by 0.3. A wrong reference costs tens of nats.
+START_KL = {"sequence_sum": 0.5, "token_mean": 0.01}
+
+# Nats below 0. TRL, too, warns below -1 for a sequence; a token is taken as a fiftieth of one.
+NEGATIVE_KL = {"sequence_sum": 1.0, "token_mean": 0.02}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the detectors. The rates that the defaults lead to: docs/monitoring.md.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    # Robust standard deviations (1.4826 MAD) from the median of the 64 values before. Normal noise
+    # stays within 6 once the median and the MAD are known exactly; the detector widens the limit
+    # for how few values they come from.
+    jump: float = 6.0
+
+    # Log-likelihood ratio of "the level has moved up" against "it has not". By simulation, AR(1)
+    # noise with phi = 0.6 passes 7.6 in one run of twenty, and one less in more than twice as many.
+    drift: float = 7.6
+
+    # The same for "the level has moved down": more, as a falling KL is news but no danger, and
+    # what it does not spend on false alarms a rising one can.
+    drift_down: float = 11.0
+
+    # Nats of KL at step 0, where policy and reference are the same; None: START_KL of the unit.
+    start_kl: float | None = None
+
+    # Nats below 0 at which a KL is no noise of sampling; None: NEGATIVE_KL of the unit.
+    negative_kl: float | None = None
+
+    # Part of its first level that the entropy may fall to. Policies do sharpen; one that has
+    # lost half its entropy has begun to repeat itself.
+    entropy_left: float = 0.5
+
+    # The largest importance ratio. PPO stops rewarding at 1.2; TRL's ratio_threshold is 10 too.
+    ratio: float = 10.0
+
+    # Standard errors by which the KL has to curve upwards and the reward to rise, both at once.
+    # By simulation, independent noise passes 4 in both in fewer than one run of a hundred.
+    acceleration: float = 4.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "entropy_left":
+                check_unit_interval(f.name, value)
+            elif f.name in ("start_kl", "negative_kl"):
+                if value is not None:
+                    check_non_negative(f.name, value)
+            else:
+                check_positive(f.name, value)

@@ -1,0 +1,133 @@
+"""What is said about a run while it goes: alarms on the terminal, an audit log, a dashboard."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from kl_kernels.files import write_text
+from kl_kernels.monitor.audit import AuditLog
+from kl_kernels.monitor.drift import summarize_drift
+from kl_kernels.monitor.events import Event, Sink
+from kl_kernels.monitor.hashes import model_hash
+from kl_kernels.monitor.monitor import KLMonitor
+from kl_kernels.monitor.sinks import MLflowSink, TensorBoardSink, WandbSink, library
+from kl_kernels.ppo.checkpoint import RunFolder
+from kl_kernels.ppo.config import PPOConfig
+from kl_kernels.ppo.policy import Samples
+from kl_kernels.ppo.ranks import Ranks
+from kl_kernels.ppo.report import Record
+from kl_kernels.rl.controllers import KLUpdate
+
+
+class Watch:
+    """The run's `KLMonitor`, alike on all ranks, and what the first of them writes and says.
+
+    Raises:
+        ValueError: the run's audit log was tampered with, or belongs to a run still going.
+        ImportError: the library of `log_to` is missing.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        run: RunFolder,
+        ranks: Ranks,
+        *,
+        updates: int,  # behind the policy
+        policy: dict[str, Tensor],  # its weights
+    ) -> None:
+        self.run = run
+        constants = dataclasses.asdict(config)
+        header = {"config": constants, "updates": updates, "policy": model_hash(policy)}
+        self.audit: AuditLog | None = None
+        sinks: list[Sink] = []
+
+        def open_files() -> None:
+            self.audit = AuditLog(run.audit, header=header)
+            if config.log_to != "none":
+                sinks.append(make_sink(config, run))
+
+        ranks.on_first(open_files)
+        self.monitor = KLMonitor(config.kl_budget or None, sinks=sinks)
+
+    def update(self, record: Record, controlled: KLUpdate, violation: Event | None) -> None:
+        """After an update: look at its record, and put it on record."""
+        events = self.monitor.observe(
+            record["update"] - 1,  # of these answers: updates behind the policy that gave them
+            kl=controlled.kl,
+            kl_coef=record["kl_coef"],
+            entropy=record["entropy"],
+            ratio=record["ratio_max"],
+            reward=record["proxy"],
+            grad_norm=record["grad_norm"],
+        )
+        record["events"] = [event.kind for event in events]
+        if self.audit is None:
+            return
+        self.audit.append("update", {**record, "kl_coef_next": controlled.value})
+        for event in [*events, *([violation] if violation else [])]:
+            self.audit.alert(event)
+            tqdm.write(f"warning: {event}")
+
+    def checkpoint(self, updates: int, policy: dict[str, Tensor]) -> None:
+        """After it was written: which weights it holds."""
+        if self.audit:
+            self.audit.append("checkpoint", {"updates": updates, "policy": model_hash(policy)})
+
+    def drift(
+        self,
+        kl: Tensor,  # [B, T]
+        samples: Samples,
+        prompts: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Of the last rollout: which prompts, positions and tokens carry the KL."""
+        if self.audit is None:
+            return
+        summary = summarize_drift(
+            kl, samples.mask, samples.answers, prompts, decode=lambda i: tokenizer.decode([i])
+        ).to_dict()
+        write_text(self.run.drift, json.dumps(summary, indent=1) + "\n")
+        self.audit.append("drift", summary)
+
+    def close(self) -> None:
+        for sink in self.monitor.sinks:
+            sink.close()
+        if self.audit:
+            self.audit.close()
+
+
+def check_library(log_to: str) -> None:
+    """ValueError if the dashboard's library is not installed."""
+    if log_to != "none" and find_spec(log_to) is None:
+        raise ValueError(
+            f"log_to is {log_to!r}, which is not installed: pip install {log_to}, or "
+            "kl_kernels[monitor]"
+        )
+
+
+def make_sink(config: PPOConfig, run: RunFolder) -> Sink:
+    """A dashboard of the run, kept in its folder where the library can do that.
+
+    Raises:
+        ImportError: the library is not installed; `check_library` tells beforehand.
+    """
+    names, constants = config.metric_names, dataclasses.asdict(config)
+    if config.log_to == "tensorboard":
+        return TensorBoardSink(run.path / "tensorboard", names=names)
+    if config.log_to == "wandb":
+        dashboard: Any = library("wandb", "wandb")
+        name = run.path.name
+        started = dashboard.init(project="kl_kernels", name=name, dir=run.path, config=constants)
+        return WandbSink(started, names=names)
+    dashboard = library("mlflow", "mlflow")
+    dashboard.start_run(run_name=run.path.name)
+    dashboard.log_params(constants)
+    return MLflowSink(names=names)

@@ -6,10 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo test validate bench bench-cpu bench-traffic bench-ppo bench-careful bench-linear bench-monitor gpu abi lint format clean
+.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor gpu abi lint format clean
 
 ppo: $(READY)
-	$(BIN)/python -m kl_kernels ppo $(ARGS)
+	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
+
+study: $(READY)
+	$(BIN)/python -m kl_kernels study $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
@@ -25,8 +28,9 @@ bench-traffic: $(READY)
 	$(BIN)/python bench/traffic.py
 	$(BIN)/python bench/readme.py
 
-bench-ppo: $(READY)
-	$(BIN)/python bench/ppo.py $(ARGS)
+# ARGS="--resume DIR" publishes a study that make study has run.
+bench-study: $(READY)
+	$(BIN)/python bench/study.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
 bench-careful: $(READY)

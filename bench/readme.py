@@ -13,6 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kl_kernels.study.document import Text, to_markdown
+from kl_kernels.study.outcomes import WINDOW
+from kl_kernels.study.plan import described
+from kl_kernels.study.report import TITLE, contents
+from kl_kernels.study.statistics import Interval
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 
@@ -51,28 +57,40 @@ def cpu_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def ppo_table(results: dict[str, Any]) -> str:
-    """Where each run of the embedded task ended, beside where all of them started."""
+def study_section(results: dict[str, Any]) -> str:
+    """Where runs of each KL penalty ended, beside where all of them started, and the verdicts."""
     lines = [
-        "| KL penalty | proxy reward (trained on) | gold score (never seen) | best gold "
-        "| KL per answer | tokens |",
+        "![proxy reward and gold score against the distance from the reference]"
+        "(docs/study/overoptimisation.png)",
+        "",
+        "| KL penalty | proxy reward (trained on) | gold score (never seen) "
+        "| gold lost from its peak | KL [nats per answer] | tokens |",
         "|---|---|---|---|---|---|",
     ]
-    runs = results["runs"]
-    start = next(iter(runs.values()))["start"]
-    rows = {"before training": (start, start["gold"])}
-    rows |= {name: (run["last_third"], run["best_gold"]) for name, run in runs.items()}
-    for name, (r, best) in rows.items():
-        lines.append(
-            f"| {name} | {r['proxy']:.1f} | {r['gold']:.1f} | {best:.1f} "
-            f"| {r['kl']:.1f} nats | {r['length']:.0f} |"
-        )
+    columns = ("proxy", "gold", "gold_drop", "kl", "length")
+    for name, row in {"before training": results["start"], **results["table"]}.items():
+        cells = (str(Interval(**row[column])) if column in row else "" for column in columns)
+        label = name if name == "before training" else described(name)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    tested = [claim["holds"] for claim in results["claims"] if claim["holds"] is not None]
+    intervals = ", 95 % t-intervals" if results["n_seeds"] > 1 else ""
     lines.append(
-        f"\nMeans over the last third of {next(iter(runs.values()))['updates']} updates, one seed "
-        f"({results['seed']}); commit {results['commit']}. From `bench/results/ppo.json`, made by "
-        "`make bench-ppo`."
+        f"\nMeans over the last {WINDOW} of {results['updates']} updates and over "
+        f"{results['n_seeds']} seed(s){intervals}; commit {results['commit']}. From "
+        "`bench/results/study.json`, made by `make bench-study`. "
+        f"[docs/study.md](docs/study.md) has learning curves, texts, how good estimators of the KL "
+        f"are, and the conclusions with their verdicts: {sum(tested)} of {len(tested)} hold."
     )
     return "\n".join(lines)
+
+
+def study_document(results: dict[str, Any]) -> str:
+    """The study's report, without what is drawn in pictures."""
+    made = (
+        f"{results['device']}, {results['cores']} cores; torch {results['facts']['torch']}; commit "
+        f"{results['commit']}. From `bench/results/study.json`, made by `make bench-study`."
+    )
+    return to_markdown(TITLE, [*contents(results), Text(made)], "study")
 
 
 def traffic_sentence(results: dict[str, Any]) -> str:
@@ -194,10 +212,11 @@ DOCUMENTS: dict[str, Sections] = {
         "cpu": cpu_table,
         "traffic": traffic_sentence,
         "linear": linear_table,
-        "ppo": ppo_table,
+        "study": study_section,
         "careful": careful_table,
     },
     "docs/monitoring.md": {"monitor": monitor_tables},
+    "docs/study.md": {"study": study_document},
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "ppo": ("kl_kernels.ppo.command", "train a language model with PPO through the fused ops"),
+    "study": ("kl_kernels.study.command", "PPO over many beta and seeds: what the KL penalty does"),
     "validate": ("kl_kernels.validate.command", "check every backend here against float64"),
     "codegen": ("kl_kernels.codegen.command", "compile the Triton kernels, count, predict times"),
     "audit": ("kl_kernels.monitor.audit_command", "check an audit log, or show its records"),

@@ -1,106 +1,12 @@
-"""The KL-regularised policy gradient, by exact enumeration over a small tree, float64.
-
-Every response of a tree with V tokens and at most T steps is a row of one batch, weighted with its
-probability, and goes through the functions a trainer would call: `kl_rewards`, `compute_gae`,
-`ppo_policy_loss`. The result is compared with autograd of E[score] - beta KL(sequence), written
-down without them.
-"""
-
-import itertools
-from dataclasses import dataclass
+"""The KL-regularised policy gradient of every form of the penalty, by exact enumeration."""
 
 import pytest
 import torch
-from torch import Tensor
 
-from kl_kernels import compute_gae, compute_rewards, kl_rewards, ppo_policy_loss
-
-V, T, BETA = 4, 3, 0.7
-EOS = 0
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A tabular policy and reference: one row of logits for each prefix."""
-
-    policy: Tensor  # [S, V], requires grad
-    reference: Tensor  # [S, V]
-    states: Tensor  # [B, T] the row of each step's prefix
-    tokens: Tensor  # [B, T]
-    mask: Tensor  # [B, T]
-    scores: Tensor  # [B]
-
-    def padded(self, table: Tensor) -> Tensor:  # [B, T, V]
-        """The logits of every step, NaN after the end of a response."""
-        return torch.where(self.mask[..., None], table[self.states], torch.nan)
-
-    def sequence_logprob(self, table: Tensor) -> Tensor:  # [B]
-        steps = table.log_softmax(-1)[self.states, self.tokens]
-        return torch.where(self.mask, steps, 0.0).sum(1)
-
-    def true_gradient(self) -> Tensor:
-        """Of E[score] - beta sum p (log p - log q) over whole responses, through p as well."""
-        logprob, ref_logprob = map(self.sequence_logprob, (self.policy, self.reference))
-        objective = logprob.exp() * (self.scores - BETA * (logprob - ref_logprob))
-        return torch.autograd.grad(objective.sum(), self.policy)[0]
-
-    def gradient(self, kl_estimator: str, *, correct: bool = False, kl_in_loss: bool = False):
-        out = kl_rewards(
-            self.padded(self.policy),
-            self.padded(self.reference),
-            self.tokens,
-            self.scores,
-            self.mask,
-            kl_coef=BETA,
-            kl_estimator=kl_estimator,
-            biased=True,
-        )
-        advantages, _ = compute_gae(
-            out.rewards, torch.zeros_like(out.rewards), self.mask, gamma=1.0, lam=1.0
-        )
-        if correct:
-            advantages = advantages + out.advantage_correction
-        probability = self.sequence_logprob(self.policy).exp().detach()[:, None]
-        loss, _ = ppo_policy_loss(
-            out.logprob,
-            out.logprob.detach(),
-            advantages,
-            self.mask,
-            weights=probability.expand(self.mask.shape),
-            aggregation="seq-mean-token-sum",
-            denominator=1,
-        )
-        if kl_in_loss:
-            loss = loss + BETA * (probability * out.kl).sum()
-        return -torch.autograd.grad(loss, self.policy)[0]
-
-
-def make_tree(*, early_eos: bool) -> Tree:
-    """Without `early_eos` all V^T responses have T tokens; with it EOS ends a response."""
-    g = torch.Generator().manual_seed(3)
-    prefixes = [p for t in range(T) for p in itertools.product(range(V), repeat=t)]
-    state_of = {prefix: i for i, prefix in enumerate(prefixes)}
-    responses = list(itertools.product(range(V), repeat=T))
-    if early_eos:
-        until_eos = (r[: r.index(EOS) + 1] if EOS in r else r for r in responses)
-        responses = list(dict.fromkeys(until_eos))
-    states, tokens, mask = (torch.zeros(len(responses), T, dtype=torch.long) for _ in range(3))
-    for b, response in enumerate(responses):
-        for t, token in enumerate(response):
-            states[b, t], tokens[b, t], mask[b, t] = state_of[response[:t]], token, 1
-    logits = torch.randn(2, len(prefixes), V, generator=g, dtype=torch.float64)
-    # Scores are multiples of 1/8, which float32 holds exactly.
-    scores = torch.randint(-16, 17, (len(responses),), generator=g).double() / 8
-    return Tree(logits[0].requires_grad_(), logits[1], states, tokens, mask.bool(), scores)
-
+from kl_kernels import compute_rewards, kl_rewards
+from kl_kernels.study.tree import BETA, T, disagreement, make_tree
 
 TREES = {"full": make_tree(early_eos=False), "early_eos": make_tree(early_eos=True)}
-
-
-def disagreement(actual: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Relative error and cosine."""
-    cosine = torch.cosine_similarity(actual.flatten(), expected.flatten(), dim=0)
-    return float((actual - expected).norm() / expected.norm()), float(cosine)
 
 
 def test_trees_are_whole():

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ from kl_kernels.ppo.policy import check_model_folder, load_model
 from kl_kernels.ppo.pretrain import pretrain
 from kl_kernels.ppo.ranks import Ranks, launch
 from kl_kernels.ppo.report import draw, read_metrics, summary, table
-from kl_kernels.ppo.reward import TokenReward, fit_reward_model, load_reward
+from kl_kernels.ppo.reward import RewardFunction, TokenReward, fit_reward_model, load_reward
 from kl_kernels.ppo.task import GoldScore, load_corpus
 from kl_kernels.ppo.watch import check_library
 
@@ -129,7 +130,18 @@ def _read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -> None:
+class Task(NamedTuple):
+    """What a run trains, on what, towards what."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    reward: RewardFunction
+    gold: GoldScore | None  # what a given reward is a proxy of, nobody knows
+
+
+def prepare(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -> Task:
+    """The task, and in the folder what it is made of; what the folder has is not made again."""
     if inputs.lm is None:
         if not ranks.on_first(folder.reference.is_dir):
             ranks.on_first(lambda: pretrain(config, inputs.paragraphs, folder))
@@ -140,17 +152,20 @@ def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -
         lm = lm.cuda()
 
     prompts = _encode_prompts(config, inputs, lm, tokenizer)
-    gold: GoldScore | None = None  # what a given reward is a proxy of, nobody knows
     if inputs.reward:
-        reward = inputs.reward
-    else:
-        gold = GoldScore.of_corpus(inputs.paragraphs)
-        ranks.on_first(lambda: _fit_reward(config, folder, lm, tokenizer, prompts, gold))
-        reward = TokenReward(tokenizer)
-        reward.load_state_dict(load_state(folder.reward_model))
-    lm, weights = train(config, folder, lm, tokenizer, prompts, reward, gold)
+        return Task(lm, tokenizer, prompts, inputs.reward, None)
+    gold = GoldScore.of_corpus(inputs.paragraphs)
+    ranks.on_first(lambda: _fit_reward(config, folder, lm, tokenizer, prompts, gold))
+    reward = TokenReward(tokenizer)
+    reward.load_state_dict(load_state(folder.reward_model))
+    return Task(lm, tokenizer, prompts, reward, gold)
+
+
+def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -> None:
+    task = prepare(config, folder, inputs, ranks)
+    lm, weights = train(config, folder, *task)
     if ranks.first:
-        save_model(folder.policy, lm, tokenizer, weights)
+        save_model(folder.policy, lm, task.tokenizer, weights)
         _report(config, folder)
 
 

@@ -1,0 +1,1 @@
+"""The reward-hacking study: PPO with many KL penalties, and a report of what they did."""

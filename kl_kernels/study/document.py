@@ -1,0 +1,109 @@
+"""A document as a list of blocks, and how it is written in HTML and in Markdown.
+
+`code` stands between backticks in every text; everything else is plain.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from string import Template
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str  # of a PNG
+    text: str  # what it shows
+
+
+@dataclass(frozen=True)
+class Table:
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+Block = Heading | Text | Bullets | Picture | Table
+
+
+def to_html(title: str, blocks: Sequence[Block], pngs: Mapping[str, bytes]) -> str:
+    """A page that needs nothing else: pictures are inside, and there are no scripts."""
+    template = Template(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
+    body = "\n".join(_html(block, pngs) for block in blocks)
+    return template.substitute(title=html.escape(title), body=body)
+
+
+def _html(block: Block, pngs: Mapping[str, bytes]) -> str:
+    match block:
+        case Heading(text):
+            return f"<h2>{_inline(text)}</h2>"
+        case Text(text):
+            return f"<p>{_inline(text)}</p>"
+        case Bullets(items):
+            return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
+        case Picture(name, text):
+            source = "data:image/png;base64," + base64.b64encode(pngs[name]).decode()
+            caption = f"<figcaption>{_inline(text)}</figcaption>"
+            alt = html.escape(text.replace("`", ""))
+            return f'<figure><img src="{source}" alt="{alt}">{caption}</figure>'
+        case Table(header, rows):
+            head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
+            body = "".join(
+                "<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>"
+                for row in rows
+            )
+            return f"<div><table><tr>{head}</tr>{body}</table></div>"
+
+
+def _inline(text: str) -> str:
+    text = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
+
+
+def to_markdown(title: str, blocks: Sequence[Block], folder: str) -> str:
+    """The same, with pictures as files in `folder`."""
+    return "\n\n".join([f"# {title}", *(_markdown(block, folder) for block in blocks)]) + "\n"
+
+
+def _markdown(block: Block, folder: str) -> str:
+    match block:
+        case Heading(text):
+            return f"## {text}"
+        case Text(text):
+            return text
+        case Bullets(items):
+            return "\n".join(f"- {item}" for item in items)
+        case Picture(name, text):
+            return f"![{text.replace('`', '')}]({folder}/{name}.png)\n\n*{text}*"
+        case Table(header, rows):
+            lines = [header, ["---"] * len(header), *rows]
+            cells = ([re.sub(r"([|<>])", r"\\\1", cell) for cell in line] for line in lines)
+            return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def to_text(table: Table) -> str:
+    """For a terminal."""
+    rows = [list(table.header), *map(list, table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        for row in rows
+    )

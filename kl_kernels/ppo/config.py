@@ -143,7 +143,7 @@ class PPOConfig:
         at_least=0,
     )
     controller: str = option(
-        "adaptive",
+        "pi",
         "beta stays, or follows the KL: adaptive [Ziegler, 2.2], threshold [PPO, 4], or pi, which "
         "settles soonest",
         choices=("adaptive", "fixed", "threshold", "pi"),
@@ -160,7 +160,7 @@ class PPOConfig:
         at_least=1,
     )
     kl_gain: float = option(0.2, "pi: share of the error that log beta moves per update", above=0)
-    kl_lag: float = option(5.0, "pi: updates by which the KL is taken to follow beta", at_least=0)
+    kl_lag: float = option(8.0, "pi: updates by which the KL is taken to follow beta", at_least=0)
 
     # What an answer is paid.
     score_clip: float = option(0.0, "bound of the score; 0: none", at_least=0)

@@ -307,9 +307,9 @@ class PIKLController(_SteeredKLController):
         10                                            64      22              36
         20                                            95      37              61
         PIKLController
-        3                                             12       4              19
-        10                                            18       6              19
-        20                                            27       8              20
+        3                                             12       6              29
+        10                                            16       7              24
+        20                                            24       9              26
 
     Args:
         init_kl_coef: the coefficient to start from, above 0 (0 could never grow).
@@ -317,7 +317,7 @@ class PIKLController(_SteeredKLController):
         unit: "sequence_sum" or "token_mean", see `AdaptiveKLController`.
         gain: by how much a full error of 1 moves the logarithm in one update, above 0.
         lag: updates by which the KL follows the coefficient, 0 or above; 0: no proportional term.
-        error_clip: bound of the error, above 0; log 2 would treat all beyond twice or half alike.
+        error_clip: bound of the error, above 0; log 2: all beyond twice or half the target is alike.
         min_coef: lower bound of the coefficient, above 0.
         max_coef: upper bound of the coefficient; None: none.
 
@@ -332,8 +332,8 @@ class PIKLController(_SteeredKLController):
         *,
         unit: str,
         gain: float = 0.2,
-        lag: float = 5.0,
-        error_clip: float = 1.0,
+        lag: float = 8.0,
+        error_clip: float = math.log(2),
         min_coef: float = 1e-6,
         max_coef: float | None = None,
     ) -> None:

@@ -135,7 +135,10 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, model_folder, monkeypatch, capsys):
         (["--kl-coef", "-1"], "kl_coef is -1.0; it has to be at least 0"),
         (["--kl-coef", "nan"], "kl_coef is nan; it has to be a finite number"),
         (["--kl-coef", "0"], "kl_coef is 0, which cannot adapt"),
-        (["--kl-horizon", "10"], "kl_horizon is 10; it has to be at least batch_size"),
+        (
+            ["--controller", "adaptive", "--kl-horizon", "10"],
+            "kl_horizon is 10; it has to be at least batch_size",
+        ),
         (["--gamma", "1.5"], "gamma is 1.5; it has to be at most 1"),
         (["--adam-beta1", "1"], "adam_beta1 is 1.0; it has to be below 1"),
         (["--updates", "0"], "updates is 0; it has to be at least 1"),

@@ -317,7 +317,7 @@ class PIKLController(_SteeredKLController):
         unit: "sequence_sum" or "token_mean", see `AdaptiveKLController`.
         gain: by how much a full error of 1 moves the logarithm in one update, above 0.
         lag: updates by which the KL follows the coefficient, 0 or above; 0: no proportional term.
-        error_clip: bound of the error, above 0; log 2: beyond twice or half the target all is alike.
+        error_clip: bound of the error, above 0; log 2: all beyond twice or half is alike.
         min_coef: lower bound of the coefficient, above 0.
         max_coef: upper bound of the coefficient; None: none.
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from micro import CONFIG, train, vowels
 
+from kl_kernels import KLRewards, compute_gae
 from kl_kernels.ppo import loop, pretrain
 from kl_kernels.ppo.checkpoint import RunFolder, create_run, load_state
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.losses import check_ratio, check_reference
 from kl_kernels.ppo.policy import Policy, Samples, load_model
+from kl_kernels.ppo.ranks import ALONE
 from kl_kernels.ppo.report import read_metrics
-from kl_kernels.ppo.rollout import shape_scores
+from kl_kernels.ppo.rollout import shape_scores, teach
 
 
 @pytest.mark.parametrize(
@@ -38,12 +40,13 @@ def test_every_form_of_the_kl_starts_at_ratio_one_and_kl_zero(tmp_path, model_fo
     assert math.isfinite(second["policy_loss"])
 
 
-def test_rewards_and_beta_in_another_unit_teach_the_same(tmp_path, model_folder):
+@pytest.mark.parametrize("changes", [{}, {"kl_in": "loss"}])
+def test_rewards_and_beta_in_another_unit_teach_the_same(tmp_path, model_folder, changes):
     """Whitening divides rewards by their spread, so the KL in the loss has to be divided as well.
 
     Two updates: after the first, the value head's steps no longer scale with the rewards.
     """
-    common = {"updates": 2, "controller": "fixed", "max_grad_norm": 1e9}
+    common = {"updates": 2, "controller": "fixed", "max_grad_norm": 1e9} | changes
     kls = [
         train(
             tmp_path / str(unit),
@@ -55,6 +58,27 @@ def test_rewards_and_beta_in_another_unit_teach_the_same(tmp_path, model_folder)
         for unit in (1, 128)
     ]
     assert kls[0] == pytest.approx(kls[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_whitening_s_units_are_multiplied(whiten_rewards):
+    """What a nat costs in whitened advantages, from standard deviations taken one by one."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    rewards, values = torch.randn(2, 3, 4) * 5
+    shaped = KLRewards(rewards, *torch.zeros(5, 3, 4))
+    samples = Samples(torch.zeros(3, 4), mask, mask)
+    config = dataclasses.replace(CONFIG, whiten_rewards=whiten_rewards)
+    batch, per_unit = teach(config, samples, shaped, values, ALONE)
+
+    reward_sd = rewards[mask].std() if whiten_rewards else 1.0
+    mean = rewards[mask].mean()
+    paid = (rewards - mean) / reward_sd + mean if whiten_rewards else rewards
+    advantages = compute_gae(paid, values, mask, gamma=config.gamma, lam=config.lam)[0]
+    advantage_sd = advantages[mask].std()
+    assert per_unit == pytest.approx(1 / (reward_sd * advantage_sd).item(), rel=1e-5)
+    whitened = (advantages - advantages[mask].mean()) / advantage_sd
+    torch.testing.assert_close(batch.advantages[mask], whitened[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_one_token_answers_feel_corrected_exact_kl_as_they_feel_k1(tmp_path, model_folder):

@@ -63,7 +63,7 @@ def conclusions(
         claims.append(target_is_held(outcomes[ADAPTIVE], kl_target))
         if "0" in outcomes:
             claims.append(lost_gold_is_kept(outcomes["0"], outcomes[ADAPTIVE]))
-    claims.append(penalty_is_not_enough(outcomes))
+    claims.append(weak_penalty_loses_gold(outcomes))
     if fits:
         claims.append(gold_follows_gao(fits))
     if estimators:
@@ -143,9 +143,9 @@ def lost_gold_is_kept(without: Sequence[Outcome], adaptive: Sequence[Outcome]) -
     )
 
 
-def penalty_is_not_enough(outcomes: Outcomes) -> Claim:
+def weak_penalty_loses_gold(outcomes: Outcomes) -> Claim:
     penalties = sorted((b for b in outcomes if b not in ("0", ADAPTIVE)), key=float)
-    claim = "A KL penalty is necessary, not sufficient: one that is too weak loses gold as well"
+    claim = "A penalty that is too weak still ends clearly below its gold peak"
     if "0" not in outcomes or not penalties:
         return Claim(claim, None, "That takes runs with beta = 0 and with small fixed ones.")
     drops = {b: over(outcomes[b], lambda r: r.gold_drop) for b in ["0", *penalties]}
@@ -154,8 +154,8 @@ def penalty_is_not_enough(outcomes: Outcomes) -> Claim:
     return Claim(
         claim,
         is_clear(drops["0"]) and bool(weak),
-        f"Gold lost from its peak: {listed}. The penalty buys time and a drift that can "
-        "be watched; it does not make a bad reward good.",
+        f"Gold lost from its peak: {listed}. Either way a KL penalty is necessary, not sufficient: "
+        "it buys time and a drift that can be watched, and does not make a bad reward good.",
     )
 
 

@@ -13,7 +13,7 @@ CLAIMS = {
     "large": "A very large beta",
     "target": "The adaptive controller",
     "kept": "Adaptive beta keeps",
-    "not enough": "A KL penalty is necessary",
+    "not enough": "A penalty that is too weak",
     "gao": "Gold at beta = 0 follows",
     "exact": "Exact KL per token",
 }

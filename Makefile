@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor gpu abi lint format clean
+.PHONY: ppo study test validate bench bench-traffic bench-study bench-careful bench-linear bench-monitor gpu abi lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -19,10 +19,6 @@ test: $(READY)
 
 validate: $(READY)
 	$(BIN)/python -m kl_kernels validate $(ARGS)
-
-bench-cpu: $(READY)
-	$(BIN)/python bench/side_by_side.py $(ARGS)
-	$(BIN)/python bench/readme.py
 
 bench-traffic: $(READY)
 	$(BIN)/python bench/traffic.py
@@ -45,8 +41,10 @@ bench-monitor: $(READY)
 	$(BIN)/python bench/monitor_rates.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
-bench: $(READY)
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+# Beside other packages. ARGS=--save publishes the results, ARGS=--full takes all sizes.
+bench: $(VENV)/bench-ready
+	$(BIN)/python -m kl_kernels bench $(ARGS)
+	$(BIN)/python bench/readme.py
 
 # On a machine with a GPU: its own python and torch, nothing installed. ARGS=DIR for the results.
 gpu:
@@ -82,6 +80,11 @@ $(VENV)/torch-ready:
 
 $(READY): $(VENV)/torch-ready pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
+	touch $@
+
+# What cannot be installed here is left out of the comparison, and says so on its page.
+$(VENV)/bench-ready: $(READY)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[bench]"
 	touch $@
 
 $(VENV)/dev-ready: $(READY)

@@ -149,7 +149,9 @@ def memory_of(family: str, wanted: list[Case]) -> dict[str, int]:
     """The same for all calls of a family, by "contender: case", from a process of its own."""
     names = [str(case) for case in wanted]
     command = [sys.executable, __file__, family, *names]
-    environment = os.environ | {"BENCH_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {
+        "BENCH_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)
+    }  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the memory of {family} was not measured: {done.stderr[-500:]}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from machine import chip_name, gpu_record, record
 
 RESULTS = Path(__file__).parent / "results"
 CEILING_BYTES = 1 << 29
+PACKAGES = (
+    "trl", "liger-kernel", "cut-cross-entropy", "flash-linear-attention", "quack-kernels", "verl",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,8 +38,8 @@ class Collected:
         read = max(ceilings(DEVICE, CEILING_BYTES)["read"].values())
         self.read_bytes_per_s = read
         self.results: dict[str, Any] = about | {
-            "kind": DEVICE, "read_gb_per_s": round(read / 1e9, 2), "measurements": [],
-            "not_measured": [],
+            "kind": DEVICE, "peers": dict(peer_versions()), "read_gb_per_s": round(read / 1e9, 2),
+            "measurements": [], "not_measured": [],
         }  # fmt: skip
 
     def add(self, row: dict[str, Any]) -> None:
@@ -58,6 +63,14 @@ def collected(request: pytest.FixtureRequest) -> Collected:
     torch.set_num_threads(request.config.getoption("--threads"))
     request.config.stash[KEY] = made = Collected(request.config)
     return made
+
+
+def peer_versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield package, "not installed"
 
 
 KEY = pytest.StashKey[Collected]()

@@ -10,8 +10,12 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import report
+from peers_page import short_table
 
 from kl_kernels.study.document import Text, to_markdown
 from kl_kernels.study.outcomes import WINDOW
@@ -21,40 +25,6 @@ from kl_kernels.study.statistics import Interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-
-
-def cpu_table(results: dict[str, Any]) -> str:
-    """Times of each contender over ours, for each job, dtype and number of rows."""
-    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for m in results["measurements"]:
-        rows.setdefault((m["job"], m["dtype"], m["rows"]), {})[m["contender"]] = m
-    vocab_size = results["measurements"][0]["vocab_size"]
-    lines = [
-        f"| V = {vocab_size} | rows | kl_kernels (spread) | in two visits | torch.compile | eager "
-        "| extra MB | page faults |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (job, dtype, n_rows), by in rows.items():
-        all_three = ours, compiled, eager = by["kl_kernels"], by["torch.compile"], by["eager"]
-        memory = " / ".join(f"{m['extra_mb']:.0f}" for m in all_three)
-        faults = " / ".join(f"{m['page_faults']:.0f}" for m in all_three)
-        two_visits = f"{by['in two visits']['ratio']:.2f}x" if "in two visits" in by else ""
-        spread = f"{ours['fastest_ms']:.1f} to {ours['slowest_ms']:.1f}"
-        lines.append(
-            f"| {job}, {dtype} | {n_rows} | {ours['median_ms']:.1f} ms ({spread}) "
-            f"| {two_visits} | {compiled['ratio']:.1f}x | {eager['ratio']:.1f}x "
-            f"| {memory} | {faults} |"
-        )
-    lines.append(
-        "\nMedians of interleaved rounds, the others as multiples of ours; memory and faults of a "
-        "call: ours / torch.compile / eager. forward: `token_kl`; backward: the gradient of "
-        "logprob + kl + entropy; policy loss: `fused_policy_loss` and its gradient, in two visits: "
-        "the same from `token_kl` and `ppo_policy_loss`. On "
-        f"{results['device']} with {results['threads']} threads that read "
-        f"{results['read_gb_per_s']:.0f} GB/s; torch {results['facts']['torch']}, commit "
-        f"{results['commit']}. From `bench/results/cpu.json`, made by `make bench-cpu`."
-    )
-    return "\n".join(lines)
 
 
 def study_section(results: dict[str, Any]) -> str:
@@ -209,7 +179,7 @@ Sections = dict[str, Callable[[dict[str, Any]], str]]
 
 DOCUMENTS: dict[str, Sections] = {
     "README.md": {
-        "cpu": cpu_table,
+        "peers": short_table,
         "traffic": traffic_sentence,
         "linear": linear_table,
         "study": study_section,
@@ -217,6 +187,7 @@ DOCUMENTS: dict[str, Sections] = {
     },
     "docs/monitoring.md": {"monitor": monitor_tables},
     "docs/study.md": {"study": study_document},
+    "docs/benchmarks.md": {name: partial(report.section, name) for name in report.parts()},
 }
 
 
@@ -242,7 +213,14 @@ def main() -> int:
         differ |= before != after
         if not check:
             (ROOT / path).write_text(after)
-    return int(check and differ)
+    if not check:
+        report.draw()
+        report.PAGE.write_text(report.page())
+        return 0
+    if stale := report.stale_pictures():
+        print(f"not drawn from the committed results: {', '.join(stale)}")
+        return 1
+    return int(differ or report.PAGE.read_text() != report.page())
 
 
 if __name__ == "__main__":

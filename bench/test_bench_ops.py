@@ -7,7 +7,9 @@ Before each of its rounds ours runs once, so that the ratio of the two is one of
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from compare import (
 )
 from conftest import Collected, median_of_pairs
 from machine import page_faults
-from peers import OURS, Contender, Unavailable, contenders
+from peers import OURS, Call, Contender, Unavailable, contenders
 
 SECONDS, FEWEST, MOST = 0.7, 7, 40  # of a contender's rounds, and how many
 
@@ -41,10 +43,10 @@ class Ours:
     """The call that all others are held against, and the case whose tensors are there."""
 
     case: Case | None = None
-    call: object = None
+    call: Call | None = None
 
     @classmethod
-    def of(cls, case: Case) -> object:
+    def of(cls, case: Case) -> Call:
         if cls.case is not case:
             if cls.case is not None:
                 cls.case.forget()
@@ -52,15 +54,23 @@ class Ours:
         return cls.call
 
 
-@cache
-def memory_on_cpu(family: str, full: bool) -> dict[str, int]:
-    free = free_memory()
-    return memory_of(family, [case for case in cases(full) if not too_large(case.size, free)])
+@pytest.fixture(scope="session")
+def memory_of_all(request: pytest.FixtureRequest) -> Callable[[str], dict[str, int]]:
+    """By family: the memory of all its calls that this session asks for."""
+
+    @cache
+    def of(family: str) -> dict[str, int]:
+        asked = [item.callspec.params for item in request.session.items]
+        mine = {str(p["case"]): p["case"] for p in asked if p["contender"].family == family}
+        free = free_memory()
+        return memory_of(family, [c for c in mine.values() if not too_large(c.size, free)])
+
+    return of
 
 
 def test_operation(
-    benchmark: object, collected: Collected, request: pytest.FixtureRequest, case: Case,
-    contender: Contender,
+    benchmark: Any, collected: Collected, memory_of_all: Callable[[str], dict[str, int]],
+    case: Case, contender: Contender,
 ) -> None:  # fmt: skip
     operation = case.operation.name
 
@@ -107,13 +117,10 @@ def test_operation(
     benchmark.pedantic(run, setup=before, rounds=rounds, iterations=1)
     took = list(benchmark.stats.stats.data)
     median = benchmark.stats.stats.median
-    extra = (
-        extra_bytes(call, x)
-        if DEVICE == "cuda"
-        else memory_on_cpu(contender.family, request.config.getoption("--full"))[
-            f"{contender.name}: {case}"
-        ]
-    )
+    if DEVICE == "cuda":
+        extra = extra_bytes(call, x)
+    else:
+        extra = memory_of_all(contender.family)[f"{contender.name}: {case}"]
     rate = case.n_bytes / median
     row = {
         "operation": operation, "contender": contender.name, "family": contender.family,
@@ -130,7 +137,7 @@ def test_operation(
     collected.add(row)
 
 
-def timed(call: object, x: object, cold: torch.Tensor | None) -> float:
+def timed(call: Call, x: object, cold: torch.Tensor | None) -> float:
     if cold is not None:
         cold.zero_()
         torch.cuda.synchronize()

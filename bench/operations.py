@@ -330,7 +330,7 @@ OPERATIONS = {
                   make_heads, head_truth, 0, HEAD),
         Operation("GAE", "advantages and returns, responses of 1024 tokens",
                   make_gae, gae_truth, 0),
-        Operation("PPO step", "all of an update between logits and gradient: log-probabilities of "
+        Operation("PPO step", "all between logits and gradient of an update: log-probabilities of "
                   "both models, rewards, GAE, whitening, clipped loss, its gradient, entropy",
                   make_inputs, ppo_truth, 4, LOGITS),
     )

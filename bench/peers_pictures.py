@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from operations import OPERATIONS
+
 OURS = "kl_kernels"
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#B5B5B5", "#333333"
 COLOURS = {OURS: BLUE, "torch.compile": ORANGE, "torch eager": "#666666"}
-COLUMNS = 3
+COLUMNS = 2
 Results = dict[str, Any]
 
 
@@ -37,6 +39,20 @@ def main_case(results: Results) -> dict[str, list[Results]]:
     return cases
 
 
+def said(m: Results) -> str:
+    """A size and dtype in words."""
+    parts = [tokens(m)]
+    if m["vocab_size"]:
+        parts.append(f"vocabulary {m['vocab_size']:,}")
+    if m["width"]:
+        parts.append(f"width {m['width']:,}")
+    return ", ".join([*parts, m["dtype"]])
+
+
+def tokens(m: Results) -> str:
+    return f"{m['rows']:,} token{'s' if m['rows'] > 1 else ''}"
+
+
 def milliseconds(x: float) -> str:
     if x < 0.1:
         return f"{1e3 * x:.0f} µs"
@@ -50,7 +66,9 @@ def megabytes(x: float) -> str:
 def times_slower(m: Results, ours: Results) -> str:
     ratio = m["ratio"]
     digits = 0 if ratio >= 10 else 1
-    return f"ours is {ratio:.{digits}f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x faster"
+    if ratio < 1:
+        return f"{1 / ratio:.1f}x faster than ours"
+    return f"ours is {ratio:.{digits}f}x faster"
 
 
 def times_more(m: Results, ours: Results) -> str:
@@ -73,7 +91,7 @@ def bars(
         max(len(c) for c in list(cases.values())[r * COLUMNS : (r + 1) * COLUMNS])
         for r in range(n_rows)
     ]
-    figure = Figure(figsize=(14, sum(0.36 * n + 0.85 for n in most)), layout="constrained")
+    figure = Figure(figsize=(14, sum(0.32 * n + 0.9 for n in most)), layout="constrained")
     grid = figure.subplots(n_rows, COLUMNS, squeeze=False, height_ratios=[n + 1.4 for n in most])
     for axes, (operation, case) in zip(grid.flat, cases.items()):
         ours = next(m for m in case if m["contender"] == OURS)
@@ -91,73 +109,80 @@ def bars(
         axes.set_yticks(range(len(case)), [m["contender"] for m in case], fontsize=9.5)
         axes.get_yticklabels()[0].set(color=BLUE, weight="bold")
         axes.set_ylim(most[list(cases).index(operation) // COLUMNS] - 0.4, -0.6)
-        axes.set_xlim(0, 1.75 * largest)
+        axes.set_xlim(0, 1.55 * largest)
         axes.set_xticks([])
         axes.tick_params(length=0)
         for side in ("top", "right", "bottom"):
             axes.spines[side].set_visible(False)
-        axes.set_title(operation, loc="left", fontsize=12, weight="bold")
-        axes.set_title(f"{ours['size']}, {ours['dtype']}", loc="right", fontsize=8.5, color="#666")
+        axes.spines["left"].set_bounds(-0.5, len(case) - 0.5)
+        axes.set_title(operation, loc="left", fontsize=12, weight="bold", pad=16)
+        axes.set_title(said(ours), loc="right", fontsize=9, pad=16, color="#666666")
+        axes.annotate(
+            OPERATIONS[operation].does, (0, 1), (0, 4), fontsize=9, color="#666666",
+            xycoords="axes fraction", textcoords="offset points",
+        ).set_in_layout(False)  # fmt: skip
     for axes in list(grid.flat)[len(cases) :]:
         axes.set_visible(False)
-    figure.suptitle(
-        f"{what}: shorter bars are better  (sizes: rows x vocabulary x width)",
-        x=0.01, ha="left", fontsize=13,
-    )  # fmt: skip
+    figure.suptitle(f"{what}: shorter bars are better", x=0.01, ha="left", fontsize=14)
     return as_svg(figure)
 
 
-def by_size(results: Results) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """For the exact KL: logits and milliseconds by contender, in the dtype of most sizes."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for m in results["measurements"]:
-        if m["operation"].startswith("exact KL") and m["dtype"] == "bfloat16":
-            lines = found.setdefault(m["operation"], {})
-            place = (m["rows"] * m["vocab_size"], m["median_ms"], m["size"])
-            lines.setdefault(m["contender"], []).append(place)
-    return {
-        operation: {name: sorted(line) for name, line in lines.items()}
-        for operation, lines in found.items()
-        if len(lines[OURS]) > 1
-    }
+Lines = dict[str, list[float]]  # milliseconds by contender, size by size
 
 
-def sizes(panels: dict[str, Any]) -> bytes:
-    """Time against the number of logits, both logarithmic, in plain numbers."""
+def by_size(results: Results) -> dict[str, tuple[list[str], Lines]]:
+    """Of the exact KL in bfloat16: the sizes by their number of logits, and everybody's times."""
+    found = {}
+    for operation in ("exact KL", "exact KL + gradient"):
+        mine = [
+            m
+            for m in results["measurements"]
+            if m["operation"] == operation and m["dtype"] == "bfloat16"
+        ]
+        mine.sort(key=lambda m: m["rows"] * m["vocab_size"])
+        sizes = list(dict.fromkeys(f"{tokens(m)}\nx {m['vocab_size']:,}" for m in mine))
+        lines: Lines = {}
+        for m in mine:
+            lines.setdefault(m["contender"], []).append(m["median_ms"])
+        whole = {name: line for name, line in lines.items() if len(line) == len(sizes)}
+        if len(sizes) > 1:
+            found[operation] = (sizes, whole)
+    return found
+
+
+def sizes(panels: dict[str, tuple[list[str], Lines]]) -> bytes:
+    """Time from size to size, on a logarithmic axis in plain numbers."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+    from kl_kernels.study.figures import label_ends
+
     figure = Figure(figsize=(14, 5), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)
-    for axes, (operation, lines) in zip(grid.flat, panels.items()):
-        for name, line in lines.items():
-            x, y, _ = zip(*line)
-            colour = COLOURS.get(name, "#888888")
-            axes.plot(x, y, "o-", color=colour, linewidth=2.4 if name == OURS else 1.6)
-            axes.annotate(f" {name}\n {milliseconds(y[-1])}", (x[-1], y[-1]), color=colour,
-                          va="center", xytext=(6, 0), textcoords="offset points",
-                          weight="bold" if name == OURS else "normal")  # fmt: skip
-        ours = lines[OURS]
-        axes.set_xscale("log")
+    for axes, (operation, (names, lines)) in zip(grid.flat, panels.items()):
         axes.set_yscale("log")
-        axes.set_xticks([x for x, *_ in ours])
-        axes.set_xticks(
-            [x for x, *_ in ours],
-            [f"{s}\n{x / 1e6:.1f} million" for x, _, s in ours], fontsize=8.5,
-        )  # fmt: skip
+        ends = []
+        for name, line in lines.items():
+            colour = COLOURS.get(name, "#888888")
+            axes.plot(range(len(line)), line, "o-", color=colour,
+                      linewidth=3 if name == OURS else 1.6)  # fmt: skip
+            ratio = line[-1] / lines[OURS][-1]
+            slower = "" if name == OURS else f" (ours {ratio:.1f}x faster)"
+            ends.append((line, f"{name} {milliseconds(line[-1])}{slower}", colour))
+        axes.set_xticks(range(len(names)), names, fontsize=9)
+        axes.margins(x=0.06, y=0.1)
         low, high = axes.get_ylim()
-        ticks = [v for e in range(-3, 6) for v in (10.0**e, 2 * 10.0**e, 5 * 10.0**e)]
-        axes.yaxis.set_major_locator(FixedLocator([v for v in ticks if low <= v <= high]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_minor_locator(NullLocator())
-        axes.set_xlim(ours[0][0] / 1.6, ours[-1][0] * 3.2)
-        axes.set_ylabel("milliseconds")
-        axes.set_xlabel("rows x vocabulary, and logits of each model")
-        axes.set_title(f"{operation}, bfloat16", loc="left", weight="bold")
+        ticks = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)]
+        axes.yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylabel("milliseconds (a logarithmic axis)")
+        axes.set_xlabel("tokens x vocabulary")
+        axes.set_title(f"{operation}: {OPERATIONS[operation].does}", loc="left", fontsize=11)
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
+        label_ends(axes, ends)
     return as_svg(figure)
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from machine import PeakMemory
 from operations import OPERATIONS, Operation, Results, Size
-from peers import Call, Contender, Unavailable, contenders
+from peers import Call, Contender, contenders
 from timing import peak_bytes
 from torch import Tensor
 
@@ -164,12 +164,12 @@ def _measure_memory(family: str, names: list[str]) -> dict[str, int]:
     for name in names:
         case = by_name[name]
         for contender in contenders(case.operation.name):
-            if contender.family == family:
-                try:
-                    call = contender.ready()
-                except (ImportError, Unavailable):
-                    continue
-                found[f"{contender.name}: {case}"] = extra_bytes(call, case.inputs)
+            if contender.family != family:
+                continue
+            try:
+                found[f"{contender.name}: {case}"] = extra_bytes(contender.ready(), case.inputs)
+            except Exception as error:  # the comparison tells why, this only goes on without it
+                print(f"{contender.name}: {error}", file=sys.stderr)
         case.forget()
     return found
 

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: ppo study test validate bench bench-traffic bench-study bench-careful bench-linear bench-monitor gpu abi lint format clean
+.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor gpu abi lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -19,6 +19,10 @@ test: $(READY)
 
 validate: $(READY)
 	$(BIN)/python -m kl_kernels validate $(ARGS)
+
+bench-cpu: $(READY)
+	$(BIN)/python bench/side_by_side.py $(ARGS)
+	$(BIN)/python bench/readme.py
 
 bench-traffic: $(READY)
 	$(BIN)/python bench/traffic.py

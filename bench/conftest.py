@@ -33,6 +33,7 @@ class Collected:
 
     def __init__(self, config: pytest.Config):
         about = gpu_record() if DEVICE == "cuda" else record()
+        self.saving = config.getoption("--save")
         options = " ".join(name for name in ("--full", "--save") if config.getoption(name))
         about["command"] = f"make bench ARGS='{options}'" if options else "make bench"
         read = max(ceilings(DEVICE, CEILING_BYTES)["read"].values())
@@ -45,6 +46,8 @@ class Collected:
     def add(self, row: dict[str, Any]) -> None:
         rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
         self.results["measurements"].append(rounded)
+        if self.saving:  # a run that is cut short has not been for nothing
+            self.save()
 
     def leave_out(self, operation: str, contender: str, reason: str) -> None:
         entry = {"operation": operation, "contender": contender, "reason": reason}
@@ -98,7 +101,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         )
     for entry in found["not_measured"]:
         write(f"not measured: {entry['contender']}, {entry['operation']}: {entry['reason']}")
-    if config.getoption("--save"):
+    if made.saving:
         write(f"written to {made.save()}; python bench/readme.py renders it")
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import report
-from peers_page import short_table
 
 from kl_kernels.study.document import Text, to_markdown
 from kl_kernels.study.outcomes import WINDOW
@@ -25,6 +24,40 @@ from kl_kernels.study.statistics import Interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+
+
+def cpu_table(results: dict[str, Any]) -> str:
+    """Times of each contender over ours, for each job, dtype and number of rows."""
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for m in results["measurements"]:
+        rows.setdefault((m["job"], m["dtype"], m["rows"]), {})[m["contender"]] = m
+    vocab_size = results["measurements"][0]["vocab_size"]
+    lines = [
+        f"| V = {vocab_size} | rows | kl_kernels (spread) | in two visits | torch.compile | eager "
+        "| extra MB | page faults |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (job, dtype, n_rows), by in rows.items():
+        all_three = ours, compiled, eager = by["kl_kernels"], by["torch.compile"], by["eager"]
+        memory = " / ".join(f"{m['extra_mb']:.0f}" for m in all_three)
+        faults = " / ".join(f"{m['page_faults']:.0f}" for m in all_three)
+        two_visits = f"{by['in two visits']['ratio']:.2f}x" if "in two visits" in by else ""
+        spread = f"{ours['fastest_ms']:.1f} to {ours['slowest_ms']:.1f}"
+        lines.append(
+            f"| {job}, {dtype} | {n_rows} | {ours['median_ms']:.1f} ms ({spread}) "
+            f"| {two_visits} | {compiled['ratio']:.1f}x | {eager['ratio']:.1f}x "
+            f"| {memory} | {faults} |"
+        )
+    lines.append(
+        "\nMedians of interleaved rounds, the others as multiples of ours; memory and faults of a "
+        "call: ours / torch.compile / eager. forward: `token_kl`; backward: the gradient of "
+        "logprob + kl + entropy; policy loss: `fused_policy_loss` and its gradient, in two visits: "
+        "the same from `token_kl` and `ppo_policy_loss`. On "
+        f"{results['device']} with {results['threads']} threads that read "
+        f"{results['read_gb_per_s']:.0f} GB/s; torch {results['facts']['torch']}, commit "
+        f"{results['commit']}. From `bench/results/cpu.json`, made by `make bench-cpu`."
+    )
+    return "\n".join(lines)
 
 
 def study_section(results: dict[str, Any]) -> str:
@@ -175,11 +208,12 @@ def monitor_tables(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+NOT_MEASURED = "Not measured yet."
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 
 DOCUMENTS: dict[str, Sections] = {
     "README.md": {
-        "peers": short_table,
+        "cpu": cpu_table,
         "traffic": traffic_sentence,
         "linear": linear_table,
         "study": study_section,
@@ -187,7 +221,9 @@ DOCUMENTS: dict[str, Sections] = {
     },
     "docs/monitoring.md": {"monitor": monitor_tables},
     "docs/study.md": {"study": study_document},
-    "docs/benchmarks.md": {name: partial(report.section, name) for name in report.parts()},
+    "docs/benchmarks.md": {
+        name: partial(report.section, name) for name in (*report.MODULES, *report.gpus())
+    },
 }
 
 
@@ -195,7 +231,8 @@ def rendered(path: str, text: str) -> str:
     """The document with every section as the results files have it."""
     for name, render in DOCUMENTS[path].items():
         begin, end = f"<!-- results: {name} -->", f"<!-- end of {name} -->"
-        figures = render(json.loads((RESULTS / f"{name}.json").read_text()))
+        results = RESULTS / f"{name}.json"
+        figures = render(json.loads(results.read_text())) if results.exists() else NOT_MEASURED
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{path} has no section between {begin!r} and {end!r}")

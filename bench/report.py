@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,12 @@ MODULES = {"peers": "peers_page", "offline": "offline", "growth": "growth"}  # b
 
 def parts() -> dict[str, str]:
     """Modules by results file, of those that are there; a GPU's peers come before the CPU's."""
-    gpus = {path.stem: "peers_page" for path in sorted(RESULTS.glob("peers_*.json"))}
-    return {
-        name: module
-        for name, module in (gpus | MODULES).items()
-        if (RESULTS / f"{name}.json").exists() and importlib.util.find_spec(module)
-    }
+    everything = gpus() | MODULES
+    return {n: module for n, module in everything.items() if (RESULTS / f"{n}.json").exists()}
+
+
+def gpus() -> dict[str, str]:
+    return {path.stem: "peers_page" for path in sorted(RESULTS.glob("peers_*.json"))}
 
 
 def section(name: str, results: dict[str, Any]) -> str:
@@ -49,7 +48,7 @@ def read(name: str) -> dict[str, Any]:
 
 def draw() -> None:
     """Every picture anew."""
-    PICTURES.mkdir(exist_ok=True)
+    PICTURES.mkdir(parents=True, exist_ok=True)
     for name, module in parts().items():
         for picture, svg in importlib.import_module(module).pictures(read(name)).items():
             marked = svg.rstrip() + mark(name).encode() + b"\n"

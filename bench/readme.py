@@ -10,8 +10,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import report
 
 from kl_kernels.study.document import Text, to_markdown
 from kl_kernels.study.outcomes import WINDOW
@@ -205,6 +208,7 @@ def monitor_tables(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+NOT_MEASURED = "Not measured yet."
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 
 DOCUMENTS: dict[str, Sections] = {
@@ -217,6 +221,9 @@ DOCUMENTS: dict[str, Sections] = {
     },
     "docs/monitoring.md": {"monitor": monitor_tables},
     "docs/study.md": {"study": study_document},
+    "docs/benchmarks.md": {
+        name: partial(report.section, name) for name in (*report.MODULES, *report.gpus())
+    },
 }
 
 
@@ -224,7 +231,8 @@ def rendered(path: str, text: str) -> str:
     """The document with every section as the results files have it."""
     for name, render in DOCUMENTS[path].items():
         begin, end = f"<!-- results: {name} -->", f"<!-- end of {name} -->"
-        figures = render(json.loads((RESULTS / f"{name}.json").read_text()))
+        results = RESULTS / f"{name}.json"
+        figures = render(json.loads(results.read_text())) if results.exists() else NOT_MEASURED
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{path} has no section between {begin!r} and {end!r}")
@@ -242,7 +250,14 @@ def main() -> int:
         differ |= before != after
         if not check:
             (ROOT / path).write_text(after)
-    return int(check and differ)
+    if not check:
+        report.draw()
+        report.PAGE.write_text(report.page())
+        return 0
+    if stale := report.stale_pictures():
+        print(f"not drawn from the committed results: {', '.join(stale)}")
+        return 1
+    return int(differ or report.PAGE.read_text() != report.page())
 
 
 if __name__ == "__main__":

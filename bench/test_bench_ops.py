@@ -1,41 +1,150 @@
-"""Small sizes, where a call's own cost shows: `python -m pytest bench --benchmark-only`.
+"""kl_kernels beside its peers, operation by operation: `make bench`.
 
-One group per job and size; within it, the backends side by side.
+A contender is timed when its results were found right in float64, on the tensors it is timed with;
+a peer that is wrong, or fails, is left out with its reason. If ours is wrong, the benchmark fails.
+Before each of its rounds ours runs once, so that the ratio of the two is one of neighbours in time.
 """
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from formulas import check, eager, make_inputs, ours, with_gradient
+from compare import (
+    DEVICE,
+    Case,
+    Wrong,
+    cases,
+    check,
+    extra_bytes,
+    free_memory,
+    memory_of,
+    too_large,
+)
+from conftest import Collected, median_of_pairs
+from machine import page_faults
+from peers import OURS, Call, Contender, Unavailable, contenders
 
-# Rows and vocabulary: one token, a small model's batch, a short response of a large model.
-SIZES = ((1, 32000), (512, 2048), (16, 128256))
-CONTENDERS = {"kl_kernels": ours, "eager": eager}
-
-
-@pytest.fixture(params=SIZES, ids=lambda size: "{}x{}".format(*size))
-def size(request):
-    return request.param
-
-
-@pytest.fixture(params=(torch.bfloat16, torch.float32), ids=lambda dtype: str(dtype)[6:])
-def dtype(request):
-    return request.param
-
-
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_forward(benchmark, contender, size, dtype):
-    run(benchmark, "token_kl", torch.no_grad()(CONTENDERS[contender]), size, dtype)
+SECONDS, FEWEST, MOST = 0.7, 7, 40  # of a contender's rounds, and how many
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_forward_and_backward(benchmark, contender, size, dtype):
-    call = with_gradient(CONTENDERS[contender])
-    run(benchmark, "token_kl and gradient", call, size, dtype)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = list(cases(metafunc.config.getoption("--full")))
+    pairs = [(case, c) for case in chosen for c in contenders(case.operation.name)]
+    metafunc.parametrize(
+        ("case", "contender"), pairs, ids=[f"{case}, {c.name}" for case, c in pairs]
+    )
 
 
-def run(benchmark, job, call, size, dtype):
-    n_rows, vocab_size = size
-    check(min(n_rows, 2), vocab_size, dtype)  # no number without a right answer
-    benchmark.group = f"{job} {n_rows}x{vocab_size} {str(dtype)[6:]}"
-    benchmark.extra_info["megabytes of logits"] = 2 * n_rows * vocab_size * dtype.itemsize / 1e6
-    benchmark.pedantic(call, make_inputs(n_rows, vocab_size, dtype), rounds=20, warmup_rounds=2)
+class Ours:
+    """The call that all others are held against, and the case whose tensors are there."""
+
+    case: Case | None = None
+    call: Call | None = None
+
+    @classmethod
+    def of(cls, case: Case) -> Call:
+        if cls.case is not case:
+            if cls.case is not None:
+                cls.case.forget()
+            cls.case, cls.call = case, contenders(case.operation.name)[0].ready()
+        return cls.call
+
+
+@pytest.fixture(scope="session")
+def memory_of_all(request: pytest.FixtureRequest) -> Callable[[str], dict[str, int]]:
+    """By family: the memory of all its calls that this session asks for."""
+
+    @cache
+    def of(family: str) -> dict[str, int]:
+        asked = [item.callspec.params for item in request.session.items]
+        mine = {str(p["case"]): p["case"] for p in asked if p["contender"].family == family}
+        free = free_memory()
+        return memory_of(family, [c for c in mine.values() if not too_large(c.size, free)])
+
+    return of
+
+
+def test_operation(
+    benchmark: Any, collected: Collected, memory_of_all: Callable[[str], dict[str, int]],
+    case: Case, contender: Contender,
+) -> None:  # fmt: skip
+    operation = case.operation.name
+
+    def leave_out(reason: str) -> None:
+        collected.leave_out(operation, contender.name, reason)
+        pytest.skip(reason)
+
+    if reason := too_large(case.size, free_memory()):
+        leave_out(reason)
+    ours = Ours.of(case)
+    try:
+        call = ours if contender.name == OURS else contender.ready()
+        errors = check(case, contender, call)
+    except Exception as error:
+        if contender.name == OURS:
+            raise
+        expected = isinstance(error, (ImportError, Unavailable, Wrong))
+        told = str(error).strip() or "no message"
+        leave_out(told if expected else f"{type(error).__name__}: {told.splitlines()[0]}")
+
+    x = case.inputs
+    cold = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE) if DEVICE == "cuda" else None
+    ours_took: list[float] = []
+    faults: list[int] = []
+
+    def before() -> None:
+        """Ours, in the same round; and caches as they are when a model has just run."""
+        if contender.name != OURS:
+            ours_took.append(timed(ours, x, cold))
+        if cold is not None:
+            cold.zero_()
+            torch.cuda.synchronize()
+
+    def run() -> None:
+        faults_before = page_faults()
+        call(x)
+        if cold is not None:
+            torch.cuda.synchronize()
+        faults.append(page_faults() - faults_before)
+
+    ours(x), run()
+    once = timed(call, x, cold)
+    rounds = int(min(MOST, max(FEWEST, SECONDS / once)))
+    benchmark.group = str(case)
+    benchmark.pedantic(run, setup=before, rounds=rounds, iterations=1)
+    took = list(benchmark.stats.stats.data)
+    median = benchmark.stats.stats.median
+    if DEVICE == "cuda":
+        extra = extra_bytes(call, x)
+    else:
+        extra = memory_of_all(contender.family)[f"{contender.name}: {case}"]
+    rate = case.n_bytes / median
+    row = {
+        "operation": operation, "contender": contender.name, "family": contender.family,
+        "size": str(case.size), **vars(case.size), "dtype": str(case.dtype).removeprefix("torch."),
+        "median_ms": 1e3 * median, "fastest_ms": 1e3 * min(took), "slowest_ms": 1e3 * max(took),
+        "rounds": rounds,
+        "ratio": median_of_pairs(took, ours_took) if ours_took else 1.0,
+        "gb_per_s": rate / 1e9, "share": rate / collected.read_bytes_per_s,
+        "extra_mb": extra / 1e6,
+        "page_faults": sum(faults[-rounds:]) / rounds,
+        **errors, "note": contender.note,
+    }  # fmt: skip
+    benchmark.extra_info.update(row)
+    collected.add(row)
+
+
+def timed(call: Call, x: object, cold: torch.Tensor | None) -> float:
+    if cold is not None:
+        cold.zero_()
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call(x)
+    if cold is not None:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -11,6 +11,7 @@ COMMANDS = {
     "ppo": ("kl_kernels.ppo.command", "train a language model with PPO through the fused ops"),
     "study": ("kl_kernels.study.command", "PPO over many beta and seeds: what the KL penalty does"),
     "validate": ("kl_kernels.validate.command", "check every backend here against float64"),
+    "bench": ("kl_kernels.bench", "measure the ops beside other packages (needs a checkout)"),
     "codegen": ("kl_kernels.codegen.command", "compile the Triton kernels, count, predict times"),
     "audit": ("kl_kernels.monitor.audit_command", "check an audit log, or show its records"),
     "info": ("kl_kernels.info", "versions, devices, backends and why the others are not there"),

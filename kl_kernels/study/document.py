@@ -31,7 +31,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Picture:
-    name: str  # of a PNG
+    name: str  # of a PNG or an SVG
     text: str  # what it shows
 
 
@@ -41,17 +41,18 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+PNG = b"\x89PNG"
 Block = Heading | Text | Bullets | Picture | Table
 
 
-def to_html(title: str, blocks: Sequence[Block], pngs: Mapping[str, bytes]) -> str:
+def to_html(title: str, blocks: Sequence[Block], pictures: Mapping[str, bytes]) -> str:
     """A page that needs nothing else: pictures are inside, and there are no scripts."""
     template = Template(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
-    body = "\n".join(_html(block, pngs) for block in blocks)
+    body = "\n".join(_html(block, pictures) for block in blocks)
     return template.substitute(title=html.escape(title), body=body)
 
 
-def _html(block: Block, pngs: Mapping[str, bytes]) -> str:
+def _html(block: Block, pictures: Mapping[str, bytes]) -> str:
     match block:
         case Heading(text):
             return f"<h2>{_inline(text)}</h2>"
@@ -60,7 +61,9 @@ def _html(block: Block, pngs: Mapping[str, bytes]) -> str:
         case Bullets(items):
             return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
         case Picture(name, text):
-            source = "data:image/png;base64," + base64.b64encode(pngs[name]).decode()
+            data = pictures[name]
+            kind = "png" if data.startswith(PNG) else "svg+xml"
+            source = f"data:image/{kind};base64," + base64.b64encode(data).decode()
             caption = f"<figcaption>{_inline(text)}</figcaption>"
             alt = html.escape(text.replace("`", ""))
             return f'<figure><img src="{source}" alt="{alt}">{caption}</figure>'
@@ -78,12 +81,13 @@ def _inline(text: str) -> str:
     return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
 
 
-def to_markdown(title: str, blocks: Sequence[Block], folder: str) -> str:
-    """The same, with pictures as files in `folder`."""
-    return "\n\n".join([f"# {title}", *(_markdown(block, folder) for block in blocks)]) + "\n"
+def to_markdown(title: str, blocks: Sequence[Block], folder: str, *, suffix: str = ".png") -> str:
+    """The same, with pictures as files in `folder`; no title, no heading for it."""
+    parts = [f"# {title}"] if title else []
+    return "\n\n".join([*parts, *(_markdown(block, folder, suffix) for block in blocks)]) + "\n"
 
 
-def _markdown(block: Block, folder: str) -> str:
+def _markdown(block: Block, folder: str, suffix: str) -> str:
     match block:
         case Heading(text):
             return f"## {text}"
@@ -92,7 +96,7 @@ def _markdown(block: Block, folder: str) -> str:
         case Bullets(items):
             return "\n".join(f"- {item}" for item in items)
         case Picture(name, text):
-            return f"![{text.replace('`', '')}]({folder}/{name}.png)\n\n*{text}*"
+            return f"![{text.replace('`', '')}]({folder}/{name}{suffix})\n\n*{text}*"
         case Table(header, rows):
             lines = [header, ["---"] * len(header), *rows]
             cells = ([re.sub(r"([|<>])", r"\\\1", cell) for cell in line] for line in lines)

@@ -1,0 +1,107 @@
+"""Pictures of instructions per logit and of least times: bars, a panel for each job."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+# Okabe and Ito's: told apart by all eyes.
+OURS, OTHERS, GREY = "#0072B2", "#BBBBBB", "#555555"
+RESOURCES = {"memory": "#56B4E9", "issue": "#E69F00", "mufu": "#D55E00"}
+SAYS = {"memory": "memory", "issue": "instructions", "mufu": "special functions"}
+BAR_INCHES = 0.3
+
+
+def instructions(results: Mapping[str, Any]) -> bytes:
+    def draw(axes: Any, i: int, row: Row) -> None:
+        value = row["instructions"] / logits(row)
+        axes.barh(i, value, color=OURS if is_ours(row) else OTHERS)
+        spilled = ", registers spill" if row["stack"] else ""
+        axes.annotate(
+            f"{value:.1f}{spilled}", (value, i), (4, 0), textcoords="offset points",
+            va="center", fontsize=9, fontweight="bold" if is_ours(row) else "normal",
+        )  # fmt: skip
+
+    return bars(
+        results, draw,
+        "Instructions that a GPU thread executes for each logit (fewer is better)",
+        "instructions per logit",
+    )  # fmt: skip
+
+
+def least_times(results: Mapping[str, Any]) -> bytes:
+    """A bar as long as the slowest resource needs, coloured by which one that is."""
+
+    def draw(axes: Any, i: int, row: Row) -> None:
+        bound, time = row["bound_by"], row["least_ms"]
+        axes.barh(i, time, color=RESOURCES[bound])
+        axes.annotate(
+            f"{time:.2f} ms, {SAYS[bound]}", (time, i), (4, 0), textcoords="offset points",
+            va="center", fontsize=9, fontweight="bold" if is_ours(row) else "normal",
+        )  # fmt: skip
+
+    shape = f"{results['rows']} x {results['vocab_size']}"
+    return bars(
+        results, draw,
+        f"The least time on an H200 for logits of {shape}, and what it is spent waiting for",
+        "milliseconds",
+    )  # fmt: skip
+
+
+def bars(
+    results: Mapping[str, Any], draw: Callable[[Any, int, Row], None], title: str, unit: str
+) -> bytes:
+    jobs = [(job, list(rows)) for job, rows in groupby(results["kernels"], lambda row: row["job"])]
+    heights = [len(rows) + 1.2 for _, rows in jobs]
+    figure = Figure(figsize=(10.5, BAR_INCHES * sum(heights) + 1.1), layout="constrained")
+    panels = figure.subplots(len(jobs), 1, sharex=True, height_ratios=heights, squeeze=False)
+    for axes, (job, rows) in zip(panels.flat, jobs):
+        for i, row in enumerate(rows):
+            draw(axes, i, row)
+        axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=9)
+        for tick, row in zip(axes.get_yticklabels(), rows):
+            tick.set_fontweight("bold" if is_ours(row) else "normal")
+        axes.invert_yaxis()
+        axes.set_title(TITLES.get(job, job), loc="left", fontsize=10.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.25)
+    panels[-1, 0].set_xlabel(unit)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    return svg(figure)
+
+
+TITLES = {
+    "log-probability": "Reading the policy's logits: log-probability, loss or entropy",
+    "exact KL": "Reading the policy's and the reference's logits: an exact KL",
+    "gradient": "Writing the gradient of the logits",
+}
+
+
+def label(row: Row) -> str:
+    if is_ours(row):
+        return f"kl_kernels, {row['name']}"
+    return f"{row['name']} (2 tensors)" if row["unit"] == "pair" else row["name"]
+
+
+def is_ours(row: Row) -> bool:
+    return row["library"] == "kl_kernels"
+
+
+def logits(row: Row) -> int:
+    """In one unit."""
+    return 2 if row["unit"] == "pair" else 1
+
+
+def svg(figure: Figure) -> bytes:
+    """The same bytes for the same figure."""
+    with rc_context({"svg.hashsalt": "kl_kernels", "svg.fonttype": "path"}):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -218,7 +218,7 @@ def second_look(kernel: Kernel, unit_bytes: int, chip: Chip, from_the_end: bool)
 def least(loops: list[Loop], hits: float, chip: Chip) -> dict[str, float]:
     """Seconds that each resource needs for all loops; `hits` of a second look cost no memory."""
     units = ROWS * VOCAB_SIZE
-    times = {name: 0.0 for name in limits(loops[0], units, chip)}
+    times = dict.fromkeys(limits(loops[0], units, chip), 0.0)
     for i, loop in enumerate(loops):
         for name, seconds in limits(loop, units, chip).items():
             times[name] += seconds
@@ -253,12 +253,16 @@ def blocks(results: dict[str, Any]) -> list[Block]:
         ),
         Picture("offline_instructions", "Instructions that one thread executes per logit"),
         Picture("offline_least_times", f"The least time of {shape} on an H200"),
-        *(Block_ for job in JOBS for Block_ in (Text(f"**{job}**: {JOBS[job]}."), table(results, job))),
+        *(
+            Block_
+            for job in JOBS
+            for Block_ in (Text(f"**{job}**: {JOBS[job]}."), table(results, job))
+        ),
         Text("Not counted:"),
         Bullets([f"{name}: {reason}" for name, reason in results["left_out"].items()]),
         Text(
-            "Per logit, or per pair of a policy's and a reference's: divide a pair's figures by two "
-            "to hold them against a logit's. The least time is the slowest of memory, instruction "
+            "Per logit, or per pair of a policy's and a reference's: half a pair's figures are a "
+            "logit's. The least time is the slowest of memory, instruction "
             "issue and special functions at an H200's peak rates; what is left out (launches, "
             "reductions' waiting at barriers, too few warps to hide latency) can only add to it. "
             "Of a second look at a row, the L2 holds what it has room for. "
@@ -266,6 +270,13 @@ def blocks(results: dict[str, Any]) -> list[Block]:
             "`bench/results/offline.json`, made by `make bench-offline`."
         ),
     ]
+
+
+def job_blocks(results: dict[str, Any]) -> list[Block]:
+    found: list[Block] = []
+    for job, says in JOBS.items():
+        found += [Text(f"**{job}**: {says}."), table(results, job)]
+    return found
 
 
 def table(results: dict[str, Any], job: str) -> Table:

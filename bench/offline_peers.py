@@ -1,8 +1,8 @@
-"""The launches of other libraries whose machine code is counted, as their own host code makes them.
+"""Calls of other libraries, whose host code launches the kernels that are to be counted.
 
-Every call has logits of 8192 rows and 128256 columns in bfloat16, on tensors without memory. A library is
-imported as it is; where that needs a GPU or packages that have nothing to do with its kernels, the
-file with the kernels is loaded by its path, and stand-ins are listed with it.
+Every call has logits of 8192 rows and 128256 columns in bfloat16, without memory. A library is
+imported as it is; where that needs packages that have nothing to do with its kernels, the file with
+the kernels is loaded by its path, and stand-ins are listed with it.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def on_path(name: str) -> Path:
 
 def by_path(name: str, path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -193,7 +194,9 @@ def unsloth_cross_entropy() -> None:
     module("transformers.models.llama.modeling_llama", logger=None)
     module("unsloth_zoo", __path__=[])
     module("unsloth_zoo.utils", Version=str)
-    module("unsloth_zoo.loss_utils", patch_loss_functions=None, post_patch_loss_function=lambda f: f)
+    module(
+        "unsloth_zoo.loss_utils", patch_loss_functions=None, post_patch_loss_function=lambda f: f
+    )
     function = by_path("peer_unsloth.cross_entropy_loss", path).Fast_CrossEntropyLoss
     inputs = empty(ROWS, VOCAB_SIZE), empty(ROWS, dtype=torch.int64)
     forward_and_backward(function, *inputs, grads=like)

@@ -307,6 +307,12 @@ def table(results: dict[str, Any], job: str) -> Table:
     return Table(header, rows)
 
 
+def rank(row: dict[str, Any]) -> tuple[int, bool, float]:
+    """Job by job, ours first, then the leanest."""
+    per_logit = row["instructions"] / (2 if row["unit"] == "pair" else 1)
+    return list(JOBS).index(row["job"]), row["library"] != OURS, per_logit
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -322,9 +328,10 @@ def main() -> int:
         ours = our_rows()
         print("\n".join(map(shown, ours)))
         peers, left_out = peer_rows()
-    order = list(JOBS)
-    kernels = sorted(ours + peers, key=lambda row: order.index(row["job"]))
+    kernels = sorted(ours + peers, key=rank)
     stand_ins = {call.library: call.stand_ins for call in CALLS if call.stand_ins}
+    chip = CHIPS[CHIP]
+    results["slots_per_logit"] = 2 * chip.sms * chip.clock * chip.issue / chip.bandwidth
     results |= {"kernels": kernels, "left_out": left_out, "stand_ins": stand_ins}
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {args.out}")

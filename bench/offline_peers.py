@@ -287,8 +287,8 @@ CALLS = [
         liger_kl,
         {
             "_kldiv_kernel_forward": Counted(
-                "Liger KL", KL, "forward KL", ("sum",), unit="pair", unit_bytes=4,
-                notes="of ready log-probabilities: a log-softmax of each tensor comes before it",
+                "Liger KL", KL, "forward KL, from ready log-probabilities", ("sum",),
+                unit="pair", unit_bytes=4, notes="a log-softmax of each tensor comes before it",
             )
         },
     ),
@@ -297,9 +297,8 @@ CALLS = [
         liger_jsd,
         {
             "_jsd_kernel": Counted(
-                "Liger JSD", KL, "reverse KL (beta 1) and its gradient", ("sum",), unit="pair",
-                unit_bytes=4,
-                notes="of ready log-probabilities: a log-softmax of each tensor comes before it",
+                "Liger JSD", KL, "reverse KL and its gradient, from ready log-probabilities", ("sum",),
+                unit="pair", unit_bytes=4, notes="a log-softmax of each tensor comes before it",
             )
         },
     ),

@@ -23,7 +23,6 @@ import torch
 from bootstrap import Array, interval
 from formulas import Call, eager, gradient_of, make_inputs, one_visit, ours, two_visits
 from formulas import with_gradient as gradient
-from growth_figures import memory_picture, time_picture
 from machine import PeakMemory, record
 
 from kl_kernels.study.document import Block, Heading, Picture, Table, Text
@@ -162,6 +161,9 @@ def memory_in_its_own_process(job: str, contender: str) -> dict[str, Any]:
 
 def pictures(results: dict[str, Any]) -> dict[str, bytes]:
     """SVG, by name."""
+    # Imported here: the processes that memory is measured in draw nothing.
+    from growth_figures import memory_picture, time_picture
+
     return {"growth_time": time_picture(results), "growth_memory": memory_picture(results)}
 
 

@@ -297,7 +297,8 @@ CALLS = [
         liger_jsd,
         {
             "_jsd_kernel": Counted(
-                "Liger JSD", KL, "reverse KL and its gradient, from ready log-probabilities", ("sum",),
+                "Liger JSD", KL,
+                "reverse KL and its gradient, from ready log-probabilities", ("sum",),
                 unit="pair", unit_bytes=4, notes="a log-softmax of each tensor comes before it",
             )
         },

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from drawing import svg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
-from offline_figures import svg
 
 from kl_kernels.study.figures import PLAIN, label_ends
 
@@ -39,7 +39,7 @@ def time_picture(results: Mapping[str, Any]) -> bytes:
                 ends.append((curve["median_ms"], text, colour))
         return ends
 
-    return panels(draw, "Time of a call [milliseconds]; twice the logits, twice the time: slope 1")
+    return panels(draw, "Time of a call; slope 1: twice the logits, twice the time", "milliseconds")
 
 
 def memory_picture(results: Mapping[str, Any]) -> bytes:
@@ -60,18 +60,19 @@ def memory_picture(results: Mapping[str, Any]) -> bytes:
             )  # fmt: skip
         return ends
 
-    title = f"Memory of a call on top of its inputs [MB]; {LEAST_MB} MB: that or less"
-    return panels(draw, title)
+    title = f"Memory of a call on top of its inputs (at {LEAST_MB}: that or less)"
+    return panels(draw, title, "MB")
 
 
-def panels(draw: Draw, title: str) -> bytes:
-    figure = Figure(figsize=(10.5, 9.5), layout="constrained")
+def panels(draw: Draw, title: str, unit: str) -> bytes:
+    figure = Figure(figsize=(10.5, 10), layout="constrained")
     grid = figure.subplots(len(TITLES), len(X_LABELS), sharey=True, sharex="col")
     ends = []
     for row, job in zip(grid, TITLES):
         for axes, axis in zip(row, X_LABELS):
             ends.append((axes, draw(axes, job, axis)))
             logarithmic(axes)
+        row[0].set_ylabel(unit)
         row[0].set_title(TITLES[job], loc="left", fontsize=10.5)
     for axes, text in zip(grid[-1], X_LABELS.values()):
         axes.set_xlabel(text)

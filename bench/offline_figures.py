@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
 
-from matplotlib import rc_context
+from drawing import svg
 from matplotlib.figure import Figure
+from offline_jobs import JOBS, OURS
 
 Row = Mapping[str, Any]
 
 # Okabe and Ito's: told apart by all eyes.
-OURS, OTHERS, GREY = "#0072B2", "#BBBBBB", "#555555"
+BLUE, OTHERS, GREY = "#0072B2", "#BBBBBB", "#555555"
 RESOURCES = {"memory": "#56B4E9", "issue": "#E69F00", "mufu": "#D55E00"}
 SAYS = {"memory": "memory", "issue": "instructions", "mufu": "special functions"}
 BAR_INCHES = 0.3
@@ -25,7 +25,7 @@ def instructions(results: Mapping[str, Any]) -> bytes:
 
     def draw(axes: Any, i: int, row: Row) -> None:
         value = row["instructions"] / logits(row)
-        axes.barh(i, value, color=OURS if is_ours(row) else OTHERS)
+        axes.barh(i, value, color=BLUE if is_ours(row) else OTHERS)
         spilled = " (registers spill)" if row["stack"] else ""
         say(axes, i, value, f"{value:.1f}", f"{row['computes']}{spilled}", row)
 
@@ -78,7 +78,7 @@ def bars(
         for tick, row in zip(axes.get_yticklabels(), rows):
             tick.set_fontweight(weight(row))
         axes.invert_yaxis()
-        axes.set_title(TITLES.get(job, job), loc="left", fontsize=10.5)
+        axes.set_title(JOBS[job], loc="left", fontsize=10.5)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_xlim(0, ROOM * panels[0, 0].get_xlim()[1])
     panels[-1, 0].set_xlabel(unit)
@@ -102,13 +102,6 @@ def weight(row: Row) -> str:
     return "bold" if is_ours(row) else "normal"
 
 
-TITLES = {
-    "log-probability": "Reading the policy's logits: log-probability, loss or entropy",
-    "exact KL": "Reading the policy's and the reference's logits: an exact KL",
-    "gradient": "Writing the gradient of the logits",
-}
-
-
 def label(row: Row) -> str:
     if is_ours(row):
         return f"kl_kernels, {row['name']}"
@@ -117,17 +110,9 @@ def label(row: Row) -> str:
 
 
 def is_ours(row: Row) -> bool:
-    return row["library"] == "kl_kernels"
+    return row["library"] == OURS
 
 
 def logits(row: Row) -> int:
     """In one unit."""
     return 2 if row["unit"] == "pair" else 1
-
-
-def svg(figure: Figure) -> bytes:
-    """The same bytes for the same figure."""
-    with rc_context({"svg.hashsalt": "kl_kernels", "svg.fonttype": "path"}):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()

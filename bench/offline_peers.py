@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from offline_jobs import BACKWARD, KL, LOGPROB, ROWS, VOCAB_SIZE
 from offline_launches import Context, forward_and_backward
 
-ROWS, VOCAB_SIZE = 8192, 128256
 WIDTH = 4096  # of hidden states, where logits are made by the library itself
 CPU_ROWS = 16  # real ones, where host code looks at values; a multiple of 16 as ROWS is
 
@@ -31,7 +31,7 @@ class Counted:
     """One kernel of a call: what it is for, and how its code is to be read."""
 
     name: str  # to be shown
-    job: str  # see offline.JOBS
+    job: str  # of JOBS
     computes: str
     loops: tuple[str, ...]  # in program order; none: a program is one tile, without a loop
     block: str = "BLOCK_SIZE"  # constant with the logits of a tile
@@ -209,7 +209,6 @@ def version(library: str) -> str:
     return importlib.metadata.version(library)
 
 
-LOGPROB, KL, BACKWARD = "log-probability", "exact KL", "gradient"
 ONE = ("statistics",)
 
 CALLS = [

@@ -47,6 +47,8 @@ def blocks(results: dict[str, Any]) -> list[Block]:
         ),
         Text("Not counted:"),
         Bullets([f"{name}: {reason}" for name, reason in results["left_out"].items()]),
+        Text("Not a library's own:"),
+        Bullets([f"{name}: {what}" for name, what in results["stand_ins"].items()]),
         Text(
             "Per logit, or per pair of a policy's and a reference's: half a pair's figures are a "
             "logit's. The least time is the slowest of memory, instruction "

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from typing import Any
 
+from offline_calls import version
 from offline_jobs import BACKWARD, KL, LOGPROB, OURS, ROWS, VOCAB_SIZE
 from offline_launches import Launch, recorded
-from offline_peers import CALLS, LEFT_OUT, Counted, version
+from offline_peers import CALLS, LEFT_OUT, Counted
 
 from kl_kernels.codegen import sass
 from kl_kernels.codegen.chips import CHIPS, Chip, limits, occupancy, second_look_hits

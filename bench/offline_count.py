@@ -59,7 +59,7 @@ def our_rows() -> list[dict[str, Any]]:
         loops = {name: kernel.loops[name] for name in ours.loops}
         about = {
             "name": ours.variant, "library": OURS, "job": ours.job, "computes": ours.computes,
-            "unit": variant.unit, "notes": "", "launch": f"{kernel.num_warps} warps",
+            "unit": variant.unit, "notes": "", "launch": f"{warps(kernel)}",
         }  # fmt: skip
         spills = spill_instructions(files["sass"].decode())
         rows.append(about | figures(kernel, loops, ours.unit_bytes, spills, from_the_end=True))
@@ -87,13 +87,16 @@ def peer_rows() -> tuple[list[dict[str, Any]], dict[str, str]]:
 
 
 def distinct(launches: list[Launch]) -> list[Launch]:
-    """Without repetitions; a number of stages matters to loops with matrix products alone."""
+    """The first launch; of an autotuned kernel every tile and number of warps.
+
+    A number of stages matters to loops with matrix products alone.
+    """
+    if launches[0].tuned == 1:
+        return launches[:1]
     kept: dict[str, Launch] = {}
     for launch in launches:
         constants = {n: v for n, v in launch.arguments.items() if isinstance(v, (int, float, str))}
         kept.setdefault(f"{constants} {launch.options.get('num_warps')}", launch)
-        if not launch.tuned:
-            break
     return list(kept.values())
 
 
@@ -102,9 +105,13 @@ def peer_row(launch: Launch, counted: Counted) -> dict[str, Any]:
     about = {
         "name": counted.name, "job": counted.job, "computes": counted.computes,
         "unit": counted.unit, "notes": counted.notes,
-        "launch": f"tile of {launch.arguments[counted.block]}, {kernel.num_warps} warps",
+        "launch": f"tile of {launch.arguments[counted.block]}, {warps(kernel)}",
     }  # fmt: skip
     return about | figures(kernel, loops, counted.unit_bytes, spills, from_the_end=False)
+
+
+def warps(kernel: Kernel) -> str:
+    return "1 warp" if kernel.num_warps == 1 else f"{kernel.num_warps} warps"
 
 
 def count(

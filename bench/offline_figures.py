@@ -17,7 +17,8 @@ BLUE, OTHERS, GREY = "#0072B2", "#BBBBBB", "#555555"
 RESOURCES = {"memory": "#56B4E9", "issue": "#E69F00", "mufu": "#D55E00"}
 SAYS = {"memory": "memory", "issue": "instructions", "mufu": "special functions"}
 BAR_INCHES = 0.3
-ROOM = 1.4  # of the longest bar, for words
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # under words, over lines
+ROOM = 1.65  # of the longest bar, for words
 
 
 def instructions(results: Mapping[str, Any]) -> bytes:
@@ -90,11 +91,11 @@ def say(axes: Any, i: int, end: float, figure: str, about: str, row: Row) -> Non
     """At the end of a bar: its figure, and in grey what the kernel computes."""
     number = axes.annotate(
         figure, (end, i), (4, 0), textcoords="offset points", va="center", fontsize=9,
-        fontweight=weight(row),
+        fontweight=weight(row), bbox=PAPER,
     )  # fmt: skip
     axes.annotate(
         about, (1, 0.5), (7, 0), xycoords=number, textcoords="offset points", va="center",
-        fontsize=8.5, color=GREY, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        fontsize=8.5, color=GREY, bbox=PAPER,
     )  # fmt: skip
 
 

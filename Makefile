@@ -5,8 +5,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+COUNTED := build/counted
 
-.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor gpu abi lint format clean
+.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu abi lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -45,6 +46,17 @@ bench-monitor: $(READY)
 	$(BIN)/python bench/monitor_rates.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
+# Instructions of this package's kernels and of other libraries', counted without a GPU.
+bench-offline: $(READY) $(COUNTED)/ready
+	PYTHONPATH=$(COUNTED) $(BIN)/python bench/offline.py $(ARGS)
+
+bench-growth: $(READY)
+	$(BIN)/python bench/growth.py $(ARGS)
+
+# Against BASE, any git revision: exit code 1 if an op has become slower.
+bench-compare: $(READY)
+	$(BIN)/python bench/revisions.py --base "$(BASE)" $(ARGS)
+
 # Beside other packages. ARGS=--save publishes the results, ARGS=--full takes all sizes.
 bench: $(VENV)/bench-ready
 	$(BIN)/python -m kl_kernels bench $(ARGS)
@@ -72,6 +84,16 @@ format: $(VENV)/dev-ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+# The libraries' own files and nothing that they depend on. flash-attention's kernels are taken from
+# its sources, for an installation would build CUDA code.
+$(COUNTED)/ready: bench/offline_peers.txt $(READY)
+	$(BIN)/python -m pip install --no-deps --target $(COUNTED) -r $<
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download --no-deps --no-build-isolation \
+	    --no-binary :all: --dest $(COUNTED) flash-attn==2.8.3.post2
+	mkdir -p $(COUNTED)/sources
+	tar xzf $(COUNTED)/flash_attn-*.tar.gz --directory $(COUNTED)/sources --strip-components 1
+	touch $@
 
 clean:
 	rm -rf build kl_kernels/*.so

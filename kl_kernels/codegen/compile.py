@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -59,22 +60,31 @@ def empty_cache() -> Iterator[None]:
         yield
 
 
+def compile_kernel(arch: str, kernel: Any, arguments: Mapping[str, Any]) -> Any:
+    """Any JIT function for one of TARGETS, with its arguments and options as for a launch.
+
+    A dtype or a `MockTensor` stands for a pointer, to memory that is aligned. Gives what Triton
+    compiles to: `.asm` by stage, and `.metadata`.
+    """
+    triton.runtime.driver.set_active(_OfflineDriver(TARGETS[arch]))
+    kernel.device_caches.clear()  # kept by device number, whatever its target
+    wrapped = {name: MockTensor.wrap_dtype(a) for name, a in arguments.items()}
+    return kernel.warmup(grid=(1,), **wrapped)
+
+
 def compile_for(arch: str, variant: Variant) -> tuple[Kernel, dict[str, bytes]]:
     """`variant` for one of TARGETS, and its files by suffix. AMD's loops are not counted."""
     target = TARGETS[arch]
-    triton.runtime.driver.set_active(_OfflineDriver(target))
-    variant.kernel.device_caches.clear()  # kept by device number, whatever its target
     # One lane per thread, whatever the size of a warp.
     lanes = variant.arguments.get("N", launch.CONFIG.lanes)
     options = {**launch.COMPILE, "num_warps": lanes // target.warp_size}
-    arguments = {name: MockTensor.wrap_dtype(a) for name, a in variant.arguments.items()}
-    compiled = variant.kernel.warmup(grid=(1,), **{**arguments, **options})
+    compiled = compile_kernel(arch, variant.kernel, {**variant.arguments, **options})
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         files = {"amdgcn": text.encode(), "hsaco": compiled.asm["hsaco"]}
         (registers, stack), loops = _amd_usage(text), {}
     else:
-        text = _disassemble(compiled.asm["cubin"])
+        text = disassemble(compiled.asm["cubin"])
         files = {
             "ptx": compiled.asm["ptx"].encode(),
             "cubin": compiled.asm["cubin"],
@@ -104,7 +114,7 @@ def _amd_usage(text: str) -> tuple[int, int]:
     return registers, stack
 
 
-def _disassemble(cubin: bytes) -> str:
+def disassemble(cubin: bytes) -> str:
     """By the disassembler that comes with Triton."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cubin")

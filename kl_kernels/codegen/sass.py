@@ -39,9 +39,18 @@ class Loop:
         return sum(self._widths("LDG.") + self._widths("STG.")) / self.units
 
     @property
+    def read(self) -> float:
+        """Of these bytes, the loaded ones."""
+        return sum(self._widths("LDG.")) / self.units
+
+    @property
     def load_width(self) -> int | None:
         """Bytes of the narrowest load; None: there is none."""
         return min(self._widths("LDG."), default=None)
+
+    @property
+    def widest_load(self) -> int:
+        return max(self._widths("LDG."), default=0)
 
     @property
     def store_width(self) -> int | None:
@@ -89,7 +98,7 @@ def loops(listing: str, units: int) -> list[Loop]:
     A loop is the code from a backward branch's target to the branch. What surrounds others is no
     loop over the vocabulary: code that the compiler moved behind the kernel's end jumps back, too.
     """
-    code = [(int(at, 16), PREDICATE.sub("", text)) for at, text in INSTRUCTION.findall(listing)]
+    code = _code(listing)
     index = {at: i for i, (at, _) in enumerate(code)}
     found: list[Loop] = []
     last = -1  # where the last innermost loop starts
@@ -101,3 +110,19 @@ def loops(listing: str, units: int) -> list[Loop]:
             last = start
             found.append(Loop(Counter(text.split()[0] for _, text in code[start : i + 1]), units))
     return [loop for loop in found if loop.count("LDG.")]
+
+
+def program(listing: str, units: int) -> Loop:
+    """All of a kernel that has no loop, without what fills up its end."""
+    opcodes = [text.split()[0] for at, text in _code(listing) if not _is_branch_to_itself(at, text)]
+    return Loop(Counter(opcode for opcode in opcodes if opcode != "NOP"), units)
+
+
+def _code(listing: str) -> list[tuple[int, str]]:
+    """Addresses and instructions, without their predicates."""
+    return [(int(at, 16), PREDICATE.sub("", text)) for at, text in INSTRUCTION.findall(listing)]
+
+
+def _is_branch_to_itself(at: int, text: str) -> bool:
+    branch = BRANCH.search(text)
+    return branch is not None and int(branch[1], 16) == at

@@ -1,0 +1,16 @@
+"""How pictures of measurements are written."""
+
+from __future__ import annotations
+
+import io
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+
+def svg(figure: Figure) -> bytes:
+    """The same bytes for the same figure."""
+    with rc_context({"svg.hashsalt": "kl_kernels", "svg.fonttype": "path"}):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -8,7 +8,7 @@ import pytest
 from kl_kernels.study.document import Picture, to_markdown
 
 
-@pytest.mark.parametrize("name", ["offline"])
+@pytest.mark.parametrize("name", ["offline", "growth"])
 def test_results_become_blocks_and_pictures(monkeypatch, request, name):
     bench = request.config.rootpath / "bench"
     monkeypatch.syspath_prepend(bench)

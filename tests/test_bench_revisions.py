@@ -69,7 +69,7 @@ def test_the_exit_code_is_about_what_is_slower(revisions, capsys, factor, code):
 
 
 def test_a_worker_runs_the_package_of_its_tree(revisions, request):
-    with compare.Worker(request.config.rootpath, threads=1) as worker:
+    with revisions.Worker(request.config.rootpath, threads=1) as worker:
         (op,) = [op for op in worker.ops if op.startswith("compute_gae")]
         assert 0 < worker(op) < 10
 

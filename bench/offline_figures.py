@@ -18,7 +18,7 @@ RESOURCES = {"memory": "#56B4E9", "issue": "#E69F00", "mufu": "#D55E00"}
 SAYS = {"memory": "memory", "issue": "instructions", "mufu": "special functions"}
 BAR_INCHES = 0.3
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # under words, over lines
-ROOM = 1.65  # of the longest bar, for words
+ROOM = 1.75  # of the longest bar, for words
 
 
 def instructions(results: Mapping[str, Any]) -> bytes:

@@ -133,11 +133,11 @@ def bars(
     return as_svg(figure)
 
 
-Lines = dict[str, list[float]]  # milliseconds by contender, size by size
+Lines = dict[str, list[dict[str, Any]]]  # by contender, its measurements
 
 
 def by_size(results: Results) -> dict[str, tuple[list[str], Lines]]:
-    """Of the exact KL in bfloat16: the sizes by their number of logits, and everybody's times."""
+    """Of the exact KL in bfloat16: the sizes by their number of logits, and everybody's figures."""
     found = {}
     for operation in ("exact KL", "exact KL + gradient"):
         mine = [
@@ -149,7 +149,7 @@ def by_size(results: Results) -> dict[str, tuple[list[str], Lines]]:
         sizes = list(dict.fromkeys(f"{tokens(m)}\nx {m['vocab_size']:,}" for m in mine))
         lines: Lines = {}
         for m in mine:
-            lines.setdefault(m["contender"], []).append(m["median_ms"])
+            lines.setdefault(m["contender"], []).append(m)
         whole = {name: line for name, line in lines.items() if len(line) == len(sizes)}
         if len(sizes) > 1:
             found[operation] = (sizes, whole)
@@ -168,12 +168,13 @@ def sizes(panels: dict[str, tuple[list[str], Lines]]) -> bytes:
     for axes, (operation, (names, lines)) in zip(grid.flat, panels.items()):
         axes.set_yscale("log")
         ends = []
-        for name, line in lines.items():
+        for name, measured in lines.items():
+            line = [m["median_ms"] for m in measured]
             colour = COLOURS.get(name, "#888888")
             axes.plot(range(len(line)), line, "o-", color=colour,
                       linewidth=3 if name == OURS else 1.6)  # fmt: skip
-            ratio = line[-1] / lines[OURS][-1]
-            slower = "" if name == OURS else f" (ours {ratio:.1f}x faster)"
+            last, ours = measured[-1], lines[OURS][-1]
+            slower = "" if name == OURS else f", {times_slower(last, ours)}"
             ends.append((line, f"{name} {milliseconds(line[-1])}{slower}", colour))
         axes.set_xticks(range(len(names)), names, fontsize=9)
         axes.margins(x=0.06, y=0.1)

@@ -57,7 +57,7 @@ class Ours:
 
 @pytest.fixture(scope="session")
 def memory_of_all(request: pytest.FixtureRequest) -> Callable[[str], dict[str, int]]:
-    """By family: the memory of all its calls that this session asks for."""
+    """By family: the memory of all its calls that this run asks for."""
 
     @cache
     def of(family: str) -> dict[str, int]:

@@ -23,11 +23,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: _write_all(file, text.encode()))
+    write_bytes(path, text.encode())
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
+def write_bytes(path: Path, data: bytes) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    write_atomically(path, write)
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 from kl_kernels.monitor.events import Event
@@ -25,9 +26,6 @@ class Detector:
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-    def observe(self, step: int, value: float) -> Event | None:
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         return {name: copy.copy(getattr(self, name)) for name in self.keeps}
@@ -55,7 +53,15 @@ def widened(limit: float, n: int) -> float:
     return limit * (1 + 14 / n)
 
 
-class Jump(Detector):
+class SeriesDetector(Detector, ABC):
+    """One that watches the values of a single series."""
+
+    @abstractmethod
+    def observe(self, step: int, value: float) -> Event | None:
+        """What there is to say about the next value."""
+
+
+class Jump(SeriesDetector):
     """A value far from the median of the values before it, in terms of their MAD.
 
     False alarms: below 0.01 per run. Speaks from the 17th value on. After an alarm it starts anew
@@ -97,7 +103,7 @@ class Jump(Detector):
         return Event(step, self.name, abs(distance), limit, message)
 
 
-class Ceiling(Detector):
+class Ceiling(SeriesDetector):
     """A value above a fixed limit. Told again only after it has been a tenth below the limit."""
 
     keeps = ("above",)
@@ -118,7 +124,7 @@ class Ceiling(Detector):
         return Event(step, self.name, value, self.limit, message)
 
 
-class StartKL(Detector):
+class StartKL(SeriesDetector):
     """KL at step 0, where the policy still is the reference. No state: only step 0 counts."""
 
     def __init__(self, limit: float, unit: str) -> None:
@@ -136,7 +142,7 @@ class StartKL(Detector):
         return Event(step, self.name, value, self.limit, message)
 
 
-class NegativeKL(Detector):
+class NegativeKL(SeriesDetector):
     """KL below 0 by more than the noise of sampling: the reward pays the policy to diverge.
 
     A KL is never negative; sampled estimates are, around a KL of 0. So an alarm takes one of
@@ -204,7 +210,7 @@ class NegativeKL(Detector):
         return Event(step, self.name, value, limit, message)
 
 
-class EntropyCollapse(Detector):
+class EntropyCollapse(SeriesDetector):
     """Entropy below a part of the level it had at first, the median of the first 16 values.
 
     It also has to be outside the noise of those. False alarms: below 0.001 per run. Told again only

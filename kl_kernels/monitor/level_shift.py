@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kl_kernels.monitor.detectors import Detector, widened
+from kl_kernels.monitor.detectors import SeriesDetector, widened
 from kl_kernels.monitor.events import Event
 from kl_kernels.monitor.statistics import ROUNDING, AR1Sums, robust_location
 
@@ -16,7 +16,7 @@ CLIP = 3.5  # of residuals: less than a single one would need for an alarm
 FEW_VALUES = 84  # n that cost a unit of the limit; less and phi = 0.8 raises too many alarms early
 
 
-class LevelShift(Detector):
+class LevelShift(SeriesDetector):
     """CUSUM of log-likelihood ratios over AR(1) residuals, with limits for estimated noise.
 
     Noise is an AR(1) series, x_t - mean = phi (x_{t-1} - mean) + sd e_t. If its level moves by

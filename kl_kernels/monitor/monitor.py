@@ -20,6 +20,7 @@ from kl_kernels.monitor.detectors import (
     EntropyCollapse,
     Jump,
     NegativeKL,
+    SeriesDetector,
     StartKL,
 )
 from kl_kernels.monitor.events import Event, Sink
@@ -96,7 +97,7 @@ class KLMonitor:
         self._drift = LevelShift("kl_drift", kl, limits.drift, limits.drift_down, limits.jump)
         self._acceleration = Acceleration(limits.acceleration)
         # What each detector watches; jump, drift and acceleration need more than one value each.
-        self._watching: list[tuple[str, Detector]] = [
+        self._watching: list[tuple[str, SeriesDetector]] = [
             ("kl", StartKL(start, unit)),
             ("kl", NegativeKL(negative, unit, limits.jump)),
             ("entropy", EntropyCollapse(limits.entropy_left, limits.jump)),

@@ -79,15 +79,17 @@ def ppo_loss(
 @torch.no_grad()
 def moved(config: PPOConfig, policy: Policy, batch: Batch, ranks: Ranks) -> tuple[float, float]:
     """Mean KL(old policy || policy) in nats per token (k3), and the largest policy ratio."""
-    total, largest = torch.zeros((), dtype=torch.float64), torch.ones(())
+    device = batch.logprobs.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    largest = torch.ones((), device=device)
     for rows in torch.arange(len(batch.logprobs)).chunk(config.minibatches):
-        part = batch.rows(rows[ranks.rows(len(rows))].to(batch.logprobs.device))
+        part = batch.rows(rows[ranks.rows(len(rows))].to(device))
         samples = part.samples
         logits, _ = policy(samples.ids, samples.attention_mask, samples.mask.shape[1])
         logprob = token_stats(logits, samples.answers, mask=samples.mask).logprob
         log_ratio = torch.where(samples.mask, logprob - part.logprobs, 0.0)
-        total = total.to(logits.device) + (torch.expm1(log_ratio) - log_ratio).double().sum()
-        largest = torch.maximum(largest.to(logits.device), log_ratio.exp().amax())
+        total = total + (torch.expm1(log_ratio) - log_ratio).double().sum()
+        largest = torch.maximum(largest, log_ratio.exp().amax())
     kl = ranks.total(total) / batch.samples.mask.sum().clamp_min(1)
     return kl.item(), ranks.largest(largest).item()
 

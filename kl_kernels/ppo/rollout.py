@@ -90,7 +90,7 @@ def shape_rewards(
                 logits,
                 reference(part.ids, part.attention_mask, n_answer),
                 part.answers,
-                scores[rows].to(logits.device),
+                scores[rows],
                 part.mask,
                 kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
                 kl_estimator="k1" if config.kl_estimator == "k1" else "exact",

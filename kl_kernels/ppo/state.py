@@ -78,8 +78,7 @@ def whole(x: Any) -> Any:
 def shared(x: Any, like: Tensor) -> Any:
     """This process's share of a tensor, where `like` is shared; Adam's step count never is."""
     if isinstance(like, DTensor) and isinstance(x, Tensor) and x.ndim > 0:
-        device_x = x.to(like.device)
-        return distribute_tensor(device_x, like.device_mesh, like.placements)
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
     return x
 
 

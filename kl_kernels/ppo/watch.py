@@ -44,12 +44,12 @@ class Watch:
         policy: dict[str, Tensor],  # its weights
     ) -> None:
         self.run = run
-        constants = dataclasses.asdict(config)
-        header = {"config": constants, "updates": updates, "policy": model_hash(policy)}
         self.audit: AuditLog | None = None
         sinks: list[Sink] = []
 
         def open_files() -> None:
+            constants = dataclasses.asdict(config)
+            header = {"config": constants, "updates": updates, "policy": model_hash(policy)}
             self.audit = AuditLog(run.audit, header=header)
             if config.log_to != "none":
                 sinks.append(make_sink(config, run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -83,7 +84,7 @@ class FixedKLController:
         """Nothing to restore: the constructor's coefficient is what was asked for."""
 
 
-class _SteeredKLController:
+class _SteeredKLController(ABC):
     """A coefficient within bounds that each update multiplies by a factor."""
 
     def __init__(
@@ -145,7 +146,6 @@ class _SteeredKLController:
         Raises:
             TypeError, ValueError: shapes disagree, or n_steps is not accepted.
         """
-        check_positive("n_steps", n_steps)
         self._check_steps(n_steps)
         current = measure_kl(kl, mask, self.unit, group)
         if not math.isfinite(current):
@@ -164,11 +164,12 @@ class _SteeredKLController:
         self._value = min(max(float(state["value"]), self.min_coef), self.max_coef)
 
     def _check_steps(self, n_steps: int) -> None:
-        """ValueError where this many sequences in one update are too many."""
+        """ValueError where an update cannot be of this many sequences."""
+        check_positive("n_steps", n_steps)
 
+    @abstractmethod
     def _steer(self, kl: float, n_steps: int) -> tuple[float, float]:
         """The error, and the factor it moves the coefficient by."""
-        raise NotImplementedError
 
 
 class AdaptiveKLController(_SteeredKLController):
@@ -218,6 +219,7 @@ class AdaptiveKLController(_SteeredKLController):
         self.error_clip = error_clip
 
     def _check_steps(self, n_steps: int) -> None:
+        super()._check_steps(n_steps)
         if n_steps * self.error_clip >= self.horizon:
             raise ValueError(
                 f"n_steps is {n_steps} and horizon {self.horizon}: one update could turn the "

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kl_kernels.files import write_atomically, write_text
+from kl_kernels.files import write_bytes, write_text
 from kl_kernels.study.analysis import analyse
 from kl_kernels.study.claims import Claim, times, what_is_clear
 from kl_kernels.study.document import (
@@ -44,20 +44,12 @@ def write_report(plan: Plan, study: StudyFolder) -> str:
     data = analyse(plan, study)
     pngs = draw(data)
     for name, png in pngs.items():
-        write_bytes(study, name, png)
+        write_bytes(study.picture(name), png)
     write_text(study.data, json.dumps(data, indent=1) + "\n")
     write_text(study.report, to_html(TITLE, contents(data), pngs))
     verdicts = "\n".join(f"- {claim}" for claim in claims_of(data))
     note = f"{_table_note(data)} {what_is_clear(data['n_seeds'])}"
     return f"\n{to_text(penalty_table(data))}\n\n{note}\n\n{verdicts}\n\nreport: {study.report}"
-
-
-def write_bytes(study: StudyFolder, name: str, content: bytes) -> None:
-    write_atomically(study.picture(name), lambda file: _write(file, content))
-
-
-def _write(file: Any, content: bytes) -> None:
-    file.write(content)
 
 
 def draw(data: Data) -> dict[str, bytes]:

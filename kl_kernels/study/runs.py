@@ -20,7 +20,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from kl_kernels.files import write_atomically, write_text
+from kl_kernels.files import write_bytes, write_text
 from kl_kernels.ppo.checkpoint import RunFolder
 from kl_kernels.study.plan import Plan, StudyFolder
 from kl_kernels.study.prepare import is_prepared
@@ -101,11 +101,7 @@ def _copy_start(start: RunFolder, run: RunFolder) -> None:
         shutil.copytree(start.reference, partial)
         os.replace(partial, run.reference)
     if not run.reward_model.is_file():
-        write_atomically(run.reward_model, lambda file: _copy_into(start.reward_model, file))
-
-
-def _copy_into(path: Path, file: object) -> None:
-    file.write(path.read_bytes())  # type: ignore[attr-defined]
+        write_bytes(run.reward_model, start.reward_model.read_bytes())
 
 
 def run_all(plan: Plan, study: StudyFolder, n_at_a_time: int) -> None:

@@ -8,7 +8,6 @@ from kl_kernels.functional import (
     TokenKL,
     TokenStats,
     kl_rewards,
-    selective_log_softmax,
     token_kl,
     token_stats,
 )
@@ -34,6 +33,8 @@ from kl_kernels.rl.scores import (
     missing_eos_penalty,
     overlong_penalty,
 )
+from kl_kernels.selective import selective_log_softmax
+from kl_kernels.topk import topk_kl
 
 if TYPE_CHECKING:
     from kl_kernels.linear import linear_token_kl, linear_token_stats
@@ -70,6 +71,7 @@ __all__ = [
     "selective_log_softmax",
     "token_kl",
     "token_stats",
+    "topk_kl",
 ]
 
 

@@ -112,20 +112,27 @@ def check_token_ids(token_ids: Tensor, logits: Tensor) -> None:
     check_token_dtype(token_ids)
 
 
-def check_token_dtype(token_ids: Tensor) -> None:
+def check_token_dtype(token_ids: Tensor, name: str = "token_ids") -> None:
     if token_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"token_ids has dtype {token_ids.dtype}; accepted: int64, int32")
+        raise TypeError(f"{name} has dtype {token_ids.dtype}; accepted: int64, int32")
 
 
-def check_token_range(token_ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
-    """Token ids that count have to lie in [0, V). On a GPU the check would synchronise: none."""
-    if token_ids.device.type != "cpu":
+def values_are_at_hand(tensor: Tensor) -> bool:
+    """Whether looking costs no waiting for a GPU, and no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_token_range(
+    token_ids: Tensor, mask: Tensor | None, vocab_size: int, name: str = "token_ids"
+) -> None:
+    """Token ids that count have to lie in [0, V)."""
+    if not values_are_at_hand(token_ids):
         return
     outside = (token_ids < 0) | (token_ids >= vocab_size)
     if mask is not None:
         outside &= mask
     if outside.any():
         raise ValueError(
-            f"token_ids holds {int(token_ids[outside][0])} at an unmasked position; "
+            f"{name} holds {int(token_ids[outside][0])} at an unmasked position; "
             f"accepted: 0 to {vocab_size - 1}"
         )

@@ -291,16 +291,3 @@ def kl_rewards(
     )
     rewards, correction, logprob, ref_logprob, kl, _, entropy, _, _ = outputs
     return KLRewards(rewards, correction, kl, logprob, ref_logprob, entropy)
-
-
-def selective_log_softmax(
-    logits: Tensor,  # [..., V]
-    index: Tensor,  # [...]
-    temperature: float = 1.0,
-    row_mask: Tensor | None = None,  # [...]
-) -> Tensor:
-    """Log-probability of `index` under softmax(logits / temperature), with TRL's signature.
-
-    The same as `token_stats(...).logprob`; see there for the arguments and what is raised.
-    """
-    return token_stats(logits, index, mask=row_mask, temperature=temperature).logprob

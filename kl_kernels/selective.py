@@ -1,0 +1,124 @@
+"""Log-probabilities of chosen tokens, one or several at each position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels import checks
+from kl_kernels.arguments import as_mask, as_rows, check_scaled_logits, shaped
+from kl_kernels.autograd import once
+from kl_kernels.functional import token_stats
+from kl_kernels.schemas import output_dtype
+
+
+def selective_log_softmax(
+    logits: Tensor,  # [..., V]
+    index: Tensor,  # [...] or [..., K]
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,  # [...]
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probabilities of `index` under softmax(logits / temperature), with TRL's signature.
+
+    One token per position is `token_stats(...).logprob`. Several, such as a teacher's top K, cost
+    no further pass: logits are read once, and in backward once more.
+
+    Args:
+        logits: float32, bfloat16, float16 or float64.
+        index: int64 or int32 in [0, V) where the mask is True; the K of a position may repeat.
+        temperature: divides the logits; finite and above 0.
+        row_mask: bool or numeric; rows where it is 0 give 0 and have no gradient.
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        Log-probabilities in the shape of `index`, in nats, differentiable; float32 (float64 for
+        float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+    """
+    check_scaled_logits("", logits, temperature, None)
+    checks.check_tensor("index", index)
+    if index.ndim < logits.ndim:
+        stats = token_stats(logits, index, mask=row_mask, temperature=temperature, backend=backend)
+        return stats.logprob
+    check_several("index", index, logits)
+    mask = as_mask(row_mask, logits)
+    rows = as_rows(index)
+    kept = rows if mask is None else rows.masked_fill(~mask[..., None], 0)
+    checks.check_token_range(kept, None, logits.shape[-1], "index")
+    selected = _SelectedLogprobs.apply(as_rows(logits), kept.long(), mask, temperature, backend)
+    return shaped(selected, index.shape)
+
+
+def check_several(name: str, ids: Tensor, logits: Tensor) -> None:
+    """`ids` has to hold K tokens at each position of the logits."""
+    if ids.shape[:-1] != logits.shape[:-1] or ids.shape[-1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(ids.shape)}; logits of shape {tuple(logits.shape)} need "
+            f"{tuple(logits.shape[:-1])} and, to choose several tokens, K >= 1 behind it"
+        )
+    checks.check_token_dtype(ids, name)
+    checks.check_device(name, ids, logits)
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature)[index], [B, T, K].
+
+    The kernels know one token per row. The others' log-probabilities are that one's plus the
+    differences of the logits, which lose nothing however far the logits are from 0; and the
+    gradient differs from that of one token in K entries.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # [B, T, V]
+        index: Tensor,  # [B, T, K]
+        mask: Tensor | None,  # [B, T]
+        temperature: float,
+        backend: str | None,
+    ) -> Tensor:
+        chosen = logits.gather(-1, index).to(output_dtype(logits))
+        # The likeliest: from -inf there is no difference to anything.
+        first, where = chosen.max(-1, keepdim=True)
+        token_ids = index.gather(-1, where)[..., 0]
+        logprob, entropy, state = torch.ops.kl_kernels.token_stats(
+            logits.detach(), token_ids, mask, temperature, None, False, backend
+        )
+        gap = torch.where(chosen == -torch.inf, -torch.inf, (chosen - first) / temperature)
+        logprobs = logprob[..., None] + gap
+        if mask is not None:
+            logprobs = torch.where(mask[..., None], logprobs, 0.0)
+        ctx.options = temperature, backend
+        ctx.save_for_backward(logits, index, mask, token_ids, state, entropy, logprobs)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, index, mask, token_ids, state, entropy, logprobs = ctx.saved_tensors
+        temperature, backend = ctx.options
+        with torch.no_grad():
+            total = grad.sum(-1)
+            gradient = torch.ops.kl_kernels.token_stats_backward(
+                total, None, logits, token_ids, mask, state, entropy, temperature, None, False,
+                backend,
+            )  # fmt: skip
+            own = sum_over_equals(index, grad) - logprobs.exp() * total[..., None]
+            if mask is not None:
+                own = torch.where(mask[..., None], own, 0.0)
+            gradient.scatter_(-1, index, (own / temperature).to(gradient.dtype))
+        return once(gradient, logits), *[None] * 4
+
+
+def sum_over_equals(ids: Tensor, values: Tensor) -> Tensor:  # [..., K] each
+    """At each place, the sum of the values at all places of the row that hold the same id."""
+    ordered, order = ids.sort(-1)
+    is_new = ordered[..., 1:] != ordered[..., :-1]
+    run = torch.nn.functional.pad(is_new.cumsum(-1), (1, 0))
+    sums = torch.zeros_like(values).scatter_add_(-1, run, values.gather(-1, order))
+    return torch.empty_like(values).scatter_(-1, order, sums.gather(-1, run))

@@ -1,0 +1,226 @@
+"""KL over K tokens and a tail: by enumeration over the merged events, in float64."""
+
+import math
+
+import pytest
+import torch
+
+import kl_kernels
+
+BACKENDS = ("reference", "cpu", "triton")
+BETAS = (0.0, 0.3, 0.5, 1.0)
+
+
+def kl(p, q):
+    """Sum p log p/q, with 0 log 0 = 0, as a loop."""
+    total = 0.0
+    for a, b in zip(p, q):
+        if a > 0:
+            total = total + a * (a / b).log()
+    return total
+
+
+def divergence(p, q, beta):
+    if beta in (0, 1):
+        return kl(q, p) if beta == 0 else kl(p, q)
+    mixture = [(1 - beta) * a + beta * b for a, b in zip(p, q)]
+    return beta * kl(q, mixture) + (1 - beta) * kl(p, mixture)
+
+
+def truth(row, ids, logprobs, beta, temperature=1.0, softcap=None):
+    """Of one row: events are the listed ids, and the sum over all other tokens."""
+    x = row.detach().double().requires_grad_()
+    z = x if softcap is None else softcap * torch.tanh(x / softcap)
+    policy = (z / temperature).softmax(-1)
+    q = [math.exp(logprob) for logprob in logprobs.double().tolist()]
+    listed = {int(i): b for i, b in zip(ids, q) if b > 0}
+    others = [i for i in range(len(row)) if i not in listed]
+    p = [policy[i] for i in listed] + [policy[others].sum()]
+    q = [torch.tensor(b).double() for b in (*listed.values(), 1 - sum(listed.values()))]
+    return x, divergence(p, q, beta)
+
+
+def assert_right(logits, ids, logprobs, beta, *, rtol=1e-6, atol=2e-7, backend=None, **scale):
+    leaf = logits.detach().requires_grad_()
+    found = kl_kernels.topk_kl(leaf, ids, logprobs, beta=beta, backend=backend, **scale)
+    found.sum().backward()
+    half_ulp = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(logits.dtype, 2e-6)
+    for i in range(len(logits)):
+        x, expected = truth(logits[i], ids[i], logprobs[i], beta, **scale)
+        expected.backward()
+        torch.testing.assert_close(found[i].double(), expected.detach(), rtol=rtol, atol=atol)
+        torch.testing.assert_close(leaf.grad[i].double(), x.grad, rtol=half_ulp, atol=2e-7)
+
+
+def some(rows, vocab_size, k, seed=0, spread=3.0):
+    """Policy logits, and a teacher's K likeliest tokens with their log-probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocab_size, generator=generator) * spread
+    teacher = torch.randn(rows, vocab_size, generator=generator, dtype=torch.float64) * spread
+    logprobs, ids = teacher.log_softmax(-1).topk(k)
+    return logits, ids, logprobs.float()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", BETAS)
+def test_every_backend_and_dtype(backend, dtype, beta):
+    logits, ids, logprobs = some(4, 203, 7)
+    assert_right(logits.to(dtype), ids, logprobs, beta, backend=backend, temperature=0.8)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("vocab_size", "k"), [(2, 1), (5, 4), (1025, 64)])
+def test_sizes(vocab_size, k, beta):
+    assert_right(*some(3, vocab_size, k), beta, softcap=6.0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_policy_that_is_sure_of_itself_keeps_its_tail(beta):
+    """1 minus the listed probabilities would be 0 or rounding in float32."""
+    logits, ids, logprobs = some(2, 300, 5)
+    logits.scatter_(-1, ids[:, :1], 40.0)
+    assert_right(logits, ids, logprobs, beta, rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_far_from_zero(beta):
+    logits, ids, logprobs = some(2, 300, 5)
+    assert_right(logits + 1e4, ids, logprobs, beta)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_shorter_list_belongs_to_the_tail(beta):
+    logits, ids, logprobs = some(3, 50, 6)
+    logprobs[0, 4:] = -torch.inf
+    ids[0, 4:] = 0  # any id, even one that is listed
+    logprobs[1] = -torch.inf
+    assert_right(logits, ids, logprobs, beta)
+    alone = kl_kernels.topk_kl(logits[:1], ids[:1, :4], logprobs[:1, :4], beta=beta)
+    found = kl_kernels.topk_kl(logits[:1], ids[:1], logprobs[:1], beta=beta)
+    torch.testing.assert_close(found, alone, rtol=1e-6, atol=1e-9)
+    # Nothing is listed: one event, and no divergence.
+    assert kl_kernels.topk_kl(logits[1:2], ids[1:2], logprobs[1:2], beta=beta) < 1e-15
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_whole_vocabulary_gives_the_exact_kl(backend):
+    torch.manual_seed(0)
+    logits = (torch.randn(2, 3, 40) * 2).requires_grad_()
+    ref_logits = torch.randn(2, 3, 40) * 2
+    ids = torch.arange(40).expand(2, 3, 40)
+    exact = kl_kernels.token_kl(logits, ref_logits, ids[..., 0])
+    logprobs = ref_logits.double().log_softmax(-1).float()
+    for beta, expected in ((0.0, exact.forward_kl), (1.0, exact.kl)):
+        found = kl_kernels.topk_kl(logits, ids, logprobs, beta=beta, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+        grads = (torch.autograd.grad(x.sum(), logits, retain_graph=True) for x in (found, expected))
+        torch.testing.assert_close(*grads, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_more_entries_tell_more(beta):
+    """The data processing inequality: merging events never adds to a divergence."""
+    logits, ids, _ = some(20, 64, 63)
+    logprobs = torch.linspace(-8, 0, 63).double().log_softmax(-1).expand(20, 63) - 1e-3
+    found = torch.stack(
+        [kl_kernels.topk_kl(logits, ids[:, :k], logprobs[:, :k], beta=beta) for k in range(1, 64)]
+    )
+    assert (found >= 0).all()
+    assert (found.diff(dim=0) >= -1e-6).all()
+
+
+def test_equal_models_have_none_and_the_gradient_sums_to_zero():
+    logits, _, _ = some(4, 90, 5)
+    logprobs, ids = logits.double().log_softmax(-1).topk(5)
+    leaf = logits.requires_grad_()
+    found = kl_kernels.topk_kl(leaf, ids, logprobs.float())
+    assert (found >= 0).all()
+    assert (found < 1e-7).all()
+    found.sum().backward()
+    assert leaf.grad.abs().max() < 1e-6
+    other = kl_kernels.topk_kl(leaf * 0.5, ids, logprobs.float())
+    (grad,) = torch.autograd.grad(other.sum(), leaf)
+    assert grad.sum(-1).abs().max() < 1e-6
+
+
+def test_infinite_where_it_is_infinite():
+    logits = torch.zeros(3, 6)
+    ids, logprobs = torch.tensor([[0, 1]] * 3), torch.tensor([[0.4, 0.3]] * 3).log()
+    logits[0, 1] = -torch.inf  # listed, and ruled out by the policy
+    logits[1, 2:] = -torch.inf  # nothing but what is listed
+    forward = kl_kernels.topk_kl(logits, ids, logprobs)
+    assert forward.isinf().tolist() == [True, True, False]
+    reverse = kl_kernels.topk_kl(logits, ids, logprobs, beta=1.0)
+    assert reverse.isfinite().all()
+    assert kl_kernels.topk_kl(logits, ids, logprobs, beta=0.5).isfinite().all()
+
+
+def test_padded_vocabularies_change_nothing():
+    logits, ids, logprobs = some(3, 60, 4)
+    padded = torch.nn.functional.pad(logits, (0, 40), value=-torch.inf)
+    for beta in BETAS:
+        a, b = (x.clone().requires_grad_() for x in (logits, padded))
+        one, other = (kl_kernels.topk_kl(x, ids, logprobs, beta=beta) for x in (a, b))
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+        one.sum().backward()
+        other.sum().backward()
+        torch.testing.assert_close(a.grad, b.grad[:, :60], rtol=1e-5, atol=1e-8)
+        assert not b.grad[:, 60:].any()
+
+
+def test_masked_rows_are_zero_whatever_they_hold():
+    logits, ids, logprobs = some(3, 30, 4)
+    logits[1], logprobs[1], ids[1] = torch.nan, torch.nan, -100
+    leaf = logits.requires_grad_()
+    mask = torch.tensor([True, False, True])
+    found = kl_kernels.topk_kl(leaf, ids, logprobs, mask=mask, softcap=9.0)
+    found.backward(torch.tensor([1.0, torch.nan, 1.0]))
+    assert found[1] == 0
+    assert not leaf.grad[1].any()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradient_of_float64_is_that_of_finite_differences(beta):
+    logits, ids, logprobs = some(3, 9, 4)
+    mask = torch.tensor([True, False, True])
+    leaf = logits.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: kl_kernels.topk_kl(
+            x, ids, logprobs.double(), beta=beta, mask=mask, temperature=1.3, softcap=4.0
+        ),
+        leaf,
+    )
+
+
+def test_it_compiles_into_one_graph():
+    logits, ids, logprobs = some(4, 33, 5)
+    compiled = torch.compile(kl_kernels.topk_kl, fullgraph=True)
+    a, b = (logits.clone().requires_grad_() for _ in range(2))
+    one, other = compiled(a, ids, logprobs), kl_kernels.topk_kl(b, ids, logprobs)
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    one.sum().backward()
+    other.sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"beta": 1.5}, ValueError, "beta is 1.5"),
+        ({"topk_ids": torch.tensor([[1, 1], [2, 3]])}, ValueError, "topk_ids holds 1 twice"),
+        ({"topk_ids": torch.tensor([[1, 9], [2, 3]])}, ValueError, "topk_ids holds 9"),
+        ({"topk_ids": torch.tensor([1, 2])}, ValueError, r"topk_ids has shape \(2,\)"),
+        ({"topk_logprobs": torch.zeros(2, 3)}, ValueError, "topk_logprobs has shape"),
+        ({"topk_logprobs": torch.zeros(2, 2, dtype=torch.long)}, TypeError, "topk_logprobs has"),
+        ({"topk_logprobs": torch.zeros(2, 2, requires_grad=True)}, ValueError, "requires grad"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, said):
+    arguments = {
+        "topk_ids": torch.tensor([[1, 2], [2, 3]]),
+        "topk_logprobs": torch.full((2, 2), -1.0),
+    }
+    with pytest.raises(error, match=said):
+        kl_kernels.topk_kl(torch.zeros(2, 9), **(arguments | change))

@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 COUNTED := build/counted
+TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
 
-.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu abi lint format clean
+.PHONY: ppo study test integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu abi lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -17,6 +18,13 @@ study: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
+integrations: $(TRAINERS:%=integration-%)
+	$(BIN)/python tests/trainers/compatibility.py $(CHECK)
+
+integration-%: build/trainers/%/ready
+	build/trainers/$*/bin/python -m pytest tests/trainers/$* $(ARGS)
 
 validate: $(READY)
 	$(BIN)/python -m kl_kernels validate $(ARGS)
@@ -93,6 +101,13 @@ $(COUNTED)/ready: bench/offline_peers.txt $(READY)
 	    --no-binary :all: --dest $(COUNTED) flash-attn==2.8.3.post2
 	mkdir -p $(COUNTED)/sources
 	tar xzf $(COUNTED)/flash_attn-*.tar.gz --directory $(COUNTED)/sources --strip-components 1
+	touch $@
+
+# A trainer's packages before those of .venv, which thus serve it where it has no others.
+build/trainers/%/ready: tests/trainers/environments/%.txt $(READY)
+	$(PYTHON) -m venv --clear --without-pip build/trainers/$*
+	$(BIN)/python tests/trainers/overlay.py build/trainers/$*
+	$(BIN)/python -m pip --python build/trainers/$*/bin/python install -r $<
 	touch $@
 
 clean:

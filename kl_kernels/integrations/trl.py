@@ -1,0 +1,207 @@
+"""TRL: the fused functions in the place of its own, and a callback that watches the KL.
+
+    from kl_kernels.integrations import trl
+
+    with trl.patch():
+        trainer.train()
+
+TRL 1.16 computes GRPO's, RLOO's, KTO's, DPO's and SFT's log-probabilities from hidden states and
+the output layer, and distillation losses likewise: there the linear heads take over. Where it, or
+an earlier version, has logits, `selective_log_softmax` and its relatives do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels.divergence import token_jsd
+from kl_kernels.functional import token_stats
+from kl_kernels.integrations.patching import Patch, Replacement, replacements_of
+from kl_kernels.integrations.trl_callback import KLMonitorCallback
+from kl_kernels.integrations.trl_heads import DivergenceHead, LogprobHead
+from kl_kernels.selective import selective_log_softmax
+
+__all__ = ["KLMonitorCallback", "patch"]
+
+
+def patch(*, backend: str | None = None, memory_budget: int | None = None) -> Patch:
+    """Put the fused functions in the place of the installed TRL's, until the patch is undone.
+
+    Results are TRL's up to rounding, with these differences: log-probabilities and entropies are
+    float32 also where TRL returns bfloat16; -inf logits have the entropy they have, not NaN.
+
+    With TRL 1.16: `selective_log_softmax`, `entropy_from_logits`,
+    `selective_log_softmax_and_entropy`, the fused output layer of `add_fused_lm_head`, the
+    divergence of `DistillationTrainer` and `GKDTrainer.generalized_jsd_loss`. With 1.12: the first
+    two, everywhere, PPO included. With 0.11: `logprobs_from_logits` and `entropy_from_logits`.
+
+    What the fused functions do not compute stays TRL's: an output layer whose parameters DeepSpeed
+    ZeRO-3 shards or whose caller asks for more than log-probabilities and entropy, and a loss that
+    is not reduced.
+
+    Args:
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+        memory_budget: bytes for the logits of an output layer; see `linear_token_stats`.
+
+    Returns:
+        The patch, in force: a context manager that undoes it, with `undo()` for other places.
+
+    Raises:
+        UnsupportedVersionError: the installed TRL is not 1.16, 1.12 or 0.11, or not as they were.
+    """
+    replacements = replacements_of(_BY_VERSION, "trl", backend=backend, memory_budget=memory_budget)
+    return Patch(replacements)
+
+
+def _selective_log_softmax(
+    logits: Tensor,  # [..., V]
+    index: Tensor,  # [...] or [..., K]
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,  # [...]
+    *,
+    backend: str | None,
+) -> Tensor:
+    return selective_log_softmax(logits, index, temperature, row_mask, backend=backend)
+
+
+def _entropy_from_logits(
+    logits: Tensor,  # [..., V]
+    chunk_size: int = 128,
+    *,
+    backend: str | None,
+) -> Tensor:
+    return token_stats(logits, _any_token(logits), backend=backend).entropy
+
+
+def _selective_log_softmax_and_entropy(
+    logits: Tensor,  # [..., V]
+    index: Tensor,  # [...]
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,  # [...]
+    *,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    logprob, entropy = token_stats(
+        logits, index, mask=row_mask, temperature=temperature, backend=backend
+    )
+    return logprob, entropy if entropy_requires_grad else entropy.detach()
+
+
+def _logprobs_from_logits(
+    logits: Tensor,  # [B, T, V]
+    labels: Tensor,  # [B, T]
+    gather: bool = True,
+    *,
+    original: Any,
+    backend: str | None,
+) -> Tensor:
+    if not gather:
+        whole: Tensor = original(logits, labels, gather)
+        return whole
+    return token_stats(logits, labels, backend=backend).logprob
+
+
+def _generalized_jsd_loss(
+    student_logits: Tensor,  # [B, T, V]
+    teacher_logits: Tensor,  # [B, T, V]
+    labels: Tensor | None = None,  # [B, T], -100: not counted
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: Tensor | int | None = None,
+    *,
+    original: Any,
+    backend: str | None,
+) -> Tensor:
+    if num_items_in_batch is None and reduction not in ("batchmean", "sum"):
+        reduced: Tensor = original(
+            student_logits, teacher_logits, labels, beta, temperature, reduction
+        )
+        return reduced
+    mask = None if labels is None else labels != -100
+    total = token_jsd(
+        student_logits, teacher_logits.detach(), beta=beta, mask=mask, temperature=temperature,
+        backend=backend,
+    ).sum()  # fmt: skip
+    if num_items_in_batch is not None:
+        return total / num_items_in_batch
+    if reduction == "sum":
+        return total
+    return total / (max(len(student_logits), 1) if mask is None else mask.sum().clamp(min=1))
+
+
+def _any_token(logits: Tensor) -> Tensor:
+    return torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+
+
+_SELECTIVE = "trl.trainer.utils", "selective_log_softmax"
+_ENTROPY = "trl.trainer.utils", "entropy_from_logits", ("logits", "chunk_size")
+
+
+def _with_fused_heads(backend: str | None, memory_budget: int | None) -> Sequence[Replacement]:
+    """TRL 1.16."""
+    logprobs = ("logits", "index", "temperature", "row_mask")
+    both = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
+    return [
+        Replacement(*_SELECTIVE, logprobs, _always(_selective_log_softmax, backend=backend)),
+        Replacement(*_ENTROPY, _always(_entropy_from_logits, backend=backend)),
+        Replacement(
+            "trl.trainer.utils", "selective_log_softmax_and_entropy", both,
+            _always(_selective_log_softmax_and_entropy, backend=backend),
+        ),
+        Replacement(
+            "trl.trainer.utils", "_ChunkedLogProbFunction", LogprobHead.PARAMETERS,
+            lambda original: LogprobHead(original, backend, memory_budget),
+        ),
+        Replacement(
+            "trl.trainer.distillation_trainer", "ChunkedDivergenceFunction",
+            DivergenceHead.PARAMETERS,
+            lambda original: DivergenceHead(original, backend, memory_budget),
+        ),
+        Replacement(
+            "trl.experimental.gkd.gkd_trainer", "GKDTrainer.generalized_jsd_loss",
+            ("student_logits", "teacher_logits", "labels", "beta", "temperature", "reduction",
+             "num_items_in_batch"),
+            lambda original: staticmethod(
+                partial(_generalized_jsd_loss, original=original.__func__, backend=backend)
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def _with_logits(backend: str | None, memory_budget: int | None) -> Sequence[Replacement]:
+    """TRL 1.12."""
+    return [
+        Replacement(
+            *_SELECTIVE, ("logits", "index"), _always(_selective_log_softmax, backend=backend)
+        ),
+        Replacement(*_ENTROPY, _always(_entropy_from_logits, backend=backend)),
+    ]
+
+
+def _classic(backend: str | None, memory_budget: int | None) -> Sequence[Replacement]:
+    """TRL 0.11."""
+    return [
+        Replacement(
+            "trl.core", "logprobs_from_logits", ("logits", "labels", "gather"),
+            lambda original: partial(_logprobs_from_logits, original=original, backend=backend),
+        ),
+        Replacement(
+            "trl.core", "entropy_from_logits", ("logits",),
+            _always(_entropy_from_logits, backend=backend),
+        ),
+    ]  # fmt: skip
+
+
+def _always(function: Any, **options: Any) -> Any:
+    """Whatever the original, a function of this patch alone."""
+    return lambda original: partial(function, **options)
+
+
+_BY_VERSION = {"1.16": _with_fused_heads, "1.12": _with_logits, "0.11": _classic}

@@ -1,0 +1,118 @@
+"""What TRL 1.16 applies to hidden states and output layers, from tiles of fused statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels.linear import linear_token_stats
+from kl_kernels.linear_jsd import linear_jsd_and_entropy
+
+
+class LogprobHead:
+    """In the place of TRL's `ChunkedLogProbFunction`."""
+
+    PARAMETERS = (
+        "hidden", "weight", "bias", "targets", "temperature", "chunk_size",
+        "final_logit_softcapping", "logit_scale", "outputs",
+    )  # fmt: skip
+
+    def __init__(self, original: Any, backend: str | None, memory_budget: int | None) -> None:
+        self._original = original
+        self._options = {"backend": backend, "memory_budget": memory_budget}
+
+    def apply(
+        self,
+        hidden: Tensor,  # [N, d]
+        weight: Tensor,  # [V, d]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [N]
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Sequence[str] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor | None, ...]:
+        """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), [N] each or None."""
+        others = set(outputs) - {"log_probs", "entropy"}
+        if others or logit_scale <= 0 or _is_partitioned(weight):
+            theirs: tuple[Tensor | None, ...] = self._original.apply(
+                hidden, weight, bias, targets, temperature, chunk_size,
+                final_logit_softcapping, logit_scale, outputs,
+            )  # fmt: skip
+            return theirs
+        hidden, weight, bias = _as_autocast(hidden, weight, bias)
+        logprob, entropy = linear_token_stats(
+            hidden, weight, targets, bias=bias, temperature=temperature,
+            softcap=final_logit_softcapping, logit_scale=logit_scale, **self._options,
+        )  # fmt: skip
+        return logprob, entropy if "entropy" in outputs else None, None, None, None
+
+
+class DivergenceHead:
+    """In the place of TRL's `ChunkedDivergenceFunction`; beta is that of `token_jsd`."""
+
+    PARAMETERS = (
+        "student_hidden", "student_weight", "student_bias",
+        "teacher_hidden", "teacher_weight", "teacher_bias",
+        "beta", "temperature", "student_logit_scale", "student_final_logit_softcapping",
+        "teacher_logit_scale", "teacher_final_logit_softcapping",
+    )  # fmt: skip
+
+    def __init__(self, original: Any, backend: str | None, memory_budget: int | None) -> None:
+        self._original = original
+        self._options = {"backend": backend, "memory_budget": memory_budget}
+
+    def apply(
+        self,
+        student_hidden: Tensor,  # [N, d]
+        student_weight: Tensor,  # [V, d]
+        student_bias: Tensor | None,  # [V]
+        teacher_hidden: Tensor,  # [N, teacher_d]
+        teacher_weight: Tensor,  # [V, teacher_d]
+        teacher_bias: Tensor | None,  # [V]
+        beta: float,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(divergence, the student's entropy without gradient), [N] each."""
+        if min(student_logit_scale, teacher_logit_scale) <= 0:
+            theirs: tuple[Tensor, Tensor] = self._original.apply(
+                student_hidden, student_weight, student_bias,
+                teacher_hidden, teacher_weight, teacher_bias, beta, temperature,
+                student_logit_scale, student_final_logit_softcapping,
+                teacher_logit_scale, teacher_final_logit_softcapping,
+            )  # fmt: skip
+            return theirs
+        student = _as_autocast(student_hidden, student_weight, student_bias)
+        teacher = _as_autocast(*map(_constant, (teacher_hidden, teacher_weight, teacher_bias)))
+        return linear_jsd_and_entropy(
+            *student[:2], *teacher[:2], bias=student[2], ref_bias=teacher[2],
+            beta=beta, temperature=temperature,
+            softcap=student_final_logit_softcapping, ref_softcap=teacher_final_logit_softcapping,
+            logit_scale=student_logit_scale, ref_logit_scale=teacher_logit_scale, **self._options,
+        )  # fmt: skip
+
+
+def _constant(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _is_partitioned(weight: Tensor) -> bool:
+    """By DeepSpeed's ZeRO-3, whose parameters are whole only while TRL gathers them."""
+    return hasattr(weight, "ds_id")
+
+
+def _as_autocast(*factors: Any) -> Any:
+    """In the dtype that autocast multiplies them in, where it is on."""
+    device = factors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return factors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if factor is None else factor.to(dtype) for factor in factors)

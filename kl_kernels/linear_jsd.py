@@ -85,13 +85,33 @@ def linear_token_jsd(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
             memory_budget is too small for any tile.
     """
-    given: dict[str, Any] = {
-        "temperature": temperature, "ref_temperature": ref_temperature,
-        "softcap": softcap, "ref_softcap": ref_softcap,
-        "logit_scale": logit_scale, "ref_logit_scale": ref_logit_scale,
-        "memory_budget": memory_budget, "group": group, "vocab_start": vocab_start,
-        "backend": backend,
-    }  # fmt: skip
+    jsd, _ = linear_jsd_and_entropy(
+        hidden, weight, ref_hidden, ref_weight,
+        beta=beta, bias=bias, ref_bias=ref_bias, mask=mask,
+        temperature=temperature, ref_temperature=ref_temperature,
+        softcap=softcap, ref_softcap=ref_softcap,
+        logit_scale=logit_scale, ref_logit_scale=ref_logit_scale,
+        memory_budget=memory_budget, group=group, vocab_start=vocab_start, backend=backend,
+    )  # fmt: skip
+    return jsd
+
+
+def linear_jsd_and_entropy(
+    hidden: Tensor,  # [..., d]
+    weight: Tensor,  # [V, d]
+    ref_hidden: Tensor,  # [..., ref_d]
+    ref_weight: Tensor,  # [V, ref_d]
+    *,
+    beta: float,
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,  # [...]
+    **given: Any,
+) -> tuple[Tensor, Tensor]:
+    """`linear_token_jsd`, with the policy's entropy, which comes with it and has no gradient.
+
+    Both are [...]; `given` are the further options of `linear_token_jsd`.
+    """
     checks.check_unit_interval("beta", beta)
     options = reference_options(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, **given)
     if beta in (0, 1):
@@ -99,12 +119,13 @@ def linear_token_jsd(
             hidden, weight, ref_hidden, ref_weight, _any_token(hidden),
             bias=bias, ref_bias=ref_bias, mask=mask, **given,
         )  # fmt: skip
-        return kl.kl if beta == 1 else kl.forward_kl
-    jsd: Tensor = LinearTokenJSD.apply(
+        return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
+    jsd, entropy = LinearTokenJSD.apply(
         as_rows(hidden), weight, bias, as_rows(ref_hidden), ref_weight, ref_bias,
         as_mask(mask, hidden), float(beta), options,
     )  # fmt: skip
-    return shaped(jsd, hidden.shape[:-1])
+    shape = hidden.shape[:-1]
+    return shaped(jsd, shape), shaped(entropy, shape)
 
 
 def _any_token(hidden: Tensor) -> Tensor:  # [..., d] -> [...]
@@ -112,7 +133,7 @@ def _any_token(hidden: Tensor) -> Tensor:  # [..., d] -> [...]
 
 
 class LinearTokenJSD(torch.autograd.Function):
-    """The divergence, [B, T], of the logits of two heads, for 0 < beta < 1."""
+    """(divergence, the policy's entropy), [B, T], of two heads' logits, for 0 < beta < 1."""
 
     @staticmethod
     def forward(
@@ -126,7 +147,7 @@ class LinearTokenJSD(torch.autograd.Function):
         mask: Tensor | None,  # [B, T]
         beta: float,
         options: Options,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         heads = heads_of(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         any_token = _any_token(hidden)
         rows = Rows(any_token, mask)
@@ -138,10 +159,12 @@ class LinearTokenJSD(torch.autograd.Function):
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask,
             whole.policy_state, whole.ref_state, mixture_kl,
         )  # fmt: skip
-        return rows.put(jsd[0].clamp_min(0.0), jsd.dtype)
+        entropy = rows.put(whole.outputs.entropy[0], jsd.dtype)
+        ctx.mark_non_differentiable(entropy)
+        return rows.put(jsd[0].clamp_min(0.0), jsd.dtype), entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_jsd: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_jsd: Tensor, _entropy: None) -> tuple[Tensor | None, ...]:
         *head_tensors, mask, policy_state, ref_state, mixture_kl = ctx.saved_tensors
         rows, o = Rows(grad_jsd, mask), ctx.options
         per_row = rows.take(grad_jsd)[None], policy_state, ref_state, mixture_kl

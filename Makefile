@@ -110,6 +110,8 @@ build/trainers/%/ready: tests/trainers/environments/%.txt $(READY)
 	$(BIN)/python -m pip --python build/trainers/$*/bin/python install -r $<
 	touch $@
 
+.PRECIOUS: build/trainers/%/ready
+
 clean:
 	rm -rf build kl_kernels/*.so
 

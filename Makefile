@@ -20,8 +20,10 @@ test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
 # Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
+# CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.
 integrations: $(TRAINERS:%=integration-%)
 	$(BIN)/python tests/trainers/compatibility.py $(CHECK)
+	$(BIN)/python bench/readme.py $(CHECK)
 
 integration-%: build/trainers/%/ready
 	build/trainers/$*/bin/python -m pytest tests/trainers/$* $(ARGS)

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from trl.experimental.gkd.gkd_trainer import GKDTrainer
+from trl.experimental.server_distillation import server_distillation_trainer
 from trl.trainer import distillation_trainer, utils
 
+import kl_kernels
 from kl_kernels.integrations import trl
 
 SAME = {"rtol": 2e-6, "atol": 2e-6}
@@ -227,3 +229,53 @@ def test_jsd_of_a_smaller_vocabulary():
     assert theirs[1][0].isnan().any()
     assert 0 < ours[0][0] < 2 * math.log(2)
     assert ours[1][0].isfinite().all()
+
+
+@pytest.mark.exercises("server distillation's top-k loss with a tail: topk_kl")
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+def test_top_k_with_a_tail(beta):
+    torch.manual_seed(0)
+    student = torch.randn(4, 60, requires_grad=True)
+    logprobs, ids = torch.randn(4, 60).log_softmax(-1).topk(5)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[0, 3:] = False  # a server may answer with fewer
+
+    def with_tail(values):
+        values = values.masked_fill(~valid, -1e9)
+        return server_distillation_trainer._add_tail_bucket(values, valid)
+
+    of_student, support = with_tail(student.log_softmax(-1).gather(-1, ids))
+    of_teacher, _ = with_tail(logprobs)
+    terms = server_distillation_trainer._jsd_divergence(of_student, of_teacher, beta, support)
+    expected = terms.sum(-1)
+    found = kl_kernels.topk_kl(student, ids, logprobs.masked_fill(~valid, -torch.inf), beta=beta)
+    assert expected.min() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        *gradients(found.sum(), student), *gradients(expected.sum(), student), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.exercises("a sure student: the tail is lost in TRL's loss, not in topk_kl")
+def test_a_tail_that_rounding_hides():
+    student = torch.zeros(1, 60)
+    student[0, 0] = 24.0  # leaves 2e-9 to all others
+    exact = student.double().log_softmax(-1)[0]
+    ids = torch.tensor([[0, 1]])
+    logprobs = torch.tensor([[0.9, 0.05]]).log()
+    tail = exact[2:].logsumexp(0)
+    expected = (
+        0.9 * (math.log(0.9) - exact[0]) + 0.05 * (math.log(0.05) - exact[1])
+        + 0.05 * (math.log(0.05) - tail)
+    )  # fmt: skip
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    of_student, of_teacher = (
+        server_distillation_trainer._add_tail_bucket(x, valid)[0]
+        for x in (student.log_softmax(-1)[:, :2], logprobs)
+    )
+    theirs = server_distillation_trainer._jsd_divergence(
+        of_student, of_teacher, 0, torch.ones_like(of_student, dtype=torch.bool)
+    ).sum()
+    assert (theirs - expected).abs() > 0.1
+    ours = kl_kernels.topk_kl(student, ids, logprobs)
+    assert (ours - expected).abs() < 1e-5

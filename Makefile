@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 COUNTED := build/counted
 
-.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu abi lint format clean
+.PHONY: ppo study test validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu abi docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -74,6 +74,10 @@ abi: $(VENV)/dev-ready
 	$(BIN)/python -m zipfile -e build/wheel/*.whl build/wheel/unpacked
 	$(BIN)/torch-abi-audit --verbose --check both build/wheel/unpacked/kl_kernels
 
+# The site, into build/site. (Otherwise every build would announce Material's successor.)
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/dev-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -115,4 +119,8 @@ $(VENV)/bench-ready: $(READY)
 
 $(VENV)/dev-ready: $(READY)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(VENV)/docs-ready: $(READY)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[docs]"
 	touch $@

@@ -71,7 +71,7 @@ def names():
         "tokenizer": SimpleNamespace(decode=str), "config": make_dataclass("Config", [])(),
         "ids": torch.randint(v, (b, prompt + t)), "prompt_length": prompt, "prompt_ids": range(b),
         "logits": logits, "ref_logits": ref_logits, "token_ids": token_ids, "mask": mask,
-        "scores": scores, "reward": scores, "beta": beta, "step": 1, "norm": 1.0,
+        "scores": scores, "group_size": 2, "reward": scores, "beta": beta, "step": 1, "norm": 1.0,
         "rollout": rollout, "kl": rollout.kl, "entropy": rollout.entropy,
         "old_logprobs": rollout.logprob.detach(), "ref_logprob": rollout.ref_logprob,
         "advantages": advantages, "values": torch.randn(b, t), "ratio": torch.ones(b, t),

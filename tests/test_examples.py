@@ -4,12 +4,17 @@ import importlib
 import math
 
 import pytest
+import torch
 
 
 @pytest.fixture
 def example(monkeypatch, pytestconfig):
+    """Imports one; on one thread, as models this small only wait for a second one."""
     monkeypatch.syspath_prepend(pytestconfig.rootpath / "examples")
-    return importlib.import_module
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module
+    torch.set_num_threads(threads)
 
 
 def mean(values):

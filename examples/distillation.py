@@ -1,13 +1,14 @@
 """On-policy distillation: a student learns from its teacher on samples of its own.
 
-The loss is the exact KL(student || teacher) of each token. `train()` computes it from logits,
-`train(without_logits=True)` from hidden states and output layers: the same, with no logits in full.
+The loss is KL(student || teacher) of each token: exact, from logits (`kl_from_logits`) or from
+hidden states and output layers (`kl_without_logits`, the same with no logits in full); or of what a
+server tells of its teacher, the log-probabilities of a few tokens (`kl_from_top_k`).
 """
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kl_kernels import linear_token_kl, token_kl
+from kl_kernels import linear_token_kl, token_kl, topk_kl
 
 VOCAB, BATCH, PROMPT_TOKENS, ANSWER_TOKENS = 16, 64, 4, 16
 BEFORE = slice(PROMPT_TOKENS - 1, -1)  # the positions that each answer token is drawn from
@@ -41,17 +42,21 @@ def kl_without_logits(teacher, student, ids):  # [B, P + T] -> [B, T]
     ).kl
 
 
-def train(steps=60, without_logits=False, seed=0):
+def kl_from_top_k(teacher, student, ids, k=4):  # [B, P + T] -> [B, T]
+    logprobs, tokens = teacher(ids).logits[:, BEFORE].log_softmax(-1).topk(k)
+    return topk_kl(student(ids).logits[:, BEFORE], tokens, logprobs, beta=1.0)
+
+
+def train(steps=60, kl_to_teacher=kl_from_logits, seed=0):
     torch.manual_seed(seed)
     teacher = language_model(width=64, initializer_range=0.2).requires_grad_(False)
     student = language_model(width=32, initializer_range=0.02)
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
-    token_kl_to = kl_without_logits if without_logits else kl_from_logits
     history = []
     for step in range(steps):
         prompts = torch.randint(VOCAB, (BATCH, PROMPT_TOKENS))
         ids = student.generate(prompts, do_sample=True, top_k=0, max_new_tokens=ANSWER_TOKENS)
-        loss = token_kl_to(teacher, student, ids).mean()
+        loss = kl_to_teacher(teacher, student, ids).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -41,11 +41,15 @@ def test_ppo_raises_the_reward_and_its_controller_holds_the_kl(example, capsys):
     assert "start_kl" not in printed
 
 
-def test_distillation_brings_the_student_to_its_teacher_with_and_without_logits(example):
-    train = example("distillation").train
-    kls = train()
+def test_distillation_brings_the_student_to_its_teacher(example):
+    distillation = example("distillation")
+    kls = distillation.train()
     assert kls[-1] < 0.6 * kls[0]
-    assert train(steps=5, without_logits=True) == pytest.approx(kls[:5], rel=1e-4)
+    without_logits = distillation.train(5, distillation.kl_without_logits)
+    assert without_logits == pytest.approx(kls[:5], rel=1e-4)
+    from_top_k = distillation.train(60, distillation.kl_from_top_k)
+    assert 0.3 * kls[0] < from_top_k[0] < kls[0]  # it knows less
+    assert from_top_k[-1] < 0.6 * from_top_k[0]
 
 
 def test_hard_cases_are_right_here_and_wrong_in_the_usual_formula(example):

@@ -72,10 +72,11 @@ struct Beside {
   Real larger;  // log2, plus log2 sx
 };
 
-// -inf of both is a fall of NaN and becomes kMostFall; its weight is 0 all the same.
+// -inf of both is a fall of NaN and becomes kMostFall; its weight 2^-inf is 0 all the same.
+// (AVX-512 makes it of NaN 2^-inf, which its definition of scaling makes 0.)
 template <class Functions, class Real, class Scalar>
 KL_HOST_DEVICE Beside<Real> beside_mixture(const Mixture<Scalar>& mixture, Real tx, Real ty) {
-  constexpr Scalar kMostFall = 100, kLowest = -1000;
+  constexpr Scalar kMostFall = 100;
   const Real zero{}, moved = ty + mixture.shift;
   const auto q_is_larger = moved > tx;
   const Real larger = q_is_larger ? moved : tx;
@@ -85,7 +86,7 @@ KL_HOST_DEVICE Beside<Real> beside_mixture(const Mixture<Scalar>& mixture, Real 
   const Real c = q_is_larger ? zero + mixture.weight : zero + mixture.ref_weight;
   const Real u = c * lost, of_larger = Functions::log2p1(u);
   return {of_larger + (q_is_larger ? fall : zero), (u + Scalar(1)) * of_larger + c * s * fall,
-          q_is_larger ? s : zero + Scalar(1), larger < kLowest ? zero + kLowest : larger};
+          q_is_larger ? s : zero + Scalar(1), larger};
 }
 
 // The sums over the vocabulary, in nats.

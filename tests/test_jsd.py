@@ -130,6 +130,18 @@ def test_betas_near_the_ends_stay_finite(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_one_unit_in_the_last_place_never_makes_it_negative(backend):
+    """Of 64 rows, rounding pushes some below 0."""
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    x, up = random(64, 50, dtype=dtype)
+    y = torch.where(up > 0, torch.nextafter(x, torch.tensor(math.inf, dtype=dtype)), x)
+    for beta in BETAS:
+        jsd = kl_kernels.token_jsd(x, y, beta=beta, backend=backend)
+        assert (jsd >= 0).all()
+        assert jsd.max() < 1e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_rows_give_exactly_zero(backend):
     x, _ = random(3, 999)
     x[1, 5:50] = NEG_INF
@@ -301,6 +313,15 @@ def test_a_row_does_not_depend_on_the_others(backend):
     alone, grad = evaluate(x[1:, 1:2], y[1:, 1:2], backend=backend)
     assert torch.equal(alone, together[1:, 1:2])
     assert torch.equal(grad, grads[1:, 1:2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_upstream_reaches_every_gradient(backend):
+    """Also one of all bits, which rounding by adding would turn into a number."""
+    x, y = random(2, 4096, dtype=torch.bfloat16)
+    jsd = kl_kernels.token_jsd(x.requires_grad_(), y, backend=backend)
+    jsd.backward(torch.full((2,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32))
+    assert x.grad.isnan().all()
 
 
 # Arguments.

@@ -7,6 +7,7 @@ begin with "mean" are for peers that give one number for all tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch import Tensor
 
 Results = dict[str, Tensor]
 KL_COEF, LOSS_KL_COEF, ENTROPY_COEF, CLIP, GAMMA, LAM = 0.1, 0.1, 0.01, 0.2, 1.0, 0.95
+JSD_BETA = 0.5
 LOGITS_CHECKED = 1 << 24  # at most: a float64 truth of more would take minutes
 
 
@@ -167,6 +169,17 @@ def statistics(
     }
 
 
+def jensen_shannon(logits: Tensor, ref_logits: Tensor) -> Results:  # [..., V] each
+    """For beta = JSD_BETA, as distillation trainers have it: kl_div to a mixture by logaddexp."""
+    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    log_m = torch.logaddexp(log_p + math.log(1 - JSD_BETA), log_q + math.log(JSD_BETA))
+    of_p, of_q = (
+        torch.nn.functional.kl_div(log_m, log_r, reduction="none", log_target=True).sum(-1)
+        for log_r in (log_p, log_q)
+    )
+    return {"jsd": (1 - JSD_BETA) * of_p + JSD_BETA * of_q}
+
+
 def shaped_rewards(logprob: Tensor, ref_logprob: Tensor, scores: Tensor) -> Tensor:
     """-beta k1, and the score at the last token; [B, T] from [B, T], [B, T] and [B]."""
     rewards = -KL_COEF * (logprob - ref_logprob)
@@ -249,6 +262,17 @@ def gradient_truth(x: Inputs, names: Iterable[str]) -> Results:
     return stats | with_gradients({name: stats[name] for name in names}, x.logits)
 
 
+def jsd_truth(x: Inputs, names: Iterable[str]) -> Results:
+    x = wide(x)
+    with torch.no_grad():
+        return jensen_shannon(x.logits, x.ref_logits)
+
+
+def jsd_gradient_truth(x: Inputs, names: Iterable[str]) -> Results:
+    x = wide(x)
+    return with_gradients(jensen_shannon(x.logits, x.ref_logits), x.logits)
+
+
 def reward_truth(x: Inputs, names: Iterable[str]) -> Results:
     stats = token_truth(x, names)
     return {"rewards": shaped_rewards(stats["logprob"], stats["ref_logprob"], x.scores.double())}
@@ -318,6 +342,10 @@ OPERATIONS = {
                   make_inputs, token_truth, 2),
         Operation("exact KL + gradient", "the same, and the gradient of logprob + KL + entropy",
                   make_inputs, gradient_truth, 5, LOGITS, of="exact KL"),
+        Operation("JSD", "Jensen-Shannon divergence to the reference, beta = 1/2",
+                  make_inputs, jsd_truth, 2),
+        Operation("JSD + gradient", "the same, and the gradient of its sum",
+                  make_inputs, jsd_gradient_truth, 5, LOGITS, of="JSD"),
         Operation("shaped reward", "-beta (logprob - ref_logprob) per token, score at the last",
                   make_inputs, reward_truth, 2),
         Operation("policy loss", "GRPO's clipped loss with a k3 penalty, and its gradient",

@@ -1,8 +1,9 @@
 """Logits whose vocabulary is sharded over the ranks of a process group (tensor parallelism).
 
 Each rank reads its own logits into a row state, one all-gather exchanges the states, and every rank
-merges and finishes them alike: all ranks hold the same bits. In backward each rank writes the
-gradient of its own logits, from its logits and the whole row's state: nothing is sent.
+merges and finishes them alike: all ranks hold the same bits. (A mixture of both models is known
+only then, so that token_jsd exchanges two sums of a second look as well.) In backward each rank
+writes the gradient of its own logits, from its logits and the whole row's state: nothing is sent.
 
 Per call and row, a rank sends its state once to each of the R - 1 others: 4 bytes for each field,
 of which there are 9 with a reference and 4 without, and 8 bytes more per call. Eager tensor

@@ -180,6 +180,11 @@ def arguments(name, backend):
         "fold_part": (*constants, *scales),
         "token_stats": (logits, token_ids, mask, 0.7, None, False),
         "token_kl": (logits, ref_logits, token_ids, mask, *scales, False),
+        "token_jsd": (logits, ref_logits, mask, 0.3, *scales, False),
+        "mixture_part": (*constants[:2], mask, state, state, 0.3, *scales),
+        "token_jsd_backward": (
+            *(per_token, *constants[:2], mask, state, state, per_token, 0.3, *scales),
+        ),
         "kl_rewards": (
             *(logits, ref_logits, token_ids, mask),
             *(torch.rand(2), torch.tensor([1, 2]), 0.1, 0, None, *scales, False),
@@ -200,16 +205,16 @@ def arguments(name, backend):
         "scale_gradient": (gradient, torch.tensor(2.0)),
         "gae": (per_token, per_token, mask, 0.9, 0.95, True),
     }
-    for backward in ("token_stats_backward", "token_kl_backward"):
+    for backward in ("token_stats_backward", "token_kl_backward", "token_jsd_backward"):
         arguments[backward + "_"] = (*arguments[backward], gradient)
     return (*arguments[name], backend)
 
 
 OPERATORS = (
-    *("token_stats", "token_kl", "kl_rewards"),
-    *("token_stats_backward", "token_kl_backward"),
-    *("token_stats_backward_", "token_kl_backward_"),
-    *("fold_part", "policy_loss", "scale_gradient", "gae"),
+    *("token_stats", "token_kl", "token_jsd", "kl_rewards"),
+    *("token_stats_backward", "token_kl_backward", "token_jsd_backward"),
+    *("token_stats_backward_", "token_kl_backward_", "token_jsd_backward_"),
+    *("fold_part", "mixture_part", "policy_loss", "scale_gradient", "gae"),
 )
 
 
@@ -226,6 +231,10 @@ def kl_and_logprob(logits, ref_logits, token_ids, mask, **how):
     return (result.kl + result.logprob).sum()
 
 
+def jsd(logits, ref_logits, token_ids, mask, **how):
+    return kl_kernels.token_jsd(logits, ref_logits, beta=0.3, mask=mask, **how).sum()
+
+
 def policy_loss(logits, ref_logits, token_ids, mask, **how):
     loss, metrics = kl_kernels.fused_policy_loss(
         logits, token_ids, None, mask.float() - 0.3, mask,
@@ -236,7 +245,7 @@ def policy_loss(logits, ref_logits, token_ids, mask, **how):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("inplace_backward", [False, True])
-@pytest.mark.parametrize("function", [kl_and_logprob, policy_loss])
+@pytest.mark.parametrize("function", [kl_and_logprob, jsd, policy_loss])
 def test_compiles_whole_and_once_for_all_lengths(backend, inplace_backward, function):
     from torch._dynamo.utils import counters
 

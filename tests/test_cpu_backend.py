@@ -50,9 +50,10 @@ def make_rows(dtype, ref_dtype=None, vocab_size=V, seed=0, shape=(2, 3)):
 def values_and_gradient(logits, ref_logits, token_ids, backend="cpu", **options):
     logits = logits.detach().requires_grad_()
     result = kl_kernels.token_kl(logits, ref_logits, token_ids, backend=backend, **options)
-    loss = (result.logprob + 2 * result.kl - result.forward_kl + result.entropy).sum()
+    jsd = kl_kernels.token_jsd(logits, ref_logits, beta=0.3, backend=backend, **options)
+    loss = (result.logprob + 2 * result.kl - result.forward_kl + result.entropy + jsd).sum()
     (grad,) = torch.autograd.grad(loss, logits)
-    return torch.stack([t.detach() for t in result]), grad
+    return torch.stack([t.detach() for t in (*result, jsd)]), grad
 
 
 def relative_to_row(grad, expected):

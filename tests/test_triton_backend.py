@@ -22,7 +22,7 @@ TILE, SPLIT = 64, 256
 # 128 logits and splits of two tiles and of 72. Unaligned rows have tiles of 64 as well.
 SMALL = {
     "lanes": 16, "steps": 1, "unaligned_steps": 4, "fold_split": SPLIT, "backward_split": 128,
-    "finish_rows": 4, "gae_block": 4,
+    "finish_rows": 4, "gae_block": 4, "policy_loss_lanes": 16,
 }  # fmt: skip
 
 

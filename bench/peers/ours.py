@@ -7,6 +7,7 @@ from operations import (
     CLIP,
     ENTROPY_COEF,
     GAMMA,
+    JSD_BETA,
     KL_COEF,
     LAM,
     LOSS_KL_COEF,
@@ -36,6 +37,11 @@ def stats() -> Call:
 @offers("exact KL", name=OURS, tolerance=FUSED)
 def token_kl() -> Call:
     return lambda x: kl_kernels.token_kl(x.logits, x.ref_logits, x.token_ids)._asdict()
+
+
+@offers("JSD", name=OURS, tolerance=FUSED)
+def token_jsd() -> Call:
+    return lambda x: {"jsd": kl_kernels.token_jsd(x.logits, x.ref_logits, beta=JSD_BETA)}
 
 
 @offers("shaped reward", name=OURS, tolerance=FUSED)

@@ -13,6 +13,7 @@ from operations import (
     clipped_loss,
     gae,
     grpo_loss,
+    jensen_shannon,
     kl_loss,
     shaped_rewards,
     statistics,
@@ -77,6 +78,11 @@ def logprob_and_entropy(x: Inputs) -> Results:
 @offers_both("exact KL")
 def token_kl(x: Inputs) -> Results:
     return statistics(x.logits.float(), x.ref_logits.float(), x.token_ids)
+
+
+@offers_both("JSD")
+def token_jsd(x: Inputs) -> Results:
+    return jensen_shannon(x.logits.float(), x.ref_logits.float())
 
 
 @offers_both("shaped reward")

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "../kl_math.h"
+#include "../mixture.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -227,23 +228,11 @@ KL_INLINE Floats exp2m1(Floats t) {
   return scale * (q * f) + (scale - 1.0f);
 }
 
-// log2(1 + u) for -1 < u <= 0, within 2.7e-7 of itself however small u is: 1 + u = 2^k (1 + z) with
-// 1 + z between the roots of 1/2 and 2, and log2(1 + z) is z times the polynomial of degree 8 that
-// is minimax in relative error.
+// log2(1 + u) for -1 < u <= 0, within 2.7e-7 of itself however small u is: 1 + u = 2^k (1 + z).
 KL_INLINE Floats log2p1(Floats u) {
-  constexpr int kOne = 0x3f800000, kRootOfHalf = 0x3f3504f3, kMantissa = 0x7fffff;
-  const Ints bits = Ints(u + 1.0f) + (kOne - kRootOfHalf);
-  const Ints k = (bits >> 23) - 127;
-  const Floats z = k == 0 ? u : Floats((bits & kMantissa) + kRootOfHalf) - 1.0f;
-  Floats q = z * 0.12583696842f - 0.20726978779f;
-  q = q * z + 0.21571564674f;
-  q = q * z - 0.23894481361f;
-  q = q * z + 0.28791624308f;
-  q = q * z - 0.36070367694f;
-  q = q * z + 0.48091062903f;
-  q = q * z - 0.72134733200f;
-  q = q * z + 1.44269502163f;
-  return z * q + __builtin_convertvector(k, Floats);
+  const Ints bits = Ints(u + 1.0f), exponent = (bits - kRootOfHalf) & kExponent;
+  const Floats z = exponent == 0 ? u : Floats(bits - exponent) - 1.0f;
+  return z * log2_over_z(z) + __builtin_convertvector(exponent, Floats) * 0x1p-23f;
 }
 
 // cap tanh(x / cap) by e / (e + 2), e = exp(2 x / cap) - 1 kept to full relative precision near 0.

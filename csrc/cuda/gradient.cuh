@@ -75,19 +75,4 @@ __device__ void write_gradient(const Part<R, kReference>& part, const RowGradien
   if (own) grad.put(token, own_grad, own_x);
 }
 
-template <class Policy, bool kAligned, class T>
-__device__ void write_zeros(const GradRow<T>& grad, int size) {
-  const int whole = size / kLanes * kLanes;
-  float zeros[kLanes] = {};
-  for (int i = threadIdx.x * kLanes; i < whole; i += Policy::kThreads * kLanes)
-    grad.template put_eight<kAligned>(i, zeros, zeros);
-  const int i = whole + threadIdx.x;
-  if (i < size) grad.put(i, 0.0f, 0.0f);
-}
-
-template <class Policy, class T>
-__device__ void write_zeros(const GradRow<T>& grad, int size) {
-  grad.aligned() ? write_zeros<Policy, true>(grad, size) : write_zeros<Policy, false>(grad, size);
-}
-
 }  // namespace kl_kernels

@@ -25,7 +25,7 @@ struct Rows {
   int64_t n_rows;    // B T
   int64_t n_tokens;  // T
   int64_t vocab_size;
-  const int64_t* token_ids;  // [B, T]
+  const int64_t* token_ids;  // [B, T]; nullptr: none is sampled
   const bool* mask;          // [B, T]; nullptr: all rows count
 };
 
@@ -77,6 +77,24 @@ struct PolicyLossTokens {
   const float* ref_logprobs;        // nullptr: neither k2 nor k3 is asked for
 };
 
+// Rows whose states are known, [2, B, T] each, and the reference's weight in the mixture.
+struct FinishedRows {
+  const float *policy_state, *ref_state;
+  double beta;
+};
+
+// What `mix` writes, each [B, T].
+struct MixtureOutputs {
+  float *jsd, *kl;  // kl: KL(policy || mixture)
+  bool part;        // of a vocabulary: its share of both
+};
+
+// What the gradient of the divergence needs besides, each [B, T].
+struct SavedMixture {
+  const float *grad_jsd, *mixture_kl;
+  double temperature;  // the policy's
+};
+
 // Bytes of scratch memory that `forward` needs.
 int64_t scratch_bytes(const Rows& rows);
 
@@ -88,6 +106,18 @@ cudaError_t forward(const Rows& rows, const Logits& policy, const Logits& refere
 // token_stats_backward and token_kl_backward in one.
 cudaError_t backward(const Rows& rows, const Logits& policy, const Logits& reference,
                      const Saved& saved, const GradLogits& grad_logits, cudaStream_t stream);
+
+// Bytes of scratch memory that `mix` needs.
+int64_t mix_scratch_bytes(const Rows& rows);
+
+// token_jsd, once `forward` has given the states, and mixture_part.
+cudaError_t mix(const Rows& rows, const Logits& policy, const Logits& reference,
+                const FinishedRows& of, const MixtureOutputs& outputs, void* scratch,
+                cudaStream_t stream);
+
+cudaError_t mix_backward(const Rows& rows, const Logits& policy, const Logits& reference,
+                         const FinishedRows& of, const SavedMixture& saved,
+                         const GradLogits& grad_logits, cudaStream_t stream);
 
 // The terms [kPolicyLossTerms, B, T] of every token's loss, and the loss's gradient where wanted.
 // `temperature` is the policy's.

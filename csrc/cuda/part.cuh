@@ -19,9 +19,10 @@ __device__ inline bool in_vocabulary(const Rows& rows, int64_t token) {
   return token >= 0 && token < rows.vocab_size;
 }
 
-// NaN for a token outside the vocabulary, or elsewhere: nothing is read out of bounds.
+// NaN for a token outside the vocabulary, elsewhere or not sampled: nothing is read out of bounds.
 template <class T>
 __device__ float token_logit(const Logits& logits, const Rows& rows, uint32_t row) {
+  if (rows.token_ids == nullptr) return NAN;
   const int64_t token = rows.token_ids[row];
   if (!in_vocabulary(rows, token)) return NAN;
   return Row<T>(logits, row_offset(logits, rows, row))[token];
@@ -134,6 +135,21 @@ template <class Policy>
 __device__ bool visits(int i, int whole) {
   const int index = i < whole ? i / kLanes : i - whole;
   return index % Policy::kThreads == static_cast<int>(threadIdx.x);
+}
+
+template <class Policy, bool kAligned, class T>
+__device__ void write_zeros(const GradRow<T>& grad, int size) {
+  const int whole = size / kLanes * kLanes;
+  float zeros[kLanes] = {};
+  for (int i = threadIdx.x * kLanes; i < whole; i += Policy::kThreads * kLanes)
+    grad.template put_eight<kAligned>(i, zeros, zeros);
+  const int i = whole + threadIdx.x;
+  if (i < size) grad.put(i, 0.0f, 0.0f);
+}
+
+template <class Policy, class T>
+__device__ void write_zeros(const GradRow<T>& grad, int size) {
+  grad.aligned() ? write_zeros<Policy, true>(grad, size) : write_zeros<Policy, false>(grad, size);
 }
 
 }  // namespace kl_kernels

@@ -2,7 +2,7 @@
 
 In the time that the 4 bytes of a pair take, an H200 has slots for 28 instructions and 3.5 special
 functions, an A100 for 38 and 4.8, a B200 for 19 and 2.3. Within these budgets memory binds, except
-for a B200's careful loop.
+for a B200's careful loop and those on mixtures.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ BUDGETS = {
     ("policy loss: policy", "fast"): Budget(7.0, 1.0, 2.0),
     ("policy loss: policy", "careful"): Budget(9.0, 1.0625, 2.0),
     ("policy loss: policy", "gradient"): Budget(9.0, 1.0, 4.0),
+    ("mixture: whole rows", "fast"): Budget(15.0, 2.0, 4.0),
+    ("mixture: whole rows", "careful"): Budget(23.0, 2.125, 4.0),
+    # Bound by instructions, of which the logarithm has 17: the second look finds some of the row in
+    # the L2.
+    ("mixture: whole rows", "second"): Budget(41.0, 2.0, 4.0),
+    ("mixture: parts", "second"): Budget(41.0, 2.0, 4.0),
+    ("backward: mixture", "tiles"): Budget(36.0, 2.0, 6.0),
     # A division per tile finds the row.
     ("scale", "tiles"): Budget(9.0, 0.125, 4.0),
 }

@@ -11,6 +11,7 @@ from kl_kernels.triton_kernels import launch
 from kl_kernels.triton_kernels.backward import backward_kernel
 from kl_kernels.triton_kernels.fold import finish_kernel, fold_kernel, part_kernel
 from kl_kernels.triton_kernels.loss import policy_loss_kernel
+from kl_kernels.triton_kernels.mixture import mix_backward_kernel, mix_kernel
 from kl_kernels.triton_kernels.scale import scale_kernel
 from kl_kernels.triton_kernels.scan import gae_kernel
 
@@ -70,6 +71,9 @@ def variants(shape: Shape) -> list[Variant]:
         _backward("no KL", shape, kl=False, forward_kl=False),
         _policy_loss("policy and reference", shape, ref=True),
         _policy_loss("policy", shape, ref=False),
+        _mix("whole rows", shape, given=False),
+        _mix("parts", shape, given=True),
+        _mix_backward(shape),
         _scale(shape),
         _finish("policy", shape, ref=False, rewards=False),
         _finish("both KLs", shape, ref=True, rewards=False),
@@ -112,7 +116,7 @@ def _backward(name: str, shape: Shape, *, kl: bool, forward_kl: bool) -> Variant
 
 def _policy_loss(name: str, shape: Shape, *, ref: bool) -> Variant:
     """With entropy in the loss, and the exact KL where there is a reference."""
-    tile = launch._policy_loss_tile(shape.logits)
+    tile = launch._whole_row_tile(shape.logits)
     sizes = shape.sizes(shape.vocab_size)
     del sizes["n_splits"]
     arguments: dict[str, Any] = dict(
@@ -128,6 +132,33 @@ def _policy_loss(name: str, shape: Shape, *, ref: bool) -> Variant:
     loops = ("fast", "careful", "gradient")
     return Variant(
         f"policy loss: {name}", policy_loss_kernel, arguments, loops, unit, _per_thread(tile)
+    )
+
+
+def _mix(name: str, shape: Shape, *, given: bool) -> Variant:
+    tile = launch._whole_row_tile(shape.logits)
+    sizes = shape.sizes(shape.vocab_size)
+    del sizes["n_splits"]
+    arguments: dict[str, Any] = dict(
+        logits_ptr=LOGITS, ref_ptr=LOGITS, mask_ptr=torch.bool, policy_state_ptr=PER_TOKEN,
+        ref_state_ptr=PER_TOKEN, jsd_ptr=PER_TOKEN, mixture_kl_ptr=PER_TOKEN,
+        weight=0.5, ref_weight=0.5, GIVEN=given, **sizes, **SCALES, **tile,
+    )  # fmt: skip
+    loops = ("second",) if given else ("fast", "careful", "second")
+    return Variant(f"mixture: {name}", mix_kernel, arguments, loops, "pair", _per_thread(tile))
+
+
+def _mix_backward(shape: Shape) -> Variant:
+    tile = shape.tile()
+    split = launch.CONFIG.backward_split
+    arguments: dict[str, Any] = dict(
+        grad_jsd_ptr=PER_TOKEN, logits_ptr=LOGITS, ref_ptr=LOGITS, mask_ptr=torch.bool,
+        policy_state_ptr=PER_TOKEN, ref_state_ptr=PER_TOKEN, mixture_kl_ptr=PER_TOKEN,
+        grad_logits_ptr=LOGITS, weight=0.5, ref_weight=0.5, temperature=0.9, SPLIT=split,
+        **shape.sizes(split), **shape.grad_strides(), **SCALES, **tile,
+    )  # fmt: skip
+    return Variant(
+        "backward: mixture", mix_backward_kernel, arguments, ("tiles",), "pair", _per_thread(tile)
     )
 
 

@@ -15,6 +15,8 @@ import torch
 
 from kl_kernels.schemas import KERNELS
 
+ON_MIXTURES = ("token_jsd", "mixture_part", "token_jsd_backward")
+
 
 def unavailable_reason() -> str | None:
     """Why this backend cannot run here, or None if it can."""
@@ -28,6 +30,6 @@ def unavailable_reason() -> str | None:
 def __getattr__(name: str) -> Any:
     if name not in KERNELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kl_kernels.triton_kernels import launch
+    from kl_kernels.triton_kernels import launch, launch_mixture
 
-    return getattr(launch, name)
+    return getattr(launch_mixture if name in ON_MIXTURES else launch, name)

@@ -318,7 +318,7 @@ def policy_loss(
             softcap, ref_softcap, clip_low, clip_high, dual_clip, log_ratio_clamp,
             kl_coef, entropy_coef,
             ESTIMATOR=kl_estimator, HAS_KL=kl_coef != 0, HAS_ENTROPY=entropy_coef != 0,
-            **_policy_loss_tile(logits, ref_logits, grad_logits), **COMPILE,
+            **_whole_row_tile(logits, ref_logits, grad_logits), **COMPILE,
         )  # fmt: skip
     return terms
 
@@ -371,7 +371,7 @@ def _tile(*tensors: Tensor | None) -> dict[str, int]:
     return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
 
 
-def _policy_loss_tile(*tensors: Tensor | None) -> dict[str, int]:
+def _whole_row_tile(*tensors: Tensor | None) -> dict[str, int]:
     lanes, num_warps = CONFIG.policy_loss_lanes, CONFIG.policy_loss_warps
     return {**_tile(*tensors), "N": lanes, "num_warps": num_warps}
 

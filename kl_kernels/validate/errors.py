@@ -14,7 +14,15 @@ from torch import Tensor
 
 import kl_kernels
 from kl_kernels.validate.cases import Case, Inputs
-from kl_kernels.validate.truth import DIFFERENTIABLE, OUTPUTS, eager, gradients
+from kl_kernels.validate.truth import (
+    BETA,
+    DIFFERENTIABLE,
+    OUTPUTS,
+    eager,
+    eager_jsd,
+    gradients,
+    jsd_gradient,
+)
 
 VALUE_BUDGET = 2e-6
 GRADIENT_BUDGET = 1e-5
@@ -51,7 +59,7 @@ def value_error(quantity: str, got: Tensor, true: Tensor) -> float:
     of 2e-6 means 3e-7 + 2e-6 kl.
     """
     size = true.abs()
-    scale = 0.15 + size if "kl" in quantity else size.clamp_min(1.0)
+    scale = 0.15 + size if "kl" in quantity or quantity == JSD else size.clamp_min(1.0)
     return _largest((got.double() - true).abs() / scale, got, true)
 
 
@@ -86,8 +94,8 @@ def _largest(error: Tensor, got: Tensor, true: Tensor) -> float:
 
 
 def errors(case: Case, backend: str | None, device: str = "cpu") -> list[Error]:
-    """Every output of `token_kl` and `token_stats`; the gradient of each alone, of all mixed and of
-    `fused_policy_loss`.
+    """Every output of `token_kl`, `token_stats` and `token_jsd`; the gradient of each alone, of all
+    mixed and of `fused_policy_loss`.
 
     The truth, and eager's share of it, are computed on the CPU whatever the device.
     """
@@ -118,6 +126,7 @@ MIX = "d all"
 STATS_MIX = "d logprob + entropy"
 LOSS, LOSS_ALONE = "d policy loss", "d policy loss without reference"
 KL_LOSS_COEF, ENTROPY_COEF = 0.5, 0.25
+JSD = "jsd"
 
 
 def _eager(inputs: Inputs, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -130,6 +139,8 @@ def _eager(inputs: Inputs, weights: dict[str, Tensor], dtype: torch.dtype) -> di
     per_unit = {name: grads[name] / weights[name][..., None] for name in ("kl", "entropy")}
     found[LOSS_ALONE] = -grads["logprob"] - ENTROPY_COEF * per_unit["entropy"]
     found[LOSS] = found[LOSS_ALONE] + KL_LOSS_COEF * per_unit["kl"]
+    found[JSD] = eager_jsd(inputs, dtype)
+    found[f"d {JSD}"] = jsd_gradient(inputs, weights["logprob"], dtype)
     return found
 
 
@@ -140,6 +151,8 @@ def _fused(
     logits = inputs.logits.to(device, copy=True).requires_grad_()
     arguments: dict[str, Any] = vars(inputs.on(device)) | {"logits": logits, "backend": backend}
     result = kl_kernels.token_kl(**arguments)._asdict()
+    of_whole_rows = {name: value for name, value in arguments.items() if name != "token_ids"}
+    jsd = kl_kernels.token_jsd(**of_whole_rows, beta=BETA)
 
     def loss_grad(**of_reference: Any) -> Tensor:
         mask, ids = arguments["mask"], arguments["token_ids"]
@@ -160,6 +173,7 @@ def _fused(
         total = torch.stack([(weights[n] * outputs[n]).sum() for n in names]).sum()
         return torch.autograd.grad(total, logits, retain_graph=True)[0]
 
+    found |= {JSD: jsd, f"d {JSD}": torch.autograd.grad(jsd, logits, weights["logprob"])[0]}
     found |= {name: result[name] for name in OUTPUTS}
     found |= {f"stats {name}": value for name, value in stats.items()}
     found |= {f"d {name}": grad(result, (name,)) for name in DIFFERENTIABLE}

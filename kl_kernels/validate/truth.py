@@ -5,6 +5,7 @@ Independent of `reference.py` on purpose: nothing here shares code with what is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -14,19 +15,13 @@ from kl_kernels.validate.cases import NEG_INF, Inputs
 
 OUTPUTS = ("logprob", "ref_logprob", "kl", "forward_kl", "entropy")
 DIFFERENTIABLE = ("logprob", "kl", "forward_kl", "entropy")
+BETA = 0.3  # of the generalised Jensen-Shannon divergence: neither model counts as the other
 
 
 def eager(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """The five outputs in `dtype` arithmetic, differentiable, each [B, T]; masked rows are 0."""
-    keep = torch.ones(inputs.token_ids.shape, dtype=torch.bool)
-    if inputs.mask is not None:
-        keep = inputs.mask
-    x = torch.where(keep[..., None], inputs.logits, 0.0).to(dtype)
-    y = torch.where(keep[..., None], inputs.ref_logits, 0.0).to(dtype)
+    keep, log_p, log_q = _models(inputs, dtype)
     token_ids = torch.where(keep, inputs.token_ids, 0)[..., None]
-    ref_temperature = inputs.ref_temperature or inputs.temperature
-    log_p = _log_softmax(x, inputs.temperature, inputs.softcap)
-    log_q = _log_softmax(y, ref_temperature, inputs.ref_softcap)
     outputs = {
         "logprob": log_p.gather(-1, token_ids).squeeze(-1),
         "ref_logprob": log_q.gather(-1, token_ids).squeeze(-1),
@@ -35,6 +30,30 @@ def eager(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
         "entropy": -(log_p.exp() * _finite(log_p)).sum(-1),
     }
     return {name: torch.where(keep, value, 0.0) for name, value in outputs.items()}
+
+
+def eager_jsd(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """The generalised Jensen-Shannon divergence for BETA, likewise."""
+    keep, log_p, log_q = _models(inputs, dtype)
+    of_p, of_q = math.log(1 - BETA), math.log(BETA)
+    log_m = torch.logaddexp(_finite(log_p) + of_p, _finite(log_q) + of_q)
+    # Where one of them is 0, the mixture is the other's share.
+    log_m = torch.where(log_p == NEG_INF, log_q + of_q, log_m)
+    log_m = torch.where(log_q == NEG_INF, log_p + of_p, log_m)
+    jsd = BETA * _divergence(log_q, log_m) + (1 - BETA) * _divergence(log_p, log_m)
+    return torch.where(keep, jsd, 0.0)
+
+
+def _models(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows count, [B, T], and both models' log-softmax, [B, T, V]."""
+    keep = torch.ones(inputs.token_ids.shape, dtype=torch.bool)
+    if inputs.mask is not None:
+        keep = inputs.mask
+    x = torch.where(keep[..., None], inputs.logits, 0.0).to(dtype)
+    y = torch.where(keep[..., None], inputs.ref_logits, 0.0).to(dtype)
+    ref_temperature = inputs.ref_temperature or inputs.temperature
+    log_p = _log_softmax(x, inputs.temperature, inputs.softcap)
+    return keep, log_p, _log_softmax(y, ref_temperature, inputs.ref_softcap)
 
 
 def _log_softmax(x: Tensor, temperature: float, softcap: float | None) -> Tensor:
@@ -52,6 +71,14 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     terms = log_p.exp() * (_finite(log_p) - _finite(log_q))
     infinite = (log_q == NEG_INF) & (log_p != NEG_INF)
     return terms.masked_fill(infinite, torch.inf).sum(-1)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = torch.logaddexp(_finite(log_p) + math.log(1 - BETA), _finite(log_q) + math.log(BETA))
+    # Where one of them is 0, the mixture is the other one's share.
+    log_m = torch.where(log_p == NEG_INF, log_q + math.log(BETA), log_m)
+    log_m = torch.where(log_q == NEG_INF, log_p + math.log(1 - BETA), log_m)
+    return BETA * _divergence(log_q, log_m) + (1 - BETA) * _divergence(log_p, log_m)
 
 
 def gradients(
@@ -75,6 +102,13 @@ def gradients(
         infinite, _p_minus_q(inputs, weights["forward_kl"], dtype), found["forward_kl"]
     )
     return found
+
+
+def jsd_gradient(inputs: Inputs, weight: Tensor, dtype: torch.dtype) -> Tensor:  # weight: [B, T]
+    """Of the weighted JSD's sum, [B, T, V]."""
+    x = inputs.logits.to(dtype).requires_grad_()
+    jsd = eager_jsd(replace(inputs, logits=x), dtype)
+    return torch.autograd.grad((weight.to(dtype) * jsd).sum(), x)[0]
 
 
 def _p_minus_q(inputs: Inputs, weight: Tensor, dtype: torch.dtype) -> Tensor:

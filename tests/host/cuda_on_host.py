@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from kl_kernels.schemas import ALONE_FIELDS, POLICY_LOSS_TERMS, STATE_FIELDS
+from kl_kernels.schemas import ALONE_FIELDS, MIXTURE_SUMS, POLICY_LOSS_TERMS, STATE_FIELDS
 
 HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL:
             "kernels.cpp", Path(directory) / "kernels.so", "-O1", "-fPIC", "-shared"
         )
         loaded = ctypes.CDLL(str(path))
-    loaded.host_scratch_bytes.restype = c_int64
+    loaded.host_scratch_bytes.restype = loaded.host_mix_scratch_bytes.restype = c_int64
     return loaded
 
 
@@ -113,6 +113,18 @@ class Saved(ctypes.Structure):
         ("temperature", c_double),
         ("part", c_bool),
     ]
+
+
+class FinishedRows(ctypes.Structure):
+    _fields_ = [*((name, c_void_p) for name in STATES), ("beta", c_double)]
+
+
+class MixtureOutputs(ctypes.Structure):
+    _fields_ = [("jsd", c_void_p), ("kl", c_void_p), ("part", c_bool)]
+
+
+class SavedMixture(ctypes.Structure):
+    _fields_ = [("grad_jsd", c_void_p), ("mixture_kl", c_void_p), ("temperature", c_double)]
 
 
 TOKENS = ("old_logprobs", "advantages", "token_weights", "importance_weights", "ref_logprobs")
@@ -202,6 +214,47 @@ def backend(device: tuple[int, int, bool] = H200) -> SimpleNamespace:
         names = (*REWARDS, *OUTPUTS, *STATES)
         return forward(logits, policy, reference, token_ids, mask, names, shape)
 
+    def mix(logits, policy, reference, mask, states, beta, outputs, part):
+        rows = Rows.of(logits, None, mask)
+        scratch = torch.empty(library().host_mix_scratch_bytes(byref(rows)), dtype=torch.uint8)
+        assert not library().host_mix(
+            byref(rows), byref(policy), byref(reference),
+            byref(FinishedRows(*map(pointer, states), beta)),
+            byref(MixtureOutputs(*map(pointer, outputs), part)), c_void_p(scratch.data_ptr()),
+        )  # fmt: skip
+
+    def token_jsd(
+        logits, ref_logits, mask, beta, temperature, ref_temperature, softcap, ref_softcap
+    ):
+        policy = Logits.of(logits, temperature, softcap)
+        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
+        states = forward(logits, policy, reference, None, mask, STATES)
+        outputs = torch.empty(logits.shape[:2]), torch.empty(logits.shape[:2])
+        mix(logits, policy, reference, mask, states, beta, outputs, False)
+        return *outputs, *states
+
+    def mixture_part(
+        logits, ref_logits, mask, policy_state, ref_state, beta, temperature, ref_temperature,
+        softcap, ref_softcap,
+    ):  # fmt: skip
+        policy = Logits.of(logits, temperature, softcap)
+        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
+        sums = torch.empty(len(MIXTURE_SUMS), *logits.shape[:2])
+        mix(logits, policy, reference, mask, (policy_state, ref_state), beta, sums.unbind(), True)
+        return sums
+
+    def token_jsd_backward(
+        grad_jsd, logits, ref_logits, mask, policy_state, ref_state, mixture_kl, beta,
+        temperature, ref_temperature, softcap, ref_softcap, grad_logits,
+    ):  # fmt: skip
+        assert not library().host_mix_backward(
+            byref(Rows.of(logits, None, mask)), byref(Logits.of(logits, temperature, softcap)),
+            byref(Logits.of(ref_logits, ref_temperature, ref_softcap)),
+            byref(FinishedRows(pointer(policy_state), pointer(ref_state), beta)),
+            byref(SavedMixture(pointer(grad_jsd), pointer(mixture_kl), temperature)),
+            byref(GradLogits.of(grad_logits)),
+        )  # fmt: skip
+
     def backward(
         logits, policy, reference, token_ids, mask, temperature, part, grad_logits, **saved
     ):  # fmt: skip
@@ -283,6 +336,9 @@ def backend(device: tuple[int, int, bool] = H200) -> SimpleNamespace:
         token_stats_backward=token_stats_backward,
         token_kl=token_kl,
         token_kl_backward=token_kl_backward,
+        token_jsd=token_jsd,
+        mixture_part=mixture_part,
+        token_jsd_backward=token_jsd_backward,
         kl_rewards=kl_rewards,
         policy_loss=policy_loss,
         scale_gradient=scale_gradient,

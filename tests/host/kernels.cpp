@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/backward.cuh"
 #include "../../csrc/cuda/forward.cuh"
 #include "../../csrc/cuda/gae.cuh"
+#include "../../csrc/cuda/mixture.cuh"
 #include "../../csrc/cuda/policy_loss.cuh"
 #include "../../csrc/cuda/scale.cuh"
 
@@ -43,6 +44,20 @@ int host_forward(const Rows* rows, const Logits* policy, const Logits* reference
 int host_backward(const Rows* rows, const Logits* policy, const Logits* reference,
                   const Saved* saved, const GradLogits* grad_logits) {
   return launch_backward<SmallLaunch>(*rows, *policy, *reference, *saved, *grad_logits, nullptr);
+}
+
+int64_t host_mix_scratch_bytes(const Rows* rows) { return mix_scratch_bytes<SmallLaunch>(*rows); }
+
+int host_mix(const Rows* rows, const Logits* policy, const Logits* reference,
+             const FinishedRows* of, const MixtureOutputs* outputs, void* scratch) {
+  return launch_mix<SmallLaunch>(*rows, *policy, *reference, *of, *outputs, scratch, nullptr);
+}
+
+int host_mix_backward(const Rows* rows, const Logits* policy, const Logits* reference,
+                      const FinishedRows* of, const SavedMixture* saved,
+                      const GradLogits* grad_logits) {
+  return launch_mix_backward<SmallLaunch>(*rows, *policy, *reference, *of, *saved, *grad_logits,
+                                          nullptr);
 }
 
 // What the kernels believe to run on: the shared memory of a block and of an SM, in bytes.

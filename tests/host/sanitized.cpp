@@ -102,6 +102,22 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   saved.grad_forward_kl = ones.values;
   check(launch_backward<SmallLaunch>(rows, policy, reference, saved, separate, nullptr));
 
+  Rows no_token = rows;
+  no_token.token_ids = nullptr;
+  Outputs states_only{};
+  states_only.policy_state = policy_state;
+  states_only.ref_state = ref_state;
+  check(launch_forward<SmallLaunch>(no_token, policy, reference, states_only, shape, scratch.values,
+                                    nullptr));
+  const FinishedRows finished{policy_state, ref_state, 0.3};
+  const MixtureOutputs mixture{value(0), value(1), false};
+  Array<char> mix_scratch(host_mix_scratch_bytes(&rows));
+  check(launch_mix<SmallLaunch>(no_token, policy, reference, finished, mixture, mix_scratch.values,
+                                nullptr));
+  const SavedMixture saved_mixture{ones.values, value(1), 1.1};
+  check(launch_mix_backward<SmallLaunch>(no_token, policy, reference, finished, saved_mixture,
+                                         separate, nullptr));
+
   Outputs alone{};
   alone.logprob = value(0);
   alone.policy_state = policy_state;
@@ -122,6 +138,8 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   const GradLogits in_place{logits.at, kTokens * vocab_size, vocab_size};
   check(launch_backward<SmallLaunch>(rows, policy, reference, saved, in_place, nullptr));
   policy_loss(reference, in_place);
+  check(launch_mix_backward<SmallLaunch>(no_token, policy, reference, finished, saved_mixture,
+                                         in_place, nullptr));
   float factor = 1;
   check(launch_scale<SmallLaunch>(rows, in_place, dtype, &factor, nullptr));
   factor = 0.5f;

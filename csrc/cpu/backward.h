@@ -1,4 +1,4 @@
-// One row's gradient: as in fold.h, a fast loop, and a careful one for what it cannot take.
+// One row's gradient: as in fold.h, fast loops, and a careful one for what they cannot take.
 #pragma once
 
 #include "blocks.h"
@@ -9,19 +9,19 @@ namespace {
 // Whose gradient is asked for decides what has to be read and computed.
 enum class Terms { policy, kl, both_kls };
 
-// Returns the sum of what it writes. That is not finite if anything in it is not: -inf among the
-// logits, or an infinite coefficient.
-template <Terms kTerms, class T>
+// Returns the sum of what it writes. That is not finite if anything in it is not: an infinite
+// coefficient or, unguarded, -inf among the logits.
+template <Terms kTerms, bool kGuarded, class T>
 double backward_fast(const T* x, const T* y, T* grad, int64_t n, float kx, float anchor, float ky,
                      float ref_anchor, const Coefficients<float>& c) {
   Floats sum{};
   const auto gradient = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
-    const Floats tx = from_anchor(xs, kx, anchor), w = exp2(tx);
+    const Floats tx = position<kGuarded>(xs, kx, anchor), w = exp2(tx);
     Floats g;
     if constexpr (kTerms == Terms::policy) {
       g = backward(c, tx, w);
     } else {
-      const Floats ty = from_anchor(ys, ky, ref_anchor);
+      const Floats ty = position<kGuarded>(ys, ky, ref_anchor);
       if constexpr (kTerms == Terms::kl)
         g = backward(c, tx, ty, w);
       else
@@ -104,54 +104,57 @@ class RowBackward {
   // All but the token's own share; returns the sum.
   double write_all(int64_t vocab_size) {
     double sum = 0;
-    bool careful = false;
+    bool guarded = false;  // from the first -inf on
     for (int64_t start = 0; start < vocab_size; start += kBlock) {
       const Block block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
-      double part = careful ? NAN : fast(block);
-      if (!is_finite(part)) part = slow(block, careful);
+      double part = guarded ? NAN : fast<false>(block);
+      if (!is_finite(part)) guarded = is_finite(part = fast<true>(block));
+      if (!is_finite(part)) part = careful(block);
       sum += part;
     }
     return sum;
   }
 
+  template <bool kGuarded>
   double fast(Block block) {
     if (in_place_ && block.size % kPair == 0) {
       switch (policy_.dtype) {
         case Dtype::float32:
-          return fast_in_place<float>(block);
+          return fast_in_place<kGuarded, float>(block);
         case Dtype::bfloat16:
-          return fast_in_place<BFloat16>(block);
+          return fast_in_place<kGuarded, BFloat16>(block);
         case Dtype::float16:
-          return fast_in_place<Float16>(block);
+          return fast_in_place<kGuarded, Float16>(block);
       }
     }
     stage(block, far_below(float(anchor_), policy_.k), far_below(float(ref_anchor_), reference_.k));
-    const double sum = fast(x_.values, y_.values, grad_.values, whole_pairs(block.size));
+    const double sum = fast<kGuarded>(x_.values, y_.values, grad_.values, whole_pairs(block.size));
     if (is_finite(sum)) write(block);
     return sum;
   }
 
-  template <class T>
+  template <bool kGuarded, class T>
   double fast_in_place(Block block) {
-    return fast(logits_of<T>(policy_, block.start), logits_of<T>(reference_, block.start),
-                static_cast<T*>(grad_logits_) + block.start, block.size);
+    return fast<kGuarded>(logits_of<T>(policy_, block.start), logits_of<T>(reference_, block.start),
+                          static_cast<T*>(grad_logits_) + block.start, block.size);
   }
 
-  template <class T>
+  template <bool kGuarded, class T>
   double fast(const T* x, const T* y, T* grad, int64_t n) {
     const float kx = policy_.k, anchor = float(anchor_);
     const float ky = reference_.k, ref_anchor = float(ref_anchor_);
     if (alone())
-      return backward_fast<Terms::policy>(x, y, grad, n, kx, anchor, ky, ref_anchor, c32_);
-    if (c_.d == 0) return backward_fast<Terms::kl>(x, y, grad, n, kx, anchor, ky, ref_anchor, c32_);
-    return backward_fast<Terms::both_kls>(x, y, grad, n, kx, anchor, ky, ref_anchor, c32_);
+      return backward_fast<Terms::policy, kGuarded>(x, y, grad, n, kx, anchor, ky, ref_anchor,
+                                                    c32_);
+    if (c_.d == 0)
+      return backward_fast<Terms::kl, kGuarded>(x, y, grad, n, kx, anchor, ky, ref_anchor, c32_);
+    return backward_fast<Terms::both_kls, kGuarded>(x, y, grad, n, kx, anchor, ky, ref_anchor,
+                                                    c32_);
   }
 
-  // Sets `careful` if there was -inf in the block: the next one had better come here at once.
-  double slow(Block block, bool& careful) {
+  double careful(Block block) {
     stage(block, -INFINITY, -INFINITY);
     const Staged& y = alone() ? x_ : y_;
-    careful = x_.holds_minus_infinity(block) || y.holds_minus_infinity(block);
     const double sum = backward_careful(x_.values, y.values, grad_.values, whole_pairs(block.size),
                                         policy_.k, anchor_, alone() ? policy_.k : reference_.k,
                                         alone() ? anchor_ : ref_anchor_, c_);

@@ -54,12 +54,6 @@ struct Staged {
     for (int i = 0; i < kLanes; ++i) value = most[i] > value ? most[i] : value;
     return value;
   }
-
-  bool holds_minus_infinity(Block block) const {
-    bool found = false;
-    for (int64_t i = 0; i < block.size; ++i) found |= values[i] == -INFINITY;
-    return found;
-  }
 };
 
 // The derivative of softcap, from its value.
@@ -107,6 +101,16 @@ KL_INLINE bool read_in_place(const Row& policy, const Row& reference) {
 
 // A logit that lies so far below the anchor that it adds nothing, yet stays finite.
 KL_INLINE float far_below(float anchor, float k) { return (anchor - 1000) / k; }
+
+// Where logits lie from the anchor. Guarded, what is -inf lies where its weight is 0, and 0 times
+// that is 0.
+template <bool kGuarded>
+KL_INLINE Floats position(Floats logits, float k, float anchor) {
+  constexpr float kWeightless = -1000;
+  const Floats t = from_anchor(logits, k, anchor);
+  if constexpr (kGuarded) return logits == -INFINITY ? Floats{} + kWeightless : t;
+  return t;
+}
 
 KL_INLINE bool is_finite(double value) { return value * 0 == 0; }
 

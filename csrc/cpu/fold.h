@@ -23,43 +23,71 @@ struct CompensatedSum {
 struct Weighed {
   Floats t, weight;
 };
+struct Weights {
+  Floats x, y;
+};
+template <bool kGuarded>
 KL_INLINE Weighed weigh(Floats logits, float k, float anchor) {
-  const Floats t = from_anchor(logits, k, anchor);
+  const Floats t = position<kGuarded>(logits, k, anchor);
   return {t, exp2(t)};
 }
 
-// The vocabulary loop: no maximum, no rescaling, no test. Anything out of the ordinary (-inf, NaN,
-// a peak far above the anchor) shows in the sums.
-template <class T>
-Sums<double> fold_fast(const T* x, const T* y, int64_t n, float kx, float anchor, float ky,
-                       float ref_anchor) {
+// Sums of a block, and whether one model rules out what the other does not: then a KL is infinite.
+struct BlockSums {
+  Sums<double> sums;
+  bool kl_is_infinite = false, forward_kl_is_infinite = false;
+
+  KL_INLINE void compare_support(Ints only_reference, Ints only_policy) {
+    for (int i = 0; i < kLanes; ++i) {
+      kl_is_infinite |= only_reference[i] != 0;
+      forward_kl_is_infinite |= only_policy[i] != 0;
+    }
+  }
+};
+
+// The vocabulary loop: no maximum, no rescaling, no test. Anything out of the ordinary (NaN, a peak
+// far above the anchor and, unguarded, -inf) shows in the sums.
+template <bool kGuarded, class T>
+BlockSums fold_fast(const T* x, const T* y, int64_t n, float kx, float anchor, float ky,
+                    float ref_anchor) {
   CompensatedSum sx, sy;
-  Sums<Floats> s{};  // but for sx and sy
+  Sums<Floats> s{};                      // but for sx and sy
+  Ints only_reference{}, only_policy{};  // rules a token out
+  const auto fold = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
+    const Weighed of_x = weigh<kGuarded>(xs, kx, anchor),
+                  of_y = weigh<kGuarded>(ys, ky, ref_anchor);
+    fold_moments(s, of_x.t, of_y.t, of_x.weight, of_y.weight);
+    if (kGuarded) {
+      only_reference |= (ys == -INFINITY) & (xs != -INFINITY);
+      only_policy |= (xs == -INFINITY) & (ys != -INFINITY);
+    }
+    return Weights{of_x.weight, of_y.weight};
+  };
   for (int64_t i = 0; i < n; i += kPair) {
     const Pair xs = load_pair(x + i), ys = load_pair(y + i);
-    const Weighed x1 = weigh(xs.first, kx, anchor), y1 = weigh(ys.first, ky, ref_anchor);
-    const Weighed x2 = weigh(xs.second, kx, anchor), y2 = weigh(ys.second, ky, ref_anchor);
-    fold_moments(s, x1.t, y1.t, x1.weight, y1.weight);
-    fold_moments(s, x2.t, y2.t, x2.weight, y2.weight);
-    sx.add(x1.weight + x2.weight);
-    sy.add(y1.weight + y2.weight);
+    const Weights first = fold(xs.first, ys.first), second = fold(xs.second, ys.second);
+    sx.add(first.x + second.x);
+    sy.add(first.y + second.y);
   }
-  return {sx.total(), sy.total(), total(s.ex), total(s.rk), total(s.fk)};
+  BlockSums result{{sx.total(), sy.total(), total(s.ex), total(s.rk), total(s.fk)}};
+  if (kGuarded) result.compare_support(only_reference, only_policy);
+  return result;
 }
 
 // The same without a reference.
-template <class T>
-Sums<double> fold_fast(const T* x, int64_t n, float kx, float anchor) {
+template <bool kGuarded, class T>
+BlockSums fold_fast(const T* x, int64_t n, float kx, float anchor) {
   CompensatedSum sx;
   Sums<Floats> s{};
   for (int64_t i = 0; i < n; i += kPair) {
     const Pair xs = load_pair(x + i);
-    const Weighed x1 = weigh(xs.first, kx, anchor), x2 = weigh(xs.second, kx, anchor);
+    const Weighed x1 = weigh<kGuarded>(xs.first, kx, anchor);
+    const Weighed x2 = weigh<kGuarded>(xs.second, kx, anchor);
     fold_moments(s, x1.t, x1.weight);
     fold_moments(s, x2.t, x2.weight);
     sx.add(x1.weight + x2.weight);
   }
-  return {sx.total(), 0, total(s.ex), 0, 0};
+  return {{sx.total(), 0, total(s.ex), 0, 0}};
 }
 
 // In float64, with the block's own maxima as anchors and -inf handled by support.
@@ -90,11 +118,13 @@ class RowFold {
     RowState<double> state = empty_state<double>();
     if (token != kNoToken) state = raise_anchors(state, {token, 1});
     state = raise_anchors(state, block_at(0));
-    bool careful = false;
+    bool guarded = false;  // from the first -inf on
     for (int64_t start = 0; start < vocab_size; start += kBlock) {
       const Block block = block_at(start);
       RowState<double> part = state;
-      if (careful || !fast(block, part)) careful = slow(block, part);
+      bool done = !guarded && fast<false>(block, part);
+      if (!done) done = guarded = fast<true>(block, part = state);
+      if (!done) careful(block, part = state);
       state = merge(state, part);
     }
     return state;
@@ -104,57 +134,64 @@ class RowFold {
   bool alone() const { return reference_.logits == nullptr; }
 
   // Sums of the block into `part`, around its anchors or higher ones; false if that will not do.
+  template <bool kGuarded>
   bool fast(Block block, RowState<double>& part) {
-    part.sums = fast_sums(block, part);
+    BlockSums found = fast_sums<kGuarded>(block, part);
+    part.sums = found.sums;
     if (!is_finite(part)) return false;
     // Many or large weights. What matters is that none of them lies far above its anchor: t has
     // an absolute error of 2^-24 t, and so has the KL.
     constexpr double kCrowded = kBlock / 8;
-    if (part.sums.sx <= kCrowded && part.sums.sy <= kCrowded) return true;
-    const RowState<double> raised = raise_anchors(part, block);
-    if (raised.anchor > part.anchor || raised.ref_anchor > part.ref_anchor) {
-      part = raised;
-      part.sums = fast_sums(block, part);
+    if (part.sums.sx > kCrowded || part.sums.sy > kCrowded) {
+      const RowState<double> raised = raise_anchors(part, block);
+      if (raised.anchor > part.anchor || raised.ref_anchor > part.ref_anchor) {
+        part = raised;
+        found = fast_sums<kGuarded>(block, part);
+        part.sums = found.sums;
+      }
+      if (!is_finite(part)) return false;
     }
-    return is_finite(part);
+    if (found.kl_is_infinite) part.sums.rk = INFINITY;
+    if (found.forward_kl_is_infinite) part.sums.fk = INFINITY;
+    return true;
   }
 
-  // True if there was -inf in the block, so that the next one had better come here at once.
-  bool slow(Block block, RowState<double>& part) {
+  void careful(Block block, RowState<double>& part) {
     part = raise_anchors(part, block);  // stages the block, too
     const Staged& y = alone() ? x_ : y_;
     part.sums =
         fold_careful(x_.values, y.values, whole_pairs(block.size), policy_.k, part.anchor,
                      alone() ? policy_.k : reference_.k, alone() ? part.anchor : part.ref_anchor);
-    return x_.holds_minus_infinity(block) || y.holds_minus_infinity(block);
   }
 
-  Sums<double> fast_sums(Block block, const RowState<double>& anchors) {
+  template <bool kGuarded>
+  BlockSums fast_sums(Block block, const RowState<double>& anchors) {
     const float anchor = float(anchors.anchor), ref_anchor = float(anchors.ref_anchor);
     if (in_place_ && block.size % kPair == 0) {
       switch (policy_.dtype) {
         case Dtype::float32:
-          return fast_sums<float>(block, anchor, ref_anchor);
+          return fast_sums<kGuarded, float>(block, anchor, ref_anchor);
         case Dtype::bfloat16:
-          return fast_sums<BFloat16>(block, anchor, ref_anchor);
+          return fast_sums<kGuarded, BFloat16>(block, anchor, ref_anchor);
         case Dtype::float16:
-          return fast_sums<Float16>(block, anchor, ref_anchor);
+          return fast_sums<kGuarded, Float16>(block, anchor, ref_anchor);
       }
     }
     stage(block, far_below(anchor, policy_.k), far_below(ref_anchor, reference_.k));
-    return fast_sums(x_.values, y_.values, whole_pairs(block.size), anchor, ref_anchor);
+    return fast_sums<kGuarded>(x_.values, y_.values, whole_pairs(block.size), anchor, ref_anchor);
   }
 
-  template <class T>
-  Sums<double> fast_sums(Block block, float anchor, float ref_anchor) {
-    return fast_sums(logits_of<T>(policy_, block.start), logits_of<T>(reference_, block.start),
-                     block.size, anchor, ref_anchor);
+  template <bool kGuarded, class T>
+  BlockSums fast_sums(Block block, float anchor, float ref_anchor) {
+    return fast_sums<kGuarded>(logits_of<T>(policy_, block.start),
+                               logits_of<T>(reference_, block.start), block.size, anchor,
+                               ref_anchor);
   }
 
-  template <class T>
-  Sums<double> fast_sums(const T* x, const T* y, int64_t n, float anchor, float ref_anchor) {
-    return alone() ? fold_fast(x, n, policy_.k, anchor)
-                   : fold_fast(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
+  template <bool kGuarded, class T>
+  BlockSums fast_sums(const T* x, const T* y, int64_t n, float anchor, float ref_anchor) {
+    return alone() ? fold_fast<kGuarded>(x, n, policy_.k, anchor)
+                   : fold_fast<kGuarded>(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
   }
 
   void stage(Block block, float padding, float ref_padding) {

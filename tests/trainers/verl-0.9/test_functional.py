@@ -15,7 +15,7 @@ import kl_kernels
 from kl_kernels.integrations import verl
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def patched():
     with verl.patch() as patch:
         yield patch

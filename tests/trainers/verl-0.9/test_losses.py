@@ -1,5 +1,7 @@
 """Advantages, policy and value losses, importance weights."""
 
+from functools import cache
+
 import pytest
 import torch
 from batches import KINDS, gradient, log_probs_near, mask_of
@@ -20,12 +22,13 @@ from kl_kernels.rl.losses import AGGREGATIONS, aggregate
 SHAPE = (5, 9)
 
 
-def patched_gae(*args):
+@cache
+def patched_gae():
     # Theirs whitens by a name that is patched too, and so is called where nothing is.
     with verl.patch():
         by_name = core_algos.get_adv_estimator_fn("gae")
         assert by_name is core_algos.compute_gae_advantage_return
-        return by_name(*args)
+        return by_name
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def test_gae_is_verls_where_there_are_tokens(kind, gamma, lam):
     mask = mask_of(kind)
     rewards, values = normal(1), normal(2)
     theirs = compute_gae_advantage_return(rewards, values, mask.float(), gamma, lam)
-    for ours, their in zip(patched_gae(rewards, values, mask.float(), gamma, lam), theirs):
+    for ours, their in zip(patched_gae()(rewards, values, mask.float(), gamma, lam), theirs):
         torch.testing.assert_close(ours[mask], their[mask], atol=1e-5, rtol=1e-4)
         assert (ours[~mask] == 0).all()
     own, own_returns = kl_kernels.compute_gae(rewards, values, mask, gamma=gamma, lam=lam)
@@ -60,8 +63,8 @@ def test_nan_where_masked_does_not_spread_through_gae():
     theirs, _ = compute_gae_advantage_return(rewards, bad, mask.float(), 1.0, 0.95)
     padded = ~mask.all(1)
     assert theirs[padded].isnan().all()
-    ours = patched_gae(rewards, bad, mask.float(), 1.0, 0.95)
-    clean = patched_gae(rewards, values, mask.float(), 1.0, 0.95)
+    ours = patched_gae()(rewards, bad, mask.float(), 1.0, 0.95)
+    clean = patched_gae()(rewards, values, mask.float(), 1.0, 0.95)
     torch.testing.assert_close(ours, clean, rtol=0, atol=0)
 
 
@@ -96,6 +99,7 @@ GLOBAL_BATCH = {
 }  # fmt: skip
 
 
+@cache
 def policy_loss(name):
     with verl.patch():
         return core_algos.get_policy_loss_fn(name)

@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 COUNTED := build/counted
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
 
-.PHONY: ppo study test integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu abi lint format clean
+.PHONY: ppo study test integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu abi docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -20,8 +20,10 @@ test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
 # Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
+# CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.
 integrations: $(TRAINERS:%=integration-%)
 	$(BIN)/python tests/trainers/compatibility.py $(CHECK)
+	$(BIN)/python bench/readme.py $(CHECK)
 
 integration-%: build/trainers/%/ready
 	build/trainers/$*/bin/python -m pytest tests/trainers/$* $(ARGS)
@@ -82,6 +84,10 @@ abi: $(VENV)/dev-ready
 	$(BIN)/python -m zipfile -e build/wheel/*.whl build/wheel/unpacked
 	$(BIN)/torch-abi-audit --verbose --check both build/wheel/unpacked/kl_kernels
 
+# The site, into build/site. (Otherwise every build would announce Material's successor.)
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/dev-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -111,6 +117,8 @@ build/trainers/%/ready: tests/trainers/environments/%.txt $(READY)
 	$(BIN)/python -m pip --python build/trainers/$*/bin/python install $$(sed -n 's/^# pip install //p' $<) -r $<
 	touch $@
 
+.PRECIOUS: build/trainers/%/ready
+
 clean:
 	rm -rf build kl_kernels/*.so
 
@@ -131,4 +139,8 @@ $(VENV)/bench-ready: $(READY)
 
 $(VENV)/dev-ready: $(READY)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(VENV)/docs-ready: $(READY)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[docs]"
 	touch $@

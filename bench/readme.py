@@ -208,6 +208,23 @@ def monitor_tables(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compatibility_tables(results: dict[str, Any]) -> str:
+    """For each version of a trainer, what was run of it and beside which packages."""
+    newest_first = sorted(
+        results.values(),
+        key=lambda r: (r["trainer"], [-int(n) for n in re.findall(r"\d+", r["version"])]),
+    )
+    lines = []
+    for record in newest_first:
+        beside = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+        lines += [f"## {record['trainer']} {record['version']}", "", f"With {beside}.", ""]
+        lines += ["| what was run | tests |", "|---|---|"]
+        lines += [f"| {what} | {n} |" for what, n in record["exercised"].items()]
+        lines.append("")
+    lines.append("From `bench/results/compatibility.json`, made by `make integrations`.")
+    return "\n".join(lines)
+
+
 NOT_MEASURED = "Not measured yet."
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 
@@ -221,6 +238,7 @@ DOCUMENTS: dict[str, Sections] = {
     },
     "docs/monitoring.md": {"monitor": monitor_tables},
     "docs/study.md": {"study": study_document},
+    "docs/how-to/compatibility.md": {"compatibility": compatibility_tables},
     "docs/benchmarks.md": {
         name: partial(report.section, name) for name in (*report.MODULES, *report.gpus())
     },

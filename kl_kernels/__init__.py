@@ -1,8 +1,10 @@
 """Fused log-softmax, exact per-token KL, entropy and shaped reward: each logit is read once."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from kl_kernels._version import __version__
+from kl_kernels.divergence import token_jsd
 from kl_kernels.functional import (
     KLRewards,
     TokenKL,
@@ -38,6 +40,7 @@ from kl_kernels.topk import topk_kl
 
 if TYPE_CHECKING:
     from kl_kernels.linear import linear_token_kl, linear_token_stats
+    from kl_kernels.linear_jsd import linear_token_jsd
 
 __all__ = [
     "AdaptiveKLController",
@@ -59,6 +62,7 @@ __all__ = [
     "kl_penalty",
     "kl_rewards",
     "length_normalized_scores",
+    "linear_token_jsd",
     "linear_token_kl",
     "linear_token_stats",
     "masked_mean",
@@ -69,16 +73,21 @@ __all__ = [
     "ppo_policy_loss",
     "ppo_value_loss",
     "selective_log_softmax",
+    "token_jsd",
     "token_kl",
     "token_stats",
     "topk_kl",
 ]
 
+# With linear heads comes all of torch.compile: they are imported when they are asked for.
+LAZY = {
+    "linear_token_jsd": "linear_jsd",
+    "linear_token_kl": "linear",
+    "linear_token_stats": "linear",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Linear heads are imported when they are asked for: with them comes all of torch.compile."""
-    if name not in ("linear_token_kl", "linear_token_stats"):
+    if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kl_kernels import linear
-
-    return getattr(linear, name)
+    return getattr(importlib.import_module(f"{__name__}.{LAZY[name]}"), name)

@@ -111,6 +111,27 @@ def _token_kl_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     return grad_logits, *[None] * 9
 
 
+def token_jsd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, ref_logits, mask, *ctx.options = inputs
+    _, mixture_kl, policy_state, ref_state = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mixture_kl, policy_state, ref_state)
+    ctx.save_for_backward(logits, ref_logits, mask, policy_state, ref_state, mixture_kl)
+
+
+def token_jsd_grad(ctx: Any, grad_jsd: Tensor | None) -> Tensor | None:
+    if grad_jsd is None:
+        return None
+    logits, *saved = ctx.saved_tensors
+    *numbers, inplace_backward, backend = ctx.options
+    args = grad_jsd, logits, *saved, *numbers
+    return _run_backward("token_jsd_backward", args, logits, inplace_backward, backend)
+
+
+def _token_jsd_backward(ctx: Any, grad_jsd: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return token_jsd_grad(ctx, grad_jsd), *[None] * 9
+
+
 def _kl_rewards_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     rewards, correction, logprob, ref_logprob, kl, forward_kl, entropy, *states = output
     ctx.mark_non_differentiable(rewards, correction, ref_logprob, *states)
@@ -127,6 +148,7 @@ def _kl_rewards_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
 for _name, _setup, _backward in (
     ("token_stats", token_stats_setup, _token_stats_backward),
     ("token_kl", token_kl_setup, _token_kl_backward),
+    ("token_jsd", token_jsd_setup, _token_jsd_backward),
     ("kl_rewards", _kl_rewards_setup, _kl_rewards_backward),
 ):
     torch.library.register_autograd(
@@ -140,7 +162,7 @@ def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
     )
 
 
-for _name in ("token_stats_backward", "token_kl_backward"):
+for _name in ("token_stats_backward", "token_kl_backward", "token_jsd_backward"):
     torch.library.register_autograd(f"kl_kernels::{_name}", _no_second_derivative, lib=library)
 
 

@@ -4,7 +4,8 @@ Every rank calls the function on its own part of each argument; the group and th
 shard follow from the logits' placements. `ref_logits` has to be placed as `logits`. Everything
 per token is a DTensor placed as the logits are but replicated where they shard the vocabulary, or,
 where no rows are sharded, a plain tensor, the same on all ranks. Outputs are what `token_ids` is:
-DTensors of its placements, or plain tensors. The logits' gradient is a DTensor placed as they are.
+DTensors of its placements, or plain tensors; without token ids they are DTensors. The logits'
+gradient is a DTensor placed as they are.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ def takes_dtensors(function: Callable[P, R]) -> Callable[P, R]:
             raise ValueError("group and vocab_start are for plain tensors, but logits is a DTensor")
         local = {name: layout.local(name, value) for name, value in given.items()}
         result: Any = function(**local, **layout.shard())  # type: ignore[call-arg]
-        if not _is_dtensor(given["token_ids"]):
+        if "token_ids" in given and not _is_dtensor(given["token_ids"]):
             return result
-        return type(result)(*(layout.as_token_ids(r, given["token_ids"]) for r in result))
+        if isinstance(result, Tensor):
+            return layout.per_token(result)  # type: ignore[return-value]
+        return type(result)(*map(layout.per_token, result))
 
     return wrapper
 
@@ -99,13 +102,13 @@ class _Layout(NamedTuple):
         local: Tensor = value.to_local()
         return local
 
-    def as_token_ids(self, output: Tensor, token_ids: DTensor) -> Tensor:
+    def per_token(self, output: Tensor) -> DTensor:  # of the rows that are here
         from torch.distributed.tensor import DTensor
 
-        shape = token_ids.shape
+        shape = self.logits.shape[:-1]
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            output, token_ids.device_mesh, self.rows, run_check=False, shape=shape, stride=stride
+            output, self.logits.device_mesh, self.rows, run_check=False, shape=shape, stride=stride
         )
 
 

@@ -14,24 +14,22 @@ import torch
 from torch import Tensor
 
 from kl_kernels import checks
-from kl_kernels.arguments import as_rows, as_tokens, needs_gradient, shaped
+from kl_kernels.arguments import as_rows, as_tokens, shaped
 from kl_kernels.functional import TokenKL, TokenStats
+from kl_kernels.linear_arguments import (
+    as_mask,
+    check_head,
+    check_per_token,
+    check_scale,
+    checked_budget,
+    reference_options,
+    scaled,
+    shard,
+)
 from kl_kernels.linear_autograd import LinearTokenKL, Options
-from kl_kernels.parallel import Shard, check_no_vocab_start, shard_of
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
-
-# Bytes of memory_budget=None. On a CPU the tile that was just multiplied is then still in its last
-# cache when the kernels read it: from 16 to 64 MiB the time is flat, at 256 MiB it is a tenth more
-# (bench/linear.py --budgets). A GPU needs tiles of thousands of rows and columns to be busy, and
-# few enough of them that launching the kernels of a tile takes no longer than running them; that
-# figure is a guess, which no GPU has confirmed.
-MEMORY_BUDGETS = {"cpu": 64 << 20, "cuda": 512 << 20}
-
-
-def default_memory_budget(device: torch.device) -> int:
-    return MEMORY_BUDGETS.get(device.type, MEMORY_BUDGETS["cuda"])
 
 
 @torch.compiler.disable(reason="tracing would unroll the loop over tiles")
@@ -89,11 +87,11 @@ def linear_token_stats(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
             memory_budget is too small for any tile.
     """
-    _check_head("", hidden, weight, bias)
-    _check_scale("", temperature, softcap, logit_scale)
+    check_head("", hidden, weight, bias)
+    check_scale("", temperature, softcap, logit_scale)
     options = Options(
-        *(temperature / logit_scale,) * 2, *(_scaled(softcap, logit_scale),) * 2,
-        _checked_budget(memory_budget, hidden), backend, _shard(weight, group, vocab_start),
+        *(temperature / logit_scale,) * 2, *(scaled(softcap, logit_scale),) * 2,
+        checked_budget(memory_budget, hidden), backend, shard(weight, group, vocab_start),
     )  # fmt: skip
     outputs = _apply(hidden, weight, bias, (None, None, None), token_ids, mask, options)
     return TokenStats(outputs[0], outputs[4])
@@ -155,39 +153,14 @@ def linear_token_kl(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
             memory_budget is too small for any tile.
     """
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    ref_logit_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
-    _check_head("", hidden, weight, bias)
-    _check_scale("", temperature, softcap, logit_scale)
-    _check_head("ref_", ref_hidden, ref_weight, ref_bias)
-    _check_scale("ref_", ref_temperature, ref_softcap, ref_logit_scale)
-    _check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    options = Options(
-        temperature / logit_scale, ref_temperature / ref_logit_scale,
-        _scaled(softcap, logit_scale), _scaled(ref_softcap, ref_logit_scale),
-        _checked_budget(memory_budget, hidden), backend, _shard(weight, group, vocab_start),
+    options = reference_options(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature=temperature,
+        ref_temperature=ref_temperature, softcap=softcap, ref_softcap=ref_softcap,
+        logit_scale=logit_scale, ref_logit_scale=ref_logit_scale, memory_budget=memory_budget,
+        group=group, vocab_start=vocab_start, backend=backend,
     )  # fmt: skip
     reference = as_rows(ref_hidden), ref_weight, ref_bias
     return TokenKL(*_apply(hidden, weight, bias, reference, token_ids, mask, options))
-
-
-def _shard(weight: Tensor, group: ProcessGroup | None, vocab_start: int | None) -> Shard | None:
-    if group is not None:
-        return shard_of(len(weight), group, vocab_start)
-    check_no_vocab_start(vocab_start)
-    return None
-
-
-def _scaled(softcap: float | None, logit_scale: float) -> float | None:
-    """Of c tanh(s x / c) / T = c' tanh(x / c') / T', c' = c / s; and T' = T / s."""
-    return None if softcap is None else softcap / logit_scale
-
-
-def _checked_budget(memory_budget: int | None, hidden: Tensor) -> int:
-    if memory_budget is None:
-        return default_memory_budget(hidden.device)
-    checks.check_positive("memory_budget", memory_budget)
-    return int(memory_budget)
 
 
 def _apply(
@@ -199,77 +172,12 @@ def _apply(
     mask: Tensor | None,
     options: Options,
 ) -> list[Tensor]:
-    _check_per_token("token_ids", token_ids, hidden)
+    check_per_token("token_ids", token_ids, hidden)
     checks.check_token_dtype(token_ids)
     ids = as_tokens(token_ids).long()
-    counts = None
-    if mask is not None:
-        _check_per_token("mask", mask, hidden)
-        counts = as_tokens(mask).bool()
+    counts = as_mask(mask, hidden)
     if options.shard is None:
         # Kernels see a tile's own ids; one that is in no tile would pass for one elsewhere.
         checks.check_token_range(ids, counts, weight.shape[0])
     outputs = LinearTokenKL.apply(as_rows(hidden), weight, bias, *reference, ids, counts, options)
     return [shaped(output, token_ids.shape) for output in outputs]
-
-
-def _check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    names = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
-    for name, tensor in zip(names, (hidden, weight) if bias is None else (hidden, weight, bias)):
-        checks.check_floating(name, tensor)
-        checks.check_same_device(name, tensor, names[0], hidden)
-    if hidden.ndim == 0:
-        raise ValueError(f"{names[0]} has shape (); it has to be [..., d]")
-    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{names[1]} has shape {tuple(weight.shape)}; {names[0]} of shape "
-            f"{tuple(hidden.shape)} needs [V, {hidden.shape[-1]}] with at least one row"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{names[2]} has shape {tuple(bias.shape)}; {names[1]} of shape "
-            f"{tuple(weight.shape)} needs ({weight.shape[0]},)"
-        )
-
-
-def _check_scale(
-    prefix: str, temperature: float, softcap: float | None, logit_scale: float
-) -> None:
-    checks.check_positive(f"{prefix}temperature", temperature)
-    checks.check_positive(f"{prefix}logit_scale", logit_scale)
-    if softcap is not None:
-        checks.check_positive(f"{prefix}softcap", softcap)
-
-
-def _check_reference(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None
-) -> None:
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; "
-            "all but the last dimension have to be equal"
-        )
-    if ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"ref_weight has {ref_weight.shape[0]} rows, weight {weight.shape[0]}; "
-            "they have to be equal (slice both to the vocabulary they share)"
-        )
-    checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    for name, tensor in (
-        ("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)
-    ):  # fmt: skip
-        if tensor is not None and needs_gradient(tensor):
-            raise ValueError(
-                f"{name} requires grad, but the reference is a constant: "
-                "detach it, or compute it under torch.no_grad()"
-            )
-
-
-def _check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    checks.check_tensor(name, tensor)
-    if tensor.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; hidden of shape {tuple(hidden.shape)} "
-            f"needs {tuple(hidden.shape[:-1])}"
-        )
-    checks.check_same_device(name, tensor, "hidden", hidden)

@@ -9,7 +9,7 @@ outside would hold the weight's [V, d].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,10 +68,10 @@ class LinearTokenKL(torch.autograd.Function):
         mask: Tensor | None,  # [B, T]
         options: Options,
     ) -> tuple[Tensor, ...]:
-        heads = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        heads = heads_of(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         rows = Rows(token_ids, mask)
-        with _full_precision(weight):
-            whole = _fold(heads, rows, token_ids, options)
+        with full_precision(weight):
+            whole = fold_heads(heads, rows, token_ids, options)
         outputs = tuple(rows.put(value[0], value.dtype) for value in whole.outputs)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -95,21 +95,28 @@ class LinearTokenKL(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * 9
         *head_tensors, token_ids, mask, policy_state, ref_state, kl, entropy = ctx.saved_tensors
-        heads = _heads(*head_tensors)
+        heads = heads_of(*head_tensors)
         if grad_kl is None and grad_forward_kl is None:
             del heads[1:]  # the reference's logits are not computed a second time
         rows = Rows(token_ids, mask)
         upstream = _Upstream(*(None if g is None else rows.take(g)[None] for g in grads))
         saved = _Saved(policy_state, ref_state, kl, entropy)
-        with torch.no_grad(), _full_precision(heads[0].weight):
-            gradients = _differentiate(
-                heads, rows, token_ids, ctx.options, upstream, saved, ctx.needs_input_grad[:3]
+        ids = _counted_from(ctx.options.shard, rows.take(token_ids)[None])
+
+        def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:
+            columns, which = place
+            own_ids = local_token_ids(ids, columns.start, columns.stop - columns.start)
+            _over_logits(tile, ref_tiles, own_ids, which, ctx.options, upstream, saved)
+
+        with torch.no_grad(), full_precision(heads[0].weight):
+            gradients = differentiate(
+                heads, rows, ctx.options, over_logits, ctx.needs_input_grad[:3]
             )
         gradients = [once(g, of) for g, of in zip(gradients, head_tensors)]
         return *gradients, *[None] * 6
 
 
-def _heads(
+def heads_of(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -123,12 +130,12 @@ def _heads(
     return [policy, Head(ref_hidden, ref_weight, ref_bias)]
 
 
-def _full_precision(weight: Tensor) -> torch.autocast:
+def full_precision(weight: Tensor) -> torch.autocast:
     """Autocast would round factors and tiles to its own dtype."""
     return torch.autocast(weight.device.type, enabled=False)
 
 
-def _fold(heads: list[Head], rows: Rows, token_ids: Tensor, options: Options) -> Whole:
+def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: Options) -> Whole:
     """Of the rows that count, each [1, n]."""
     plan = plan_tiles(heads, rows.n, options.memory_budget)
     tiles = [Tiles(head, rows, plan) for head in heads]
@@ -162,7 +169,7 @@ def _counted_from(shard: Shard | None, token_ids: Tensor) -> Tensor:
 
 
 class _Saved(NamedTuple):
-    """What `_fold` found, each [1, n] or, states, [2, 1, n]."""
+    """What `fold_heads` found, each [1, n] or, states, [2, 1, n]."""
 
     policy_state: Tensor
     ref_state: Tensor
@@ -170,24 +177,30 @@ class _Saved(NamedTuple):
     entropy: Tensor
 
 
-def _differentiate(
+class Place(NamedTuple):
+    """Of a tile."""
+
+    columns: slice
+    rows: slice
+
+
+def differentiate(
     heads: list[Head],
     rows: Rows,
-    token_ids: Tensor,  # [B, T]
     options: Options,
-    upstream: _Upstream,
-    saved: _Saved,
+    over_logits: Callable[[Tensor, list[Tensor], Place], None],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients of the first head's hidden [B, T, d], weight [V, d] and bias [V], if needed.
 
-    The gradient of a tile is written over the tile, then multiplied with each factor.
+    `over_logits` gets a tile of the first head's logits, [rows, columns], a list of the others'
+    and their place, and writes the gradient over the first. That is then multiplied with each
+    factor.
     """
     policy = heads[0]
     needs_hidden, needs_weight, needs_bias = needs
     plan = plan_tiles(heads, rows.n, options.memory_budget, weight_gradient=needs_weight)
     tiles = [Tiles(head, rows, plan) for head in heads]
-    ids = _counted_from(options.shard, rows.take(token_ids)[None])
     dtype = policy.tile_dtype
     grad_hidden = None
     if needs_hidden:
@@ -199,13 +212,12 @@ def _differentiate(
     for columns in plan.column_slices():
         for of_head in tiles:
             of_head.at(columns)
-        own_ids = local_token_ids(ids, columns.start, columns.stop - columns.start)
         for which in plan.row_slices():
             hidden = tiles[0].hidden(which) if grad_weight is not None else None
             tile, *others = (
                 of_head.logits(which, known) for of_head, known in zip(tiles, (hidden, None))
             )
-            _over_logits(tile, others, own_ids, which, options, upstream, saved)
+            over_logits(tile, others, Place(columns, which))
             if grad_hidden is not None:
                 grad_hidden[which].addmm_(tile, tiles[0].weight)
             if grad_weight is not None and hidden is not None:

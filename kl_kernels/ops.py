@@ -23,6 +23,7 @@ from kl_kernels import dispatch
 from kl_kernels.schemas import (
     ALONE_FIELDS,
     KERNELS,
+    MIXTURE_SUMS,
     POLICY_LOSS_TERMS,
     STATE_FIELDS,
     output_dtype,
@@ -106,11 +107,11 @@ def new_gradient(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-for _name in ("token_stats", "token_kl", "kl_rewards"):
+for _name in ("token_stats", "token_kl", "token_jsd", "kl_rewards"):
     _define_differentiable(_name)
-for _name in ("token_stats_backward", "token_kl_backward"):
+for _name in ("token_stats_backward", "token_kl_backward", "token_jsd_backward"):
     _define_backward(_name)
-for _name in ("fold_part", "policy_loss", "scale_gradient", "gae"):
+for _name in ("fold_part", "mixture_part", "policy_loss", "scale_gradient", "gae"):
     _define_plain(_name)
 
 
@@ -139,6 +140,11 @@ def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return (*(_per_token(logits) for _ in range(5)), _state(logits), _state(logits))
 
 
+@_fake("token_jsd")
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _per_token(logits), _per_token(logits), _state(logits), _state(logits)
+
+
 @_fake("kl_rewards")
 def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return (*(_per_token(logits) for _ in range(7)), _state(logits), _state(logits))
@@ -154,8 +160,14 @@ def _(g0: Any, g1: Any, g2: Any, g3: Any, logits: Tensor, *_: Any) -> Tensor:
     return new_gradient(logits)
 
 
+@_fake("token_jsd_backward")
+def _(grad_jsd: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return new_gradient(logits)
+
+
 @_fake("token_stats_backward_")
 @_fake("token_kl_backward_")
+@_fake("token_jsd_backward_")
 @_fake("scale_gradient")
 def _(*_: Any) -> None:
     pass
@@ -165,6 +177,12 @@ def _(*_: Any) -> None:
 def _(logits: Tensor, ref_logits: Tensor | None, *_: Any) -> Tensor:
     n_fields = ALONE_FIELDS if ref_logits is None else len(STATE_FIELDS)
     return logits.new_empty((n_fields, *logits.shape[:-1]), dtype=output_dtype(logits))
+
+
+@_fake("mixture_part")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    shape = (len(MIXTURE_SUMS), *logits.shape[:-1])
+    return logits.new_empty(shape, dtype=output_dtype(logits))
 
 
 @_fake("policy_loss")

@@ -18,7 +18,7 @@ way) at their limits, for 65,536 tokens, a vocabulary of 262,144 over 8 ranks an
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +125,14 @@ def exchange(
     return merge_shards(torch.where(tiled & held_once, states, torch.nan))
 
 
+def add_shards(sums: Tensor, shard: Shard) -> Tensor:
+    """The sum over the ranks, in their order: an all-reduce may add in another on each of them."""
+    n_ranks = dist.get_world_size(shard.group)
+    gathered = sums.new_empty(n_ranks * sums.numel())
+    all_gather(gathered, sums.flatten(), group=shard.group)
+    return reduce(torch.add, gathered.view(n_ranks, *sums.shape).unbind())
+
+
 def _check_shards(tiled: Tensor, ranges: Tensor) -> None:  # [], [R, 2]
     if not tiled:
         held = ", ".join(f"{start} to {start + n - 1}" for start, n in ranges.long().tolist())
@@ -202,6 +210,35 @@ class _TokenKL(torch.autograd.Function):
         return None, grad, *[None] * 9
 
 
+class _TokenJSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        shard: Shard,
+        logits: Tensor,
+        ref_logits: Tensor,
+        mask: Tensor | None,
+        beta: float,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        *scales, _inplace_backward, backend = options
+        any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        whole, _ = _fold_and_exchange(shard, logits, ref_logits, any_token, mask, *scales, backend)
+        states = whole.policy_state, whole.ref_state
+        part = torch.ops.kl_kernels.mixture_part(
+            logits, ref_logits, mask, *states, beta, *scales, backend
+        )
+        jsd, mixture_kl = add_shards(part.double(), shard).to(part.dtype).unbind()
+        outputs = jsd.clamp_min(0.0), mixture_kl.clone(), *states
+        autograd.token_jsd_setup(ctx, (logits, ref_logits, mask, beta, *options), outputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_jsd: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return None, autograd.token_jsd_grad(ctx, grad_jsd), *[None] * 9
+
+
 def _kl_rewards(
     shard: Shard,
     logits: Tensor,
@@ -224,5 +261,6 @@ def _kl_rewards(
 _SHARDED: dict[str, Callable[..., Any]] = {
     "token_stats": _TokenStats.apply,
     "token_kl": _TokenKL.apply,
+    "token_jsd": _TokenJSD.apply,
     "kl_rewards": _kl_rewards,
 }

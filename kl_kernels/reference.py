@@ -6,25 +6,17 @@ Every other backend is checked against it. Only rows under the mask are read; al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from kl_kernels.algebra import (
-    EMPTY_ANCHOR,
     Finished,
-    RowState,
     Scale,
     Upstream,
     backward,
     coefficients,
-    empty_state,
     finish,
-    fold,
     from_anchor,
-    merge,
-    move,
 )
 from kl_kernels.checks import check_token_range
 from kl_kernels.epilogues import (
@@ -33,11 +25,13 @@ from kl_kernels.epilogues import (
     policy_loss_epilogue,
     scored_rewards,
 )
+from kl_kernels.reference_mixture import (  # noqa: F401  operators, too
+    mixture_part,
+    token_jsd,
+    token_jsd_backward,
+)
+from kl_kernels.reference_rows import as_saved, blocks, fold_rows, row_groups
 from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS, output_dtype
-
-EMPTY_SAVED_ANCHOR = -1.0e38  # of an all -inf part, in float32
-BLOCK_V = 8192
-GROUP_ELEMENTS = 1 << 21  # rows are taken in groups of about this many logits per block
 
 
 def token_stats(
@@ -68,9 +62,9 @@ def token_kl(
     policy, ref = Scale(temperature, softcap), Scale(ref_temperature, ref_softcap)
     finished = logits.new_zeros((5, *token_ids.shape), dtype=output_dtype(logits))
     states = logits.new_zeros((2, 2, *token_ids.shape), dtype=output_dtype(logits))
-    for rows in _row_groups(logits, mask):
-        state = _fold_rows(policy, ref, logits, ref_logits, rows)
-        saved = _as_saved(state, states.dtype)
+    for rows in row_groups(logits, mask):
+        state = fold_rows(policy, ref, logits, ref_logits, rows)
+        saved = as_saved(state, states.dtype)
         token = (*rows, token_ids[rows])
         result = finish(state, policy(logits[token]), ref(ref_logits[token]))
         for i, value in enumerate(result):
@@ -97,8 +91,8 @@ def fold_part(
     models = logits, logits if ref_logits is None else ref_logits
     n_fields = ALONE_FIELDS if ref_logits is None else len(STATE_FIELDS)
     result = logits.new_zeros((n_fields, *token_ids.shape), dtype=output_dtype(logits))
-    for rows in _row_groups(logits, mask):
-        s = _as_saved(_fold_rows(policy, ref, *models, rows), result.dtype)
+    for rows in row_groups(logits, mask):
+        s = as_saved(fold_rows(policy, ref, *models, rows), result.dtype)
         elsewhere = token_ids[rows] == ELSEWHERE
         check_token_range(token_ids[rows], ~elsewhere, logits.shape[-1])
         token = (*rows, token_ids[rows].masked_fill(elsewhere, 0))
@@ -156,7 +150,7 @@ def token_kl_backward(
     if mask is not None:
         grad_logits[~mask] = 0
     grads = (grad_logprob, grad_kl, grad_forward_kl, grad_entropy)
-    for rows in _row_groups(logits, mask):
+    for rows in row_groups(logits, mask):
         zero = torch.zeros(len(rows[0]), dtype=torch.float64, device=logits.device)
         upstream = Upstream(*(zero if g is None else g[rows].double() for g in grads))
         flat = rows[0] * logits.shape[1] + rows[1]
@@ -164,7 +158,7 @@ def token_kl_backward(
             state.flatten(1)[:, flat].double() for state in (policy_state, ref_state)
         )
         c = coefficients(upstream, sx, sy, kl[rows].double(), entropy[rows].double(), temperature)
-        for block in _blocks(logits):
+        for block in blocks(logits):
             here = (*rows, block)
             tx = from_anchor(policy(logits[here]), anchor)
             ty = from_anchor(ref(ref_logits[here]), ref_anchor)
@@ -279,40 +273,3 @@ def gae(
         advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
     returns = torch.where(mask, advantages + v, 0.0)
     return advantages.to(rewards.dtype), returns.to(rewards.dtype)
-
-
-def _fold_rows(
-    policy: Scale,
-    ref: Scale,
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    rows: tuple[Tensor, Tensor],
-) -> RowState:
-    state = empty_state(len(rows[0]), logits.device)
-    for block in _blocks(logits):
-        here = (*rows, block)
-        state = merge(state, fold(policy(logits[here]), ref(ref_logits[here])))
-    return state
-
-
-def _as_saved(s: RowState, dtype: torch.dtype) -> RowState:
-    """The saved anchor is what backward will subtract, so the saved sums have to belong to it."""
-    lowest = EMPTY_ANCHOR if dtype == torch.float64 else EMPTY_SAVED_ANCHOR
-    return move(s, *(a.clamp_min(lowest).to(dtype).double() for a in s[:2]))
-
-
-def _row_groups(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices (b, t) of the rows to work on, a bounded number at a time."""
-    n_batch, n_tokens, vocab_size = logits.shape
-    if mask is None:
-        mask = torch.ones(n_batch, n_tokens, dtype=torch.bool, device=logits.device)
-    group = max(1, GROUP_ELEMENTS // min(vocab_size, BLOCK_V))
-    b, t = mask.nonzero(as_tuple=True)
-    if len(b):
-        yield from zip(b.split(group), t.split(group))
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    vocab_size = logits.shape[-1]
-    for start in range(0, vocab_size, BLOCK_V):
-        yield slice(start, min(start + BLOCK_V, vocab_size))

@@ -38,6 +38,23 @@ KERNELS = {
         float temperature, float ref_temperature, float? softcap, float? ref_softcap,
         bool part, Tensor(a!) grad_logits
     ) -> ()""",
+    # The mixture is (1 - beta) policy + beta reference, 0 < beta < 1; `mixture_kl` is
+    # KL(policy || mixture). `mixture_part` gives a part's share of both, [len(MIXTURE_SUMS), B, T],
+    # from the states of the whole rows.
+    "token_jsd": """(
+        Tensor logits, Tensor ref_logits, Tensor? mask, float beta,
+        float temperature, float ref_temperature, float? softcap, float? ref_softcap
+    ) -> (Tensor jsd, Tensor mixture_kl, Tensor policy_state, Tensor ref_state)""",
+    "mixture_part": """(
+        Tensor logits, Tensor ref_logits, Tensor? mask, Tensor policy_state, Tensor ref_state,
+        float beta, float temperature, float ref_temperature, float? softcap, float? ref_softcap
+    ) -> Tensor sums""",
+    "token_jsd_backward": """(
+        Tensor grad_jsd, Tensor logits, Tensor ref_logits, Tensor? mask,
+        Tensor policy_state, Tensor ref_state, Tensor mixture_kl, float beta,
+        float temperature, float ref_temperature, float? softcap, float? ref_softcap,
+        Tensor(a!) grad_logits
+    ) -> ()""",
     # `estimator` indexes ESTIMATORS; `score_index` is where the score goes, -1 for nowhere.
     "kl_rewards": """(
         Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor mask,
@@ -71,6 +88,9 @@ ELSEWHERE = -(1 << 62)
 # A row that is masked, or a part that is all -inf, has sums of 0.
 STATE_FIELDS = ("anchor", "sx", "ex", "token_tx", "ref_anchor", "sy", "rk", "fk", "token_ty")
 ALONE_FIELDS = 4
+
+# What parts of a vocabulary add up to, once their row is finished; 0 where masked.
+MIXTURE_SUMS = ("jsd", "mixture_kl")
 
 # The per-token KL a reward can be shaped with, in the order kernels number them.
 ESTIMATORS = ("k1", "exact", "k2", "k3", "abs")

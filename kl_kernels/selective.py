@@ -111,8 +111,21 @@ class _SelectedLogprobs(torch.autograd.Function):
             own = sum_over_equals(index, grad) - logprobs.exp() * total[..., None]
             if mask is not None:
                 own = torch.where(mask[..., None], own, 0.0)
-            gradient.scatter_(-1, index, (own / temperature).to(gradient.dtype))
+            put(gradient, index, (own / temperature).to(gradient.dtype))
         return once(gradient, logits), *[None] * 4
+
+
+def put(
+    rows: Tensor,  # [B, T, V], contiguous
+    ids: Tensor,  # [B, T, K]
+    values: Tensor,  # [B, T, K]
+    *,
+    accumulate: bool = False,
+) -> None:
+    """`scatter_` (or `scatter_add_`) of a few entries, which on a CPU costs as much as a pass."""
+    flat, k = rows.view(-1, rows.shape[-1]), ids.shape[-1]
+    which = torch.arange(len(flat), device=rows.device)[:, None]
+    flat.index_put_((which, ids.view(-1, k)), values.view(-1, k), accumulate=accumulate)
 
 
 def sum_over_equals(ids: Tensor, values: Tensor) -> Tensor:  # [..., K] each

@@ -12,7 +12,7 @@ from kl_kernels import checks
 from kl_kernels.arguments import as_mask, as_rows, check_scaled_logits, needs_gradient, shaped
 from kl_kernels.autograd import once
 from kl_kernels.schemas import ELSEWHERE, output_dtype
-from kl_kernels.selective import check_several
+from kl_kernels.selective import check_several, put
 
 
 def topk_kl(
@@ -190,7 +190,7 @@ class _Events(torch.autograd.Function):
             )  # fmt: skip
             own = grad[..., :-1] * _cap_slope(chosen, softcap) / temperature
             own = torch.where(listed, own, 0.0).to(gradient.dtype)  # a masked row's may be NaN
-            gradient.scatter_add_(-1, ids, own)  # to exact zeros, where they are listed
+            put(gradient, ids, own, accumulate=True)  # to exact zeros, where they are listed
         return once(gradient, logits), *[None] * 6
 
 
@@ -203,7 +203,9 @@ def _any_listed(ids: Tensor, listed: Tensor) -> Tensor:  # [B, T, K] -> [B, T, 1
 def _without(logits: Tensor, ids: Tensor, listed: Tensor) -> Tensor:  # [B, T, V]
     """A copy in which what is listed is -inf."""
     nothing = logits.gather(-1, ids).masked_fill(listed.any(-1, keepdim=True), -torch.inf)
-    return logits.detach().scatter(-1, ids, nothing)
+    copy = logits.detach().clone(memory_format=torch.contiguous_format)
+    put(copy, ids, nothing)
+    return copy
 
 
 def _capped(chosen: Tensor, softcap: float | None) -> Tensor:

@@ -56,12 +56,6 @@ inline double backward_careful(const float* x, const float* y, float* grad, int6
   return total(sum);
 }
 
-// The derivative of softcap, from its value.
-KL_INLINE float softcap_grad(float value, float softcap) {
-  const float ratio = value / softcap, derivative = 1 - ratio * ratio;
-  return derivative < 0 ? 0 : derivative;
-}
-
 class RowBackward {
  public:
   RowBackward(const Row& policy, const Row& reference, const RowGradient& gradient,
@@ -170,22 +164,7 @@ class RowBackward {
     if (!alone()) y_.stage(reference_, block, ref_padding);
   }
 
-  // The staged gradient, through the softcap, in the dtype of the logits.
-  void write(Block block) {
-    if (policy_.softcap != 0) {
-      for (int64_t i = 0; i < block.size; ++i)
-        grad_.values[i] *= softcap_grad(x_.values[i], policy_.softcap);
-    }
-    if (policy_.dtype == Dtype::float32) write_as<float>(block);
-    if (policy_.dtype == Dtype::bfloat16) write_as<BFloat16>(block);
-    if (policy_.dtype == Dtype::float16) write_as<Float16>(block);
-  }
-
-  template <class T>
-  void write_as(Block block) {
-    T* to = static_cast<T*>(grad_logits_) + block.start;
-    for (int64_t i = 0; i < block.size; ++i) from_float(grad_.values[i], to[i]);
-  }
+  void write(Block block) { write_gradient(policy_, x_, grad_, block, grad_logits_); }
 
   const Row& policy_;
   const Row& reference_;

@@ -6,6 +6,7 @@
 
 #include "gae.h"
 #include "gradient_rows.h"
+#include "jsd.h"
 #include "parallel.h"
 #include "policy_loss.h"
 #include "tensors.h"
@@ -282,6 +283,9 @@ STABLE_TORCH_LIBRARY_IMPL(kl_kernels_cpu, CPU, m) {
   m.impl("token_stats_backward", TORCH_BOX(&kl_kernels::token_stats_backward));
   m.impl("token_kl", TORCH_BOX(&kl_kernels::token_kl));
   m.impl("token_kl_backward", TORCH_BOX(&kl_kernels::token_kl_backward));
+  m.impl("token_jsd", TORCH_BOX(&kl_kernels::token_jsd));
+  m.impl("mixture_part", TORCH_BOX(&kl_kernels::mixture_part));
+  m.impl("token_jsd_backward", TORCH_BOX(&kl_kernels::token_jsd_backward));
   m.impl("kl_rewards", TORCH_BOX(&kl_kernels::kl_rewards));
   m.impl("policy_loss", TORCH_BOX(&kl_kernels::policy_loss));
   m.impl("scale_gradient", TORCH_BOX(&kl_kernels::scale_gradient));

@@ -62,6 +62,31 @@ struct Staged {
   }
 };
 
+// The derivative of softcap, from its value.
+KL_INLINE float softcap_grad(float value, float softcap) {
+  const float ratio = value / softcap, derivative = 1 - ratio * ratio;
+  return derivative < 0 ? 0 : derivative;
+}
+
+template <class T>
+void write_as(const Staged& grad, Block block, void* grad_logits) {
+  T* to = static_cast<T*>(grad_logits) + block.start;
+  for (int64_t i = 0; i < block.size; ++i) from_float(grad.values[i], to[i]);
+}
+
+// A block's staged gradient, through the softcap of the staged logits, into the row grad_logits in
+// the dtype of its logits.
+inline void write_gradient(const Row& row, const Staged& logits, Staged& grad, Block block,
+                           void* grad_logits) {
+  if (row.softcap != 0) {
+    for (int64_t i = 0; i < block.size; ++i)
+      grad.values[i] *= softcap_grad(logits.values[i], row.softcap);
+  }
+  if (row.dtype == Dtype::float32) write_as<float>(grad, block, grad_logits);
+  if (row.dtype == Dtype::bfloat16) write_as<BFloat16>(grad, block, grad_logits);
+  if (row.dtype == Dtype::float16) write_as<Float16>(grad, block, grad_logits);
+}
+
 KL_INLINE float logit_at(const Row& row, int64_t index) {
   Staged one;
   one.stage(row, {index, 1}, 0);

@@ -75,11 +75,11 @@ class GradientRows {
     if (in_place) std::memcpy(at(row), beside.data(), rows_.row_bytes());
   }
 
+  void* at(int64_t row) const { return const_cast<void*>(rows_.row(row).logits); }
+
  private:
   // Two float32 roundings of the upstream gradient.
   static constexpr double kSumTolerance = 1e-7;
-
-  void* at(int64_t row) const { return const_cast<void*>(rows_.row(row).logits); }
 
   Logits rows_;
 };

@@ -3,10 +3,12 @@
 
 #include "backward.h"
 #include "fold.h"
+#include "mixture.h"
 #include "scale.h"
 
 namespace kl_kernels {
 
-extern const RowKernels KL_ROW_KERNELS = {fold_row, backward_row, scale_row};
+extern const RowKernels KL_ROW_KERNELS = {fold_row, backward_row, mix_row, mix_row_backward,
+                                          scale_row};
 
 }  // namespace kl_kernels

@@ -5,6 +5,7 @@
 
 #include "../dtype.h"
 #include "../kl_math.h"
+#include "../mixture.h"
 
 namespace kl_kernels {
 
@@ -25,6 +26,12 @@ struct RowGradient {
   double tolerance;  // of the sum over the vocabulary, which should be 0; of a part, +inf
 };
 
+// A row's states, both finished, and the mixture that they are compared with.
+struct FinishedPair {
+  Anchored<double> policy, ref;
+  double beta;
+};
+
 // The token of a row of which these logits are a part, if it is not among them.
 constexpr int64_t kNoToken = -1;
 
@@ -37,6 +44,13 @@ struct RowKernels {
   // Writes grad_logits [V] in the policy's dtype.
   void (*backward)(const Row& policy, const Row& reference, int64_t vocab_size, int64_t token,
                    const RowGradient& gradient, void* grad_logits);
+  // A row's divergence from the mixture: of a part of its vocabulary, that part's share.
+  MixtureSums<double> (*mix)(const Row& policy, const Row& reference, int64_t vocab_size,
+                             const FinishedPair& of);
+  // Writes the gradient of it into grad_logits [V], which may be the policy's logits.
+  void (*mix_backward)(const Row& policy, const Row& reference, int64_t vocab_size,
+                       const FinishedPair& of, const MixtureSlope<double>& slope,
+                       void* grad_logits);
   // Multiplies a row by a number, where it lies.
   void (*scale)(const Row& row, int64_t vocab_size, float factor);
 };

@@ -22,7 +22,7 @@ class LogprobHead:
 
     def __init__(self, original: Any, backend: str | None, memory_budget: int | None) -> None:
         self._original = original
-        self._options = {"backend": backend, "memory_budget": memory_budget}
+        self._options: dict[str, Any] = {"backend": backend, "memory_budget": memory_budget}
 
     def apply(
         self,
@@ -64,7 +64,7 @@ class DivergenceHead:
 
     def __init__(self, original: Any, backend: str | None, memory_budget: int | None) -> None:
         self._original = original
-        self._options = {"backend": backend, "memory_budget": memory_budget}
+        self._options: dict[str, Any] = {"backend": backend, "memory_budget": memory_budget}
 
     def apply(
         self,
@@ -82,7 +82,9 @@ class DivergenceHead:
         teacher_final_logit_softcapping: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(divergence, the student's entropy without gradient), [N] each."""
-        if min(student_logit_scale, teacher_logit_scale) <= 0:
+        weights = student_weight, teacher_weight
+        scales = student_logit_scale, teacher_logit_scale
+        if min(scales) <= 0 or any(map(_is_partitioned, weights)):
             theirs: tuple[Tensor, Tensor] = self._original.apply(
                 student_hidden, student_weight, student_bias,
                 teacher_hidden, teacher_weight, teacher_bias, beta, temperature,
@@ -96,7 +98,8 @@ class DivergenceHead:
             *student[:2], *teacher[:2], bias=student[2], ref_bias=teacher[2],
             beta=beta, temperature=temperature,
             softcap=student_final_logit_softcapping, ref_softcap=teacher_final_logit_softcapping,
-            logit_scale=student_logit_scale, ref_logit_scale=teacher_logit_scale, **self._options,
+            logit_scale=student_logit_scale, ref_logit_scale=teacher_logit_scale,
+            ref_temperature=None, group=None, vocab_start=None, **self._options,
         )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class KLMonitor:
             print(event)
 
     Kinds of events, with what each needs:
+
         "non_finite" (anything): an input is NaN or infinite; each time.
         "start_kl" (kl): not 0 at step 0, so the reference is not what it should be.
         "negative_kl" (kl): below 0 beyond noise, so the policy is paid to diverge.

@@ -1,0 +1,126 @@
+// token_jsd and what belongs to it: a row's statistics, and a second look while it is in the cache.
+#pragma once
+
+#include "gradient_rows.h"
+#include "parallel.h"
+
+namespace kl_kernels {
+
+// Both models' logits, and which of their rows count.
+struct MixtureRows {
+  Logits logits, ref_logits;
+  const bool* mask;
+
+  MixtureRows(const Tensor& logits_tensor, const Tensor& ref_logits_tensor,
+              const std::optional<Tensor>& mask_tensor, double temperature, double ref_temperature,
+              std::optional<double> softcap, std::optional<double> ref_softcap)
+      : logits(logits_tensor, "logits", temperature, softcap),
+        ref_logits(ref_logits_tensor, "ref_logits", ref_temperature, ref_softcap),
+        mask(data_of<bool>(mask_tensor, "mask", ScalarType::Bool, logits.n_rows())) {
+    check(logits.same_shape(ref_logits), "ref_logits has to have the shape of logits");
+  }
+
+  bool counts(int64_t row) const { return mask == nullptr || mask[row]; }
+
+  template <class Work>
+  void for_each(const Work& work) const {
+    for_each_row(logits.n_rows(), 4 * logits.vocab_size(), work);
+  }
+};
+
+// Finished rows, as they are saved.
+struct SavedPairs {
+  PerToken policy, ref;
+  int64_t n_rows;
+  double beta;
+
+  SavedPairs(const Tensor& policy_state, const Tensor& ref_state, int64_t n, double of_beta)
+      : policy(policy_state, "policy_state", 2 * n),
+        ref(ref_state, "ref_state", 2 * n),
+        n_rows(n),
+        beta(of_beta) {}
+
+  FinishedPair operator[](int64_t row) const {
+    return {{policy[row], policy[n_rows + row]}, {ref[row], ref[n_rows + row]}, beta};
+  }
+};
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> token_jsd(
+    const Tensor& logits_tensor, const Tensor& ref_logits_tensor, const std::optional<Tensor>& mask,
+    double beta, double temperature, double ref_temperature, std::optional<double> softcap,
+    std::optional<double> ref_softcap) {
+  const MixtureRows rows(logits_tensor, ref_logits_tensor, mask, temperature, ref_temperature,
+                         softcap, ref_softcap);
+  Tensor jsd = per_token(logits_tensor), mixture_kl = per_token(logits_tensor);
+  float *jsd_data = float_data(jsd), *kl_data = float_data(mixture_kl);
+  States policy_states(logits_tensor), ref_states(logits_tensor);
+  const RowKernels& kernels = row_kernels();
+  const int64_t vocab_size = rows.logits.vocab_size();
+  rows.for_each([&](int64_t row) {
+    RowState<double> saved{};
+    MixtureSums<double> found{};
+    if (rows.counts(row)) {
+      const Row policy = rows.logits.row(row), reference = rows.ref_logits.row(row);
+      double tx, ty;
+      saved = as_saved(kernels.fold(policy, reference, vocab_size, kNoToken, &tx, &ty));
+      found = kernels.mix(policy, reference, vocab_size,
+                          {{saved.anchor, saved.sums.sx}, {saved.ref_anchor, saved.sums.sy}, beta});
+    }
+    jsd_data[row] = float(at_least_zero(found.jsd));
+    kl_data[row] = float(found.kl);
+    policy_states.set(row, saved.anchor, saved.sums.sx);
+    ref_states.set(row, saved.ref_anchor, saved.sums.sy);
+  });
+  return {jsd, mixture_kl, policy_states.tensor(), ref_states.tensor()};
+}
+
+inline Tensor mixture_part(const Tensor& logits_tensor, const Tensor& ref_logits_tensor,
+                           const std::optional<Tensor>& mask, const Tensor& policy_state,
+                           const Tensor& ref_state, double beta, double temperature,
+                           double ref_temperature, std::optional<double> softcap,
+                           std::optional<double> ref_softcap) {
+  const MixtureRows rows(logits_tensor, ref_logits_tensor, mask, temperature, ref_temperature,
+                         softcap, ref_softcap);
+  const Logits& logits = rows.logits;
+  const int64_t n = logits.n_rows();
+  const SavedPairs saved(policy_state, ref_state, n, beta);
+  Tensor sums = torch::stable::new_empty(logits_tensor, {2, logits.n_batch(), logits.n_tokens()},
+                                         ScalarType::Float);
+  float* const data = float_data(sums);
+  rows.for_each([&](int64_t row) {
+    MixtureSums<double> found{};
+    if (rows.counts(row))
+      found = row_kernels().mix(logits.row(row), rows.ref_logits.row(row), logits.vocab_size(),
+                                saved[row]);
+    data[row] = float(found.jsd);
+    data[n + row] = float(found.kl);
+  });
+  return sums;
+}
+
+inline void token_jsd_backward(const Tensor& grad_jsd, const Tensor& logits_tensor,
+                               const Tensor& ref_logits_tensor, const std::optional<Tensor>& mask,
+                               const Tensor& policy_state, const Tensor& ref_state,
+                               const Tensor& mixture_kl, double beta, double temperature,
+                               double ref_temperature, std::optional<double> softcap,
+                               std::optional<double> ref_softcap, const Tensor& grad_logits) {
+  const MixtureRows rows(logits_tensor, ref_logits_tensor, mask, temperature, ref_temperature,
+                         softcap, ref_softcap);
+  const Logits& logits = rows.logits;
+  const int64_t n = logits.n_rows();
+  const SavedPairs saved(policy_state, ref_state, n, beta);
+  const PerToken grad(grad_jsd, "grad_jsd", n), kl(mixture_kl, "mixture_kl", n);
+  GradientRows gradients(grad_logits, logits);
+  rows.for_each([&](int64_t row) {
+    if (!rows.counts(row) || grad[row] == 0) {
+      gradients.set_zero(row);
+      return;
+    }
+    const FinishedPair of = saved[row];
+    row_kernels().mix_backward(logits.row(row), rows.ref_logits.row(row), logits.vocab_size(), of,
+                               mixture_slope(grad[row], kl[row], of.policy.sum, beta, temperature),
+                               gradients.at(row));
+  });
+}
+
+}  // namespace kl_kernels

@@ -1,0 +1,118 @@
+// The second look at a row and its reference, once both are finished: its divergence from their
+// mixture, and the gradient of that. One loop each: measured from anchors near the maxima and
+// bounded by the mixture's algebra, -inf needs no care, and NaN is seen in the row's state already.
+#pragma once
+
+#include "../mixture.h"
+#include "blocks.h"
+
+namespace kl_kernels {
+namespace {
+
+// Calls `in_place(block, x, y)` with pointers to the logits, or `staged(block)` once they are
+// staged in `x` and `y` as floats, padded with -inf.
+template <class InPlace, class InStage>
+void for_each_block(const Row& policy, const Row& reference, int64_t vocab_size,
+                    bool may_be_in_place, Staged& x, Staged& y, const InPlace& in_place,
+                    const InStage& staged) {
+  may_be_in_place = may_be_in_place && read_in_place(policy, reference);
+  const auto where_they_lie = [&]<class T>(Block block, T) {
+    in_place(block, logits_of<T>(policy, block.start), logits_of<T>(reference, block.start));
+  };
+  for (int64_t start = 0; start < vocab_size; start += kBlock) {
+    const Block block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
+    if (!may_be_in_place || block.size % kPair != 0) {
+      x.stage(policy, block, -INFINITY);
+      y.stage(reference, block, -INFINITY);
+      staged(block);
+    } else if (policy.dtype == Dtype::float32) {
+      where_they_lie(block, float{});
+    } else if (policy.dtype == Dtype::bfloat16) {
+      where_they_lie(block, BFloat16{});
+    } else {
+      where_they_lie(block, Float16{});
+    }
+  }
+}
+
+struct VectorFunctions {
+  KL_INLINE static Floats exp2m1(Floats t) { return kl_kernels::exp2m1(t); }
+  KL_INLINE static Floats log2p1(Floats u) { return kl_kernels::log2p1(u); }
+};
+
+// How the rows are measured, in the loops' own precision.
+struct MixtureScale {
+  float kx, anchor, ky, ref_anchor;
+  Mixture<float> mixture;
+
+  MixtureScale(const Row& policy, const Row& reference, const FinishedPair& of)
+      : kx(policy.k),
+        anchor(float(of.policy.anchor)),
+        ky(reference.k),
+        ref_anchor(float(of.ref.anchor)),
+        mixture(mixture_of<float>(of.policy.sum, of.ref.sum, of.beta)) {}
+
+  KL_INLINE Beside<Floats> beside(Floats x, Floats y) const {
+    return beside_mixture<VectorFunctions>(mixture, from_anchor(x, kx, anchor),
+                                           from_anchor(y, ky, ref_anchor));
+  }
+};
+
+MixtureSums<double> mix_row(const Row& policy, const Row& reference, int64_t vocab_size,
+                            const FinishedPair& of) {
+  const MixtureScale scale(policy, reference, of);
+  double jsd = 0, kl = 0;
+  const auto add = [&](const auto* x, const auto* y, int64_t n) {
+    Floats block_jsd{}, block_kl{};
+    const auto absorb = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
+      const Beside<Floats> b = scale.beside(xs, ys);
+      const Floats larger = exp2(b.larger);
+      block_jsd += larger * b.jsd;
+      block_kl += larger * b.p * b.policy;
+    };
+    for (int64_t i = 0; i < n; i += kPair) {
+      const Pair xs = load_pair(x + i), ys = load_pair(y + i);
+      absorb(xs.first, ys.first);
+      absorb(xs.second, ys.second);
+    }
+    jsd += total(block_jsd);
+    kl += total(block_kl);
+  };
+  Staged x, y;
+  for_each_block(
+      policy, reference, vocab_size, true, x, y,
+      [&](Block block, const auto* xs, const auto* ys) { add(xs, ys, block.size); },
+      [&](Block block) { add(x.values, y.values, whole_pairs(block.size)); });
+  return finish_mixture(jsd, kl, of.policy.sum, scale.mixture.shift);
+}
+
+void mix_row_backward(const Row& policy, const Row& reference, int64_t vocab_size,
+                      const FinishedPair& of, const MixtureSlope<double>& slope,
+                      void* grad_logits) {
+  const MixtureScale scale(policy, reference, of);
+  const float a = float(slope.a), b = float(slope.b);
+  const auto write = [&](const auto* x, const auto* y, auto* grad, int64_t n) {
+    const auto gradient = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
+      const Beside<Floats> beside = scale.beside(xs, ys);
+      return exp2(beside.larger) * beside.p * (b * beside.policy + a);
+    };
+    for (int64_t i = 0; i < n; i += kPair) {
+      const Pair xs = load_pair(x + i), ys = load_pair(y + i);
+      store_pair(grad + i, {gradient(xs.first, ys.first), gradient(xs.second, ys.second)});
+    }
+  };
+  Staged x, y, grad;
+  // Vectors of bfloat16 are rounded as finite numbers.
+  for_each_block(
+      policy, reference, vocab_size, is_finite(slope.a + slope.b), x, y,
+      [&]<class T>(Block block, const T* xs, const T* ys) {
+        write(xs, ys, static_cast<T*>(grad_logits) + block.start, block.size);
+      },
+      [&](Block block) {
+        write(x.values, y.values, grad.values, whole_pairs(block.size));
+        write_gradient(policy, x, grad, block, grad_logits);
+      });
+}
+
+}  // namespace
+}  // namespace kl_kernels

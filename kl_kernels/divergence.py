@@ -1,0 +1,115 @@
+"""Divergences between whole distributions, in which no token is sampled.
+
+Logits are [..., V] and results [...]; dtypes, views, masks, `inplace_backward` and sharded
+vocabularies are as in `functional.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kl_kernels import (
+    autograd as _autograd,  # noqa: F401  registers torch.ops.kl_kernels and their gradients
+)
+from kl_kernels import checks
+from kl_kernels.arguments import (
+    as_mask,
+    as_rows,
+    check_inplace,
+    check_reference,
+    check_scaled_logits,
+    shaped,
+)
+from kl_kernels.dtensors import takes_dtensors
+from kl_kernels.functional import token_kl
+from kl_kernels.parallel import operator
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
+
+
+@takes_dtensors
+def token_jsd(
+    logits: Tensor,  # [..., V]
+    ref_logits: Tensor,  # [..., V]
+    *,
+    beta: float = 0.5,
+    mask: Tensor | None = None,  # [...]
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence per token, exact over the whole vocabulary.
+
+    With p and q the softmax of policy and reference (student and teacher; see `token_stats` for
+    temperature and softcap), and their mixture m = (1 - beta) p + beta q:
+
+        jsd = beta KL(q || m) + (1 - beta) KL(p || m)     for 0 < beta < 1
+
+    This is equation 1 of Agarwal et al. (2023), "On-policy distillation of language models",
+    arXiv 2306.13649, and the convention of TRL's distillation trainers. At the ends it names the
+    KL divergences that the paper compares with, as TRL does: beta = 0 is KL(q || p), beta = 1 is
+    KL(p || q), those of `token_kl`. (They are no limits: as beta goes to 0, jsd / beta goes to
+    KL(q || p), and jsd itself to 0.)
+
+    It is never negative, 0 where p = q, and for 0 < beta < 1 at most the entropy of a coin that
+    falls on beta, whatever the support: q = 0 < p is finite, unlike in KL(p || q). A row that is
+    all -inf in either model is NaN. The reference is a constant: it must not require grad.
+
+    Sharded over `group`, it takes a second collective, of two numbers per row.
+
+    Args:
+        logits: policy logits; float32, bfloat16, float16 or float64.
+        ref_logits: reference logits of the same shape and device; the dtype may differ.
+        beta: weight of the reference in the mixture, 0 to 1.
+        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        temperature: of the policy; finite and above 0.
+        ref_temperature: of the reference; None: the policy's.
+        softcap: of the policy, None: none.
+        ref_softcap: of the reference; None: none, whatever the policy's.
+        inplace_backward: see `token_stats`.
+        group: see `token_stats`.
+        vocab_start: see `token_stats`.
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        The divergence, [...], in nats, differentiable in `logits`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+    """
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    check_scaled_logits("", logits, temperature, softcap)
+    check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    checks.check_unit_interval("beta", beta)
+    check_inplace(logits, inplace_backward)
+    if beta in (0, 1):
+        any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        kl = token_kl(
+            logits, ref_logits, any_token, mask=mask, temperature=temperature,
+            ref_temperature=ref_temperature, softcap=softcap, ref_softcap=ref_softcap,
+            inplace_backward=inplace_backward, group=group, vocab_start=vocab_start,
+            backend=backend,
+        )  # fmt: skip
+        return kl.kl if beta == 1 else kl.forward_kl
+    jsd, *_ = operator("token_jsd", logits, group, vocab_start)(
+        as_rows(logits),
+        as_rows(ref_logits),
+        as_mask(mask, logits),
+        float(beta),
+        temperature,
+        ref_temperature,
+        softcap,
+        ref_softcap,
+        inplace_backward,
+        backend,
+    )
+    return shaped(jsd, logits.shape[:-1])

@@ -1,0 +1,209 @@
+"""The generalised Jensen-Shannon divergence of two linear heads' logits, which are never there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels import checks
+from kl_kernels.arguments import as_rows, shaped
+from kl_kernels.autograd import once
+from kl_kernels.linear import linear_token_kl
+from kl_kernels.linear_arguments import as_mask, reference_options
+from kl_kernels.linear_autograd import (
+    Options,
+    Place,
+    differentiate,
+    fold_heads,
+    full_precision,
+    heads_of,
+)
+from kl_kernels.parallel import add_shards
+from kl_kernels.parts import Whole
+from kl_kernels.schemas import MIXTURE_SUMS
+from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
+
+
+@torch.compiler.disable(reason="tracing would unroll the loop over tiles")
+def linear_token_jsd(
+    hidden: Tensor,  # [..., d]
+    weight: Tensor,  # [V, d]
+    ref_hidden: Tensor,  # [..., ref_d]
+    ref_weight: Tensor,  # [V, ref_d]
+    *,
+    beta: float = 0.5,
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,  # [...]
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float | None = None,
+    memory_budget: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`token_jsd` of the logits of two linear heads, which are never there in full.
+
+    See `token_jsd` for what is computed and for beta, `linear_token_stats` for how and in which
+    memory, `linear_token_kl` for the reference's head. The mixture is known once both models' rows
+    are finished, so that forward multiplies both heads twice and backward once more; at beta = 0
+    and 1 each once.
+
+    Args:
+        hidden: the policy's; see `linear_token_stats`.
+        weight: of the policy's head.
+        ref_hidden: the reference's hidden states, of the same tokens; must not require grad.
+        ref_weight: of the reference's head, over the same vocabulary; must not require grad.
+        beta: weight of the reference in the mixture, 0 to 1.
+        bias: of the policy's head.
+        ref_bias: of the reference's head; None: none, whatever the policy's.
+        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        temperature: of the policy; finite and above 0.
+        ref_temperature: of the reference; None: the policy's.
+        softcap: of the policy, None: none.
+        ref_softcap: of the reference; None: none, whatever the policy's.
+        logit_scale: of the policy; see `linear_token_stats`.
+        ref_logit_scale: of the reference; None: the policy's.
+        memory_budget: see `linear_token_stats`; for the tiles of both.
+        group: see `linear_token_stats`.
+        vocab_start: see `linear_token_stats`.
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        The divergence, [...], in nats, differentiable with respect to hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
+            memory_budget is too small for any tile.
+    """
+    jsd, _ = linear_jsd_and_entropy(
+        hidden, weight, ref_hidden, ref_weight,
+        beta=beta, bias=bias, ref_bias=ref_bias, mask=mask,
+        temperature=temperature, ref_temperature=ref_temperature,
+        softcap=softcap, ref_softcap=ref_softcap,
+        logit_scale=logit_scale, ref_logit_scale=ref_logit_scale,
+        memory_budget=memory_budget, group=group, vocab_start=vocab_start, backend=backend,
+    )  # fmt: skip
+    return jsd
+
+
+def linear_jsd_and_entropy(
+    hidden: Tensor,  # [..., d]
+    weight: Tensor,  # [V, d]
+    ref_hidden: Tensor,  # [..., ref_d]
+    ref_weight: Tensor,  # [V, ref_d]
+    *,
+    beta: float,
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,  # [...]
+    **given: Any,
+) -> tuple[Tensor, Tensor]:
+    """`linear_token_jsd`, with the policy's entropy, which comes with it and has no gradient.
+
+    Both are [...]; `given` are the further options of `linear_token_jsd`.
+    """
+    checks.check_unit_interval("beta", beta)
+    options = reference_options(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, **given)
+    if beta in (0, 1):
+        kl = linear_token_kl(
+            hidden, weight, ref_hidden, ref_weight, _any_token(hidden),
+            bias=bias, ref_bias=ref_bias, mask=mask, **given,
+        )  # fmt: skip
+        return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
+    jsd, entropy = LinearTokenJSD.apply(
+        as_rows(hidden), weight, bias, as_rows(ref_hidden), ref_weight, ref_bias,
+        as_mask(mask, hidden), float(beta), options,
+    )  # fmt: skip
+    shape = hidden.shape[:-1]
+    return shaped(jsd, shape), shaped(entropy, shape)
+
+
+def _any_token(hidden: Tensor) -> Tensor:  # [..., d] -> [...]
+    return torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+
+
+class LinearTokenJSD(torch.autograd.Function):
+    """(divergence, the policy's entropy), [B, T], of two heads' logits, for 0 < beta < 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [B, T, d]
+        weight: Tensor,  # [V, d]
+        bias: Tensor | None,  # [V]
+        ref_hidden: Tensor,  # [B, T, ref_d]
+        ref_weight: Tensor,  # [V, ref_d]
+        ref_bias: Tensor | None,  # [V]
+        mask: Tensor | None,  # [B, T]
+        beta: float,
+        options: Options,
+    ) -> tuple[Tensor, Tensor]:
+        heads = heads_of(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        any_token = _any_token(hidden)
+        rows = Rows(any_token, mask)
+        with full_precision(weight):
+            whole = fold_heads(heads, rows, any_token, options)
+            jsd, mixture_kl = _mixture_sums(heads, rows, whole, beta, options).unbind()
+        ctx.beta, ctx.options = beta, options
+        ctx.save_for_backward(
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask,
+            whole.policy_state, whole.ref_state, mixture_kl,
+        )  # fmt: skip
+        entropy = rows.put(whole.outputs.entropy[0], jsd.dtype)
+        ctx.mark_non_differentiable(entropy)
+        return rows.put(jsd[0].clamp_min(0.0), jsd.dtype), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_jsd: Tensor, _entropy: None) -> tuple[Tensor | None, ...]:
+        *head_tensors, mask, policy_state, ref_state, mixture_kl = ctx.saved_tensors
+        rows, o = Rows(grad_jsd, mask), ctx.options
+        per_row = rows.take(grad_jsd)[None], policy_state, ref_state, mixture_kl
+
+        def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:
+            logits = tile[None]
+            grad, *saved = (value[..., place.rows].contiguous() for value in per_row)
+            torch.ops.kl_kernels.token_jsd_backward_(
+                grad, logits, ref_tiles[0][None], None, *saved, ctx.beta, *o.scales, logits,
+                o.backend,
+            )  # fmt: skip
+
+        heads = heads_of(*head_tensors)
+        with torch.no_grad(), full_precision(heads[0].weight):
+            gradients = differentiate(heads, rows, o, over_logits, ctx.needs_input_grad[:3])
+        gradients = [once(g, of) for g, of in zip(gradients, head_tensors)]
+        return *gradients, *[None] * 6
+
+
+def _mixture_sums(
+    heads: list[Head], rows: Rows, whole: Whole, beta: float, options: Options
+) -> Tensor:
+    """Of the rows that count, [len(MIXTURE_SUMS), 1, n], from logits that are multiplied anew."""
+    plan = plan_tiles(heads, rows.n, options.memory_budget)
+    tiles = [Tiles(head, rows, plan) for head in heads]
+    states = whole.policy_state, whole.ref_state
+    total = whole.policy_state.new_zeros((len(MIXTURE_SUMS), 1, rows.n), dtype=torch.float64)
+    for columns in plan.column_slices():
+        for of_head in tiles:
+            of_head.at(columns)
+        parts = [
+            torch.ops.kl_kernels.mixture_part(
+                *(of_head.logits(which)[None] for of_head in tiles), None,
+                *(state[..., which].contiguous() for state in states),
+                beta, *options.scales, options.backend,
+            )
+            for which in plan.row_slices()
+        ]  # fmt: skip
+        total += torch.cat(parts, dim=-1)
+    if options.shard is not None:
+        total = add_shards(total, options.shard)
+    return total.to(heads[0].tile_dtype)

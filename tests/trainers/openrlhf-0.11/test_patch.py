@@ -1,6 +1,7 @@
 """A whole computation with the patch and without, and what remains when it is undone."""
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -109,3 +110,18 @@ def test_importing_patches_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.exercises("the code of the how-to page")
+def test_what_ray_is_to_call_in_each_worker(monkeypatch, request):
+    page = (request.config.rootpath / "docs" / "how-to" / "openrlhf.md").read_text()
+    (code,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    patches, patch = [], openrlhf.patch
+    monkeypatch.setattr(openrlhf, "patch", lambda: patches.append(patch()))
+    names = {}
+    exec(code, names)
+    original = utils.compute_reward
+    names["everywhere"]()
+    assert experience_maker.compute_reward is utils.compute_reward is not original
+    patches[0].undo()
+    assert experience_maker.compute_reward is original

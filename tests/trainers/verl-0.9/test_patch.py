@@ -1,6 +1,7 @@
 """A whole computation with the patch and without, and what remains when it is undone."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -131,11 +132,11 @@ def test_importing_patches_nothing():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.exercises("VERL_USE_EXTERNAL_MODULES patches a process that imports verl")
-def test_a_worker_is_patched_by_an_environment_variable(tmp_path):
-    (tmp_path / "patched.py").write_text(
-        "from kl_kernels.integrations import verl\nverl.patch(backend='reference')\n"
-    )
+@pytest.mark.exercises("the code of the how-to page, by VERL_USE_EXTERNAL_MODULES")
+def test_a_worker_is_patched_by_an_environment_variable(tmp_path, request):
+    page = (request.config.rootpath / "docs" / "how-to" / "verl.md").read_text()
+    (patched,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "patched.py").write_text(patched)
     code = (
         "import verl.workers.utils.losses as w, verl.trainer.ppo.core_algos as c\n"
         "assert w.kl_penalty is c.kl_penalty\n"

@@ -125,7 +125,7 @@ def _apply_kl_penalty(
     is_k3 = kl_penalty.removesuffix("+") in ("k3", "low_var_kl")
     kl = sampled_kl(
         batch["old_log_probs"].detach(), batch["ref_log_prob"], kl_penalty,
-        mask=mask, kl_clamp=KL_CLAMP if is_k3 else None,
+        kl_clamp=KL_CLAMP if is_k3 else None,
     )  # fmt: skip
     beta = kl_ctrl.value
     penalty = torch.where(mask & (beta != 0), beta * kl, 0.0)

@@ -43,6 +43,16 @@ def test_log_probabilities_are_verls(shape, inplace_backward):
     torch.testing.assert_close(grad, their_grad, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.exercises("logprobs_from_logits: inplace_backward")
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_the_gradient_takes_the_place_of_the_logits_where_verl_says_so(inplace_backward):
+    logits, labels = logits_and_labels((3, 7))
+    leaf = logits.clone().requires_grad_()
+    given = leaf * 1
+    verl_F.logprobs_from_logits(given, labels, inplace_backward=inplace_backward).sum().backward()
+    assert torch.equal(given.detach(), leaf.grad if inplace_backward else logits)
+
+
 @pytest.mark.exercises("logprobs_from_logits: bfloat16")
 def test_log_probabilities_of_bfloat16_are_not_rounded():
     """Theirs: 8 bits of a log-probability. Ours: float32's 24, of the same logits."""

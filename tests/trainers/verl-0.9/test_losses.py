@@ -111,10 +111,10 @@ def policy_loss(name):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_policy_loss_is_vanillas(log_probs, mode, info, weighted):
     mask = mask_of("holes")
-    old = log_probs_near(log_probs, 0.5, seed=1)
+    old = log_probs_near(log_probs, 1.0, seed=1)
     config = ActorConfig(
         strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio_low=0.2, clip_ratio_high=0.3,
-        global_batch_info=GLOBAL_BATCH[info],
+        clip_ratio_c=2.5, global_batch_info=GLOBAL_BATCH[info],
     )  # fmt: skip
     weights = normal(3).exp() if weighted else None
 
@@ -137,6 +137,7 @@ def test_the_policy_loss_is_vanillas(log_probs, mode, info, weighted):
     assert seen["kl_kernels"].pop("actor/ppo_kl_k3") > 0
     assert seen["kl_kernels"] == pytest.approx(seen["vanilla"], rel=1e-4, abs=1e-7)
     assert 0 < seen["vanilla"]["actor/pg_clipfrac"] < 1
+    assert 0 < seen["vanilla"]["actor/pg_clipfrac_lower"] < 1
 
 
 @pytest.mark.exercises('policy loss "kl_kernels": counts that are missing')

@@ -197,8 +197,10 @@ def _found_under(name: str, found: Any) -> Callable[[Any], Any]:
     """A registry's look-up that finds `found` under `name` as well; the registry stays as it is."""
 
     def make(original: Any) -> Any:
-        def look_up(wanted: Any) -> Any:
-            return found if getattr(wanted, "value", wanted) == name else original(wanted)
+        def look_up(*args: Any, **keywords: Any) -> Any:
+            (wanted,) = (*args, *keywords.values())  # its name is the look-up's own
+            is_it = getattr(wanted, "value", wanted) == name
+            return found if is_it else original(*args, **keywords)
 
         return look_up
 

@@ -173,6 +173,13 @@ def test_nan_where_masked_does_not_reach_the_policys_gradient(log_probs):
 def test_other_names_are_verls():
     for name in ("vanilla", "gspo", "cispo"):
         assert policy_loss(name) is get_policy_loss_fn(name)
+    with verl.patch():
+        assert core_algos.get_policy_loss_fn(name="gspo") is get_policy_loss_fn("gspo")
+        assert core_algos.get_policy_loss_fn(name="kl_kernels") is policy_loss("kl_kernels")
+        rloo = core_algos.AdvantageEstimator.RLOO
+        assert core_algos.get_adv_estimator_fn(rloo) is core_algos.compute_rloo_outcome_advantage
+        gae = core_algos.get_adv_estimator_fn(name_or_enum=core_algos.AdvantageEstimator.GAE)
+        assert gae is core_algos.compute_gae_advantage_return
     with pytest.raises(ValueError, match="Unsupported loss mode: kl_kernels"):
         get_policy_loss_fn("kl_kernels")
 

@@ -109,11 +109,12 @@ $(COUNTED)/ready: bench/offline_peers.txt $(READY)
 	tar xzf $(COUNTED)/flash_attn-*.tar.gz --directory $(COUNTED)/sources --strip-components 1
 	touch $@
 
-# A trainer's packages before those of .venv, which thus serve it where it has no others.
+# A trainer's packages before those of .venv, which thus serve it where it has no others. A file's
+# first line may say how pip is to install the rest.
 build/trainers/%/ready: tests/trainers/environments/%.txt $(READY)
 	$(PYTHON) -m venv --clear --without-pip build/trainers/$*
 	$(BIN)/python tests/trainers/overlay.py build/trainers/$*
-	$(BIN)/python -m pip --python build/trainers/$*/bin/python install -r $<
+	$(BIN)/python -m pip --python build/trainers/$*/bin/python install $$(sed -n 's/^# pip install //p' $<) -r $<
 	touch $@
 
 .PRECIOUS: build/trainers/%/ready

@@ -1,0 +1,161 @@
+"""OpenRLHF: the fused functions, and the KL and rewards of this package, in the place of its own.
+
+    from kl_kernels.integrations import openrlhf
+
+    openrlhf.patch()
+
+A patch is in force in the process that made it, and OpenRLHF computes in Ray's workers: how they
+all come to be patched stands in docs/how-to/openrlhf.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels.checks import check_choice
+from kl_kernels.functional import token_stats
+from kl_kernels.integrations.patching import Patch, Replacement, replacements_of
+from kl_kernels.rl.estimators import kl_penalty
+from kl_kernels.rl.masked import masked_mean
+from kl_kernels.rl.rewards import compute_rewards
+from kl_kernels.rl.straight_through import clamp_value, with_value
+
+__all__ = ["patch"]
+
+ESTIMATORS = ("k1", "k2", "k3")
+KL_CLAMP = 10.0
+# OpenRLHF's is -10, from below alone. This is the least that leaves all of its values, clamped at
+# 10, as they are: at d = 11, k3 is 10 as well.
+LOG_RATIO_CLAMP = 11.0
+MAX_IMPORTANCE_WEIGHT = 10.0  # KL_IS_WEIGHT_CLIP
+
+
+def patch(*, backend: str | None = None) -> Patch:
+    """Put this package's functions in the place of the installed OpenRLHF's, until it is undone.
+
+    Replaced are, wherever OpenRLHF has imported them, of openrlhf.models.utils:
+    `log_probs_from_logits`, `compute_entropy`, `compute_approx_kl`, `compute_reward` and
+    `masked_mean`.
+
+    Results are OpenRLHF's up to rounding, with these differences:
+
+    - Log-probabilities and entropies are float32 where OpenRLHF returns bfloat16; the logits are
+      left as they are, where OpenRLHF divides them by `temperature` in place.
+    - -inf logits have the entropy they have, not NaN.
+    - The KL has OpenRLHF's values, clamped at 10 nats, but not a gradient of 0 where they are
+      clamped: k1's stays 1, k2's the log-ratio, and k3's 1 - reference / policy, with their
+      log-ratio clamped to 11. The reference never gets a gradient.
+    - Rewards are 0 where masked, and a response without tokens gets no reward, where OpenRLHF puts
+      its score in the last column.
+    - A mean over no positions is 0, not NaN, and NaN at a masked position does not reach any mean.
+
+    Args:
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        The patch, in force: a context manager that undoes it, with `undo()` for other places.
+
+    Raises:
+        UnsupportedVersionError: the installed OpenRLHF is not 0.11, or not as it was.
+    """
+    return Patch(replacements_of(_BY_VERSION, "openrlhf", backend=backend))
+
+
+def _compute_approx_kl(
+    log_probs: Tensor,  # [...]
+    log_probs_base: Tensor,  # [...]
+    log_probs_old: Tensor | None = None,  # [...]
+    kl_estimator: str = "k1",
+    unbiased_gradient: bool = False,
+) -> Tensor:
+    check_choice("kl_estimator", kl_estimator, ESTIMATORS)
+    log_probs = log_probs.float()
+    if kl_estimator == "k1" and not unbiased_gradient:
+        # Not refused where it is a loss: OpenRLHF warns of it, and it is its default.
+        return clamp_value(log_probs - log_probs_base.detach().float(), KL_CLAMP)
+    kl = kl_penalty(
+        log_probs, log_probs_base, kl_estimator,
+        gradient="detach" if unbiased_gradient else "pathwise",
+        log_ratio_clamp=LOG_RATIO_CLAMP if kl_estimator == "k3" else None, kl_clamp=KL_CLAMP,
+    )  # fmt: skip
+    if not unbiased_gradient:
+        return kl
+    surrogate = kl_penalty(log_probs, log_probs_base, "k2")
+    if log_probs_old is not None:
+        log_weight = (log_probs - log_probs_old.float()).detach()
+        surrogate = surrogate * log_weight.exp().clamp_max(MAX_IMPORTANCE_WEIGHT)
+    return with_value(surrogate, kl)
+
+
+def _compute_reward(
+    r: Tensor,  # [B]
+    kl_coef: float,
+    kl: Tensor,  # [B, T]
+    action_mask: Tensor | None = None,  # [B, T]
+    reward_clip_range: tuple[float, float] | None = None,
+) -> Tensor:
+    if action_mask is None:
+        raise ValueError("action_mask is None; the last token of a response is needed")
+    if reward_clip_range:
+        r = r.clamp(*reward_clip_range)
+    return compute_rewards(r, kl, action_mask, max(kl_coef, 0.0))
+
+
+def _masked_mean(
+    tensor: Tensor,  # [...]
+    mask: Tensor | None,  # [...]
+    dim: int | None = None,
+) -> Tensor:
+    return tensor.mean(dim=dim) if mask is None else masked_mean(tensor, mask, dim)
+
+
+def _log_probs_from_logits(backend: str | None) -> Callable[..., Tensor]:
+    def log_probs_from_logits(
+        logits: Tensor,  # [..., V]
+        labels: Tensor,  # [...]
+        temperature: float = 1.0,
+    ) -> Tensor:
+        return token_stats(logits, labels, temperature=temperature, backend=backend).logprob
+
+    return log_probs_from_logits
+
+
+def _compute_entropy(backend: str | None) -> Callable[..., Tensor]:
+    def compute_entropy(logits: Tensor) -> Tensor:  # [..., V] -> [...]
+        any_token = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+        return token_stats(logits, any_token, backend=backend).entropy
+
+    return compute_entropy
+
+
+def _always(function: Any) -> Callable[[Any], Any]:
+    return lambda original: function
+
+
+def _replacements(backend: str | None) -> Sequence[Replacement]:
+    """Of 0.11."""
+    utils = "openrlhf.models.utils"
+    return [
+        Replacement(
+            utils, "log_probs_from_logits", ("logits", "labels", "temperature"),
+            _always(_log_probs_from_logits(backend)),
+        ),
+        Replacement(utils, "compute_entropy", ("logits",), _always(_compute_entropy(backend))),
+        Replacement(
+            utils, "compute_approx_kl",
+            ("log_probs", "log_probs_base", "log_probs_old", "kl_estimator", "unbiased_gradient"),
+            _always(_compute_approx_kl),
+        ),
+        Replacement(
+            utils, "compute_reward",
+            ("r", "kl_coef", "kl", "action_mask", "reward_clip_range"), _always(_compute_reward),
+        ),
+        Replacement(utils, "masked_mean", ("tensor", "mask", "dim"), _always(_masked_mean)),
+    ]  # fmt: skip
+
+
+_BY_VERSION = {"0.11": _replacements}

@@ -1,0 +1,254 @@
+"""verl: the fused functions in the place of its own, and a policy loss under the name "kl_kernels".
+
+    from kl_kernels.integrations import verl
+
+    verl.patch()
+
+A patch is in force in the process that made it, and verl computes in Ray's workers: how they all
+come to be patched stands in docs/how-to/verl.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels.functional import token_kl, token_stats
+from kl_kernels.integrations.patching import Patch, Replacement, replacements_of
+from kl_kernels.integrations.verl_losses import policy_loss
+from kl_kernels.rl.advantages import compute_gae
+from kl_kernels.rl.estimators import kl_penalty as sampled_kl
+from kl_kernels.rl.masked import masked_mean, masked_whiten
+from kl_kernels.schemas import output_dtype
+
+__all__ = ["patch"]
+
+NAME = "kl_kernels"  # of what is found in verl's registries
+# verl's own bounds of k3: of its log-ratio and of its value, in nats.
+LOG_RATIO_CLAMP, KL_CLAMP = 20.0, 10.0
+
+_NEEDS_VOCABULARY = (
+    "the KL over the vocabulary needs [B, T, V] logits or log-probabilities, and verl's trainer "
+    'keeps those of the sampled tokens alone; use "k1" in the reward, "k3+" in the loss'
+)
+
+
+def patch(*, backend: str | None = None) -> Patch:
+    """Put the fused functions in the place of the installed verl's, until the patch is undone.
+
+    Replaced are, wherever verl has imported them: `logprobs_from_logits`, `entropy_from_logits`,
+    `entropy_from_logits_with_chunking` and `masked_whiten` of verl.utils.torch_functional,
+    `kl_penalty` and `compute_gae_advantage_return` of verl.trainer.ppo.core_algos, and
+    `apply_kl_penalty` of verl.trainer.ppo.ray_trainer. `actor.policy_loss.loss_mode="kl_kernels"`
+    then is a policy loss: verl's "vanilla" with the differences below.
+
+    Results are verl's up to rounding, with these differences:
+
+    - Log-probabilities, entropies and KL are float32 where verl returns bfloat16.
+    - -inf logits have the entropy they have, not NaN.
+    - Where verl multiplies by a mask, positions are selected: NaN at a masked position stays there.
+      Advantages, returns and whitened values are exactly 0 where masked.
+    - k3 ("low_var_kl") has verl's values, clamped at 10 nats, but not a gradient of 0 where they
+      are clamped: it is 1 - reference / policy, with their log-ratio clamped to 20. It may be very
+      large; "k3+" has a gradient of at most the log-ratio and, unlike k3, the KL's in expectation.
+    - The reference never gets a gradient.
+    - A mask that leaves one position or none whitens to 0, where verl raises ValueError.
+    - "kl_kernels" pulls a token back whose log-ratio is beyond 20 with A < 0 (unless clip_ratio_c
+      decides), a batch without tokens has loss 0, and "actor/ppo_kl_k3" is one metric more.
+
+    `kl_penalty="full"`, which verl names and does not implement, is the exact KL of [B, T, V]
+    logits (or log-probabilities, which are their own logits): [B, T], differentiable in the
+    policy's. verl itself has no such tensors where it calls `kl_penalty`: the reference is another
+    forward pass, of which [B, T] log-probabilities are kept. In its configuration (kl_loss_type,
+    algorithm.kl_penalty) "full" is refused. Nor can GAE be in the registry of advantage estimators
+    under another name than verl's: under any other, verl does not hand over the values.
+
+    Args:
+        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        The patch, in force: a context manager that undoes it, with `undo()` for other places.
+
+    Raises:
+        UnsupportedVersionError: the installed verl is not 0.9, or not as it was.
+    """
+    return Patch(replacements_of(_BY_VERSION, "verl", backend=backend))
+
+
+def _kl_penalty(backend: str | None) -> Callable[..., Tensor]:
+    def kl_penalty(
+        logprob: Tensor,  # [...], or [B, T, V] logits for "full"
+        ref_logprob: Tensor,  # the same
+        kl_penalty: str,
+    ) -> Tensor:
+        if kl_penalty == "full":
+            return _full_kl(logprob, ref_logprob, backend)
+        name = kl_penalty.removesuffix("+")
+        if name in ("k1", "kl") and name == kl_penalty:
+            # Without refusing a gradient: verl takes this for a value and drops its graph later.
+            dtype = output_dtype(logprob)
+            return logprob.to(dtype) - ref_logprob.detach().to(dtype)
+        is_k3 = name in ("k3", "low_var_kl")
+        return sampled_kl(
+            logprob,
+            ref_logprob,
+            kl_penalty,
+            # Straight through it would bound the gradient, which verl leaves as it is.
+            log_ratio_clamp=LOG_RATIO_CLAMP if is_k3 and name == kl_penalty else None,
+            kl_clamp=KL_CLAMP if is_k3 else None,
+        )
+
+    return kl_penalty
+
+
+def _full_kl(logits: Tensor, ref_logits: Tensor, backend: str | None) -> Tensor:  # [B, T, V] each
+    if logits.ndim != 3:
+        raise ValueError(
+            f'kl_penalty is "full" and logprob has shape {tuple(logits.shape)}; {_NEEDS_VOCABULARY}'
+        )
+    return token_kl(logits, ref_logits.detach(), _any_token(logits), backend=backend).kl
+
+
+def _apply_kl_penalty(
+    data: Any,  # a DataProto
+    kl_ctrl: Any,
+    kl_penalty: str = "kl",
+) -> tuple[Any, dict[str, float]]:
+    """From scores to rewards, token_level_scores - beta KL, and one step of the controller."""
+    batch = data.batch
+    mask = batch["response_mask"].bool()
+    if kl_penalty == "full":
+        raise ValueError(f'kl_penalty is "full"; {_NEEDS_VOCABULARY}')
+    is_k3 = kl_penalty.removesuffix("+") in ("k3", "low_var_kl")
+    kl = sampled_kl(
+        batch["old_log_probs"].detach(), batch["ref_log_prob"], kl_penalty,
+        kl_clamp=KL_CLAMP if is_k3 else None,
+    )  # fmt: skip
+    beta = kl_ctrl.value
+    penalty = torch.where(mask & (beta != 0), beta * kl, 0.0)
+    current_kl = masked_mean(kl, mask, dim=-1).mean().item()
+    kl_ctrl.update(current_kl=current_kl, n_steps=batch.batch_size[0])
+    batch["token_level_rewards"] = batch["token_level_scores"] - penalty
+    return data, {
+        "actor/reward_kl_penalty": current_kl,
+        "actor/reward_kl_penalty_coeff": beta,
+    }
+
+
+def _logprobs_from_logits(backend: str | None) -> Callable[..., Tensor]:
+    def logprobs_from_logits(
+        logits: Tensor,  # [..., V]
+        labels: Tensor,  # [...]
+        inplace_backward: bool = True,
+    ) -> Tensor:
+        return token_stats(
+            logits, labels, inplace_backward=inplace_backward, backend=backend
+        ).logprob
+
+    return logprobs_from_logits
+
+
+def _entropy_from_logits(backend: str | None) -> Callable[..., Tensor]:
+    def entropy_from_logits(logits: Tensor) -> Tensor:  # [..., V] -> [...]
+        return token_stats(logits, _any_token(logits), backend=backend).entropy
+
+    return entropy_from_logits
+
+
+def _entropy_with_chunking(backend: str | None) -> Callable[..., Tensor]:
+    def entropy_from_logits_with_chunking(
+        logits: Tensor,  # [..., V]
+        chunk_size: int = 2048,
+    ) -> Tensor:
+        return token_stats(logits, _any_token(logits), backend=backend).entropy
+
+    return entropy_from_logits_with_chunking
+
+
+def _masked_whiten(
+    values: Tensor,  # [...]
+    mask: Tensor,  # [...]
+    shift_mean: bool = True,
+) -> Tensor:
+    return masked_whiten(values, mask, shift_mean=shift_mean)
+
+
+def _gae(backend: str | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    def compute_gae_advantage_return(
+        token_level_rewards: Tensor,  # [B, T]
+        values: Tensor,  # [B, T]
+        response_mask: Tensor,  # [B, T]
+        gamma: float,
+        lam: float,
+    ) -> tuple[Tensor, Tensor]:
+        advantages, returns = compute_gae(
+            token_level_rewards, values, response_mask,
+            gamma=float(gamma), lam=float(lam), backend=backend,
+        )  # fmt: skip
+        return masked_whiten(advantages, response_mask), returns
+
+    return compute_gae_advantage_return
+
+
+def _found_under(name: str, found: Any) -> Callable[[Any], Any]:
+    """A registry's look-up that finds `found` under `name` as well; the registry stays as it is."""
+
+    def make(original: Any) -> Any:
+        def look_up(*args: Any, **keywords: Any) -> Any:
+            (wanted,) = (*args, *keywords.values())  # its name is the look-up's own
+            is_it = getattr(wanted, "value", wanted) == name
+            return found if is_it else original(*args, **keywords)
+
+        return look_up
+
+    return make
+
+
+def _any_token(logits: Tensor) -> Tensor:
+    return torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+
+
+def _always(function: Any) -> Callable[[Any], Any]:
+    return lambda original: function
+
+
+def _replacements(backend: str | None) -> Sequence[Replacement]:
+    """Of 0.9."""
+    functional, core = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"
+    gae = _gae(backend)
+    return [
+        Replacement(
+            functional, "logprobs_from_logits", ("logits", "labels", "inplace_backward"),
+            _always(_logprobs_from_logits(backend)),
+        ),
+        Replacement(
+            functional, "entropy_from_logits", ("logits",), _always(_entropy_from_logits(backend))
+        ),
+        Replacement(
+            functional, "entropy_from_logits_with_chunking", ("logits", "chunk_size"),
+            _always(_entropy_with_chunking(backend)),
+        ),
+        Replacement(
+            functional, "masked_whiten", ("values", "mask", "shift_mean"), _always(_masked_whiten)
+        ),
+        Replacement(
+            core, "kl_penalty", ("logprob", "ref_logprob", "kl_penalty"),
+            _always(_kl_penalty(backend)),
+        ),
+        Replacement(
+            core, "compute_gae_advantage_return",
+            ("token_level_rewards", "values", "response_mask", "gamma", "lam"), _always(gae),
+        ),
+        Replacement(core, "get_adv_estimator_fn", ("name_or_enum",), _found_under("gae", gae)),
+        Replacement(core, "get_policy_loss_fn", ("name",), _found_under(NAME, policy_loss)),
+        Replacement(
+            "verl.trainer.ppo.ray_trainer", "apply_kl_penalty", ("data", "kl_ctrl", "kl_penalty"),
+            _always(_apply_kl_penalty),
+        ),
+    ]  # fmt: skip
+
+
+_BY_VERSION = {"0.9": _replacements}

@@ -1,0 +1,127 @@
+"""A whole computation with the patch and without, and what remains when it is undone."""
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from openrlhf.models import actor, loss, utils
+from openrlhf.trainer.ppo_utils import experience_maker
+from openrlhf.trainer.ray import ppo_actor
+
+from kl_kernels.integrations import openrlhf
+
+ROWS, RESPONSE, VOCABULARY = 4, 8, 37
+
+
+def log_probs_of(logits, sequences, mask):
+    """As `Actor.forward` computes them: shifted by one, and multiplied by the mask."""
+    rolled = torch.roll(sequences, shifts=-1, dims=1)
+    log_probs = actor.log_probs_from_logits(logits, rolled)[:, :-1]
+    return log_probs[:, -mask.shape[1] :] * mask.float()
+
+
+def whole_step(estimator, unbiased):
+    """Logits -> log-probabilities -> KL -> rewards -> GAE -> the actor's loss -> gradient."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([8, 5, 1, 7])
+    mask = torch.arange(RESPONSE) < lengths[:, None]
+    sequences = torch.randint(0, VOCABULARY, (ROWS, RESPONSE + 2), generator=generator)
+    shape = (*sequences.shape, VOCABULARY)
+    old_logits = 2 * torch.randn(shape, generator=generator)
+    # Near enough that no KL is clamped: there gradients differ, as test_kl.py has it.
+    ref_logits = old_logits + 0.4 * torch.randn(shape, generator=generator)
+    logits = (old_logits + 0.3 * torch.randn(shape, generator=generator)).requires_grad_()
+
+    old, ref = (log_probs_of(x, sequences, mask) for x in (old_logits, ref_logits))
+    experience = SimpleNamespace(
+        rewards=torch.rand(ROWS, generator=generator), index=list(range(ROWS)), info={},
+        values=torch.randn(ROWS, RESPONSE, generator=generator), action_mask=mask,
+        kl=experience_maker.compute_approx_kl(old, ref, kl_estimator="k1"),
+    )  # fmt: skip
+    rewards = experience_maker.compute_reward(
+        experience.rewards, 0.2, experience.kl, mask, reward_clip_range=(-10, 10)
+    )
+    advantages, returns = experience_maker.RemoteExperienceMaker.get_advantages_and_returns(
+        None, experience.values, rewards, mask, 1.0, 0.95
+    )
+    log_probs = log_probs_of(logits, sequences, mask)
+    actor_loss, clip_ratio, ppo_kl, *_ = loss.PolicyLoss()(log_probs, old, advantages, mask)
+    kl = ppo_actor.compute_approx_kl(
+        log_probs, ref, log_probs_old=old, kl_estimator=estimator, unbiased_gradient=unbiased
+    )
+    kl_loss = ppo_actor.aggregate_loss(kl, mask)
+    entropy = actor.compute_entropy(logits)[:, :-1][:, -RESPONSE:]
+    entropy_loss = ppo_actor.masked_mean(entropy, mask)
+    total = actor_loss + 0.1 * kl_loss - 0.01 * entropy_loss
+    total.backward()
+    return {
+        "rewards": rewards,
+        "advantages": advantages[mask],
+        "returns": returns[mask],
+        "loss": total.detach(),
+        "gradient": logits.grad,
+        "metrics": torch.stack([clip_ratio, ppo_kl, kl_loss.detach(), entropy_loss.detach()]),
+    }
+
+
+@pytest.mark.exercises("a whole step, from logits to their gradient, through OpenRLHF's own loss")
+@pytest.mark.parametrize(("estimator", "unbiased"), [("k3", False), ("k2", False), ("k1", True)])
+def test_a_whole_step_is_the_same(estimator, unbiased):
+    theirs = whole_step(estimator, unbiased)
+    with openrlhf.patch():
+        ours = whole_step(estimator, unbiased)
+    for name, value in theirs.items():
+        torch.testing.assert_close(
+            ours[name], value, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert theirs["gradient"].abs().max() > 1e-3
+
+
+PLACES = {
+    utils: ("log_probs_from_logits", "compute_entropy", "compute_approx_kl", "compute_reward",
+            "masked_mean"),
+    actor: ("log_probs_from_logits", "compute_entropy"),
+    experience_maker: ("compute_approx_kl", "compute_reward", "masked_mean"),
+    ppo_actor: ("compute_approx_kl", "masked_mean"),
+    loss: ("masked_mean",),
+}  # fmt: skip
+
+
+@pytest.mark.exercises("patch and undo: every reference that OpenRLHF holds")
+def test_undo_restores_the_originals():
+    originals = {(m, n): getattr(m, n) for m, names in PLACES.items() for n in names}
+    patch = openrlhf.patch()
+    for (module, name), original in originals.items():
+        assert getattr(module, name) is not original
+    patch.undo()
+    for (module, name), original in originals.items():
+        assert getattr(module, name) is original
+
+
+@pytest.mark.exercises("importing the integration changes nothing")
+def test_importing_patches_nothing():
+    code = (
+        "import sys; from kl_kernels.integrations import openrlhf\n"
+        "assert 'openrlhf' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.exercises("the code of the how-to page")
+def test_what_ray_is_to_call_in_each_worker(monkeypatch, request):
+    page = (request.config.rootpath / "docs" / "how-to" / "openrlhf.md").read_text()
+    (code,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    patches, patch = [], openrlhf.patch
+    monkeypatch.setattr(openrlhf, "patch", lambda: patches.append(patch()))
+    names = {}
+    exec(code, names)
+    original = utils.compute_reward
+    names["everywhere"]()
+    assert experience_maker.compute_reward is utils.compute_reward is not original
+    patches[0].undo()
+    assert experience_maker.compute_reward is original

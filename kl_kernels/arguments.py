@@ -66,6 +66,11 @@ def as_tokens(per_token: Tensor) -> Tensor:  # [...] -> [B, T]
     return per_token.flatten(0, -2)
 
 
+def any_token(logits: Tensor) -> Tensor:  # [..., V] -> [...]
+    """For what does not depend on the token."""
+    return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+
+
 def as_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:  # [...] -> [B, T] bool
     if mask is None:
         return None

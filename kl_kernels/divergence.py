@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kl_kernels import (
@@ -16,6 +15,7 @@ from kl_kernels import (
 )
 from kl_kernels import checks
 from kl_kernels.arguments import (
+    any_token,
     as_mask,
     as_rows,
     check_inplace,
@@ -92,9 +92,8 @@ def token_jsd(
     checks.check_unit_interval("beta", beta)
     check_inplace(logits, inplace_backward)
     if beta in (0, 1):
-        any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         kl = token_kl(
-            logits, ref_logits, any_token, mask=mask, temperature=temperature,
+            logits, ref_logits, any_token(logits), mask=mask, temperature=temperature,
             ref_temperature=ref_temperature, softcap=softcap, ref_softcap=ref_softcap,
             inplace_backward=inplace_backward, group=group, vocab_start=vocab_start,
             backend=backend,

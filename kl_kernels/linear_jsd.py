@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels import checks
-from kl_kernels.arguments import as_rows, shaped
+from kl_kernels.arguments import any_token, as_rows, shaped
 from kl_kernels.autograd import once
 from kl_kernels.linear import linear_token_kl
 from kl_kernels.linear_arguments import as_mask, reference_options
@@ -116,7 +116,7 @@ def linear_jsd_and_entropy(
     options = reference_options(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, **given)
     if beta in (0, 1):
         kl = linear_token_kl(
-            hidden, weight, ref_hidden, ref_weight, _any_token(hidden),
+            hidden, weight, ref_hidden, ref_weight, any_token(hidden),
             bias=bias, ref_bias=ref_bias, mask=mask, **given,
         )  # fmt: skip
         return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
@@ -126,10 +126,6 @@ def linear_jsd_and_entropy(
     )  # fmt: skip
     shape = hidden.shape[:-1]
     return shaped(jsd, shape), shaped(entropy, shape)
-
-
-def _any_token(hidden: Tensor) -> Tensor:  # [..., d] -> [...]
-    return torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
 
 
 class LinearTokenJSD(torch.autograd.Function):
@@ -149,10 +145,10 @@ class LinearTokenJSD(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, Tensor]:
         heads = heads_of(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-        any_token = _any_token(hidden)
-        rows = Rows(any_token, mask)
+        token_ids = any_token(hidden)
+        rows = Rows(token_ids, mask)
         with full_precision(weight):
-            whole = fold_heads(heads, rows, any_token, options)
+            whole = fold_heads(heads, rows, token_ids, options)
             jsd, mixture_kl = _mixture_sums(heads, rows, whole, beta, options).unbind()
         ctx.beta, ctx.options = beta, options
         ctx.save_for_backward(

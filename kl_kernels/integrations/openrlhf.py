@@ -11,14 +11,13 @@ all come to be patched stands in docs/how-to/openrlhf.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from kl_kernels.arguments import any_token
 from kl_kernels.checks import check_choice
 from kl_kernels.functional import token_stats
-from kl_kernels.integrations.patching import Patch, Replacement, replacements_of
+from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.rl.estimators import kl_penalty
 from kl_kernels.rl.masked import masked_mean
 from kl_kernels.rl.rewards import compute_rewards
@@ -126,14 +125,9 @@ def _log_probs_from_logits(backend: str | None) -> Callable[..., Tensor]:
 
 def _compute_entropy(backend: str | None) -> Callable[..., Tensor]:
     def compute_entropy(logits: Tensor) -> Tensor:  # [..., V] -> [...]
-        any_token = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
-        return token_stats(logits, any_token, backend=backend).entropy
+        return token_stats(logits, any_token(logits), backend=backend).entropy
 
     return compute_entropy
-
-
-def _always(function: Any) -> Callable[[Any], Any]:
-    return lambda original: function
 
 
 def _replacements(backend: str | None) -> Sequence[Replacement]:
@@ -142,19 +136,19 @@ def _replacements(backend: str | None) -> Sequence[Replacement]:
     return [
         Replacement(
             utils, "log_probs_from_logits", ("logits", "labels", "temperature"),
-            _always(_log_probs_from_logits(backend)),
+            always(_log_probs_from_logits(backend)),
         ),
-        Replacement(utils, "compute_entropy", ("logits",), _always(_compute_entropy(backend))),
+        Replacement(utils, "compute_entropy", ("logits",), always(_compute_entropy(backend))),
         Replacement(
             utils, "compute_approx_kl",
             ("log_probs", "log_probs_base", "log_probs_old", "kl_estimator", "unbiased_gradient"),
-            _always(_compute_approx_kl),
+            always(_compute_approx_kl),
         ),
         Replacement(
             utils, "compute_reward",
-            ("r", "kl_coef", "kl", "action_mask", "reward_clip_range"), _always(_compute_reward),
+            ("r", "kl_coef", "kl", "action_mask", "reward_clip_range"), always(_compute_reward),
         ),
-        Replacement(utils, "masked_mean", ("tensor", "mask", "dim"), _always(_masked_mean)),
+        Replacement(utils, "masked_mean", ("tensor", "mask", "dim"), always(_masked_mean)),
     ]  # fmt: skip
 
 

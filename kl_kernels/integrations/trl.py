@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from kl_kernels.arguments import any_token
 from kl_kernels.divergence import token_jsd
 from kl_kernels.functional import token_stats
-from kl_kernels.integrations.patching import Patch, Replacement, replacements_of
+from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.integrations.trl_callback import KLMonitorCallback
 from kl_kernels.integrations.trl_heads import DivergenceHead, LogprobHead
 from kl_kernels.selective import selective_log_softmax
@@ -75,7 +75,7 @@ def _entropy_from_logits(
     *,
     backend: str | None,
 ) -> Tensor:
-    return token_stats(logits, _any_token(logits), backend=backend).entropy
+    return token_stats(logits, any_token(logits), backend=backend).entropy
 
 
 def _selective_log_softmax_and_entropy(
@@ -136,10 +136,6 @@ def _generalized_jsd_loss(
     return total / (max(len(student_logits), 1) if mask is None else mask.sum().clamp(min=1))
 
 
-def _any_token(logits: Tensor) -> Tensor:
-    return torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
-
-
 _SELECTIVE = "trl.trainer.utils", "selective_log_softmax"
 _ENTROPY = "trl.trainer.utils", "entropy_from_logits", ("logits", "chunk_size")
 
@@ -149,11 +145,13 @@ def _with_fused_heads(backend: str | None, memory_budget: int | None) -> Sequenc
     logprobs = ("logits", "index", "temperature", "row_mask")
     both = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
     return [
-        Replacement(*_SELECTIVE, logprobs, _always(_selective_log_softmax, backend=backend)),
-        Replacement(*_ENTROPY, _always(_entropy_from_logits, backend=backend)),
+        Replacement(
+            *_SELECTIVE, logprobs, always(partial(_selective_log_softmax, backend=backend))
+        ),
+        Replacement(*_ENTROPY, always(partial(_entropy_from_logits, backend=backend))),
         Replacement(
             "trl.trainer.utils", "selective_log_softmax_and_entropy", both,
-            _always(_selective_log_softmax_and_entropy, backend=backend),
+            always(partial(_selective_log_softmax_and_entropy, backend=backend)),
         ),
         Replacement(
             "trl.trainer.utils", "_ChunkedLogProbFunction", LogprobHead.PARAMETERS,
@@ -179,10 +177,11 @@ def _with_logits(backend: str | None, memory_budget: int | None) -> Sequence[Rep
     """TRL 1.12."""
     return [
         Replacement(
-            *_SELECTIVE, ("logits", "index"), _always(_selective_log_softmax, backend=backend)
+            *_SELECTIVE, ("logits", "index"),
+            always(partial(_selective_log_softmax, backend=backend)),
         ),
-        Replacement(*_ENTROPY, _always(_entropy_from_logits, backend=backend)),
-    ]
+        Replacement(*_ENTROPY, always(partial(_entropy_from_logits, backend=backend))),
+    ]  # fmt: skip
 
 
 def _classic(backend: str | None, memory_budget: int | None) -> Sequence[Replacement]:
@@ -194,14 +193,9 @@ def _classic(backend: str | None, memory_budget: int | None) -> Sequence[Replace
         ),
         Replacement(
             "trl.core", "entropy_from_logits", ("logits",),
-            _always(_entropy_from_logits, backend=backend),
+            always(partial(_entropy_from_logits, backend=backend)),
         ),
     ]  # fmt: skip
-
-
-def _always(function: Any, **options: Any) -> Any:
-    """Whatever the original, a function of this patch alone."""
-    return lambda original: partial(function, **options)
 
 
 _BY_VERSION = {"1.16": _with_fused_heads, "1.12": _with_logits, "0.11": _classic}

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_kernels.arguments import any_token
 from kl_kernels.functional import token_kl, token_stats
-from kl_kernels.integrations.patching import Patch, Replacement, replacements_of
+from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.integrations.verl_losses import policy_loss
 from kl_kernels.rl.advantages import compute_gae
 from kl_kernels.rl.estimators import kl_penalty as sampled_kl
@@ -27,8 +28,10 @@ from kl_kernels.schemas import output_dtype
 __all__ = ["patch"]
 
 NAME = "kl_kernels"  # of what is found in verl's registries
-# verl's own bounds of k3: of its log-ratio and of its value, in nats.
-LOG_RATIO_CLAMP, KL_CLAMP = 20.0, 10.0
+# Bounds of k3, in nats. That of the value is verl's own. That of the log-ratio, 20 with verl,
+# bounds the gradient here, by e^11: the least that leaves all of verl's values as they are, since
+# at a log-ratio of 11 the policy's way k3 is 10 as well.
+LOG_RATIO_CLAMP, KL_CLAMP = 11.0, 10.0
 
 _NEEDS_VOCABULARY = (
     "the KL over the vocabulary needs [B, T, V] logits or log-probabilities, and verl's trainer "
@@ -52,7 +55,7 @@ def patch(*, backend: str | None = None) -> Patch:
     - Where verl multiplies by a mask, positions are selected: NaN at a masked position stays there.
       Advantages, returns and whitened values are exactly 0 where masked.
     - k3 ("low_var_kl") has verl's values, clamped at 10 nats, but not a gradient of 0 where they
-      are clamped: it is 1 - reference / policy, with their log-ratio clamped to 20. It may be very
+      are clamped: it is 1 - reference / policy, with their log-ratio clamped to 11. It may be very
       large; "k3+" has a gradient of at most the log-ratio and, unlike k3, the KL's in expectation.
     - The reference never gets a gradient.
     - A mask that leaves one position or none whitens to 0, where verl raises ValueError.
@@ -109,7 +112,7 @@ def _full_kl(logits: Tensor, ref_logits: Tensor, backend: str | None) -> Tensor:
         raise ValueError(
             f'kl_penalty is "full" and logprob has shape {tuple(logits.shape)}; {_NEEDS_VOCABULARY}'
         )
-    return token_kl(logits, ref_logits.detach(), _any_token(logits), backend=backend).kl
+    return token_kl(logits, ref_logits.detach(), any_token(logits), backend=backend).kl
 
 
 def _apply_kl_penalty(
@@ -153,7 +156,7 @@ def _logprobs_from_logits(backend: str | None) -> Callable[..., Tensor]:
 
 def _entropy_from_logits(backend: str | None) -> Callable[..., Tensor]:
     def entropy_from_logits(logits: Tensor) -> Tensor:  # [..., V] -> [...]
-        return token_stats(logits, _any_token(logits), backend=backend).entropy
+        return token_stats(logits, any_token(logits), backend=backend).entropy
 
     return entropy_from_logits
 
@@ -163,7 +166,7 @@ def _entropy_with_chunking(backend: str | None) -> Callable[..., Tensor]:
         logits: Tensor,  # [..., V]
         chunk_size: int = 2048,
     ) -> Tensor:
-        return token_stats(logits, _any_token(logits), backend=backend).entropy
+        return token_stats(logits, any_token(logits), backend=backend).entropy
 
     return entropy_from_logits_with_chunking
 
@@ -207,14 +210,6 @@ def _found_under(name: str, found: Any) -> Callable[[Any], Any]:
     return make
 
 
-def _any_token(logits: Tensor) -> Tensor:
-    return torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
-
-
-def _always(function: Any) -> Callable[[Any], Any]:
-    return lambda original: function
-
-
 def _replacements(backend: str | None) -> Sequence[Replacement]:
     """Of 0.9."""
     functional, core = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"
@@ -222,31 +217,31 @@ def _replacements(backend: str | None) -> Sequence[Replacement]:
     return [
         Replacement(
             functional, "logprobs_from_logits", ("logits", "labels", "inplace_backward"),
-            _always(_logprobs_from_logits(backend)),
+            always(_logprobs_from_logits(backend)),
         ),
         Replacement(
-            functional, "entropy_from_logits", ("logits",), _always(_entropy_from_logits(backend))
+            functional, "entropy_from_logits", ("logits",), always(_entropy_from_logits(backend))
         ),
         Replacement(
             functional, "entropy_from_logits_with_chunking", ("logits", "chunk_size"),
-            _always(_entropy_with_chunking(backend)),
+            always(_entropy_with_chunking(backend)),
         ),
         Replacement(
-            functional, "masked_whiten", ("values", "mask", "shift_mean"), _always(_masked_whiten)
+            functional, "masked_whiten", ("values", "mask", "shift_mean"), always(_masked_whiten)
         ),
         Replacement(
             core, "kl_penalty", ("logprob", "ref_logprob", "kl_penalty"),
-            _always(_kl_penalty(backend)),
+            always(_kl_penalty(backend)),
         ),
         Replacement(
             core, "compute_gae_advantage_return",
-            ("token_level_rewards", "values", "response_mask", "gamma", "lam"), _always(gae),
+            ("token_level_rewards", "values", "response_mask", "gamma", "lam"), always(gae),
         ),
         Replacement(core, "get_adv_estimator_fn", ("name_or_enum",), _found_under("gae", gae)),
         Replacement(core, "get_policy_loss_fn", ("name",), _found_under(NAME, policy_loss)),
         Replacement(
             "verl.trainer.ppo.ray_trainer", "apply_kl_penalty", ("data", "kl_ctrl", "kl_penalty"),
-            _always(_apply_kl_penalty),
+            always(_apply_kl_penalty),
         ),
     ]  # fmt: skip
 

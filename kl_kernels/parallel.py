@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from kl_kernels import autograd
 from kl_kernels.algebra import Finished
+from kl_kernels.arguments import any_token
 from kl_kernels.epilogues import scored_rewards
 from kl_kernels.parts import Part, Whole, finish_parts, local_token_ids, merge_shards
 from kl_kernels.schemas import STATE_FIELDS, output_dtype
@@ -223,8 +224,8 @@ class _TokenJSD(torch.autograd.Function):
         *options: Any,
     ) -> tuple[Tensor, ...]:
         *scales, _inplace_backward, backend = options
-        any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-        whole, _ = _fold_and_exchange(shard, logits, ref_logits, any_token, mask, *scales, backend)
+        token_ids = any_token(logits)
+        whole, _ = _fold_and_exchange(shard, logits, ref_logits, token_ids, mask, *scales, backend)
         states = whole.policy_state, whole.ref_state
         part = torch.ops.kl_kernels.mixture_part(
             logits, ref_logits, mask, *states, beta, *scales, backend

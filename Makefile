@@ -17,7 +17,7 @@ study: $(READY)
 	$(BIN)/python -m kl_kernels study $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
 # CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.

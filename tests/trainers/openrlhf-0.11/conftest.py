@@ -1,4 +1,4 @@
-"""OpenRLHF without what it needs CUDA or a cluster for: those packages are empty here."""
+"""OpenRLHF without what it needs CUDA, a cluster or a server for: those packages are empty here."""
 
 import sys
 from importlib.abc import Loader, MetaPathFinder
@@ -6,8 +6,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from unittest.mock import MagicMock
 
-EMPTY = ("bitsandbytes", "datasets", "deepspeed", "flash_attn", "pylatexenc", "ray", "torchdata",
-         "vllm")  # fmt: skip
+EMPTY = (
+    "aiohttp", "bitsandbytes", "datasets", "deepspeed", "fastapi", "flash_attn", "pylatexenc",
+    "ray", "torchdata", "uvicorn", "vllm",
+)  # fmt: skip
 # Asked for by log_probs_from_logits, which has another way where there is none.
 ABSENT = "flash_attn.ops"
 

@@ -208,20 +208,28 @@ def monitor_tables(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF"}
+
+
 def compatibility_tables(results: dict[str, Any]) -> str:
-    """For each version of a trainer, what was run of it and beside which packages."""
-    newest_first = sorted(
+    """For each version of a trainer, the newest first: what was run of it, and beside what."""
+    records = sorted(
         results.values(),
-        key=lambda r: (r["trainer"], [-int(n) for n in re.findall(r"\d+", r["version"])]),
+        key=lambda r: (
+            list(TRAINERS).index(r["trainer"]),
+            [-int(n) for n in re.findall(r"\d+", r["version"])],
+        ),
     )
-    lines = []
-    for record in newest_first:
-        beside = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
-        lines += [f"## {record['trainer']} {record['version']}", "", f"With {beside}.", ""]
+    lines = ["| trainer | version | tests | beside |", "|---|---|---|---|"]
+    for r in records:
+        beside = ", ".join(f"{name} {version}" for name, version in r["packages"].items())
+        n_tests = sum(r["exercised"].values())
+        lines.append(f"| {TRAINERS[r['trainer']]} | {r['version']} | {n_tests} | {beside} |")
+    for r in records:
+        lines += ["", f"## {TRAINERS[r['trainer']]} {r['version']}", ""]
         lines += ["| what was run | tests |", "|---|---|"]
-        lines += [f"| {what} | {n} |" for what, n in record["exercised"].items()]
-        lines.append("")
-    lines.append("From `bench/results/compatibility.json`, made by `make integrations`.")
+        lines += [f"| {what} | {n} |" for what, n in r["exercised"].items()]
+    lines += ["", "From `bench/results/compatibility.json`, made by `make integrations`."]
     return "\n".join(lines)
 
 

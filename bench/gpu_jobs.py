@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -131,6 +132,13 @@ def _token_stats(backend: str) -> Launch:
     return launch
 
 
+def _token_jsd(backend: str) -> Launch:
+    def launch(b: Buffers) -> tuple[Tensor, ...]:
+        return (kl_kernels.token_jsd(b.logits, b.ref_logits, backend=backend),)
+
+    return launch
+
+
 def _backward(backend: str, with_kl: bool) -> Launch:
     def launch(b: Buffers) -> tuple[Tensor, ...]:
         upstream, policy_state, ref_state, kl, entropy = b.saved[backend]
@@ -178,6 +186,17 @@ def eager_stats(
     return log_p.gather(-1, token_ids[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
+def eager_jsd(
+    logits: Tensor,  # [T, V]
+    ref_logits: Tensor,  # [T, V]
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, ...]:  # jsd at beta = 1/2, [T]
+    log_p, log_q = (x.to(dtype).log_softmax(-1) for x in (logits, ref_logits))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
+    return (terms.sum(-1) / 2,)
+
+
 class WithGradient(Job):
     """Forward and backward of logprob + kl + entropy, through autograd."""
 
@@ -210,6 +229,7 @@ JOBS = {
     "token_stats": Job(
         1, 0, ("logprob", "entropy"), _token_stats, eager_stats, ("logits", "token_ids")
     ),
+    "token_jsd": Job(2, 0, ("jsd",), _token_jsd, eager_jsd, ("logits", "ref_logits")),
     "KL gradient": Job(
         2, 1, (), lambda name: _backward(name, True), eager_gradient,
         (*PAIR, "log_sum", "ref_log_sum", "kl"),

@@ -31,13 +31,13 @@ def test_the_benchmarks_run_dry(tmp_path):
     found = {(m["job"], m["rows"], m["contender"]) for m in results["measurements"]}
     jobs = {job for job, _, _ in found}
     assert found == {(j, n, c) for j in jobs for n in (1, 5) for c in ("reference", "cpu", "eager")}
-    assert len(jobs) == 6
+    assert len(jobs) == 7
     for m in results["measurements"]:
         assert m["fastest_us"] <= m["median_us"] <= m["slowest_us"]
         rate = results["ceilings_gb_per_s"][m["ceiling"]]
         assert m["share"] == pytest.approx(m["gb_per_s"] / rate)
     lines = done.stdout.splitlines()
-    assert sum(line.startswith(tuple(jobs)) for line in lines[-13:]) == 12  # the table ends it
+    assert sum(line.startswith(tuple(jobs)) for line in lines[-15:]) == 14  # the table ends it
 
 
 def test_a_wrong_kernel_is_not_timed(bench):

@@ -58,6 +58,8 @@ def evaluate(backend, tensors, extra):
     advantages = torch.ops.kl_kernels.gae(rewards, values, mask, 0.99, 0.95, True, backend)
     found |= {"advantages": advantages[0], "returns": advantages[1]}
     capped = {"softcap": 30.0, "temperature": 0.8}
+    ids = torch.arange(min(5, logits.shape[-1]), device=logits.device).expand(*mask.shape, -1)
+    ref_logprobs = ref_logits.double().log_softmax(-1).gather(-1, ids).float()
     for options in ({}, capped) if logits.shape[-1] == SOFTCAPPED else ({},):
         pair = kl_kernels.token_kl(
             x, ref_logits, token_ids, mask=mask, backend=backend, **options
@@ -68,6 +70,20 @@ def evaluate(backend, tensors, extra):
         label = "capped " if options else ""
         found |= {f"{label}token_kl.{name}": value.detach() for name, value in pair.items()}
         found |= {f"{label}token_stats.{name}": value.detach() for name, value in stats.items()}
+        others = {
+            "jsd": kl_kernels.token_jsd(
+                x, ref_logits, beta=0.3, mask=mask, backend=backend, **options
+            ),
+            "topk_kl": kl_kernels.topk_kl(
+                x, ids, ref_logprobs, beta=0.3, mask=mask, backend=backend, **options
+            ),
+            "selected": kl_kernels.selective_log_softmax(x, ids, row_mask=mask, backend=backend),
+        }
+        found |= {f"{label}{name}": value.detach() for name, value in others.items()}
+        found |= {
+            f"{label}d {name}": torch.autograd.grad(value, x, torch.ones_like(value))[0]
+            for name, value in others.items()
+        }
         del pair["ref_logprob"]
         for inplace_backward in (False, True):
             y = x.detach().clone().requires_grad_()

@@ -77,6 +77,8 @@ def topk_kl(
     q, has_tail = _with_tail(
         ref.masked_fill(~listed, -torch.inf), torch.finfo(topk_logprobs.dtype).eps
     )
+    # A list of the whole vocabulary leaves no tail, whatever the rounding of its sum says.
+    has_tail &= listed.sum(-1, keepdim=True) < logits.shape[-1]
     # Where there is no entry, neither has any mass; nor in a tail without tokens.
     has_tail |= events[..., -1:] > -torch.inf
     p = events.masked_fill(~torch.cat([listed, has_tail], -1), -torch.inf).log_softmax(-1)

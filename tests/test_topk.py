@@ -224,3 +224,13 @@ def test_bad_arguments_are_named(change, error, said):
     }
     with pytest.raises(error, match=said):
         kl_kernels.topk_kl(torch.zeros(2, 9), **(arguments | change))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_sum_that_rounds_to_less_than_one_makes_no_tail_of_a_whole_vocabulary(beta):
+    logits = torch.randn(1, 3, generator=torch.Generator().manual_seed(0))
+    logprobs = torch.tensor([[0.5, 0.3, 0.199999]]).log()
+    ids = torch.tensor([[2, 0, 1]])
+    expected = divergence(logits.softmax(-1)[0, ids[0]], logprobs.exp()[0], beta)
+    found = kl_kernels.topk_kl(logits, ids, logprobs, beta=beta)
+    assert found == pytest.approx(float(expected), rel=1e-5)

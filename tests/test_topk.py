@@ -224,3 +224,17 @@ def test_bad_arguments_are_named(change, error, said):
     }
     with pytest.raises(error, match=said):
         kl_kernels.topk_kl(torch.zeros(2, 9), **(arguments | change))
+
+
+def test_arguments_may_have_any_strides():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 17)
+    ids = torch.rand(2, 5, 17).topk(3).indices
+    logprobs = torch.randn(2, 5, 20).log_softmax(-1)[..., :3]
+    expected = kl_kernels.topk_kl(logits, ids, logprobs, beta=0.3)
+
+    def turned(x):
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+    for arguments in ((logits, ids, turned(logprobs)), (logits, turned(ids), logprobs)):
+        assert torch.equal(kl_kernels.topk_kl(*arguments, beta=0.3), expected)

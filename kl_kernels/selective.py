@@ -128,7 +128,7 @@ def put(
     """`scatter_` (or `scatter_add_`) of a few entries, which on a CPU costs as much as a pass."""
     flat, k = rows.view(-1, rows.shape[-1]), ids.shape[-1]
     which = torch.arange(len(flat), device=rows.device)[:, None]
-    flat.index_put_((which, ids.view(-1, k)), values.view(-1, k), accumulate=accumulate)
+    flat.index_put_((which, ids.reshape(-1, k)), values.reshape(-1, k), accumulate=accumulate)
 
 
 def sum_over_equals(ids: Tensor, values: Tensor) -> Tensor:  # [..., K] each

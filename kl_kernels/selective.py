@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels import checks
-from kl_kernels.arguments import as_mask, as_rows, check_scaled_logits, shaped
+from kl_kernels.arguments import as_mask, as_rows, as_tokens, check_scaled_logits, shaped
 from kl_kernels.autograd import once
 from kl_kernels.functional import token_stats
 from kl_kernels.schemas import output_dtype
@@ -43,11 +43,14 @@ def selective_log_softmax(
     """
     check_scaled_logits("", logits, temperature, None)
     checks.check_tensor("index", index)
+    mask = as_mask(row_mask, logits, "row_mask")
     if index.ndim < logits.ndim:
+        checks.check_per_token("index", index, logits)
+        checks.check_token_dtype(index, "index")
+        checks.check_token_range(as_tokens(index), mask, logits.shape[-1], "index")
         stats = token_stats(logits, index, mask=row_mask, temperature=temperature, backend=backend)
         return stats.logprob
     check_several("index", index, logits)
-    mask = as_mask(row_mask, logits)
     rows = as_rows(index)
     kept = rows if mask is None else rows.masked_fill(~mask[..., None], 0)
     checks.check_token_range(kept, None, logits.shape[-1], "index")
@@ -125,7 +128,7 @@ def put(
     """`scatter_` (or `scatter_add_`) of a few entries, which on a CPU costs as much as a pass."""
     flat, k = rows.view(-1, rows.shape[-1]), ids.shape[-1]
     which = torch.arange(len(flat), device=rows.device)[:, None]
-    flat.index_put_((which, ids.view(-1, k)), values.view(-1, k), accumulate=accumulate)
+    flat.index_put_((which, ids.reshape(-1, k)), values.reshape(-1, k), accumulate=accumulate)
 
 
 def sum_over_equals(ids: Tensor, values: Tensor) -> Tensor:  # [..., K] each

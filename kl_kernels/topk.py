@@ -69,7 +69,7 @@ def topk_kl(
     if needs_gradient(topk_logprobs):
         raise ValueError("topk_logprobs requires grad, but the reference is a constant: detach it")
     kept = as_mask(mask, logits)
-    ids, ref = as_rows(topk_ids).long(), as_rows(topk_logprobs).double()
+    ids, ref = as_rows(topk_ids).long(), as_rows(topk_logprobs).double().contiguous()
     listed = ref > -torch.inf if kept is None else (ref > -torch.inf) & kept[..., None]
     checks.check_token_range(ids, listed, logits.shape[-1], "topk_ids")
     _check_distinct(ids, listed)

@@ -165,3 +165,22 @@ def test_sums_over_equal_ids(ids):
     values = torch.arange(1.0, len(ids) + 1)
     expected = [sum(float(v) for i, v in zip(ids, values) if i == own) for own in ids]
     assert sum_over_equals(torch.tensor(ids), values).tolist() == expected
+
+
+def test_gradients_of_several_tokens_from_arguments_of_any_strides():
+    torch.manual_seed(0)
+    index, mask = torch.randint(17, (2, 5, 3)), torch.rand(2, 5) < 0.7
+
+    def turned(x):
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+    def gradient(index, mask):
+        torch.manual_seed(1)
+        logits = torch.randn(2, 5, 17, requires_grad=True)
+        logprobs = kl_kernels.selective_log_softmax(logits, index, row_mask=mask)
+        (logprobs * torch.randn(2, 5, 3)).sum().backward()
+        return logits.grad
+
+    expected = gradient(index, mask)
+    assert torch.equal(gradient(turned(index), mask), expected)
+    assert torch.equal(gradient(index, turned(mask)), expected)

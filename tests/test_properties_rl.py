@@ -137,7 +137,7 @@ CONTROLLERS = {
     ),
     "pi": lambda **options: kl_kernels.PIKLController(0.1, 6.0, unit="sequence_sum", **options),
 }
-kls = st.floats(-5, 1e6) | st.sampled_from([0.0, 6.0, math.inf, math.nan])
+kls = st.floats(-8, 20) | st.floats(0, 1e6) | st.sampled_from([0.0, 6.0, math.inf, math.nan])
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)

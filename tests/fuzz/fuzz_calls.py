@@ -90,7 +90,8 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
         masks = _options(random_, row_mask=(mask, mask.long()))
         return {"logits": logits, "index": random_.choice((ids, several)), **options, **masks}
     if name == "topk_kl":
-        whole = torch.randn((b, t, v + 3), generator=g).log_softmax(-1)
+        size = v if k == v else v + 3  # a list of all tokens leaves nothing; another does
+        whole = torch.randn((b, t, size), generator=g).log_softmax(-1)
         topk_ids = torch.rand((b, t, v), generator=g).topk(k).indices
         options = {**of_logits, **_options(random_, beta=(0, 1, 0.5, 0.1))}
         return {"logits": logits, "topk_ids": topk_ids, "topk_logprobs": whole[..., :k], **options}

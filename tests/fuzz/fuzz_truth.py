@@ -74,7 +74,9 @@ def topk_kl(a):
         ids = ids.masked_fill(~mask.bool()[..., None], 0)
     q = a["topk_logprobs"].double()
     rest = p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    tail = (1 - q.exp().sum(-1, keepdim=True)).log()
+    tail = 1 - q.exp().sum(-1, keepdim=True)
+    # A tail that rounding hides counts as that rounding: no truth says how large it was.
+    tail = torch.where(tail < 1e-2, torch.nan, tail).log()
     if ids.shape[-1] == p.shape[-1]:  # nothing is left of a vocabulary of which all is listed
         tail = torch.full_like(tail, -torch.inf)
     events = torch.cat([p.gather(-1, ids), rest], -1)

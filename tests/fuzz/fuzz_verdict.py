@@ -80,9 +80,7 @@ def _wrong_gradient(call: Call, seed: int) -> str | None:
     right = torch.autograd.grad([e for _, e in pairs], list(leaves.values()), upstream)
     for name, one, other in zip(leaves, got, right):
         # Both are rounded to the leaf's dtype, the truth too.
-        tolerance = GRADIENT_TOLERANCE + 4 * torch.finfo(one.dtype).eps * (
-            one.dtype != torch.float64
-        )
+        tolerance = GRADIENT_TOLERANCE + 4 * torch.finfo(one.dtype).eps
         if wrong := _differs(one.double(), other.double(), tolerance):
             return f"gradient of {name} is wrong: {wrong}"
     return None

@@ -35,6 +35,8 @@ inline Dtype dtype_of(const Tensor& logits, const std::string& name) {
 inline void check_layout(const Tensor& logits, const std::string& name) {
   check(logits.dim() == 3 && (logits.stride(2) == 1 || logits.size(2) == 1),
         name + " has to be [B, T, V] with stride 1 over V");
+  // Work is divided by V.
+  check(logits.size(2) >= 1, name + " has to hold at least one logit per row");
 }
 
 }  // namespace kl_kernels

@@ -71,8 +71,12 @@ def any_token(logits: Tensor) -> Tensor:  # [..., V] -> [...]
     return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
 
 
-def as_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:  # [...] -> [B, T] bool
+def as_mask(
+    mask: Tensor | None,  # [...]
+    logits: Tensor,  # [..., V]
+    name: str = "mask",
+) -> Tensor | None:  # [B, T] bool
     if mask is None:
         return None
-    checks.check_per_token("mask", mask, logits)
+    checks.check_per_token(name, mask, logits)
     return as_tokens(mask).bool()

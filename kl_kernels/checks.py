@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -19,22 +21,35 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, choices))}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Comparing what is no number would fail in words that name no argument."""
+    if isinstance(value, (int, float)):  # torch.compile knows these alone
+        return
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0):
+        return
+    raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it has to be a number")
+
+
 def check_positive(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}; it has to be a finite number above 0")
 
 
 def check_finite(name: str, value: float) -> None:
+    check_number(name, value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value}; it has to be a finite number")
 
 
 def check_non_negative(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value}; it has to be a finite number, 0 or above")
 
 
 def check_unit_interval(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}; accepted: 0 to 1")
 
@@ -42,10 +57,13 @@ def check_unit_interval(name: str, value: float) -> None:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it has to be a torch.Tensor")
+    if value.is_complex():  # torch would drop the imaginary part, and warn at most
+        raise TypeError(f"{name} has dtype {value.dtype}; it has to be real")
 
 
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """`tensor` has to be a tensor with the shape and device of `like`."""
+    check_tensor(like_name, like)
     check_tensor(name, tensor)
     if tensor.shape != like.shape:
         raise ValueError(
@@ -86,9 +104,21 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_logits(name: str, logits: Tensor) -> None:
     check_floating(name, logits)
+    check_no_tangent(name, logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)}; it has to be [..., V] with at least one logit"
+        )
+
+
+def check_no_tangent(name: str, tensor: Tensor) -> None:
+    """Operators that only know backward drop tangents: torch would call the derivative 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a tangent, but kl_kernels has no forward-mode derivatives "
+            "(torch.func.jvp, jacfwd, hessian); use backward"
         )
 
 

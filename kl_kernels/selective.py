@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels import checks
-from kl_kernels.arguments import as_mask, as_rows, check_scaled_logits, shaped
+from kl_kernels.arguments import as_mask, as_rows, as_tokens, check_scaled_logits, shaped
 from kl_kernels.autograd import once
 from kl_kernels.functional import token_stats
 from kl_kernels.schemas import output_dtype
@@ -43,11 +43,14 @@ def selective_log_softmax(
     """
     check_scaled_logits("", logits, temperature, None)
     checks.check_tensor("index", index)
+    mask = as_mask(row_mask, logits, "row_mask")
     if index.ndim < logits.ndim:
+        checks.check_per_token("index", index, logits)
+        checks.check_token_dtype(index, "index")
+        checks.check_token_range(as_tokens(index), mask, logits.shape[-1], "index")
         stats = token_stats(logits, index, mask=row_mask, temperature=temperature, backend=backend)
         return stats.logprob
     check_several("index", index, logits)
-    mask = as_mask(row_mask, logits)
     rows = as_rows(index)
     kept = rows if mask is None else rows.masked_fill(~mask[..., None], 0)
     checks.check_token_range(kept, None, logits.shape[-1], "index")

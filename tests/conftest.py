@@ -6,9 +6,14 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated: before any import
+
+# The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):

@@ -17,6 +17,9 @@ BAD_TOKEN_KL = [
     ({"temperature": float("nan")}, ValueError, r"temperature is nan"),
     ({"temperature": float("inf")}, ValueError, r"temperature is inf"),
     ({"ref_temperature": -1.0}, ValueError, r"ref_temperature is -1.0"),
+    ({"temperature": "1"}, TypeError, r"temperature is '1', a str; .* number"),
+    ({"softcap": [30.0]}, TypeError, r"softcap is \[30.0\], a list; .* number"),
+    ({"mask": MASK.to(torch.complex64)}, TypeError, r"mask has dtype torch.complex64; .* real"),
     ({"softcap": 0.0}, ValueError, r"softcap is 0.0"),
     ({"ref_softcap": -3.0}, ValueError, r"ref_softcap is -3.0"),
     ({"logits": LOGITS.long()}, TypeError, r"logits has dtype torch.int64; accepted: float32"),
@@ -101,3 +104,57 @@ def test_a_reference_that_requires_grad_is_fine_without_grad_mode():
     ref_logits = LOGITS.clone().requires_grad_()
     with torch.no_grad():
         kl_kernels.token_kl(LOGITS, ref_logits, IDS)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"row_mask": "all"}, TypeError, r"row_mask is a str"),
+        ({"row_mask": MASK[:1]}, ValueError, r"row_mask has shape \(1, 3\)"),
+        ({"index": IDS - 1}, ValueError, r"index holds -1 at an unmasked position"),
+        ({"index": IDS.float()}, TypeError, r"index has dtype torch.float32"),
+        ({"index": IDS[0]}, ValueError, r"index has shape \(3,\)"),
+    ],
+)
+def test_selective_log_softmax_names_its_own_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        kl_kernels.selective_log_softmax(**({"logits": LOGITS, "index": IDS} | change))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("masked_mean", {"x": 3, "mask": MASK}, "x is a int"),
+        ("kl_penalty", {"logprobs": None, "ref_logprobs": MASK}, "logprobs is a NoneType"),
+        ("overlong_penalty", {"lengths": [1], "max_length": 2, "buffer": 1}, "lengths is a list"),
+    ],
+)
+def test_what_is_no_tensor_is_named(function, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        getattr(kl_kernels, function)(**arguments)
+
+
+@pytest.mark.parametrize("wrong", [None, b"k1", ["k1"]])
+def test_kl_penalty_refuses_what_is_no_name(wrong):
+    logprobs = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"kl_penalty is .*accepted: 'k1'"):
+        kl_kernels.kl_penalty(logprobs, logprobs, wrong)
+
+
+def test_importance_weights_refuse_a_bound_that_is_no_number():
+    logprobs = torch.zeros(2, 3)
+    with pytest.raises(TypeError, match="high is '2', a str"):
+        kl_kernels.importance_weights(logprobs, logprobs, MASK, high="2")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 0)])
+def test_operators_of_the_cpu_refuse_an_empty_vocabulary(shape):
+    """Work is divided by its size: a process would end here."""
+    logits, mask = torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.bool)
+    options = 1.0, 1.0, None, None
+    with pytest.raises(ValueError, match="logits has to hold at least one logit"):
+        torch.ops.kl_kernels.token_jsd(logits, logits, mask, 0.5, *options, False, "cpu")
+    with pytest.raises(ValueError, match="logits has to hold at least one logit"):
+        torch.ops.kl_kernels.fold_part(logits, None, mask.long(), mask, *options, "cpu")
+    with pytest.raises(ValueError, match="gradient has to hold at least one logit"):
+        torch.ops.kl_kernels.scale_gradient(logits, torch.tensor(2.0), "cpu")

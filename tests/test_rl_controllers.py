@@ -265,3 +265,8 @@ def test_updates_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="kl has shape"):
         control.update(KL[0], 1, mask=MASK[0])
     assert control.value == 0.2
+
+
+def test_a_kl_that_is_too_small_to_be_divided_by_the_target_counts_as_none():
+    tiny, none = (PIKLController(0.1, 6.0, unit="sequence_sum") for _ in range(2))
+    assert tiny.update(5e-324, 1) == none.update(0.0, 1)._replace(kl=5e-324)

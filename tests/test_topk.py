@@ -234,3 +234,17 @@ def test_a_sum_that_rounds_to_less_than_one_makes_no_tail_of_a_whole_vocabulary(
     expected = divergence(logits.softmax(-1)[0, ids[0]], logprobs.exp()[0], beta)
     found = kl_kernels.topk_kl(logits, ids, logprobs, beta=beta)
     assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_arguments_may_have_any_strides():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 17)
+    ids = torch.rand(2, 5, 17).topk(3).indices
+    logprobs = torch.randn(2, 5, 20).log_softmax(-1)[..., :3]
+    expected = kl_kernels.topk_kl(logits, ids, logprobs, beta=0.3)
+
+    def turned(x):
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+    for arguments in ((logits, ids, turned(logprobs)), (logits, turned(ids), logprobs)):
+        assert torch.equal(kl_kernels.topk_kl(*arguments, beta=0.3), expected)

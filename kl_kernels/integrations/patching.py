@@ -184,10 +184,9 @@ def _original(replacement: Replacement) -> Any:
     """The package's own function, whatever is in its place."""
     if (target := _targets.get(_key(replacement))) is not None:
         return target.original
-    owner = replacement.owner()
     try:
-        return inspect.getattr_static(owner, replacement.attribute)
-    except AttributeError:
+        return inspect.getattr_static(replacement.owner(), replacement.attribute)
+    except (AttributeError, ModuleNotFoundError):
         raise UnsupportedVersionError(
             f"{replacement.module} has no {replacement.name}: "
             "this release is not the one that kl_kernels knows"

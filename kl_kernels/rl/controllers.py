@@ -350,7 +350,8 @@ class PIKLController(_SteeredKLController):
 
     def _steer(self, kl: float, n_steps: int) -> tuple[float, float]:
         # A KL of 0 or, sampled, below has no logarithm; it is as far under the target as can be.
-        error = math.log(kl / self.target) if kl > 0 else -math.inf
+        ratio = kl / self.target  # 0 also of a KL too small to be divided
+        error = math.log(ratio) if ratio > 0 else -math.inf
         error = min(max(error, -self.error_clip), self.error_clip)
         moved = 0.0 if self._previous is None else error - self._previous
         self._previous = error

@@ -115,7 +115,7 @@ def kl_penalty(
             combined with another gradient; "k1" with gradient "pathwise" where logprobs requires
             grad: as a loss its expected gradient is 0, and no token's depends on the reference.
     """
-    name = kl_penalty.removesuffix("+")
+    name = kl_penalty.removesuffix("+") if isinstance(kl_penalty, str) else kl_penalty
     check_choice("kl_penalty", name, tuple(SAMPLED_ESTIMATORS))
     check_choice("gradient", gradient, GRADIENTS)
     if name != kl_penalty:

@@ -16,7 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_kernels.checks import check_batch, check_choice, check_like, check_non_negative
+from kl_kernels.checks import (
+    check_batch,
+    check_choice,
+    check_like,
+    check_non_negative,
+    check_number,
+)
 from kl_kernels.rl.masked import masked_mean, select
 from kl_kernels.schemas import output_dtype
 
@@ -68,6 +74,7 @@ def importance_weights(
     low = MODES[mode][0] if low is None else low
     high = MODES[mode][1] if high is None else high
     check_non_negative("low", low)
+    check_number("high", high)
     if not high >= low:
         raise ValueError(f"high is {high}; it has to be at least low, {low}")
 

@@ -10,8 +10,10 @@ from kl_kernels.checks import (
     check_choice,
     check_finite,
     check_non_negative,
+    check_number,
     check_per_sequence,
     check_positive,
+    check_tensor,
 )
 from kl_kernels.schemas import output_dtype
 
@@ -49,7 +51,7 @@ def missing_eos_penalty(
     check_non_negative("penalty", penalty)
     check_choice("mode", mode, MISSING_EOS)
     scores = scores.detach().to(output_dtype(scores))
-    cut_off = scores - penalty if mode == "subtract" else torch.full_like(scores, -penalty)
+    cut_off = scores - float(penalty) if mode == "subtract" else torch.full_like(scores, -penalty)
     return torch.where(ended.bool(), scores, cut_off)
 
 
@@ -82,6 +84,7 @@ def overlong_penalty(
     """
     _check_scores(lengths, "lengths")
     check_positive("max_length", max_length)
+    check_number("buffer", buffer)
     if not 1 <= buffer <= max_length:
         raise ValueError(f"buffer is {buffer}; accepted: 1 to max_length, {max_length}")
     check_non_negative("factor", factor)
@@ -120,7 +123,6 @@ def length_normalized_scores(
 
 
 def _check_scores(scores: Tensor, name: str = "scores") -> None:
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"{name} is a {type(scores).__name__}; it has to be a torch.Tensor")
+    check_tensor(name, scores)
     if scores.ndim != 1:
         raise ValueError(f"{name} has shape {tuple(scores.shape)}; it has to be [B]")

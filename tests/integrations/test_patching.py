@@ -134,6 +134,16 @@ def test_a_function_that_is_gone_is_named(package):
 
 
 @pytest.mark.parametrize(
+    ("module", "name"),
+    [("nowhere", "double"), ("trainer", "Critic.loss"), ("trainer", "Trainer.inner.loss")],
+)
+def test_a_module_or_class_that_is_gone_is_named(package, module, name):
+    gone = Replacement(f"someones_trainer.{module}", name, (), lambda f: f)
+    with pytest.raises(UnsupportedVersionError, match=rf"{module} has no {name}"):
+        Patch([gone])
+
+
+@pytest.mark.parametrize(
     ("installed", "found"),
     [("1.16.0", "1.16"), ("1.16.3.dev1", "1.16"), ("1.1.9", "1.1"), ("1.16", "1.16")],
 )

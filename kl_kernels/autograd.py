@@ -6,11 +6,13 @@ without any gradient to pass on, nothing runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kl_kernels import transforms
 from kl_kernels.ops import are_neighbours, library, new_gradient
 
 
@@ -29,8 +31,8 @@ def gradient_buffer(logits: Tensor, inplace_backward: bool) -> Tensor:
 def _run_backward(
     name: str, args: tuple[Any, ...], logits: Tensor, inplace_backward: bool, backend: str | None
 ) -> Tensor:
-    if not inplace_backward:
-        result: Tensor = getattr(torch.ops.kl_kernels, name)(*args, backend)
+    if not inplace_backward or transforms.are_active():  # what they are given stays as it is
+        result: Tensor = operator(name)(*args, backend)
         return result
     grad_logits = gradient_buffer(logits, inplace_backward)
     getattr(torch.ops.kl_kernels, name + "_")(*args, grad_logits, backend)
@@ -145,15 +147,8 @@ def _kl_rewards_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
     return grad_logits, *[None] * 14
 
 
-for _name, _setup, _backward in (
-    ("token_stats", token_stats_setup, _token_stats_backward),
-    ("token_kl", token_kl_setup, _token_kl_backward),
-    ("token_jsd", token_jsd_setup, _token_jsd_backward),
-    ("kl_rewards", _kl_rewards_setup, _kl_rewards_backward),
-):
-    torch.library.register_autograd(
-        f"kl_kernels::{_name}", _backward, setup_context=_setup, lib=library
-    )
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
 
 
 def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
@@ -162,8 +157,30 @@ def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
     )
 
 
-for _name in ("token_stats_backward", "token_kl_backward", "token_jsd_backward"):
-    torch.library.register_autograd(f"kl_kernels::{_name}", _no_second_derivative, lib=library)
+_FUNCTIONS = {}  # what `torch.func` differentiates in the place of the operators
+
+for _name, _setup, _backward in (
+    ("token_stats", token_stats_setup, _token_stats_backward),
+    ("token_kl", token_kl_setup, _token_kl_backward),
+    ("token_jsd", token_jsd_setup, _token_jsd_backward),
+    ("kl_rewards", _kl_rewards_setup, _kl_rewards_backward),
+    ("token_stats_backward", _backward_setup, _no_second_derivative),
+    ("token_kl_backward", _backward_setup, _no_second_derivative),
+    ("token_jsd_backward", _backward_setup, _no_second_derivative),
+):
+    torch.library.register_autograd(
+        f"kl_kernels::{_name}", _backward, setup_context=_setup, lib=library
+    )
+    _FUNCTIONS[_name] = transforms.function(_name, _setup, _backward)
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """The operator `name`, in a form that `torch.func` can differentiate where it is at work."""
+    if transforms.are_active():
+        apply: Callable[..., Any] = _FUNCTIONS[name].apply
+        return apply
+    whole: Callable[..., Any] = getattr(torch.ops.kl_kernels, name)
+    return whole
 
 
 class _Once(torch.autograd.Function):

@@ -11,7 +11,8 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from kl_kernels import transforms
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -104,21 +105,10 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_logits(name: str, logits: Tensor) -> None:
     check_floating(name, logits)
-    check_no_tangent(name, logits)
+    transforms.check_no_tangent(name, logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)}; it has to be [..., V] with at least one logit"
-        )
-
-
-def check_no_tangent(name: str, tensor: Tensor) -> None:
-    """Operators that only know backward drop tangents: torch would call the derivative 0."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if forward_ad.unpack_dual(tensor).tangent is not None:
-        raise NotImplementedError(
-            f"{name} carries a tangent, but kl_kernels has no forward-mode derivatives "
-            "(torch.func.jvp, jacfwd, hessian); use backward"
         )
 
 
@@ -148,8 +138,9 @@ def check_token_dtype(token_ids: Tensor, name: str = "token_ids") -> None:
 
 
 def values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether looking costs no waiting for a GPU, and no graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking costs no waiting for a GPU and no graph break; under vmap nobody can."""
+    is_plain = not (torch.compiler.is_compiling() or transforms.are_active())
+    return tensor.device.type == "cpu" and is_plain
 
 
 def check_token_range(

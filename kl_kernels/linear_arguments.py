@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kl_kernels import checks
+from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_tokens, needs_gradient
 from kl_kernels.linear_autograd import Options
 from kl_kernels.parallel import Shard, check_no_vocab_start, shard_of
@@ -88,6 +88,7 @@ def as_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:  # [...] -> [
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    transforms.refuse("a function of linear heads")
     names = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
     for name, tensor in zip(names, (hidden, weight) if bias is None else (hidden, weight, bias)):
         checks.check_floating(name, tensor)

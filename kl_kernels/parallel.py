@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kl_kernels import autograd
+from kl_kernels import autograd, transforms
 from kl_kernels.algebra import Finished
 from kl_kernels.arguments import any_token
 from kl_kernels.epilogues import scored_rewards
@@ -57,10 +57,10 @@ def operator(
             this rank is not in.
     """
     if group is not None:
+        transforms.refuse(f"{name} with a group")
         return partial(_SHARDED[name], shard_of(logits.shape[-1], group, vocab_start))
     check_no_vocab_start(vocab_start)
-    whole: Callable[..., Any] = getattr(torch.ops.kl_kernels, name)
-    return whole
+    return autograd.operator(name)
 
 
 def check_no_vocab_start(vocab_start: int | None) -> None:

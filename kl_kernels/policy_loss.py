@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_kernels import checks
+from kl_kernels import checks, transforms
 from kl_kernels.arguments import (
     check_inplace,
     check_reference,
@@ -108,6 +108,7 @@ def fused_policy_loss(
         RuntimeError: `backward` is called a second time: the first gave the gradient away.
     """
     ref_temperature = temperature if ref_temperature is None else ref_temperature
+    transforms.refuse("fused_policy_loss")
     check_scaled_logits("", logits, temperature, softcap)
     if logits.ndim != 3:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")

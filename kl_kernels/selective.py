@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_kernels import checks
+from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_mask, as_rows, as_tokens, check_scaled_logits, shaped
 from kl_kernels.autograd import once
 from kl_kernels.functional import token_stats
@@ -50,6 +50,7 @@ def selective_log_softmax(
         checks.check_token_range(as_tokens(index), mask, logits.shape[-1], "index")
         stats = token_stats(logits, index, mask=row_mask, temperature=temperature, backend=backend)
         return stats.logprob
+    transforms.refuse("selective_log_softmax of several tokens per position")
     check_several("index", index, logits)
     rows = as_rows(index)
     kept = rows if mask is None else rows.masked_fill(~mask[..., None], 0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_kernels import checks
+from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_mask, as_rows, check_scaled_logits, needs_gradient, shaped
 from kl_kernels.autograd import once
 from kl_kernels.schemas import ELSEWHERE, output_dtype
@@ -60,6 +60,7 @@ def topk_kl(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or (on
             a CPU) an id of a row occurs twice.
     """
+    transforms.refuse("topk_kl")
     check_scaled_logits("", logits, temperature, softcap)
     checks.check_unit_interval("beta", beta)
     checks.check_tensor("topk_ids", topk_ids)

@@ -1,4 +1,4 @@
-"""What surrounds a call: memory, threads, processes, copies, and torch's modes and transforms."""
+"""What surrounds a call: memory, threads, processes, copies, and torch's modes."""
 
 import copy
 import gc
@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.multiprocessing as mp
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import kl_kernels
@@ -121,7 +120,7 @@ def test_workers_give_what_their_parent_did(way, two_threads):
     """A forked process has none of OpenMP's threads, and would wait for them for ever."""
     expected = [threaded_kl(seed) for seed in range(3)]
     with mp.get_context(way).Pool(2) as workers:
-        assert workers.map_async(threaded_kl, range(3)).get(timeout=20) == expected
+        assert workers.map_async(threaded_kl, range(3)).get(timeout=300) == expected
     assert threaded_kl(0) == expected[0]
 
 
@@ -208,27 +207,3 @@ def test_nothing_is_refused_or_changed_by_deterministic_algorithms(name):
     torch.use_deterministic_algorithms(False)
     for got, right in zip(value_and_gradient(name, a), expected):
         assert torch.equal(got, right)
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_function_transforms_that_are_not_there_are_refused(name):
-    """A derivative of 0 would be an answer, and a wrong one."""
-    a = inputs()
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda x: OPS[name](x, a).sum())(a["logits"])
-    # NotImplementedError is a RuntimeError.
-    with pytest.raises(RuntimeError, match=r"tangent|setup_context"):
-        torch.func.jvp(lambda x: OPS[name](x, a), (a["logits"],), (a["logits"],))
-    with (
-        forward_ad.dual_level(),
-        pytest.raises(RuntimeError, match=r"tangent|implement the jvp|forward"),
-    ):
-        OPS[name](forward_ad.make_dual(a["logits"], a["logits"]), a)
-
-
-@pytest.mark.parametrize("name", ["token_stats", "token_kl", "token_jsd"])
-def test_vmap_is_a_loop(name):
-    a = inputs()
-    batch = torch.stack([a["logits"], 2 * a["logits"], a["logits"] - 1])
-    mapped = torch.func.vmap(lambda x: OPS[name](x, {**a, "mask": None}))(batch)
-    assert torch.equal(mapped, torch.stack([OPS[name](x, {**a, "mask": None}) for x in batch]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -12,9 +15,34 @@ def check_scaled_logits(
     prefix: str, logits: Tensor, temperature: float, softcap: float | None
 ) -> None:
     checks.check_logits(f"{prefix}logits", logits)
+    _warn_of_copy(f"{prefix}logits", logits)
     checks.check_positive(f"{prefix}temperature", temperature)
     if softcap is not None:
         checks.check_positive(f"{prefix}softcap", softcap)
+
+
+def _warn_of_copy(name: str, logits: Tensor) -> None:
+    """Gigabytes may be meant; whoever did not mean them should know."""
+    if torch.compiler.is_compiling() or not _has_to_be_copied(logits):
+        return
+    warnings.warn(
+        f"{name} of shape {tuple(logits.shape)} and strides {logits.stride()} are copied, "
+        f"{logits.nbytes / 2**20:.3g} MiB: kernels need neighbouring logits to be neighbours in "
+        "memory, and dimensions before the last two to be one",
+        stacklevel=5,
+    )
+
+
+def _has_to_be_copied(logits: Tensor) -> bool:
+    if logits.numel() == 0:
+        return False
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return True
+    outer = [d for d in range(logits.ndim - 2) if logits.shape[d] > 1]
+    return any(
+        logits.stride(d) != logits.stride(inner) * logits.shape[inner]
+        for d, inner in pairwise(outer)
+    )
 
 
 def check_reference(

@@ -16,8 +16,9 @@ ppo: $(READY)
 study: $(READY)
 	$(BIN)/python -m kl_kernels study $(ARGS)
 
+# A worker for each core, of one thread: several would wait for each other, and take twice as long.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # Random calls with hostile arguments. ARGS="--seed 7 --calls 1" repeats the one that was found.
 fuzz: $(READY)

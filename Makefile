@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 COUNTED := build/counted
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
 
-.PHONY: ppo study test integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare fuzz gpu abi docs lint format clean
+.PHONY: ppo study test integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare fuzz fuzz-sanitized gpu abi docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -23,6 +23,14 @@ test: $(READY)
 # Random calls with hostile arguments. ARGS="--seed 7 --calls 1" repeats the one that was found.
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz/run.py $(ARGS)
+
+# The same on kernels that AddressSanitizer and UndefinedBehaviorSanitizer watch.
+fuzz-sanitized: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+fuzz-sanitized: $(READY)
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" KL_KERNELS_CUDA=0 $(BIN)/python setup.py -q \
+	    build --build-base build/sanitized --build-lib build/sanitized/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/lib $(BIN)/python tests/fuzz/run.py $(ARGS)
 
 # Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
 # CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.

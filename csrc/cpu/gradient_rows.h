@@ -41,7 +41,8 @@ class GradientRows {
       : rows_(tensor, "grad_logits", 1, std::nullopt) {
     check(rows_.same_shape(logits) && rows_.dtype() == logits.dtype(),
           "grad_logits has to have the shape and dtype of logits");
-    if (rows_.contiguous()) advise_huge_pages(at(0), rows_.n_rows() * rows_.row_bytes());
+    if (rows_.contiguous() && rows_.n_rows() > 0)
+      advise_huge_pages(at(0), rows_.n_rows() * rows_.row_bytes());
   }
 
   void set_zero(int64_t row) { std::memset(at(row), 0, rows_.row_bytes()); }

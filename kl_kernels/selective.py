@@ -41,11 +41,12 @@ def selective_log_softmax(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
-    check_scaled_logits("", logits, temperature, None)
+    checks.check_tensor("logits", logits)
     checks.check_tensor("index", index)
     if index.ndim < logits.ndim:
         stats = token_stats(logits, index, mask=row_mask, temperature=temperature, backend=backend)
         return stats.logprob
+    check_scaled_logits("", logits, temperature, None)
     check_several("index", index, logits)
     mask = as_mask(row_mask, logits)
     rows = as_rows(index)

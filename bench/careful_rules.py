@@ -93,7 +93,7 @@ class TritonRule:
 
     @classmethod
     def for_logits(cls, logits: Tensor, ref_logits: Tensor) -> TritonRule:  # [R, V] each
-        sizes = launch._tile(logits[None], ref_logits[None])
+        sizes = launch.tile_of(logits[None], ref_logits[None])
         return cls(sizes["STEPS"] * sizes["N"] * sizes["LANE"], launch.CONFIG.fold_split)
 
     def part_size(self, vocab_size: int) -> int:

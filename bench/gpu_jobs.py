@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from formulas import (
     two_visits,
     with_gradient,
 )
+from operations import JSD_BETA, jensen_shannon
 from torch import Tensor
 
 import kl_kernels
@@ -134,7 +134,7 @@ def _token_stats(backend: str) -> Launch:
 
 def _token_jsd(backend: str) -> Launch:
     def launch(b: Buffers) -> tuple[Tensor, ...]:
-        return (kl_kernels.token_jsd(b.logits, b.ref_logits, backend=backend),)
+        return (kl_kernels.token_jsd(b.logits, b.ref_logits, beta=JSD_BETA, backend=backend),)
 
     return launch
 
@@ -190,11 +190,8 @@ def eager_jsd(
     logits: Tensor,  # [T, V]
     ref_logits: Tensor,  # [T, V]
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, ...]:  # jsd at beta = 1/2, [T]
-    log_p, log_q = (x.to(dtype).log_softmax(-1) for x in (logits, ref_logits))
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
-    return (terms.sum(-1) / 2,)
+) -> tuple[Tensor, ...]:  # jsd at beta = JSD_BETA, [T]
+    return (jensen_shannon(logits.to(dtype), ref_logits.to(dtype))["jsd"],)
 
 
 class WithGradient(Job):

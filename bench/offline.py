@@ -40,11 +40,7 @@ def blocks(results: dict[str, Any]) -> list[Block]:
         ),
         Picture("offline_instructions", "Instructions that one thread executes per logit"),
         Picture("offline_least_times", f"The least time of {shape} on an H200"),
-        *(
-            Block_
-            for job in JOBS
-            for Block_ in (Text(f"**{job}**: {JOBS[job]}."), table(results, job))
-        ),
+        *job_blocks(results),
         Text("Not counted:"),
         Bullets([f"{name}: {reason}" for name, reason in results["left_out"].items()]),
         Text("Not a library's own:"),

@@ -1,6 +1,7 @@
-"""Files that a crash at any moment leaves whole: the old content or the new, never a part of it.
+"""Files that a crash at any moment leaves whole, in folders that nobody else can write to.
 
-They are written beside their place, flushed to the disk and then renamed onto it.
+The old content or the new, never a part of it: they are written beside their place, flushed to the
+disk and then renamed onto it. Links planted where a file is to be made are not followed.
 """
 
 from __future__ import annotations
@@ -10,11 +11,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+FOLDER_MODE = 0o700
+FILE_MODE = 0o644  # at most: the umask may take more away
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows makes links for administrators only
+
+
+def make_folder(path: Path) -> None:
+    """`path` and what is missing above it, for this user alone. What is there stays as it is."""
+    if "\0" in str(path):
+        raise OSError("its name holds a NUL")
+    # mkdir(parents=True) would leave the folders above to the umask, and whoever can write to one
+    # of those can put another folder in this one's place.
+    if not path.parent.exists():
+        make_folder(path.parent)
+    path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+
+
+def opener(path: str, flags: int) -> int:
+    """For `open`: a new file is writable by this user alone, and a link is refused."""
+    return os.open(path, flags | _NO_FOLLOW, FILE_MODE)
+
+
+def check_links(name: str, folder: Path) -> None:
+    """A folder from elsewhere must not have its files read or written in other places.
+
+    Raises:
+        ValueError: something in it is a link that leads out of it; `name` is the argument's.
+    """
+    root = Path(os.path.realpath(folder))
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+            raise ValueError(
+                f"{name} is '{folder}', in which '{path.relative_to(folder)}' is a link that leads "
+                "out of it; a run is continued in a folder that holds all of it"
+            )
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Call `write` with a binary file that becomes `path` only once it is complete on disk."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    partial.unlink(missing_ok=True)  # of a crash
+    with open(partial, "xb", opener=opener) as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())

@@ -41,7 +41,7 @@ def selective_log_softmax(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
-    check_scaled_logits("", logits, temperature, None)
+    checks.check_tensor("logits", logits)
     checks.check_tensor("index", index)
     mask = as_mask(row_mask, logits, "row_mask")
     if index.ndim < logits.ndim:
@@ -51,6 +51,7 @@ def selective_log_softmax(
         stats = token_stats(logits, index, mask=row_mask, temperature=temperature, backend=backend)
         return stats.logprob
     transforms.refuse("selective_log_softmax of several tokens per position")
+    check_scaled_logits("", logits, temperature, None)
     check_several("index", index, logits)
     rows = as_rows(index)
     kept = rows if mask is None else rows.masked_fill(~mask[..., None], 0)

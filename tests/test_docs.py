@@ -18,7 +18,8 @@ import kl_kernels
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *DOCS]
+AT_ROOT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")
+PAGES = [*(ROOT / page for page in AT_ROOT), *DOCS]
 ELSEWHERE = ("http://", "https://", "mailto:")
 API = re.compile(r"^::: (\S+)", re.MULTILINE)  # what mkdocstrings puts in its place
 

@@ -199,7 +199,7 @@ def test_a_row_alone_is_bitwise_the_row_in_a_batch(vocab_size):
 )
 def test_loads_are_as_wide_as_every_row_allows(dtypes, vocab_size, view, lane):
     tensors = [view(torch.zeros(2, 3, vocab_size, dtype=d)) for d in dtypes]
-    assert launch._tile(*tensors)["LANE"] == lane
+    assert launch.tile_of(*tensors)["LANE"] == lane
 
 
 def test_each_mix_of_gradients_is_the_sum_of_its_parts(inputs):

@@ -111,8 +111,8 @@ def test_nothing_is_written_around_the_gradient(padding, write):
 @pytest.mark.parametrize("write", WRITERS)
 def test_stores_are_as_wide_as_the_buffer_allows(write, monkeypatch):
     """The interpreter stores anywhere: a GPU faults where lanes are wider than rows are aligned."""
-    tiles, tile = [], launch._tile
-    monkeypatch.setattr(launch, "_tile", lambda *t: tiles.append(tile(*t)) or tiles[-1])
+    tiles, tile = [], launch.tile_of
+    monkeypatch.setattr(launch, "tile_of", lambda *t: tiles.append(tile(*t)) or tiles[-1])
     x, y, token_ids = draw()
     grad = torch.empty(2, 3, V + 3)[..., 3:]
     write(x, y, token_ids, grad)

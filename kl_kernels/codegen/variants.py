@@ -43,7 +43,7 @@ class Shape:
         return torch.empty((1, self.rows, self.vocab_size), dtype=LOGITS, device="meta")
 
     def sizes(self, split: int) -> dict[str, int]:
-        strides = launch._strides(self.logits, None)
+        strides = launch.strides_of(self.logits, None)
         names = ("batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride")
         return {
             "n_rows": self.rows, "n_tokens": self.rows, "vocab_size": self.vocab_size,
@@ -54,7 +54,7 @@ class Shape:
         return dict(zip(("grad_batch_stride", "grad_token_stride"), self.logits.stride()))
 
     def tile(self) -> dict[str, int]:
-        return launch._tile(self.logits)
+        return launch.tile_of(self.logits)
 
     @property
     def aligned(self) -> bool:
@@ -116,7 +116,7 @@ def _backward(name: str, shape: Shape, *, kl: bool, forward_kl: bool) -> Variant
 
 def _policy_loss(name: str, shape: Shape, *, ref: bool) -> Variant:
     """With entropy in the loss, and the exact KL where there is a reference."""
-    tile = launch._whole_row_tile(shape.logits)
+    tile = launch.whole_row_tile(shape.logits)
     sizes = shape.sizes(shape.vocab_size)
     del sizes["n_splits"]
     arguments: dict[str, Any] = dict(
@@ -136,7 +136,7 @@ def _policy_loss(name: str, shape: Shape, *, ref: bool) -> Variant:
 
 
 def _mix(name: str, shape: Shape, *, given: bool) -> Variant:
-    tile = launch._whole_row_tile(shape.logits)
+    tile = launch.whole_row_tile(shape.logits)
     sizes = shape.sizes(shape.vocab_size)
     del sizes["n_splits"]
     arguments: dict[str, Any] = dict(

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from kl_kernels.arguments import any_token
 from kl_kernels.checks import check_choice
 from kl_kernels.functional import token_stats
+from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.rl.estimators import kl_penalty
 from kl_kernels.rl.masked import masked_mean
@@ -123,13 +123,6 @@ def _log_probs_from_logits(backend: str | None) -> Callable[..., Tensor]:
     return log_probs_from_logits
 
 
-def _compute_entropy(backend: str | None) -> Callable[..., Tensor]:
-    def compute_entropy(logits: Tensor) -> Tensor:  # [..., V] -> [...]
-        return token_stats(logits, any_token(logits), backend=backend).entropy
-
-    return compute_entropy
-
-
 def _replacements(backend: str | None) -> Sequence[Replacement]:
     """Of 0.11."""
     utils = "openrlhf.models.utils"
@@ -138,7 +131,7 @@ def _replacements(backend: str | None) -> Sequence[Replacement]:
             utils, "log_probs_from_logits", ("logits", "labels", "temperature"),
             always(_log_probs_from_logits(backend)),
         ),
-        Replacement(utils, "compute_entropy", ("logits",), always(_compute_entropy(backend))),
+        Replacement(utils, "compute_entropy", ("logits",), always(entropy_from_logits(backend))),
         Replacement(
             utils, "compute_approx_kl",
             ("log_probs", "log_probs_base", "log_probs_old", "kl_estimator", "unbiased_gradient"),

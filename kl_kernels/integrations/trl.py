@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_kernels.arguments import any_token
 from kl_kernels.divergence import token_jsd
 from kl_kernels.functional import token_stats
+from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.integrations.trl_callback import KLMonitorCallback
 from kl_kernels.integrations.trl_heads import DivergenceHead, LogprobHead
@@ -67,15 +67,6 @@ def _selective_log_softmax(
     backend: str | None,
 ) -> Tensor:
     return selective_log_softmax(logits, index, temperature, row_mask, backend=backend)
-
-
-def _entropy_from_logits(
-    logits: Tensor,  # [..., V]
-    chunk_size: int = 128,
-    *,
-    backend: str | None,
-) -> Tensor:
-    return token_stats(logits, any_token(logits), backend=backend).entropy
 
 
 def _selective_log_softmax_and_entropy(
@@ -148,7 +139,7 @@ def _with_fused_heads(backend: str | None, memory_budget: int | None) -> Sequenc
         Replacement(
             *_SELECTIVE, logprobs, always(partial(_selective_log_softmax, backend=backend))
         ),
-        Replacement(*_ENTROPY, always(partial(_entropy_from_logits, backend=backend))),
+        Replacement(*_ENTROPY, always(entropy_from_logits(backend))),
         Replacement(
             "trl.trainer.utils", "selective_log_softmax_and_entropy", both,
             always(partial(_selective_log_softmax_and_entropy, backend=backend)),
@@ -180,7 +171,7 @@ def _with_logits(backend: str | None, memory_budget: int | None) -> Sequence[Rep
             *_SELECTIVE, ("logits", "index"),
             always(partial(_selective_log_softmax, backend=backend)),
         ),
-        Replacement(*_ENTROPY, always(partial(_entropy_from_logits, backend=backend))),
+        Replacement(*_ENTROPY, always(entropy_from_logits(backend))),
     ]  # fmt: skip
 
 
@@ -193,7 +184,7 @@ def _classic(backend: str | None, memory_budget: int | None) -> Sequence[Replace
         ),
         Replacement(
             "trl.core", "entropy_from_logits", ("logits",),
-            always(partial(_entropy_from_logits, backend=backend)),
+            always(entropy_from_logits(backend)),
         ),
     ]  # fmt: skip
 

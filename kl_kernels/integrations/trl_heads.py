@@ -12,17 +12,21 @@ from kl_kernels.linear import linear_token_stats
 from kl_kernels.linear_jsd import linear_jsd_and_entropy
 
 
-class LogprobHead:
+class _Head:
+    """A class of TRL's that is called as `apply`, and what takes its place."""
+
+    def __init__(self, original: Any, backend: str | None, memory_budget: int | None) -> None:
+        self._original = original
+        self._options: dict[str, Any] = {"backend": backend, "memory_budget": memory_budget}
+
+
+class LogprobHead(_Head):
     """In the place of TRL's `ChunkedLogProbFunction`."""
 
     PARAMETERS = (
         "hidden", "weight", "bias", "targets", "temperature", "chunk_size",
         "final_logit_softcapping", "logit_scale", "outputs",
     )  # fmt: skip
-
-    def __init__(self, original: Any, backend: str | None, memory_budget: int | None) -> None:
-        self._original = original
-        self._options: dict[str, Any] = {"backend": backend, "memory_budget": memory_budget}
 
     def apply(
         self,
@@ -52,7 +56,7 @@ class LogprobHead:
         return logprob, entropy if "entropy" in outputs else None, None, None, None
 
 
-class DivergenceHead:
+class DivergenceHead(_Head):
     """In the place of TRL's `ChunkedDivergenceFunction`; beta is that of `token_jsd`."""
 
     PARAMETERS = (
@@ -61,10 +65,6 @@ class DivergenceHead:
         "beta", "temperature", "student_logit_scale", "student_final_logit_softcapping",
         "teacher_logit_scale", "teacher_final_logit_softcapping",
     )  # fmt: skip
-
-    def __init__(self, original: Any, backend: str | None, memory_budget: int | None) -> None:
-        self._original = original
-        self._options: dict[str, Any] = {"backend": backend, "memory_budget": memory_budget}
 
     def apply(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kl_kernels.arguments import any_token
 from kl_kernels.functional import token_kl, token_stats
+from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.integrations.verl_losses import policy_loss
 from kl_kernels.rl.advantages import compute_gae
@@ -154,23 +155,6 @@ def _logprobs_from_logits(backend: str | None) -> Callable[..., Tensor]:
     return logprobs_from_logits
 
 
-def _entropy_from_logits(backend: str | None) -> Callable[..., Tensor]:
-    def entropy_from_logits(logits: Tensor) -> Tensor:  # [..., V] -> [...]
-        return token_stats(logits, any_token(logits), backend=backend).entropy
-
-    return entropy_from_logits
-
-
-def _entropy_with_chunking(backend: str | None) -> Callable[..., Tensor]:
-    def entropy_from_logits_with_chunking(
-        logits: Tensor,  # [..., V]
-        chunk_size: int = 2048,
-    ) -> Tensor:
-        return token_stats(logits, any_token(logits), backend=backend).entropy
-
-    return entropy_from_logits_with_chunking
-
-
 def _masked_whiten(
     values: Tensor,  # [...]
     mask: Tensor,  # [...]
@@ -220,11 +204,11 @@ def _replacements(backend: str | None) -> Sequence[Replacement]:
             always(_logprobs_from_logits(backend)),
         ),
         Replacement(
-            functional, "entropy_from_logits", ("logits",), always(_entropy_from_logits(backend))
+            functional, "entropy_from_logits", ("logits",), always(entropy_from_logits(backend))
         ),
         Replacement(
             functional, "entropy_from_logits_with_chunking", ("logits", "chunk_size"),
-            always(_entropy_with_chunking(backend)),
+            always(entropy_from_logits(backend)),
         ),
         Replacement(
             functional, "masked_whiten", ("values", "mask", "shift_mean"), always(_masked_whiten)

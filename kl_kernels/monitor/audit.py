@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kl_kernels.files import sync_folder
+from kl_kernels.files import opener, sync_folder
 from kl_kernels.monitor.chain import FORMAT, Head, encode, head_path
 from kl_kernels.monitor.events import Event
 from kl_kernels.monitor.verify import verify_log
@@ -120,7 +120,7 @@ class AuditLog:
     def _create(self) -> int:
         # The sidecar comes first: a log without one was tampered with, never caught in the making.
         self._head.write(self.path)
-        self._file = FileIO(self.path, "x")
+        self._file = FileIO(self.path, "x", opener=opener)
         sync_folder(self.path.parent)
         return 0
 
@@ -139,7 +139,7 @@ class AuditLog:
                 f"'{self.path}' cannot be continued ({verdict.problem}): {verdict.message}"
             )
         self._head = Head(verdict.records, verdict.head)
-        self._file = FileIO(self.path, "a")
+        self._file = FileIO(self.path, "a", opener=opener)
         torn_bytes = self.path.stat().st_size - verdict.whole_bytes
         self._file.truncate(verdict.whole_bytes)
         os.fsync(self._file.fileno())
@@ -171,7 +171,7 @@ def _lock(path: Path) -> int:
 
     The file stays: were it removed, two writers could each lock one of the same name.
     """
-    descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = opener(f"{path}.lock", os.O_RDWR | os.O_CREAT)
     try:
         if sys.platform == "win32":
             import msvcrt

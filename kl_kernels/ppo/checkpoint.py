@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kl_kernels.files import sync_folder, write_atomically, write_text
+from kl_kernels.files import (
+    FILE_MODE,
+    FOLDER_MODE,
+    check_links,
+    make_folder,
+    sync_folder,
+    write_atomically,
+    write_text,
+)
 from kl_kernels.ppo.config import PPOConfig
 
 
@@ -80,7 +89,7 @@ def create_run(path: Path, config: PPOConfig) -> RunFolder:
                 f"or continue the run in it with --resume {path}"
             )
         run = RunFolder(path)
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         write_text(run.config, config.to_json())
     except OSError as error:
         raise ValueError(f"out is '{path}', which cannot be written: {error}") from error
@@ -91,11 +100,12 @@ def open_run(path: Path) -> tuple[RunFolder, PPOConfig]:
     """A run folder to continue, and its configuration.
 
     Raises:
-        ValueError: the folder holds no run, or one of another version.
+        ValueError: the folder holds no run, one of another version, or links that lead out of it.
     """
     run = RunFolder(path)
     if not run.config.is_file():
         raise ValueError(f"resume is '{path}', which holds no checkpoint of a run (no config.json)")
+    check_links("resume", path)
     try:
         return run, PPOConfig.from_json(run.config.read_text(encoding="utf-8"))
     except (TypeError, ValueError, OSError) as error:
@@ -107,8 +117,17 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    # Tensors and plain values only: a checkpoint from elsewhere cannot run code.
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """What `save_state` wrote: tensors and plain values. A file from elsewhere cannot run code.
+
+    Raises:
+        ValueError: it holds something else, or is damaged.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"'{path}' is no file of tensors and plain values") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"'{path}' holds a {type(state).__name__}; it has to hold a dict")
     return state
 
 
@@ -124,9 +143,11 @@ def save_model(
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(FOLDER_MODE)  # not by save_pretrained, which would write through a link
     lm.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
+        file.chmod(file.stat().st_mode & FILE_MODE)
         with open(file, "rb+") as written:
             os.fsync(written.fileno())
     shutil.rmtree(folder, ignore_errors=True)  # a folder cannot be renamed onto a full one

@@ -60,6 +60,7 @@ class PPOConfig:
 
     Raises:
         ValueError: a value is outside what its field accepts.
+        TypeError: a value is not of its field's type.
     """
 
     # What is trained, on what, towards what. Empty: the embedded task.
@@ -239,7 +240,9 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            _check(f.name, getattr(self, f.name), **f.metadata["limits"])
+            value = getattr(self, f.name)
+            _check_type(f.name, value, type(f.default))
+            _check(f.name, value, **f.metadata["limits"])
         if self.hidden_size % 8:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}; it has to be a multiple of 8: four heads, "
@@ -317,6 +320,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f.metadata["reason"] + default,
             **form,
         )
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    """A config.json may hold anything. (A bool is no number; an int is a float.)"""
+    accepted = (int, float) if kind is float else (kind,)
+    if type(value) not in accepted:
+        raise TypeError(f"{name} is {value!r}; it has to be of type {kind.__name__}")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name} is {value!r}; it has to be text without NUL")
 
 
 def _check(

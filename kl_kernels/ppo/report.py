@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kl_kernels.files import write_atomically, write_text
+from kl_kernels.files import opener, write_atomically, write_text
 from kl_kernels.ppo.config import PPOConfig
 
 Record = dict[str, Any]  # one update: see the end of the loop in loop.py
@@ -37,7 +37,7 @@ class MetricsLog:
         write_text(path, "".join(line + "\n" for line in lines))
 
     def append(self, record: Record) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=opener) as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -37,7 +37,7 @@ def load_reward(spec: str) -> RewardFunction:
         ValueError: it cannot be imported, or is not a function.
     """
     module_name, colon, name = spec.partition(":")
-    if not (module_name and colon and name):
+    if not (colon and all(map(str.isidentifier, [*module_name.split("."), name]))):
         raise ValueError(f"reward is {spec!r}; it has to read module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

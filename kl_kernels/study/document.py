@@ -99,7 +99,8 @@ def _markdown(block: Block, folder: str, suffix: str) -> str:
             return f"![{text.replace('`', '')}]({folder}/{name}{suffix})\n\n*{text}*"
         case Table(header, rows):
             lines = [header, ["---"] * len(header), *rows]
-            cells = ([re.sub(r"([|<>])", r"\\\1", cell) for cell in line] for line in lines)
+            # A backslash would take the one put before what follows it; "](" makes links.
+            cells = ([re.sub(r"([\\|<>]|(?<=\])\()", r"\\\1", c) for c in line] for line in lines)
             return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 

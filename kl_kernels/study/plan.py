@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kl_kernels.files import write_text
+from kl_kernels.files import check_links, make_folder, write_text
 from kl_kernels.info import facts
 from kl_kernels.ppo.checkpoint import RunFolder
 from kl_kernels.ppo.config import PPOConfig
@@ -82,11 +82,11 @@ class Plan:
 
 def canonical_beta(text: str) -> str:
     """One spelling for a number: 0.10 and 0.1 are the same beta."""
-    if text.strip() == ADAPTIVE:
-        return ADAPTIVE
     try:
+        if text.strip() == ADAPTIVE:
+            return ADAPTIVE
         beta = float(text)
-    except ValueError:
+    except (AttributeError, ValueError):  # a plan's file may hold anything
         beta = math.nan
     if not 0 <= beta < math.inf:
         raise ValueError(f"betas holds {text!r}; accepted: numbers from 0 on, and {ADAPTIVE!r}")
@@ -150,7 +150,7 @@ def create_study(path: Path, plan: Plan) -> StudyFolder:
                 f"or continue the study in it with --resume {path}"
             )
         for part in ("starts", "runs", "logs", "estimates"):
-            (path / part).mkdir(parents=True, exist_ok=True)
+            make_folder(path / part)
         write_text(folder.plan, plan.to_json())
     except OSError as error:
         raise ValueError(f"out is '{path}', which cannot be written: {error}") from error
@@ -161,11 +161,13 @@ def open_study(path: Path) -> tuple[StudyFolder, Plan]:
     """A study to continue, and its plan.
 
     Raises:
-        ValueError: the folder holds no study, or one of another version.
+        ValueError: the folder holds no study, one of another version, or links that lead out of
+            it.
     """
     folder = StudyFolder(path)
     if not folder.plan.is_file():
         raise ValueError(f"resume is '{path}', which holds no study (no {folder.plan.name})")
+    check_links("resume", path)
     try:
         return folder, Plan.from_json(folder.plan.read_text(encoding="utf-8"))
     except (KeyError, TypeError, ValueError, OSError) as error:

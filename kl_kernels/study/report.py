@@ -151,7 +151,7 @@ def _table_note(data: Data) -> str:
 def samples_table(data: Data) -> Table:
     names = list(data["samples"][0]["answers"])
     rows = [
-        [" ".join(sample["prompt"].split())]
+        [_plain(sample["prompt"])]
         + [
             f"{_plain(answer['text'])} [{answer['proxy']:.1f}, {answer['gold']:.1f}]"
             for answer in sample["answers"].values()
@@ -162,7 +162,7 @@ def samples_table(data: Data) -> Table:
 
 
 def _plain(text: str) -> str:
-    """Nothing of what a language model may write is markup."""
+    """Nothing of what a language model may write, or a file of prompts hold, is markup."""
     return " ".join(text.split()).translate(str.maketrans("`*", "'·"))
 
 

@@ -20,7 +20,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from kl_kernels.files import write_bytes, write_text
+from kl_kernels.files import make_folder, opener, write_bytes, write_text
 from kl_kernels.ppo.checkpoint import RunFolder
 from kl_kernels.study.plan import Plan, StudyFolder
 from kl_kernels.study.prepare import is_prepared
@@ -61,7 +61,7 @@ def _start_job(plan: Plan, study: StudyFolder, seed: int) -> Job:
     folder = study.start(seed)
 
     def set_up() -> None:
-        folder.path.mkdir(exist_ok=True)
+        make_folder(folder.path)
         config = plan.config(plan.betas[0], seed)  # beta plays no role here
         write_text(folder.config, config.to_json())
 
@@ -79,7 +79,7 @@ def _run_job(plan: Plan, study: StudyFolder, beta: str, seed: int) -> Job:
     folder, start = study.run(beta, seed), study.start(seed)
 
     def set_up() -> None:
-        folder.path.mkdir(exist_ok=True)
+        make_folder(folder.path)
         _copy_start(start, folder)
         if not folder.config.is_file():
             write_text(folder.config, plan.config(beta, seed).to_json())
@@ -145,7 +145,7 @@ def _launch(job: Job, side_by_side: int, lock: int | None) -> subprocess.Popen[b
     job.set_up()
     threads = str(max(1, n_cores() // side_by_side))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    with open(job.log, "ab") as log:
+    with open(job.log, "ab", opener=opener) as log:
         return subprocess.Popen(
             [sys.executable, "-m", *job.command],
             env=environment,
@@ -189,7 +189,7 @@ def _locked(study: StudyFolder) -> Iterator[int | None]:
     except ImportError:  # Windows has no such locks
         yield None
         return
-    with open(study.lock, "wb") as file:
+    with open(study.lock, "wb", opener=opener) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

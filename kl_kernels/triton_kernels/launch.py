@@ -135,17 +135,13 @@ def _forward(
     n_rows = token_ids.numel()
     has_ref = ref_logits is not None
 
-    def per_token(*leading: int, wanted: bool = True) -> Tensor | None:
-        if not wanted:
-            return None
-        return torch.empty(
-            (*leading, *token_ids.shape), dtype=output_dtype(logits), device=logits.device
-        )
+    def outputs_if(wanted: bool, n: int) -> list[Tensor | None]:
+        return [per_token(logits) if wanted else None for _ in range(n)]
 
-    logprob, entropy = per_token(), per_token()
-    ref_logprob, kl, forward_kl = (per_token(wanted=has_ref) for _ in range(3))
-    policy_state, ref_state = per_token(2), per_token(2, wanted=has_ref)
-    rewards, correction = (per_token(wanted=reward is not None) for _ in range(2))
+    logprob, entropy, policy_state = per_token(logits), per_token(logits), per_token(logits, 2)
+    ref_logprob, kl, forward_kl = outputs_if(has_ref, 3)
+    ref_state = per_token(logits, 2) if has_ref else None
+    rewards, correction = outputs_if(reward is not None, 2)
     scores, score_index, kl_coef, estimator, kl_clip = reward or (None, None, 0.0, 0, None)
     outputs = (logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state)
     if n_rows == 0:
@@ -179,11 +175,11 @@ def _fold(
     n_splits = -(-vocab_size // split)
     fields = POLICY_STATE_FIELDS if ref_logits is None else STATE_FIELDS
     states = torch.empty((fields, n_splits, n_rows), dtype=torch.float32, device=logits.device)
-    sizes = (n_rows, token_ids.shape[1], vocab_size, n_splits, *_strides(logits, ref_logits))
+    sizes = (n_rows, token_ids.shape[1], vocab_size, n_splits, *strides_of(logits, ref_logits))
     scales = (LOG2E.value / temperature, LOG2E.value / ref_temperature, softcap, ref_softcap)
     fold_kernel[(n_rows * n_splits,)](
         logits, ref_logits, token_ids, mask, states, *sizes, *scales,
-        SPLIT=split, **_tile(logits, ref_logits), **COMPILE,
+        SPLIT=split, **tile_of(logits, ref_logits), **COMPILE,
     )  # fmt: skip
     return states, sizes, scales
 
@@ -202,9 +198,7 @@ def fold_part(
     check_token_range(token_ids, here if mask is None else mask & here, logits.shape[-1])
     n_fields = schemas.ALONE_FIELDS if ref_logits is None else len(schemas.STATE_FIELDS)
     n_rows = token_ids.numel()
-    state = torch.empty(
-        (n_fields, *token_ids.shape), dtype=output_dtype(logits), device=logits.device
-    )
+    state = per_token(logits, n_fields)
     if n_rows == 0:
         return state
     with torch.cuda.device_of(logits):
@@ -271,10 +265,10 @@ def token_kl_backward(
             grad_logprob, grad_kl, grad_forward_kl, grad_entropy,
             logits, ref_logits, token_ids, mask, policy_state, ref_state, kl, entropy, grad_logits,
             n_rows, token_ids.shape[1], vocab_size, n_splits,
-            *_strides(logits, ref_logits), *grad_logits.stride()[:2],
+            *strides_of(logits, ref_logits), *grad_logits.stride()[:2],
             temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
             softcap, ref_softcap,
-            SPLIT=split, **_tile(logits, ref_logits, grad_logits), **COMPILE,
+            SPLIT=split, **tile_of(logits, ref_logits, grad_logits), **COMPILE,
         )  # fmt: skip
 
 
@@ -303,9 +297,7 @@ def policy_loss(
 ) -> Tensor:
     check_token_range(token_ids, mask, logits.shape[-1])
     n_rows, vocab_size = token_ids.numel(), logits.shape[-1]
-    terms = torch.empty(
-        (len(POLICY_LOSS_TERMS), *token_ids.shape), dtype=output_dtype(logits), device=logits.device
-    )
+    terms = per_token(logits, len(POLICY_LOSS_TERMS))
     if n_rows == 0:
         return terms
     grad_strides = (0, 0) if grad_logits is None else grad_logits.stride()[:2]
@@ -313,12 +305,12 @@ def policy_loss(
         policy_loss_kernel[(n_rows,)](
             logits, ref_logits, token_ids, mask, old_logprobs, advantages, token_weights,
             importance_weights, ref_logprobs, terms, grad_logits,
-            n_rows, token_ids.shape[1], vocab_size, *_strides(logits, ref_logits), *grad_strides,
+            n_rows, token_ids.shape[1], vocab_size, *strides_of(logits, ref_logits), *grad_strides,
             temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
             softcap, ref_softcap, clip_low, clip_high, dual_clip, log_ratio_clamp,
             kl_coef, entropy_coef,
             ESTIMATOR=kl_estimator, HAS_KL=kl_coef != 0, HAS_ENTROPY=entropy_coef != 0,
-            **_whole_row_tile(logits, ref_logits, grad_logits), **COMPILE,
+            **whole_row_tile(logits, ref_logits, grad_logits), **COMPILE,
         )  # fmt: skip
     return terms
 
@@ -330,7 +322,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor) -> None:  # [B, T, V], []
     with torch.cuda.device_of(gradient):
         scale_kernel[(CONFIG.scale_programs,)](
             gradient, factor, n_batch * n_tokens, n_tokens, vocab_size, *gradient.stride()[:2],
-            **_tile(gradient), **COMPILE,
+            **tile_of(gradient), **COMPILE,
         )  # fmt: skip
 
 
@@ -354,12 +346,18 @@ def gae(
     return advantages, returns
 
 
-def _strides(logits: Tensor, ref_logits: Tensor | None) -> tuple[int, ...]:
+def per_token(logits: Tensor, *leading: int) -> Tensor:
+    """Room for numbers of each token, [*leading, B, T]."""
+    shape = (*leading, *logits.shape[:-1])
+    return torch.empty(shape, dtype=output_dtype(logits), device=logits.device)
+
+
+def strides_of(logits: Tensor, ref_logits: Tensor | None) -> tuple[int, ...]:
     ref_logits = logits if ref_logits is None else ref_logits
     return *logits.stride()[:2], *ref_logits.stride()[:2]
 
 
-def _tile(*tensors: Tensor | None) -> dict[str, int]:
+def tile_of(*tensors: Tensor | None) -> dict[str, int]:
     """The [STEPS, N, LANE] that one program reads at a time, in loads as wide as rows are aligned.
 
     The widest dtype decides, so that both tensors of a pair are read in the same pattern.
@@ -371,9 +369,9 @@ def _tile(*tensors: Tensor | None) -> dict[str, int]:
     return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
 
 
-def _whole_row_tile(*tensors: Tensor | None) -> dict[str, int]:
+def whole_row_tile(*tensors: Tensor | None) -> dict[str, int]:
     lanes, num_warps = CONFIG.policy_loss_lanes, CONFIG.policy_loss_warps
-    return {**_tile(*tensors), "N": lanes, "num_warps": num_warps}
+    return {**tile_of(*tensors), "N": lanes, "num_warps": num_warps}
 
 
 def _rows_are_aligned(t: Tensor) -> bool:  # [B, T, V]

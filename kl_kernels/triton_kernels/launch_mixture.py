@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_kernels.schemas import MIXTURE_SUMS, output_dtype
+from kl_kernels.schemas import MIXTURE_SUMS
 from kl_kernels.triton_kernels import launch
 from kl_kernels.triton_kernels.math import LOG2E
 from kl_kernels.triton_kernels.mixture import mix_backward_kernel, mix_kernel
@@ -21,8 +21,8 @@ def token_jsd(
     softcap: float | None,
     ref_softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    states = (_per_token(logits, 2), _per_token(logits, 2))
-    outputs = _per_token(logits), _per_token(logits)
+    states = (launch.per_token(logits, 2), launch.per_token(logits, 2))
+    outputs = launch.per_token(logits), launch.per_token(logits)
     _mix(
         logits, ref_logits, mask, states, outputs, beta, temperature, ref_temperature,
         softcap, ref_softcap, given=False,
@@ -42,7 +42,7 @@ def mixture_part(
     softcap: float | None,
     ref_softcap: float | None,
 ) -> Tensor:
-    sums = _per_token(logits, len(MIXTURE_SUMS))
+    sums = launch.per_token(logits, len(MIXTURE_SUMS))
     _mix(
         logits, ref_logits, mask, (policy_state, ref_state), (sums[0], sums[1]),
         beta, temperature, ref_temperature, softcap, ref_softcap, given=True,
@@ -70,10 +70,10 @@ def _mix(
     with torch.cuda.device_of(logits):
         mix_kernel[(n_rows,)](
             logits, ref_logits, mask, *states, *outputs,
-            n_rows, n_tokens, vocab_size, *launch._strides(logits, ref_logits),
+            n_rows, n_tokens, vocab_size, *launch.strides_of(logits, ref_logits),
             *weights(beta), LOG2E.value / temperature, LOG2E.value / ref_temperature,
             softcap, ref_softcap, GIVEN=given,
-            **launch._whole_row_tile(logits, ref_logits), **launch.COMPILE,
+            **launch.whole_row_tile(logits, ref_logits), **launch.COMPILE,
         )  # fmt: skip
 
 
@@ -101,10 +101,10 @@ def token_jsd_backward(
         mix_backward_kernel[(n_rows * n_splits,)](
             grad_jsd, logits, ref_logits, mask, policy_state, ref_state, mixture_kl, grad_logits,
             n_rows, n_tokens, vocab_size, n_splits,
-            *launch._strides(logits, ref_logits), *grad_logits.stride()[:2], *weights(beta),
+            *launch.strides_of(logits, ref_logits), *grad_logits.stride()[:2], *weights(beta),
             temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
             softcap, ref_softcap,
-            SPLIT=split, **launch._tile(logits, ref_logits, grad_logits), **launch.COMPILE,
+            SPLIT=split, **launch.tile_of(logits, ref_logits, grad_logits), **launch.COMPILE,
         )  # fmt: skip
 
 
@@ -112,8 +112,3 @@ def weights(beta: float) -> tuple[float, float]:
     """1 - beta and beta, below 1 in float32: the mixture is to stay above 0."""
     most = 1 - 2**-24
     return min(1 - beta, most), min(beta, most)
-
-
-def _per_token(logits: Tensor, *leading: int) -> Tensor:
-    shape = (*leading, *logits.shape[:-1])
-    return torch.empty(shape, dtype=output_dtype(logits), device=logits.device)

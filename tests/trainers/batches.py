@@ -1,11 +1,13 @@
 """Batches as trainers have them: responses of several lengths, with padding and with holes."""
 
+import pytest
 import torch
 
+SHAPE = (5, 9)
 KINDS = ("full", "right padding", "left padding", "holes", "one token each")
 
 
-def mask_of(kind, shape=(5, 9), seed=0):  # -> [B, T] bool, a token or more in each row
+def mask_of(kind, shape=SHAPE, seed=0):  # -> [B, T] bool, a token or more in each row
     """Which positions are tokens of the policy."""
     generator = torch.Generator().manual_seed(seed)
     rows, width = shape
@@ -20,6 +22,15 @@ def mask_of(kind, shape=(5, 9), seed=0):  # -> [B, T] bool, a token or more in e
     at_random = torch.rand(shape, generator=generator)
     best = at_random == at_random.amax(1, keepdim=True)
     return best if kind == "one token each" else best | (at_random < 0.6)
+
+
+@pytest.fixture
+def log_probs():  # [B, T]
+    return -5 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) - 0.1
+
+
+def normal(seed):  # [B, T]
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
 def log_probs_near(log_probs, spread, seed):  # [B, T] -> [B, T], differences of about `spread`

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batches import KINDS, gradient, log_probs_near, mask_of
+from batches import KINDS, SHAPE, gradient, log_probs, log_probs_near, mask_of
 from openrlhf.models import utils
 from openrlhf.models.utils import compute_approx_kl as theirs
 from openrlhf.models.utils import compute_reward as their_reward
@@ -12,18 +12,13 @@ from openrlhf.trainer.ppo_utils import kl_controller
 import kl_kernels
 from kl_kernels.integrations import openrlhf
 
-SHAPE = (5, 9)
+__all__ = ["log_probs"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def patched():
     with openrlhf.patch() as patch:
         yield patch
-
-
-@pytest.fixture
-def log_probs():
-    return -5 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) - 0.1
 
 
 @pytest.mark.exercises("compute_approx_kl: every estimator, value and gradient")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batches import KINDS, gradient, log_probs_near, mask_of
+from batches import KINDS, SHAPE, gradient, log_probs, log_probs_near, mask_of, normal
 from openrlhf.models import utils
 from openrlhf.models.loss import PolicyLoss, ValueLoss, aggregate_loss
 from openrlhf.models.utils import compute_entropy, log_probs_from_logits
@@ -12,22 +12,13 @@ import kl_kernels
 from kl_kernels.integrations import openrlhf
 from kl_kernels.rl.losses import aggregate
 
-SHAPE = (5, 9)
+__all__ = ["log_probs"]
 
 
 @pytest.fixture
 def patched():
     with openrlhf.patch() as patch:
         yield patch
-
-
-@pytest.fixture
-def log_probs():
-    return -5 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) - 0.1
-
-
-def normal(seed):
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
 def logits_and_labels(dtype=torch.float32, vocabulary=65):

@@ -1,7 +1,6 @@
 """A whole computation with the patch and without, and what remains when it is undone."""
 
 import os
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import torch
 from openrlhf.models import actor, loss, utils
 from openrlhf.trainer.ppo_utils import experience_maker
 from openrlhf.trainer.ray import ppo_actor
+from patches import check_same_step, check_undo, code_of
 
 from kl_kernels.integrations import openrlhf
 
@@ -74,11 +74,7 @@ def test_a_whole_step_is_the_same(estimator, unbiased):
     theirs = whole_step(estimator, unbiased)
     with openrlhf.patch():
         ours = whole_step(estimator, unbiased)
-    for name, value in theirs.items():
-        torch.testing.assert_close(
-            ours[name], value, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    assert theirs["gradient"].abs().max() > 1e-3
+    check_same_step(ours, theirs)
 
 
 PLACES = {
@@ -93,13 +89,7 @@ PLACES = {
 
 @pytest.mark.exercises("patch and undo: every reference that OpenRLHF holds")
 def test_undo_restores_the_originals():
-    originals = {(m, n): getattr(m, n) for m, names in PLACES.items() for n in names}
-    patch = openrlhf.patch()
-    for (module, name), original in originals.items():
-        assert getattr(module, name) is not original
-    patch.undo()
-    for (module, name), original in originals.items():
-        assert getattr(module, name) is original
+    check_undo(openrlhf.patch, PLACES)
 
 
 @pytest.mark.exercises("importing the integration changes nothing")
@@ -114,8 +104,7 @@ def test_importing_patches_nothing():
 
 @pytest.mark.exercises("the code of the how-to page")
 def test_what_ray_is_to_call_in_each_worker(monkeypatch, request):
-    page = (request.config.rootpath / "docs" / "how-to" / "openrlhf.md").read_text()
-    (code,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    code = code_of(request, "openrlhf.md")
     patches, patch = [], openrlhf.patch
     monkeypatch.setattr(openrlhf, "patch", lambda: patches.append(patch()))
     names = {}

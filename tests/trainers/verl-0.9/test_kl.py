@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from batches import KINDS, gradient, log_probs_near, mask_of
+from batches import KINDS, SHAPE, gradient, log_probs, log_probs_near, mask_of
 from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
 from verl.trainer.ppo.core_algos import kl_penalty as theirs
@@ -14,13 +14,7 @@ import kl_kernels
 from kl_kernels.integrations import verl
 
 NAMES = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl")
-SHAPE = (5, 9)
-
-
-@pytest.fixture
-def log_probs():
-    generator = torch.Generator().manual_seed(0)
-    return -5 * torch.rand(SHAPE, generator=generator) - 0.1
+__all__ = ["log_probs"]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from batches import KINDS, gradient, log_probs_near, mask_of
+from batches import KINDS, gradient, log_probs, log_probs_near, mask_of, normal
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import (
     agg_loss,
@@ -19,7 +19,7 @@ import kl_kernels
 from kl_kernels.integrations import verl
 from kl_kernels.rl.losses import AGGREGATIONS, aggregate
 
-SHAPE = (5, 9)
+__all__ = ["log_probs"]
 
 
 @cache
@@ -29,15 +29,6 @@ def patched_gae():
         by_name = core_algos.get_adv_estimator_fn("gae")
         assert by_name is core_algos.compute_gae_advantage_return
         return by_name
-
-
-@pytest.fixture
-def log_probs():
-    return -5 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) - 0.1
-
-
-def normal(seed):
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.exercises("GAE: advantages and returns")

@@ -1,13 +1,13 @@
 """A whole computation with the patch and without, and what remains when it is undone."""
 
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
 import verl.utils.torch_functional as verl_F
+from patches import check_same_step, check_undo, code_of
 from tensordict import TensorDict
 from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
@@ -88,11 +88,7 @@ def test_a_whole_step_is_the_same(loss_mode, kl_loss_type):
     torch.manual_seed(0)
     with verl.patch():
         ours = whole_step(loss_mode, kl_loss_type)
-    for name, value in theirs.items():
-        torch.testing.assert_close(
-            ours[name], value, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    assert theirs["gradient"].abs().max() > 1e-3
+    check_same_step(ours, theirs)
 
 
 PLACES = {
@@ -109,13 +105,7 @@ PLACES = {
 def test_undo_restores_the_originals():
     registries = core_algos.POLICY_LOSS_REGISTRY, core_algos.ADV_ESTIMATOR_REGISTRY
     held = [dict(registry) for registry in registries]
-    originals = {(m, n): getattr(m, n) for m, names in PLACES.items() for n in names}
-    patch = verl.patch()
-    for (module, name), original in originals.items():
-        assert getattr(module, name) is not original
-    patch.undo()
-    for (module, name), original in originals.items():
-        assert getattr(module, name) is original
+    check_undo(verl.patch, PLACES)
     assert [dict(registry) for registry in registries] == held
 
 
@@ -134,9 +124,7 @@ def test_importing_patches_nothing():
 
 @pytest.mark.exercises("the code of the how-to page, by VERL_USE_EXTERNAL_MODULES")
 def test_a_worker_is_patched_by_an_environment_variable(tmp_path, request):
-    page = (request.config.rootpath / "docs" / "how-to" / "verl.md").read_text()
-    (patched,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (tmp_path / "patched.py").write_text(patched)
+    (tmp_path / "patched.py").write_text(code_of(request, "verl.md"))
     code = (
         "import verl.workers.utils.losses as w, verl.trainer.ppo.core_algos as c\n"
         "assert w.kl_penalty is c.kl_penalty\n"

@@ -1,0 +1,22 @@
+"""The entropy of logits, for which each trainer has a name of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kl_kernels.arguments import any_token
+from kl_kernels.functional import token_stats
+
+
+def entropy_from_logits(backend: str | None) -> Callable[..., Tensor]:
+    """A function, as trainers may compile what they call: entropy per row, in nats."""
+
+    def entropy(
+        logits: Tensor,  # [..., V]
+        chunk_size: int | None = None,  # of trainers that hold softmax(logits), a chunk at a time
+    ) -> Tensor:  # [...]
+        return token_stats(logits, any_token(logits), backend=backend).entropy
+
+    return entropy

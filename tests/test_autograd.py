@@ -218,6 +218,13 @@ OPERATORS = (
 )
 
 
+def test_no_operator_is_left_out():
+    every = torch._C._dispatch_get_all_op_names()
+    assert set(OPERATORS) == {
+        name.removeprefix("kl_kernels::") for name in every if name.startswith("kl_kernels::")
+    }
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_registered_completely(name, backend):
@@ -235,6 +242,12 @@ def jsd(logits, ref_logits, token_ids, mask, **how):
     return kl_kernels.token_jsd(logits, ref_logits, beta=0.3, mask=mask, **how).sum()
 
 
+def rewards(logits, ref_logits, token_ids, mask, **how):
+    scores = torch.tensor([1.0, -2.0])
+    r = kl_kernels.kl_rewards(logits, ref_logits, token_ids, scores, mask, kl_coef=0.1, **how)
+    return (r.rewards * r.logprob + r.kl).sum()
+
+
 def policy_loss(logits, ref_logits, token_ids, mask, **how):
     loss, metrics = kl_kernels.fused_policy_loss(
         logits, token_ids, None, mask.float() - 0.3, mask,
@@ -245,7 +258,7 @@ def policy_loss(logits, ref_logits, token_ids, mask, **how):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("inplace_backward", [False, True])
-@pytest.mark.parametrize("function", [kl_and_logprob, jsd, policy_loss])
+@pytest.mark.parametrize("function", [kl_and_logprob, jsd, rewards, policy_loss])
 def test_compiles_whole_and_once_for_all_lengths(backend, inplace_backward, function):
     from torch._dynamo.utils import counters
 

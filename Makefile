@@ -6,9 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 COUNTED := build/counted
+DIST := build/dist
+PYTHONS ?=
+KL_KERNELS_CUDA ?= 0
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
 
-.PHONY: ppo study test integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare fuzz fuzz-sanitized gpu abi docs lint format clean
+.PHONY: ppo study test coverage fuzz fuzz-sanitized integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -100,13 +103,32 @@ bench: $(VENV)/bench-ready
 gpu:
 	$(PYTHON) bench/make_gpu.py $(ARGS)
 
-# The wheel, and whether it keeps to the stable ABIs: Python's, as its tag promises, and torch's.
-abi: $(VENV)/dev-ready
-	rm -rf build/wheel
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel .
-	$(BIN)/abi3audit --strict --verbose build/wheel/*.whl
-	$(BIN)/python -m zipfile -e build/wheel/*.whl build/wheel/unpacked
-	$(BIN)/torch-abi-audit --verbose --check both build/wheel/unpacked/kl_kernels
+# The sdist, the wheel that comes of it, and the SBOM: what is in them, and what the wheel does, alone
+# in an environment outside of the tree. PYTHONS: further ones, with its dependencies and pytest.
+dist: wheel
+	$(BIN)/twine check --strict $(DIST)/*
+	$(BIN)/python tests/installed/contents.py $(DIST)
+	$(BIN)/python tests/installed/run.py --sbom $(DIST)/sbom.cdx.json $(DIST)/*.whl
+	set -e; for python in $(PYTHONS); do \
+	    $(BIN)/python tests/installed/run.py --python $$python $(DIST)/*.whl; \
+	done
+
+# The same with the cuda backend, where nvcc is.
+dist-cuda: $(VENV)/dist-ready
+	$(MAKE) abi dist DIST=build/dist-cuda KL_KERNELS_CUDA=1
+
+# Whether the wheel keeps to the stable ABIs: Python's, as its tag promises, and torch's.
+abi: wheel
+	$(BIN)/abi3audit --strict --verbose $(DIST)/*.whl
+	rm -rf build/unpacked
+	$(BIN)/python -m zipfile -e $(DIST)/*.whl build/unpacked
+	$(BIN)/torch-abi-audit --verbose --check both build/unpacked/kl_kernels
+
+wheel: $(VENV)/dist-ready
+	rm -rf $(DIST)
+	KL_KERNELS_CUDA=0 $(BIN)/python -m build --quiet --no-isolation --sdist --outdir $(DIST)
+	KL_KERNELS_CUDA=$(KL_KERNELS_CUDA) $(BIN)/python -m pip wheel --quiet --no-cache-dir \
+	    --no-build-isolation --no-deps -w $(DIST) $(DIST)/*.tar.gz
 
 # The site, into build/site. (Otherwise every build would announce Material's successor.)
 docs: $(VENV)/docs-ready
@@ -116,6 +138,7 @@ lint: $(VENV)/dev-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/typing/mypy.ini
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/dev-ready
@@ -163,6 +186,10 @@ $(VENV)/bench-ready: $(READY)
 
 $(VENV)/dev-ready: $(READY)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(VENV)/dist-ready: $(READY)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[dist]"
 	touch $@
 
 $(VENV)/docs-ready: $(READY)

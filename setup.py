@@ -20,6 +20,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 from setuptools.errors import BaseError, CCompilerError
 
 # Never -ffast-math: NaN and -inf have a meaning here. (The last two warnings are false: they
@@ -172,6 +173,11 @@ class Cuda:
     def nvcc(self):
         return str(self.home / "bin" / "nvcc")
 
+    def version(self):
+        """The toolkit's, as PyTorch writes it ("130")."""
+        told = subprocess.run([self.nvcc, "--version"], check=True, capture_output=True, text=True)
+        return "".join(re.search(r"release (\d+)\.(\d+)", told.stdout).groups())
+
     def architecture_flags(self):
         """-gencode flags for TORCH_CUDA_ARCH_LIST, or for CUDA_ARCHITECTURES."""
         wanted = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
@@ -195,6 +201,13 @@ class Cuda:
 
 
 CUDA = Cuda()
+
+
+class NameVersion(egg_info):
+    def finalize_options(self):
+        if CUDA.required:  # the wheel's name tells it from the one without: 0.1.0+cu130
+            self.tag_build = f"+cu{CUDA.version()}"
+        super().finalize_options()
 
 
 def extension(name, sources, **arguments):
@@ -236,6 +249,6 @@ def extensions():
 
 setup(
     ext_modules=list(extensions()),
-    cmdclass={"build_ext": BuildExtensions},
+    cmdclass={"build_ext": BuildExtensions, "egg_info": NameVersion},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -38,10 +38,6 @@ from kl_kernels.rl.scores import (
 from kl_kernels.selective import selective_log_softmax
 from kl_kernels.topk import topk_kl
 
-if TYPE_CHECKING:
-    from kl_kernels.linear import linear_token_kl, linear_token_stats
-    from kl_kernels.linear_jsd import linear_token_jsd
-
 __all__ = [
     "AdaptiveKLController",
     "AuditLog",
@@ -86,8 +82,12 @@ LAZY = {
     "linear_token_stats": "linear",
 }
 
+if TYPE_CHECKING:  # which would take any name to be there if it saw __getattr__
+    from kl_kernels.linear import linear_token_kl, linear_token_stats
+    from kl_kernels.linear_jsd import linear_token_jsd
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{LAZY[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        if name not in LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{LAZY[name]}"), name)

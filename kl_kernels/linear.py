@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kl_kernels import checks
@@ -27,12 +26,13 @@ from kl_kernels.linear_arguments import (
     shard,
 )
 from kl_kernels.linear_autograd import LinearTokenKL, Options
+from kl_kernels.tiles import untraced
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
 
-@torch.compiler.disable(reason="tracing would unroll the loop over tiles")
+@untraced
 def linear_token_stats(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]
@@ -97,7 +97,7 @@ def linear_token_stats(
     return TokenStats(outputs[0], outputs[4])
 
 
-@torch.compiler.disable(reason="tracing would unroll the loop over tiles")
+@untraced
 def linear_token_kl(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]

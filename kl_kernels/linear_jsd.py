@@ -23,13 +23,13 @@ from kl_kernels.linear_autograd import (
 from kl_kernels.parallel import add_shards
 from kl_kernels.parts import Whole
 from kl_kernels.schemas import MIXTURE_SUMS
-from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles
+from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles, untraced
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
 
-@torch.compiler.disable(reason="tracing would unroll the loop over tiles")
+@untraced
 def linear_token_jsd(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]

@@ -8,15 +8,25 @@ bfloat16 have three significant digits, and training with them is biased.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 # Columns start at multiples of this, so that a tile's rows keep the alignment kernels like.
 ALIGNMENT = 64
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, left alone by torch.compile. (That decorator would take its types away.)"""
+    reason = "tracing would unroll the loop over tiles"
+    wrapped: Callable[P, R] = torch.compiler.disable(function, reason=reason)
+    return wrapped
 
 
 class Head(NamedTuple):

@@ -54,6 +54,7 @@ def exact_kl(x: Tensor, y: Tensor, p: Tensor, temperature: float) -> Tensor:  # 
     With d = (y - x) / temperature less its mean under p: log q - log p = d - log sum p e^d, and so
     KL = log sum p e^d = log(1 + sum p (e^d - 1 - d)), which cancels nothing where d is small.
     """
-    d = ((y.double() - x.double()) / temperature).masked_fill(x == NEG_INF, 0.0)
-    d = d - (p * d).sum(-1, keepdim=True)
+    out = x == NEG_INF
+    d = ((y.double() - x.double()) / temperature).masked_fill(out, 0.0)
+    d = (d - (p * d).sum(-1, keepdim=True)).masked_fill(out, 0.0)
     return (p * (d.expm1() - d)).sum(-1).log1p()

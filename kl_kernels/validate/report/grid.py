@@ -89,8 +89,8 @@ QUICK = NumericsGrid(
     base_vocab_size=257,
     most_rows=8,
 )
-# Triton's interpreter: slow; without fma, which large offsets need; and it cuts numbers off where
-# GPUs round them to bfloat16.
+# Triton's interpreter: slow; without fma in old releases, which large offsets need; and it cuts
+# numbers off where GPUs round them to bfloat16.
 INTERPRETED = replace(
     QUICK,
     dtypes=("float32",),

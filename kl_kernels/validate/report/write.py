@@ -6,11 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from kl_kernels.files import write_bytes, write_text
 from kl_kernels.info import device_name, facts
 from kl_kernels.validate.report.gate import breaches
 from kl_kernels.validate.report.grid import INTERPRETED, NumericsGrid
+from kl_kernels.validate.report.interpreter import summed_as_on_a_gpu
 from kl_kernels.validate.report.measure import GRADIENTS, VALUES, contenders, measure
 from kl_kernels.validate.report.summary import summarise
 from kl_kernels.validate.report.table import markdown
@@ -72,7 +73,7 @@ def measure_all(parts: list[Part]) -> Results:
     cells = [(part, cell) for part in parts for cell in part.grid.cells()]
     interpreted = any(part.grid is INTERPRETED for part in parts)
     bar = tqdm(cells, desc="numerics", unit="cell", disable=not sys.stderr.isatty())
-    with np.errstate(all="ignore"):  # Triton's interpreter is numpy, and warns of -inf - -inf
+    with summed_as_on_a_gpu() if interpreted else nullcontext():
         found = [measure(cell, contenders(part.backends), device) for part, cell in bar]
     return {
         "device": device_name(),

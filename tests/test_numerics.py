@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from kl_kernels.validate.cases import NEG_INF, Inputs
 from kl_kernels.validate.report.eager import upcast_eager
 from kl_kernels.validate.report.gate import breaches
 from kl_kernels.validate.report.grid import DEFAULT, INTERPRETED, QUICK, Cell
+from kl_kernels.validate.report.interpreter import summed_as_on_a_gpu
 from kl_kernels.validate.report.measure import (
     DTYPE_EAGER,
     EAGER,
@@ -262,6 +264,23 @@ def test_the_interpreter_has_cells_of_its_own():
     assert [(part.backends, part.grid) for part in both] == [
         (("cpu",), DEFAULT), (("triton", "cpu"), INTERPRETED),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("axis", "keep_dims", "shape"), [(1, False, (2,)), (1, True, (2, 1))])
+def test_interpreted_sums_are_trees(axis, keep_dims, shape):
+    """1 and 127 times half its ulp: a tree loses the first of them alone."""
+    import triton.language as tl
+    from triton.runtime.interpreter import ReduceOps
+
+    before = ReduceOps.sum
+    lanes = np.full((2, 128), 2.0**-24, np.float32)
+    lanes[:, 0] = 1.0
+    with summed_as_on_a_gpu():
+        reduce = ReduceOps(axis, tl.standard._sum_combine, keep_dims)
+        total = reduce.sum(reduce.to_tensor(lanes, tl.float32)).handle.data
+    assert ReduceOps.sum is before
+    assert total.shape == shape
+    assert (total == 1 + 63 * 2.0**-23).all()
 
 
 def test_an_installed_package_has_no_commit(tmp_path, monkeypatch):

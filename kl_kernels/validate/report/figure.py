@@ -112,7 +112,8 @@ def relative_kl(results: Results, name: str, dtype: str) -> list[Point]:
 def in_ulps(results: Results, name: str, quantity: str, axis: str) -> list[Point]:
     """Of float32 logits, along an axis through the grid's base."""
     grid = results["grid"]
-    least, points = SMALLEST["ulp"], {}
+    least = SMALLEST["ulp"]
+    points: dict[float, Point] = {}
     for cell, errors in measured(results, "float32"):
         at_base = cell["axis"] == "kl" and cell["kl"] == grid["base_kl"]
         here = (
@@ -124,5 +125,6 @@ def in_ulps(results: Results, name: str, quantity: str, axis: str) -> list[Point
             found = errors[name][quantity]
             if found["q90"] is not None:
                 low, median, high = (max(least, found[q]) for q in ("q10", "q50", "q90"))
-                points[cell[axis]] = (float(cell[axis]), median, low, high)
+                # The interpreter's cells come last, and are not the grid's.
+                points.setdefault(cell[axis], (float(cell[axis]), median, low, high))
     return list(points.values())

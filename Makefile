@@ -11,7 +11,7 @@ PYTHONS ?=
 KL_KERNELS_CUDA ?= 0
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
 
-.PHONY: ppo study test coverage fuzz fuzz-sanitized integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
+.PHONY: ppo study test coverage fuzz fuzz-sanitized integrations validate numerics bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -57,6 +57,11 @@ integration-%: build/trainers/%/ready
 
 validate: $(READY)
 	$(BIN)/python -m kl_kernels validate $(ARGS)
+
+# How far every backend and torch eager are from float64. ARGS="--resume DIR" publishes a report.
+numerics: $(READY)
+	$(BIN)/python bench/numerics.py $(ARGS)
+	$(BIN)/python bench/readme.py
 
 bench-cpu: $(READY)
 	$(BIN)/python bench/side_by_side.py $(ARGS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import re
 import resource
 import subprocess
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from kl_kernels.info import facts
+from kl_kernels.info import cpu_name, facts
+from kl_kernels.versions import commit
 
 
 def record() -> dict[str, object]:
@@ -29,13 +29,6 @@ def record() -> dict[str, object]:
         "command": " ".join(["python", *sys.argv]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def gpu_record() -> dict[str, object]:
@@ -59,20 +52,6 @@ def gpu_record() -> dict[str, object]:
 def chip_name(device: str) -> str:
     """What a results file is called after: "h200" of "NVIDIA H200"."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia")).strip("-")
-
-
-def commit() -> str:
-    """The commit that ran, with "+changes" if files differed from it; "unknown" without git."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # files copied without their repository
 
 
 def page_faults() -> int:

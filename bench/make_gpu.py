@@ -116,6 +116,19 @@ def build_steps() -> tuple[Step, Step]:
     )
 
 
+def report_steps(args: argparse.Namespace) -> list[Step]:
+    """Distributions of errors, a report for each: Triton's compilation may take too long."""
+    steps = []
+    for backend in ("cpu",) if args.dry_run else ("triton", "cuda"):
+        command = [sys.executable, "-m", "kl_kernels", "validate", "--backend", backend]
+        command += ["--report", str(args.results / f"numerics_{backend}")]
+        command += ["--commit", args.commit] if args.commit else []
+        command += ["--quick"] if args.dry_run else []
+        few = {"OMP_NUM_THREADS": "2"}
+        steps.append(Step(f"numerics {backend}", command, CHECK_SECONDS, few))
+    return steps
+
+
 def check_steps(dry_run: bool) -> list[Step]:
     """Independent of each other; the machine's cores are shared among them."""
     python, few = sys.executable, {"OMP_NUM_THREADS": "2"}
@@ -200,7 +213,7 @@ def main() -> int:
         build, without_cuda = build_steps()
         if not log.run(build)[0].good:
             log.run(without_cuda)
-    log.run(*check_steps(args.dry_run))
+    log.run(*check_steps(args.dry_run), *report_steps(args))
     left = SECONDS - (time.monotonic() - start)
     log.run(bench_step(args, min(BENCH_SECONDS, left)))
     failed = [outcome for outcome in log.outcomes if not outcome.good]

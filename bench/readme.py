@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numerics_page
 import report
 
 from kl_kernels.study.document import Text, to_markdown
@@ -244,6 +245,7 @@ DOCUMENTS: dict[str, Sections] = {
         "study": study_section,
         "careful": careful_table,
     },
+    "docs/numerics.md": {"numerics": numerics_page.tables},
     "docs/monitoring.md": {"monitor": monitor_tables},
     "docs/study.md": {"study": study_document},
     "docs/how-to/compatibility.md": {"compatibility": compatibility_tables},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from pathlib import Path
 
 import torch
 
@@ -43,3 +44,17 @@ def _availability(name: str) -> str:
         return f"not available: {reason}"
     devices = " and ".join(backend.device_types) or "any"
     return f"available for {devices} tensors"
+
+
+def device_name() -> str:
+    """The GPU's, where there is one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    """As Linux calls it; elsewhere as Python does."""
+    described = Path("/proc/cpuinfo")
+    for line in described.read_text().splitlines() if described.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,5 +1,6 @@
 """What `make gpu` does, as far as it can be seen without a GPU: its steps, jobs and bookkeeping."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from kl_kernels.validate.command import add_arguments
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -111,6 +114,20 @@ def test_a_step_that_fails_or_hangs_costs_no_other(bench, tmp_path):
     text = log.path.read_text()
     for said in ("fine", "before", "begun"):
         assert said in text
+
+
+def test_every_gpu_backend_has_a_numerics_report_of_its_own(bench, tmp_path):
+    from make_gpu import report_steps
+
+    arguments = argparse.Namespace(dry_run=False, results=tmp_path, commit="abc")
+    steps = {step.name: step.command for step in report_steps(arguments)}
+    assert set(steps) == {"numerics triton", "numerics cuda"}
+    for backend in ("triton", "cuda"):
+        options = argparse.ArgumentParser()
+        add_arguments(options)
+        given = options.parse_args(steps[f"numerics {backend}"][4:])
+        assert (given.backend, given.commit, given.quick) == ([backend], "abc", False)
+        assert given.report == tmp_path / f"numerics_{backend}"
 
 
 def test_without_a_gpu_it_says_so_at_once(tmp_path):

@@ -12,6 +12,8 @@ import math
 import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ import kl_kernels
 from kl_kernels import dispatch, reference
 from kl_kernels.validate.cases import DIFFICULTIES, Inputs, grid
 from kl_kernels.validate.errors import VALUE_BUDGET, errors, value_error
+from kl_kernels.validate.report.gate import breaches
+from kl_kernels.validate.report.grid import QUICK
+from kl_kernels.validate.report.measure import EAGERS, fused, measure
 from kl_kernels.validate.truth import eager
 
 NAME = "cuda_on_host"
@@ -63,6 +68,14 @@ def test_outputs_and_gradients_are_true(difficulty):
     cases = [case for case in grid(SIZES) if case.difficulty == difficulty]
     wrong = [e for case in cases for e in errors(case, NAME) if not e.accepted]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_the_gate_of_the_numerics_report_holds():
+    runs = {NAME: partial(fused, backend=NAME), **EAGERS}
+    few = replace(QUICK, dtypes=("float32",), spreads=(), temperatures=(), vocab_sizes=(),
+                  most_rows=2)  # fmt: skip
+    cells = [measure(cell, runs) for cell in few.cells()]
+    assert [str(breach) for breach in breaches({"cells": cells})] == []
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)

@@ -1,18 +1,24 @@
-"""`python -m kl_kernels validate`: a table of errors beside torch eager's own."""
+"""`python -m kl_kernels validate`: a table of errors beside torch eager's own.
+
+With `--report DIR`, their distributions over a declared grid instead, as a folder of files.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from kl_kernels.checks import check_choice
-from kl_kernels.dispatch import BACKENDS
+from kl_kernels.dispatch import BACKENDS, refusal
 from kl_kernels.validate.cases import grid
 from kl_kernels.validate.errors import Error, errors
+from kl_kernels.validate.report import write
+from kl_kernels.validate.report.grid import DEFAULT, QUICK
 
 SIZES = (1, 2, 1023, 1025, 50257, 131072, 151936)
 
@@ -24,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab-size", nargs="+", type=int, default=SIZES, metavar="V", help="default: %(default)s"
     )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write distributions of errors over a fixed grid"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small grid for --report")
+    parser.add_argument("--commit", help="for --report, where the files are not in a repository")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,10 +50,26 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in missing.items():
         if reason:
             print(f"{name}: not available: {reason}")
+    if args.report:
+        return _report(wanted, args)
     failed = [e for name in wanted for e in _validate(name, tuple(args.vocab_size))]
     for error in failed:
         print(f"WORSE THAN EAGER {error}")
     return 1 if failed else 0
+
+
+def _report(wanted: list[str], args: argparse.Namespace) -> int:
+    """Of the backends that take tensors of the device: the GPU's, where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    refusals = {name: refusal(name, device, float64=False) for name in wanted}
+    for name, reason in refusals.items():
+        if reason:
+            print(f"{name}: left out: {reason}")
+    backends = [name for name, reason in refusals.items() if reason is None]
+    if not backends:
+        raise ValueError(f"backend is {wanted}; none of these runs on {device} tensors")
+    holds = write.run(backends, QUICK if args.quick else DEFAULT, args.report, args.commit)
+    return 0 if holds else 1
 
 
 def _validate(backend: str, vocab_sizes: tuple[int, ...]) -> list[Error]:

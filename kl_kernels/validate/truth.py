@@ -46,7 +46,7 @@ def eager_jsd(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 def _models(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows count, [B, T], and both models' log-softmax, [B, T, V]."""
-    keep = torch.ones(inputs.token_ids.shape, dtype=torch.bool)
+    keep = torch.ones_like(inputs.token_ids, dtype=torch.bool)
     if inputs.mask is not None:
         keep = inputs.mask
     x = torch.where(keep[..., None], inputs.logits, 0.0).to(dtype)

@@ -1,0 +1,1 @@
+"""How far every backend, and torch eager, are from float64: `validate --report DIR`."""

@@ -73,14 +73,6 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return terms.masked_fill(infinite, torch.inf).sum(-1)
 
 
-def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
-    log_m = torch.logaddexp(_finite(log_p) + math.log(1 - BETA), _finite(log_q) + math.log(BETA))
-    # Where one of them is 0, the mixture is the other one's share.
-    log_m = torch.where(log_p == NEG_INF, log_q + math.log(BETA), log_m)
-    log_m = torch.where(log_q == NEG_INF, log_p + math.log(1 - BETA), log_m)
-    return BETA * _divergence(log_q, log_m) + (1 - BETA) * _divergence(log_p, log_m)
-
-
 def gradients(
     inputs: Inputs, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:  # weights: [B, T] each -> [B, T, V] each, in `dtype`

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import kl_kernels
 from kl_kernels import reference, triton_kernels
 from kl_kernels.triton_kernels import fold, launch
 from kl_kernels.validate.cases import DIFFICULTIES, Case
@@ -271,6 +272,22 @@ def test_gae_carries_over_blocks():
         got = triton_kernels.gae(rewards, values, mask, 0.97, 0.9, skip_masked)
         expected = reference.gae(rewards, values, mask, 0.97, 0.9, skip_masked)
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_a_small_kl_of_flat_rows_is_not_lost_in_logarithms():
+    """Both sums are near 4096; their logarithms, in float32, are 5e-7 off each."""
+    g = torch.Generator().manual_seed(0)
+    logits = 0.1 * torch.randn((1, 4, 4096), generator=g)
+    ref_logits = logits + 4.5e-3 * torch.randn((1, 4, 4096), generator=g)
+    ids = torch.zeros((1, 4), dtype=torch.long)
+    kl, forward_kl = (
+        getattr(kl_kernels.token_kl(logits, ref_logits, ids, backend="triton"), name)
+        for name in ("kl", "forward_kl")
+    )
+    true = kl_kernels.token_kl(logits.double(), ref_logits.double(), ids, backend="reference")
+    assert true.kl.max() < 1.1e-5
+    torch.testing.assert_close(kl.double(), true.kl, rtol=0.01, atol=0)
+    torch.testing.assert_close(forward_kl.double(), true.forward_kl, rtol=0.01, atol=0)
 
 
 # The package.

@@ -156,6 +156,18 @@ class Finished(NamedTuple):
 
 
 @triton.jit
+def log_ratio(a, b):
+    """ln(a / b). Each logarithm of a sum is rounded by as much as 5e-7: a KL of 1e-5 of a flat row
+    would be off by a tenth. Where the two are close, a - b is exact; the rest is Kahan's log1p.
+    """
+    relative = tl.div_rn(a - b, b)
+    u = 1.0 + relative
+    rounded = tl.where(u == 1.0, 1.0, u - 1.0)
+    near = tl.where(u == 1.0, relative, tl.log(u) * tl.div_rn(relative, rounded))
+    return tl.where(tl.abs(relative) < 0.5, near, tl.log(a / b))
+
+
+@triton.jit
 def finish(s, xt, yt, k, ref_k, HAS_REF: tl.constexpr):
     """xt, yt: the token's logits, after softcap. Without a reference only the policy's count."""
     ln_sx = tl.log(s.sx)
@@ -163,11 +175,11 @@ def finish(s, xt, yt, k, ref_k, HAS_REF: tl.constexpr):
     entropy = tl.maximum(ln_sx - s.ex / s.sx * LN2, 0.0, KEEP_NAN)
     ref_logprob, kl, forward_kl = logprob, logprob, logprob
     if HAS_REF:
-        ln_sy = tl.log(s.sy)
-        ref_logprob = tl.fma(yt, ref_k, -s.ref_anchor) * LN2 - ln_sy
+        ln_ratio = log_ratio(s.sx, s.sy)
+        ref_logprob = tl.fma(yt, ref_k, -s.ref_anchor) * LN2 - tl.log(s.sy)
         # Infinity is added, not selected: a row that is NaN for another reason stays NaN.
-        kl = s.rk / s.sx * LN2 - (ln_sx - ln_sy) + tl.where(s.gap == INF, INF, 0.0)
-        forward_kl = (ln_sx - ln_sy) - s.fk / s.sy * LN2
+        kl = s.rk / s.sx * LN2 - ln_ratio + tl.where(s.gap == INF, INF, 0.0)
+        forward_kl = ln_ratio - s.fk / s.sy * LN2
         forward_kl += tl.where(s.least_gap == -INF, INF, 0.0)
         kl = tl.maximum(kl, 0.0, KEEP_NAN)
         forward_kl = tl.maximum(forward_kl, 0.0, KEEP_NAN)
@@ -193,11 +205,10 @@ def coefficients(
     HAS_REF: tl.constexpr,
 ):  # fmt: skip
     """See `algebra.coefficients`; the gradient of an infinite KL is NaN."""
-    ln_sx = tl.log(sx)
-    a = tl.where(g_entropy == 0.0, 0.0, g_entropy * (ln_sx - entropy)) - g_logprob
+    a = tl.where(g_entropy == 0.0, 0.0, g_entropy * (tl.log(sx) - entropy)) - g_logprob
     d = 0.0
     if HAS_REF:
-        kl_term = g_kl * (tl.log(sy) - ln_sx - kl) + (kl - kl)
+        kl_term = g_kl * (log_ratio(sy, sx) - kl) + (kl - kl)
         a += tl.where(g_kl == 0.0, 0.0, kl_term) + g_forward_kl
         d = g_forward_kl / (temperature * sy)
     scale = 1.0 / (temperature * sx)

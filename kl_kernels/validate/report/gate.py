@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from kl_kernels.validate.report.grid import SMALL_KL
 from kl_kernels.validate.report.measure import DIVERGENCES, EAGERS
 
 FLOOR = {"max": 4.0, "mean": 2.0}  # ulps
@@ -20,7 +21,6 @@ FLOOR = {"max": 4.0, "mean": 2.0}  # ulps
 BUDGET = {"values": 16.0, "gradients": 80.0}
 # |error| <= KL_BUDGET + 2e-6 KL, of logits within +-50; at a KL of 1e-5 that is 3 %.
 KL_BUDGET, KL_RANGE = 3e-7, 50.0
-SMALL_KL = 1e-5
 SMALL_KL_ERROR = {"reference": 0.01, "cpu": 0.01}
 OTHERS_SMALL_KL_ERROR = 0.03  # kernels that sum in float32
 

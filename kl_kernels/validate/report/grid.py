@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+SMALL_KL = 1e-5  # nats, the one that the gate has a rule of its own for
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -62,6 +64,8 @@ class NumericsGrid:
               for v in self.kl_vocab_sizes for k in self.kls),
             *(replace(base, axis="vocab_size", vocab_size=v) for v in self.vocab_sizes),
             *(replace(base, axis="spread", spread=s) for s in self.spreads),
+            # Of flat rows and peaked ones small KLs lose most: to logarithms, and to few terms.
+            *(replace(base, axis="spread", spread=s, kl=SMALL_KL) for s in self.spreads),
             *(replace(base, axis="temperature", temperature=t) for t in self.temperatures),
             *(replace(base, axis="offset", offset=o) for o in offsets),
             *(replace(base, axis="inf_fraction", inf_fraction=f) for f in self.inf_fractions),
@@ -82,7 +86,7 @@ QUICK = NumericsGrid(
     kls=(0, 1e-5, 1e-2, 10),
     kl_vocab_sizes=(257,),
     vocab_sizes=(2, 33),
-    spreads=(10.0,),
+    spreads=(0.1, 10.0),
     temperatures=(0.7,),
     offsets=(1e4,),
     inf_fractions=(0.5,),

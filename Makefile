@@ -38,13 +38,18 @@ fuzz-sanitized: $(READY)
 # Which lines of Python and of the CPU's C++ the tests run, into build/coverage. (Kernels of Triton
 # are compiled, or interpreted from a copy: neither is seen.)
 coverage: MEASURE := --coverage -O1 -fprofile-update=atomic
+coverage: TREE := build/coverage/tree
 coverage: $(VENV)/dev-ready
 	rm -rf build/coverage
-	CFLAGS="$(MEASURE)" CXXFLAGS="$(MEASURE)" LDFLAGS=--coverage KL_KERNELS_CUDA=0 $(BIN)/python setup.py -q \
-	    build --build-base build/coverage --build-lib build/coverage/lib
-	OMP_NUM_THREADS=1 PYTHONPATH=build/coverage/lib $(BIN)/pytest -n auto --dist worksteal \
-	    --cov=kl_kernels --cov-report=json:build/coverage/python.json $(ARGS)
-	$(BIN)/gcovr --root . --filter csrc/ --json-summary build/coverage/cpp.json --print-summary build/coverage
+	mkdir -p $(TREE)
+	git ls-files -z | xargs -0 cp --parents -t $(TREE)
+	cd $(TREE) && CFLAGS="$(MEASURE)" CXXFLAGS="$(MEASURE)" LDFLAGS=--coverage KL_KERNELS_CUDA=0 \
+	    $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(TREE) && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n auto --dist worksteal \
+	    --cov=kl_kernels --cov-report=json:../python.json $(ARGS)
+	$(BIN)/gcovr --root $(TREE) --filter $(TREE)/csrc/ --json-summary build/coverage/cpp.json
+	$(BIN)/python bench/covered.py
+	$(BIN)/python bench/readme.py
 
 # Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
 # CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.

@@ -107,12 +107,13 @@ def _check_distinct(ids: Tensor, listed: Tensor) -> None:  # [B, T, K]
 def _with_tail(logprobs: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # [B, T, K]
     """Log-probabilities with that of all other tokens, [B, T, K + 1]; whether it is surely above 0.
 
-    Log-probabilities rounded to a relative `eps` do not tell a small tail from none.
+    Log-probabilities rounded to a relative `eps`, and sums of theirs, do not tell a small tail from
+    none.
     """
     p = logprobs.exp()
     tail = 1 - p.sum(-1, keepdim=True)
     rounding = eps * (1 - (p * logprobs.masked_fill(p == 0, 0.0)).sum(-1, keepdim=True))
-    return torch.cat([logprobs, torch.maximum(tail, rounding).log()], -1), tail > rounding
+    return torch.cat([logprobs, torch.maximum(tail, rounding).log()], -1), tail > 4 * rounding
 
 
 def _divergence(p: Tensor, q: Tensor, beta: float) -> Tensor:  # [B, T, K + 1] log-probabilities

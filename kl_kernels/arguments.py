@@ -12,16 +12,20 @@ from kl_kernels import checks
 
 
 def check_scaled_logits(
-    prefix: str, logits: Tensor, temperature: float, softcap: float | None
+    prefix: str,
+    logits: Tensor,
+    temperature: float,
+    softcap: float | None,
+    stacklevel: int = 5,  # from `warnings.warn` to whoever called the public function
 ) -> None:
     checks.check_logits(f"{prefix}logits", logits)
-    _warn_of_copy(f"{prefix}logits", logits)
+    _warn_of_copy(f"{prefix}logits", logits, stacklevel)
     checks.check_positive(f"{prefix}temperature", temperature)
     if softcap is not None:
         checks.check_positive(f"{prefix}softcap", softcap)
 
 
-def _warn_of_copy(name: str, logits: Tensor) -> None:
+def _warn_of_copy(name: str, logits: Tensor, stacklevel: int) -> None:
     """Gigabytes may be meant; whoever did not mean them should know."""
     if torch.compiler.is_compiling() or not _has_to_be_copied(logits):
         return
@@ -29,7 +33,7 @@ def _warn_of_copy(name: str, logits: Tensor) -> None:
         f"{name} of shape {tuple(logits.shape)} and strides {logits.stride()} are copied, "
         f"{logits.nbytes / 2**20:.3g} MiB: kernels need neighbouring logits to be neighbours in "
         "memory, and dimensions before the last two to be one",
-        stacklevel=5,
+        stacklevel=stacklevel,
     )
 
 
@@ -48,7 +52,7 @@ def _has_to_be_copied(logits: Tensor) -> bool:
 def check_reference(
     ref_logits: Tensor, logits: Tensor, temperature: float, softcap: float | None
 ) -> None:
-    check_scaled_logits("ref_", ref_logits, temperature, softcap)
+    check_scaled_logits("ref_", ref_logits, temperature, softcap, stacklevel=6)
     if ref_logits.shape != logits.shape:
         raise ValueError(
             f"ref_logits has shape {tuple(ref_logits.shape)}, logits {tuple(logits.shape)}; "

@@ -130,8 +130,9 @@ def test_a_copy_is_told_of(name):
         kl_kernels.token_stats(logits, ids)
     assert told[0].filename == __file__
     ref_logits, plain = logits, logits.contiguous()
-    with pytest.warns(UserWarning, match=r"^ref_logits of shape"):
+    with pytest.warns(UserWarning, match=r"^ref_logits of shape") as told:
         kl_kernels.token_jsd(plain, ref_logits)
+    assert told[0].filename == __file__
 
 
 def test_a_copy_is_announced_only_where_one_is_made():

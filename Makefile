@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 COUNTED := build/counted
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
 
-.PHONY: ppo study test integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare fuzz fuzz-sanitized gpu abi docs lint format clean
+.PHONY: ppo study test integrations validate bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare fuzz fuzz-sanitized mutants property-mutants gpu abi docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -31,6 +31,15 @@ fuzz-sanitized: $(READY)
 	    build --build-base build/sanitized --build-lib build/sanitized/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/lib $(BIN)/python tests/fuzz/run.py $(ARGS)
+
+# Changes of the core that no test notices. ARGS="'kl_kernels.algebra*'" for some of it.
+mutants: $(VENV)/dev-ready
+	$(BIN)/python bench/mutants.py $(ARGS)
+	$(BIN)/python bench/readme.py
+
+# For every property a change that has to make it fail. ARGS="-k entropy" for some.
+property-mutants: $(READY)
+	$(BIN)/python tests/property_mutants.py $(ARGS)
 
 # Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
 # CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.

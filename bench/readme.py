@@ -233,6 +233,36 @@ def compatibility_tables(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def mutants_tables(results: dict[str, Any]) -> str:
+    """Of each module, how many mutants there were and what became of them; and the survivors."""
+    statuses = ("killed", "timeout", "survived", "no tests")
+    lines = [
+        "| module | mutants | killed | by the time limit | survived | reached by no test |",
+        "|---|---|---|---|---|---|",
+    ]
+    total = [0] * len(statuses)
+    for module, by_status in results["modules"].items():
+        counts = [by_status.get(status, 0) for status in statuses]
+        total = [a + b for a, b in zip(total, counts)]
+        cells = " | ".join(map(str, counts))
+        lines.append(f"| `{module}` | {sum(by_status.values())} | {cells} |")
+    lines.append(f"| all | {sum(total)} | {' | '.join(map(str, total))} |")
+    noticed = (total[0] + total[1]) / sum(total)
+    lines.append(
+        f"\n{noticed:.1%} are noticed. mutmut {results['mutmut']}, torch "
+        f"{results['facts']['torch']}, commit {results['commit']}. From "
+        "`bench/results/mutants.json`, made by `make mutants`. The others:\n"
+    )
+    lines += ["| module | was | is |", "|---|---|---|"]
+    for s in results["survivors"]:
+        was, now = (
+            "<br>".join(f"`{line}`" for line in s[key]).replace("|", "\\|")
+            for key in ("old", "new")
+        )
+        lines.append(f"| `{s['module']}` | {was} | {now} |")
+    return "\n".join(lines)
+
+
 NOT_MEASURED = "Not measured yet."
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 
@@ -246,6 +276,7 @@ DOCUMENTS: dict[str, Sections] = {
     },
     "docs/monitoring.md": {"monitor": monitor_tables},
     "docs/study.md": {"study": study_document},
+    "docs/testing.md": {"mutants": mutants_tables},
     "docs/how-to/compatibility.md": {"compatibility": compatibility_tables},
     "docs/benchmarks.md": {
         name: partial(report.section, name) for name in (*report.MODULES, *report.gpus())

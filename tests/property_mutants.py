@@ -18,9 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import hypothesis  # noqa: F401  imported once, not in every child
+# Imported once, not in every child.
+import hypothesis  # noqa: F401
 import pytest
-import torch  # noqa: F401
+import torch._inductor  # noqa: F401  which tests' deterministic mode imports
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "kl_kernels"

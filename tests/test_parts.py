@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kl_kernels.parts import finish_parts, local_token_ids, merge_parts
+from kl_kernels.parts import finish_parts, local_token_ids, merge_parts, pack
 from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS
 from kl_kernels.validate.cases import DIFFICULTIES, Case
 from kl_kernels.validate.errors import gradient_error, value_error
@@ -127,3 +127,11 @@ def test_an_id_that_nobody_means_is_still_refused(backend):
         torch.ops.kl_kernels.fold_part(
             logits, None, torch.tensor([[-100]]), None, 1.0, 1.0, None, None, backend
         )
+
+
+@pytest.mark.parametrize("fields", [ALONE_FIELDS, len(STATE_FIELDS)])
+def test_a_part_is_packed_as_it_came(fields):
+    state = torch.arange(fields * 6, dtype=torch.float32).view(fields, 2, 3)
+    packed = pack(merge_parts([state]), alone=fields == ALONE_FIELDS, dtype=torch.float32)
+    assert packed.dtype == torch.float32
+    assert torch.equal(packed, state)

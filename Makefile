@@ -37,7 +37,7 @@ mutants: $(VENV)/dev-ready
 	$(BIN)/python bench/mutants.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
-# For every property a change that has to make it fail. ARGS="-k entropy" for some.
+# For every property a change that has to make it fail. ARGS=entropy for some.
 property-mutants: $(READY)
 	$(BIN)/python tests/property_mutants.py $(ARGS)
 

@@ -33,6 +33,7 @@ PACKAGE = "kl_kernels"
 def stage() -> None:
     """The files of this tree beside what mutmut knows of earlier runs."""
     WORK.mkdir(parents=True, exist_ok=True)
+    (WORK / "record.json").write_text(json.dumps(record()))
     shutil.copy(ROOT / "pyproject.toml", WORK)
     for tree in (PACKAGE, "tests"):
         shutil.rmtree(WORK / tree, ignore_errors=True)
@@ -91,11 +92,10 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="run nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = record()
     if not args.collect:
         stage()
         run(args.names, args.children)
-    results |= collect()
+    results = json.loads((WORK / "record.json").read_text()) | collect()
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

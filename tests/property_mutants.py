@@ -1,7 +1,7 @@
 """For every property, a change of the package that has to make it fail.
 
 python tests/property_mutants.py           # all
-python tests/property_mutants.py -k entropy
+python tests/property_mutants.py entropy
 
 Each change is made to a copy of the package, on which its property alone is run: a test that stays
 green says nothing. Before that, all of them are run on a copy without a change.
@@ -215,14 +215,15 @@ def run_pytest(directory: Path, nodes: list[str]) -> None:
     os.dup2(output, 2)
     os.chdir(directory)
     sys.path.insert(0, str(directory))
-    sys.exit(int(pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", *nodes])))
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk"]
+    sys.exit(int(pytest.main([*options, *nodes])))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("-k", default="", help="only properties whose names hold this")
-    word = parser.parse_args().k
-    names = [name for name in MUTANTS if word in name]
+    parser.add_argument("words", nargs="*", help="only properties whose names hold one of these")
+    words = parser.parse_args().words or [""]
+    names = [name for name in MUTANTS if any(word in name for word in words)]
     code, output = run(names)
     if code != pytest.ExitCode.OK:
         print(output, "Without a change, all properties have to hold.", sep="\n")

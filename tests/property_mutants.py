@@ -18,10 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-# Imported once, not in every child.
-import hypothesis  # noqa: F401
+import hypothesis  # noqa: F401  imported once, not in every child
 import pytest
-import torch._inductor  # noqa: F401  which tests' deterministic mode imports
+import torch  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "kl_kernels"

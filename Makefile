@@ -11,7 +11,7 @@ PYTHONS ?=
 KL_KERNELS_CUDA ?= 0
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
 
-.PHONY: ppo study test coverage fuzz fuzz-sanitized integrations validate numerics bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
+.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants integrations validate numerics bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -50,6 +50,15 @@ coverage: $(VENV)/dev-ready
 	$(BIN)/gcovr --root $(TREE) --filter $(TREE)/csrc/ --json-summary build/coverage/cpp.json
 	$(BIN)/python bench/covered.py
 	$(BIN)/python bench/readme.py
+
+# Changes of the core that no test notices. ARGS="'kl_kernels.algebra*'" for some of it.
+mutants: $(VENV)/dev-ready
+	$(BIN)/python bench/mutants.py $(ARGS)
+	$(BIN)/python bench/readme.py
+
+# For every property a change that has to make it fail. ARGS=entropy for some.
+property-mutants: $(READY)
+	$(BIN)/python tests/property_mutants.py $(ARGS)
 
 # Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
 # CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.

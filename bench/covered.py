@@ -39,22 +39,6 @@ def by_folder(files: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, int]
     return folders
 
 
-def table(results: dict[str, Any]) -> str:
-    """What docs/testing.md shows: lines per folder, and in all."""
-    lines = ["| lines that tests run | lines | run |", "|---|---|---|"]
-    for language, folders in results["folders"].items():
-        total = {key: sum(of[key] for of in folders.values()) for key in ("lines", "covered")}
-        for name, of in {f"**{language}**": total, **folders}.items():
-            label = name if name.startswith("**") else f"`{name}/`"
-            lines.append(f"| {label} | {of['lines']:,} | {of['covered'] / of['lines']:.1%} |")
-    lines += [
-        "",
-        f"torch {results['facts']['torch']}; commit {results['commit']}. From "
-        "`bench/results/coverage.json`, made by `make coverage`.",
-    ]
-    return "\n".join(lines)
-
-
 def main() -> None:
     folders = {"Python": by_folder(python_files()), "C++": by_folder(cpp_files())}
     results: dict[str, Any] = {"folders": folders, **record()}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numerics_page
 import report
+import testing_page
 
 from kl_kernels.study.document import Text, to_markdown
 from kl_kernels.study.outcomes import WINDOW
@@ -248,6 +249,7 @@ DOCUMENTS: dict[str, Sections] = {
     "docs/numerics.md": {"numerics": numerics_page.tables},
     "docs/monitoring.md": {"monitor": monitor_tables},
     "docs/study.md": {"study": study_document},
+    "docs/testing.md": {"coverage": testing_page.coverage, "mutants": testing_page.mutants},
     "docs/how-to/compatibility.md": {"compatibility": compatibility_tables},
     "docs/benchmarks.md": {
         name: partial(report.section, name) for name in (*report.MODULES, *report.gpus())

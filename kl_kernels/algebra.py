@@ -71,7 +71,7 @@ def fold(x: Tensor, y: Tensor) -> RowState:  # [n, block] scaled logits, log2 un
         ref_anchor,
         sx=w.sum(-1),
         sy=u.sum(-1),
-        ex=(w * tx).masked_fill(no_x, 0.0).sum(-1),
+        ex=(w * tx).sum(-1),
         rk=reverse.sum(-1),
         fk=forward.sum(-1),
     )

@@ -116,9 +116,8 @@ def policy_loss_epilogue(
         else:
             slope = d if shape.estimator == K2 else -torch.expm1(-d)
             grad_logprob = grad_logprob + shape.kl_coef * slope
+    loss = loss - shape.entropy_coef * f.entropy
     grad_entropy = torch.full_like(f.entropy, -shape.entropy_coef)
-    if shape.entropy_coef != 0:
-        loss = loss - shape.entropy_coef * f.entropy
 
     m = row.token_weight
     terms = (

@@ -244,8 +244,7 @@ def policy_loss(
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor) -> None:  # [B, T, V], []
-    if gradient.device.type != "cpu" or factor != 1:  # elsewhere asking would synchronise
-        gradient.mul_(factor)
+    gradient.mul_(factor)
 
 
 def gae(

@@ -6,13 +6,17 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated: before any import
 
 # The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
+# To know whether a test fails, and not by which smallest example.
+settings.register_profile(
+    "unshrunk", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("repeatable")
 
 

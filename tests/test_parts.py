@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kl_kernels.parts import finish_parts, local_token_ids, merge_parts
+from kl_kernels.parts import finish_parts, local_token_ids, merge_parts, merge_shards, pack
 from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS
 from kl_kernels.validate.cases import DIFFICULTIES, Case
 from kl_kernels.validate.errors import gradient_error, value_error
@@ -127,3 +127,29 @@ def test_an_id_that_nobody_means_is_still_refused(backend):
         torch.ops.kl_kernels.fold_part(
             logits, None, torch.tensor([[-100]]), None, 1.0, 1.0, None, None, backend
         )
+
+
+@pytest.mark.parametrize("fields", [ALONE_FIELDS, len(STATE_FIELDS)])
+def test_a_part_is_packed_as_it_came(fields):
+    state = torch.arange(fields * 6, dtype=torch.float32).view(fields, 2, 3)
+    packed = pack(merge_parts([state]), alone=fields == ALONE_FIELDS, dtype=torch.float32)
+    assert packed.dtype == torch.float32
+    assert torch.equal(packed, state)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_several_states_merge_at_once_as_they_do_in_turn(alone):
+    g = torch.Generator().manual_seed(0)
+    logits = 9 * torch.randn(2, 2, 3, V, generator=g, dtype=torch.float64)
+    logits[..., slice(*PARTS[1])] = -torch.inf
+    ids = torch.randint(100, V, (2, 3), generator=g)
+    states = [
+        torch.ops.kl_kernels.fold_part(
+            logits[0, ..., start:end], None if alone else logits[1, ..., start:end],
+            local_token_ids(ids, start, end - start), None, 1.0, 1.0, None, None, "reference",
+        )
+        for start, end in PARTS
+    ]  # fmt: skip
+    at_once, in_turn = merge_shards(torch.stack(states)), merge_parts(states)
+    torch.testing.assert_close(tuple(at_once.state), tuple(in_turn.state), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(at_once[1:], in_turn[1:], rtol=1e-12, atol=1e-12)

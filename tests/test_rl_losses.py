@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from kl_kernels import ppo_policy_loss, ppo_value_loss
+from kl_kernels.algebra import Finished
+from kl_kernels.epilogues import EXACT, PolicyLossInputs, PolicyLossShape, policy_loss_epilogue
 from kl_kernels.rl.losses import AGGREGATIONS, aggregate, token_weights
+from kl_kernels.schemas import POLICY_LOSS_TERMS
 
 CLOSE = {"rtol": 1e-13, "atol": 1e-13}
 MASK = torch.tensor(
@@ -138,6 +141,24 @@ def test_each_case_of_the_clipped_loss(advantage, log_ratio, loss, grad):
     assert actual.item() == pytest.approx(grad, rel=1e-13, abs=1e-15)
     clipped = advantage != 0 and grad == 0
     assert metrics["clip_fraction"] + metrics["clip_fraction_dual"] == clipped
+
+
+def test_a_dual_clip_that_the_loss_just_reaches_leaves_its_gradient():
+    """Of the loss alone and of the fused one's formula: a ratio that is dual_clip to the bit."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    log_ratio = 1.5 * one
+    ratio = log_ratio.exp()
+    logprobs = log_ratio.clone().requires_grad_()
+    loss, metrics = ppo_policy_loss(logprobs, 0 * one, -one, one, dual_clip=ratio.item())
+    assert torch.autograd.grad(loss, logprobs)[0] == ratio
+    assert metrics["clip_fraction_dual"] == 0
+    terms, upstream = policy_loss_epilogue(
+        Finished(log_ratio, *4 * (0 * one,)),
+        PolicyLossInputs(0 * one, -one, one, one, 0 * one),
+        PolicyLossShape(0.2, 0.2, ratio.item(), None, 0.0, EXACT, 0.0),
+    )
+    assert upstream.logprob == ratio
+    assert terms[POLICY_LOSS_TERMS.index("clip_fraction_dual")] == 0
 
 
 def formula(logprobs, old, advantages, weights=None, clip_low=0.2, clip_high=0.2, dual_clip=None):

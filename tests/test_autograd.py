@@ -266,3 +266,15 @@ def test_compiles_whole_and_once_for_all_lengths(backend, inplace_backward, func
         loss(logits, ref_logits, ids, mask).backward()
         assert torch.equal(grad, logits.grad)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_is_saved_of_a_row_belongs_to_the_anchor_as_it_is_saved(backend):
+    """In float32 an anchor of 1e4 is rounded by up to 5e-4, and every weight by as much."""
+    g = torch.Generator().manual_seed(0)
+    logits = (1e4 + torch.randn(5, 17, generator=g)).requires_grad_()
+    token_ids = torch.randint(17, (5,), generator=g)
+    kl_kernels.token_stats(logits, token_ids, backend=backend).logprob.sum().backward()
+    token = torch.nn.functional.one_hot(token_ids, 17)
+    expected = token - logits.detach().double().softmax(-1)
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=0, atol=1e-6)

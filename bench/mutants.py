@@ -54,7 +54,7 @@ def run(names: list[str], children: int) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """Counts per module, of modules that have been run, and what survived."""
+    """Counts per module, of modules that have been begun, and what survived."""
     os.chdir(WORK)  # mutmut finds its files from here
     from mutmut.mutation.diff_apply import get_diff_for_mutant
     from mutmut.stats import status_by_exit_code
@@ -66,12 +66,12 @@ def collect() -> dict[str, Any]:
             for name, code in json.loads(meta.read_text())["exit_code_by_key"].items()
         }
         found = list(statuses.values())
-        if not found or "not checked" in found:
+        if not set(found) - {"not checked"}:
             continue
         module = str(meta.relative_to(Path("mutants", PACKAGE))).removesuffix(".meta")
         modules[module] = {s: found.count(s) for s in sorted(set(found))}
         for name, status in statuses.items():
-            if status not in ("killed", "timeout"):
+            if status not in ("killed", "timeout", "not checked"):
                 lines = get_diff_for_mutant(name).splitlines()[3:]
                 survivors.append(
                     {

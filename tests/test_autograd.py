@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kl_kernels
+from kl_kernels.reference_rows import BLOCK_V
 
 BACKENDS = ("reference", "cpu", "triton")
 V = 41
@@ -279,3 +280,25 @@ def test_compiles_whole_and_once_for_all_lengths(backend, inplace_backward, func
         loss(logits, ref_logits, ids, mask).backward()
         assert torch.equal(grad, logits.grad)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_is_saved_of_a_row_belongs_to_the_anchor_as_it_is_saved(backend):
+    """In float32 an anchor of 1e4 is rounded by up to 5e-4, and every weight by as much."""
+    g = torch.Generator().manual_seed(0)
+    logits = (1e4 + torch.randn(5, 17, generator=g)).requires_grad_()
+    token_ids = torch.randint(17, (5,), generator=g)
+    kl_kernels.token_stats(logits, token_ids, backend=backend).logprob.sum().backward()
+    token = torch.nn.functional.one_hot(token_ids, 17)
+    expected = token - logits.detach().double().softmax(-1)
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_token_is_found_in_whichever_block_of_the_vocabulary_it_lies():
+    """By the reference, which takes the vocabulary in blocks: the tokens at all their ends."""
+    token_ids = torch.tensor([0, BLOCK_V - 1, BLOCK_V, BLOCK_V + 4])
+    logits = torch.zeros(4, BLOCK_V + 5, dtype=torch.float64, requires_grad=True)
+    kl_kernels.token_stats(logits, token_ids, backend="reference").logprob.sum().backward()
+    expected = torch.full_like(logits, -1 / (BLOCK_V + 5))
+    expected[torch.arange(4), token_ids] += 1
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-12, atol=1e-15)

@@ -35,8 +35,7 @@ fuzz-sanitized: $(READY)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/lib $(BIN)/python tests/fuzz/run.py $(ARGS)
 
-# Which lines of Python and of the CPU's C++ the tests run, into build/coverage. (Kernels of Triton
-# are compiled, or interpreted from a copy: neither is seen.)
+# Which lines of Python and of the CPU's C++ the tests run, into build/coverage.
 coverage: MEASURE := --coverage -O1 -fprofile-update=atomic
 coverage: TREE := build/coverage/tree
 coverage: $(VENV)/dev-ready

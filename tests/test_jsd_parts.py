@@ -213,3 +213,22 @@ def test_logits_may_be_dtensors(ranks, over_rows):
     for jsd, expected, grad, expected_grad in ranks(dtensors, over_rows, n=2):
         torch.testing.assert_close(jsd, expected, rtol=5e-6, atol=1e-6)
         torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_part_that_is_everything_has_the_sums_of_the_row(backend):
+    """In float32 whatever the logits are, with a softcap for either model; 0 where masked."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (4 * torch.randn(2, 2, 3, 41, generator=g)).bfloat16()
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    x[~mask] = torch.nan
+    options = 0.3, 0.7, 1.2, 9.0, 3.0  # beta, temperatures, softcaps
+    jsd, mixture_kl, policy_state, ref_state = torch.ops.kl_kernels.token_jsd(
+        x, y, mask, *options, False, backend
+    )
+    sums = torch.ops.kl_kernels.mixture_part(
+        x, y, mask, policy_state, ref_state, *options, backend
+    )  # fmt: skip
+    assert sums.dtype == torch.float32
+    assert not sums[:, ~mask].any()
+    torch.testing.assert_close(sums, torch.stack([jsd, mixture_kl]), rtol=1e-5, atol=1e-6)

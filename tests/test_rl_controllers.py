@@ -270,3 +270,17 @@ def test_updates_that_cannot_work_are_refused():
 def test_a_kl_that_is_too_small_to_be_divided_by_the_target_counts_as_none():
     tiny, none = (PIKLController(0.1, 6.0, unit="sequence_sum") for _ in range(2))
     assert tiny.update(5e-324, 1) == none.update(0.0, 1)._replace(kl=5e-324)
+
+
+def test_updates_report_what_they_saw():
+    threshold = ThresholdKLController(0.1, 6.0, unit="sequence_sum")
+    assert threshold.update(9.0, 64) == (9.0, 0.1, 0.5, True)  # at the band's end: still inside
+    assert threshold.update(4.0, 64) == (4.0, 0.1, 4.0 / 6.0 - 1, True)
+    assert threshold.update(float("nan"), 64)[1:] == (0.1, 0.0, False)
+    assert FixedKLController(0.3).state_dict() == {"value": 0.3}
+
+
+def test_bounds_may_be_equal_and_the_start_at_them():
+    assert PIKLController(0.1, 6.0, unit="sequence_sum", min_coef=0.1, max_coef=0.1)
+    with pytest.raises(ValueError, match="horizon"):
+        AdaptiveKLController(0.1, 6.0, 100.0, unit="token_mean").update(1.0, 500)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -135,6 +136,12 @@ def hostile(draw, kinds=tuple(KINDS), sizes=SIZES, offsets=(0, 1e4, -1e4)):
         rows.append(both + torch.tensor(shift, dtype=torch.float64)[:, None])
     policy, ref = torch.stack(rows, 1).view(2, 2, 2, v)
     return Rows(policy, ref, torch.randint(v, (2, 2), generator=g))
+
+
+examples = settings(max_examples=60)  # of a property of rows
+offsets = st.sampled_from((-1e4, -3.5, 0.125, 8e3))
+# So that a sum with an offset is still on the grid.
+without_offsets = hostile(offsets=(0,))
 
 
 class Results(NamedTuple):

@@ -12,20 +12,20 @@ from hostile_rows import (
     assert_gradient_agrees,
     assert_gradients_agree,
     evaluate,
+    examples,
     generators,
     hostile,
+    offsets,
     sizes_of,
+    without_offsets,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 import kl_kernels
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
-examples = settings(max_examples=60)
-offsets = st.sampled_from((-1e4, -3.5, 0.125, 8e3))
-without_offsets = hostile(offsets=(0,))
 finite = hostile(kinds=("policy-out", *FINITE))
 
 

@@ -15,6 +15,8 @@ from kl_kernels import native
 from kl_kernels.algebra import LN2
 from kl_kernels.schemas import KERNELS
 from kl_kernels.validate.cases import Case
+from kl_kernels.validate.report.grid import Cell
+from kl_kernels.validate.report.rows import make_rows as rows_of_a_kl
 from kl_kernels.validate.truth import DIFFERENTIABLE, gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +69,23 @@ def test_the_best_instruction_set_is_in_use(instruction_set):
     assert instruction_set("best") == available[0]
     assert instruction_set("no such thing") is None
     assert instruction_set(None) == available[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])  # the last: pairs that are not near each other
+@pytest.mark.parametrize("inf_fraction", [0.0, 0.5])
+def test_a_small_kl_keeps_its_digits(instruction_set, dtype, spread, inf_fraction):
+    """Of two sums that are rounded apart there would be an error of 10 %."""
+    for vocab_size in (33, V):
+        cell = Cell("", dtype, vocab_size, 1e-6, spread, 0.7, 0.0, inf_fraction, 8)
+        inputs = rows_of_a_kl(cell)
+        rows = inputs.logits, inputs.ref_logits, inputs.token_ids
+        true = kl_kernels.token_kl(*rows, temperature=0.7, backend="reference")
+        for name in ("x86-64-v4", "x86-64-v3", "base"):
+            instruction_set(name)
+            found = kl_kernels.token_kl(*rows, temperature=0.7, backend="cpu")
+            for got, expected in ((found.kl, true.kl), (found.forward_kl, true.forward_kl)):
+                assert (abs(got - expected) <= 2e-3 * expected + 1e-10).all()
 
 
 @pytest.mark.parametrize("name", ["x86-64-v3", "base"])

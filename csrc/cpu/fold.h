@@ -1,4 +1,4 @@
-// One row's state: a fast loop around fixed anchors, and a careful one for whatever defeats it.
+// One row's state: fast loops around fixed anchors, and a careful one for whatever defeats them.
 #pragma once
 
 #include "blocks.h"
@@ -32,10 +32,14 @@ KL_INLINE Weighed weigh(Floats logits, float k, float anchor) {
   return {t, exp2(t)};
 }
 
+// The loops over a block's logits, each slower than the one before and taking what defeats that.
+enum class Loop { near, plain, guarded, careful };
+
 // Sums of a block, and whether one model rules out what the other does not: then a KL is infinite.
 struct BlockSums {
   Sums<double> sums;
   bool kl_is_infinite = false, forward_kl_is_infinite = false;
+  bool is_near = true;  // the sums may be anything otherwise
 
   KL_INLINE void compare_support(Ints only_reference, Ints only_policy) {
     for (int i = 0; i < kLanes; ++i) {
@@ -45,8 +49,53 @@ struct BlockSums {
   }
 };
 
-// The vocabulary loop: no maximum, no rescaling, no test. Anything out of the ordinary (NaN, a peak
-// far above the anchor and, unguarded, -inf) shows in the sums.
+// From sums of weights that were rounded apart, ln(sum w / sum u) is off by 1e-7, which is 1 % of a
+// KL of 1e-5. Within half a bit, u - w is w (2^gap - 1), gap = ty - tx, however small it is.
+constexpr float kNear = 0.5f;
+KL_INLINE Floats excess_of_near(Floats w, Floats gap) { return w * (exp2m1_over(gap) * gap); }
+
+// The loop for blocks of such pairs alone. sum u is sum w plus what they differ by.
+template <class T>
+BlockSums fold_near(const T* x, const T* y, int64_t n, float kx, float anchor, float ky,
+                    float ref_anchor) {
+  CompensatedSum sx;
+  Sums<Floats> s{};  // but for sx; sy is sum u - w
+  Floats widest{};
+  const auto fold = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
+    const Weighed of_x = weigh<false>(xs, kx, anchor);
+    const Floats ty = position<false>(ys, ky, ref_anchor), gap = ty - of_x.t;
+    const Floats excess = excess_of_near(of_x.weight, gap);
+    s.sy += excess;
+    fold_moments(s, of_x.t, ty, of_x.weight, of_x.weight + excess);
+    widest = largest(magnitude(gap), widest);
+    return of_x.weight;
+  };
+  for (int64_t i = 0; i < n; i += kPair) {
+    const Pair xs = load_pair(x + i), ys = load_pair(y + i);
+    const Floats first = fold(xs.first, ys.first), second = fold(xs.second, ys.second);
+    sx.add(first + second);
+  }
+  const double sum = sx.total();
+  BlockSums result{{sum, sum + total(s.sy), total(s.ex), total(s.rk), total(s.fk)}};
+  for (int i = 0; i < kLanes; ++i) result.is_near &= widest[i] <= kNear;
+  return result;
+}
+
+// sum u - sum w of any pairs, whose weights do not overflow.
+inline double excess(const float* x, const float* y, int64_t n, float kx, float anchor, float ky,
+                     float ref_anchor) {
+  Floats sum{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Weighed of_x = weigh<true>(load<Floats>(x + i), kx, anchor),
+                  of_y = weigh<true>(load<Floats>(y + i), ky, ref_anchor);
+    const Floats gap = of_y.t - of_x.t;
+    sum += magnitude(gap) <= kNear ? excess_of_near(of_x.weight, gap) : of_y.weight - of_x.weight;
+  }
+  return total(sum);
+}
+
+// The loop for any pairs: no maximum, no rescaling, no test. Anything out of the ordinary (NaN, a
+// peak far above the anchor and, unguarded, -inf) shows in the sums.
 template <bool kGuarded, class T>
 BlockSums fold_fast(const T* x, const T* y, int64_t n, float kx, float anchor, float ky,
                     float ref_anchor) {
@@ -118,27 +167,44 @@ class RowFold {
     RowState<double> state = empty_state<double>();
     if (token != kNoToken) state = raise_anchors(state, {token, 1});
     state = raise_anchors(state, block_at(0));
-    bool guarded = false;  // from the first -inf on
+    Loop loop = alone() ? Loop::plain : Loop::near;  // the rest of a row is like its beginning
+    bool all_near = true;
     for (int64_t start = 0; start < vocab_size; start += kBlock) {
       const Block block = block_at(start);
       RowState<double> part = state;
-      bool done = !guarded && fast<false>(block, part);
-      if (!done) done = guarded = fast<true>(block, part = state);
-      if (!done) careful(block, part = state);
+      const Loop used = fold_block(block, part, loop);
+      if (used != Loop::careful) loop = used;
+      all_near &= used == Loop::near;
       state = merge(state, part);
     }
+    if (alone() || all_near || !is_small(state)) return state;
+    // Seldom: one model hardly differs from the other, but for tokens that neither will choose.
+    double excess = 0;
+    for (int64_t start = 0; start < vocab_size; start += kBlock)
+      excess += excess_of(block_at(start), state);
+    state.sums.sy = state.sums.sx + excess;
     return state;
   }
 
  private:
   bool alone() const { return reference_.logits == nullptr; }
 
-  // Sums of the block into `part`, around its anchors or higher ones; false if that will not do.
-  template <bool kGuarded>
+  // Sums of the block into `part`, around its anchors or higher ones, by `loop` or one behind it.
+  Loop fold_block(Block block, RowState<double>& part, Loop loop) {
+    const RowState<double> anchors = part;
+    if (loop == Loop::near && fast<Loop::near>(block, part)) return loop;
+    if (loop <= Loop::plain && fast<Loop::plain>(block, part = anchors)) return Loop::plain;
+    if (fast<Loop::guarded>(block, part = anchors)) return Loop::guarded;
+    careful(block, part = anchors);
+    return Loop::careful;
+  }
+
+  // False if the loop will not do.
+  template <Loop kLoop>
   bool fast(Block block, RowState<double>& part) {
-    BlockSums found = fast_sums<kGuarded>(block, part);
+    BlockSums found = fast_sums<kLoop>(block, part);
     part.sums = found.sums;
-    if (!is_finite(part)) return false;
+    if (!found.is_near || !is_finite(part)) return false;
     // Many or large weights. What matters is that none of them lies far above its anchor: t has
     // an absolute error of 2^-24 t, and so has the KL.
     constexpr double kCrowded = kBlock / 8;
@@ -146,14 +212,28 @@ class RowFold {
       const RowState<double> raised = raise_anchors(part, block);
       if (raised.anchor > part.anchor || raised.ref_anchor > part.ref_anchor) {
         part = raised;
-        found = fast_sums<kGuarded>(block, part);
+        found = fast_sums<kLoop>(block, part);
         part.sums = found.sums;
       }
-      if (!is_finite(part)) return false;
+      if (!found.is_near || !is_finite(part)) return false;
     }
     if (found.kl_is_infinite) part.sums.rk = INFINITY;
     if (found.forward_kl_is_infinite) part.sums.fk = INFINITY;
     return true;
+  }
+
+  // Whether rounding shows in a KL: it is 1e-7.
+  static bool is_small(const RowState<double>& state) {
+    constexpr double kSmall = 1e-4;
+    const Finished<double> found = finish(state.sums, 0.0, 0.0);
+    return found.kl < kSmall || found.forward_kl < kSmall;
+  }
+
+  double excess_of(Block block, const RowState<double>& state) {
+    const float anchor = float(state.anchor), ref_anchor = float(state.ref_anchor);
+    stage(block, far_below(anchor, policy_.k), far_below(ref_anchor, reference_.k));
+    return excess(x_.values, y_.values, whole_pairs(block.size), policy_.k, anchor, reference_.k,
+                  ref_anchor);
   }
 
   void careful(Block block, RowState<double>& part) {
@@ -164,32 +244,34 @@ class RowFold {
                      alone() ? policy_.k : reference_.k, alone() ? part.anchor : part.ref_anchor);
   }
 
-  template <bool kGuarded>
+  template <Loop kLoop>
   BlockSums fast_sums(Block block, const RowState<double>& anchors) {
     const float anchor = float(anchors.anchor), ref_anchor = float(anchors.ref_anchor);
     if (in_place_ && block.size % kPair == 0) {
       switch (policy_.dtype) {
         case Dtype::float32:
-          return fast_sums<kGuarded, float>(block, anchor, ref_anchor);
+          return fast_sums<kLoop, float>(block, anchor, ref_anchor);
         case Dtype::bfloat16:
-          return fast_sums<kGuarded, BFloat16>(block, anchor, ref_anchor);
+          return fast_sums<kLoop, BFloat16>(block, anchor, ref_anchor);
         case Dtype::float16:
-          return fast_sums<kGuarded, Float16>(block, anchor, ref_anchor);
+          return fast_sums<kLoop, Float16>(block, anchor, ref_anchor);
       }
     }
     stage(block, far_below(anchor, policy_.k), far_below(ref_anchor, reference_.k));
-    return fast_sums<kGuarded>(x_.values, y_.values, whole_pairs(block.size), anchor, ref_anchor);
+    return fast_sums<kLoop>(x_.values, y_.values, whole_pairs(block.size), anchor, ref_anchor);
   }
 
-  template <bool kGuarded, class T>
+  template <Loop kLoop, class T>
   BlockSums fast_sums(Block block, float anchor, float ref_anchor) {
-    return fast_sums<kGuarded>(logits_of<T>(policy_, block.start),
-                               logits_of<T>(reference_, block.start), block.size, anchor,
-                               ref_anchor);
+    return fast_sums<kLoop>(logits_of<T>(policy_, block.start),
+                            logits_of<T>(reference_, block.start), block.size, anchor, ref_anchor);
   }
 
-  template <bool kGuarded, class T>
+  template <Loop kLoop, class T>
   BlockSums fast_sums(const T* x, const T* y, int64_t n, float anchor, float ref_anchor) {
+    constexpr bool kGuarded = kLoop == Loop::guarded;
+    if constexpr (kLoop == Loop::near)
+      return fold_near(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
     return alone() ? fold_fast<kGuarded>(x, n, policy_.k, anchor)
                    : fold_fast<kGuarded>(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
   }

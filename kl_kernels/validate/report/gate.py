@@ -9,6 +9,7 @@ Their signs differ from row to row, so the mean may have half of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,10 @@ FLOOR = {"max": 4.0, "mean": 2.0}  # ulps
 BUDGET = {"values": 16.0, "gradients": 80.0}
 # |error| <= KL_BUDGET + 2e-6 KL, of logits within +-50; at a KL of 1e-5 that is 3 %.
 KL_BUDGET, KL_RANGE = 3e-7, 50.0
-# Of logits within +-25: beyond, float32 rounds a term of the sum by as much as 1 % of such a KL.
-SMALL_KL_RANGE = 25.0
-SMALL_KL_ERROR = {"reference": 0.01, "cpu": 0.01}
-OTHERS_SMALL_KL_ERROR = 0.03  # kernels that sum in float32
+SMALL_KL_ERROR = {"reference": 0.001, "cpu": 0.001}
+# Kernels that round the sums of both models' weights apart, of logits within +-25: a weight near 1
+# has an error of 1e-7, and where rows are peaked there are few to average over.
+OTHERS_SMALL_KL_ERROR, OTHERS_SMALL_KL_RANGE = 0.03, 25.0
 
 Results = dict[str, Any]
 
@@ -68,11 +69,11 @@ def _complaints(backend: str, quantity: str, found: Results, measured: Results) 
         return
     if found["beyond"] > KL_BUDGET:
         yield f"off by {found['beyond']:.3g} beyond 2e-6 of it, over {KL_BUDGET:.0e}"
-    is_small = cell["kl"] == SMALL_KL and measured["largest_logit"] <= SMALL_KL_RANGE
-    if quantity == "kl" and cell["dtype"] == "float32" and is_small:
-        accepted = SMALL_KL_ERROR.get(backend, OTHERS_SMALL_KL_ERROR)
+    if quantity == "kl" and cell["dtype"] == "float32" and cell["kl"] == SMALL_KL:
+        within = measured["largest_logit"] <= OTHERS_SMALL_KL_RANGE
+        accepted = SMALL_KL_ERROR.get(backend, OTHERS_SMALL_KL_ERROR if within else math.inf)
         if found["relative"]["max"] > accepted:
-            yield f"off by {found['relative']['max']:.2%} of {SMALL_KL:g}, over {accepted:.0%}"
+            yield f"off by {found['relative']['max']:.2%} of {SMALL_KL:g}, over {accepted:.1%}"
 
 
 def _worse_than_eager(quantity: str, found: Results, measured: Results) -> Iterator[str]:

@@ -44,8 +44,12 @@ def run(names: list[str], children: int) -> None:
     """Mutate and see which tests reach what, by mutmut; then run them, by `mutants_pytest`."""
     # Threads of torch do not survive a fork.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # mutmut fails for want of such a mutant, after all that is wanted of it.
     mutate = [sys.executable, "-m", "mutmut", "run", "no mutant has this name"]
-    subprocess.run(mutate, cwd=WORK, env=environment, check=False)
+    with open(WORK / "mutmut.log", "w") as log:
+        subprocess.run(mutate, cwd=WORK, env=environment, stdout=log, stderr=log, check=False)
+    if "nothing matches" not in Path(log.name).read_text():
+        raise SystemExit(f"mutmut did not come to its end: {log.name}")
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(WORK / "mutants"), os.environ.get("PYTHONPATH", "")]
     )

@@ -37,11 +37,10 @@ def mutants(results: dict[str, Any]) -> str:
         lines.append(f"| `{module}` | {sum(by_status.values())} | {cells} |")
     lines.append(f"| all | {sum(total)} | {' | '.join(map(str, total))} |")
     noticed = (total[0] + total[1]) / sum(total[:4])
-    made = results.get("made", "made by `make mutants`")
     lines.append(
         f"\n{noticed:.1%} of those that were run are noticed. mutmut {results['mutmut']}, torch "
         f"{results['facts']['torch']}, commit {results['commit']}. From "
-        f"`bench/results/mutants.json`, {made}. The others:\n"
+        "`bench/results/mutants.json`, made by `make mutants`. The others:\n"
     )
     lines += ["| module | was | is |", "|---|---|---|"]
     for s in results["survivors"]:

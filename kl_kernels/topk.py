@@ -215,8 +215,7 @@ def _without(logits: Tensor, ids: Tensor, listed: Tensor) -> Tensor:  # [B, T, V
 def _capped(chosen: Tensor, softcap: float | None) -> Tensor:
     if softcap is None:
         return chosen
-    capped = softcap * torch.tanh(chosen / softcap)
-    return torch.where(chosen == -torch.inf, chosen, capped)  # -inf stays -inf
+    return softcap * torch.tanh(chosen / softcap)
 
 
 def _cap_slope(chosen: Tensor, softcap: float | None) -> Tensor:

@@ -1,9 +1,13 @@
 """Every bad argument gets one sentence: its name, its value, what is accepted."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
 import kl_kernels
+from kl_kernels.checks import values_are_at_hand
 
 V = 7
 LOGITS = torch.zeros(2, 3, V)
@@ -22,7 +26,12 @@ BAD_TOKEN_KL = [
     ({"mask": MASK.to(torch.complex64)}, TypeError, r"mask has dtype torch.complex64; .* real"),
     ({"softcap": 0.0}, ValueError, r"softcap is 0.0"),
     ({"ref_softcap": -3.0}, ValueError, r"ref_softcap is -3.0"),
-    ({"logits": LOGITS.long()}, TypeError, r"logits has dtype torch.int64; accepted: float32"),
+    (
+        {"logits": LOGITS.long()},
+        TypeError,
+        r"logits has dtype torch.int64; accepted: float32, bfloat16, float16, float64$",
+    ),
+    ({"temperature": torch.ones(1)}, TypeError, r"temperature is tensor.*, a Tensor; .* number"),
     ({"logits": [1.0]}, TypeError, r"logits is a list"),
     ({"logits": LOGITS[..., :0]}, ValueError, r"logits has shape \(2, 3, 0\)"),
     ({"logits": torch.tensor(1.0)}, ValueError, r"logits has shape \(\)"),
@@ -41,6 +50,8 @@ BAD_REWARDS = [
     ({"kl_estimator": "k4"}, ValueError, r"kl_estimator is 'k4'; accepted: 'k1', 'exact'"),
     ({"kl_estimator": "k3"}, ValueError, r"kl_estimator is 'k3'.*biased=True"),
     ({"kl_coef": float("nan")}, ValueError, r"kl_coef is nan"),
+    ({"kl_coef": float("inf")}, ValueError, r"kl_coef is inf"),
+    ({"kl_coef": -float("inf")}, ValueError, r"kl_coef is -inf"),
     ({"kl_clip": 0.0}, ValueError, r"kl_clip is 0.0"),
     ({"score_clip": -1.0}, ValueError, r"score_clip is -1.0"),
     ({"score_position": "first"}, ValueError, r"score_position is 'first'; accepted: 'last_token'"),
@@ -109,6 +120,13 @@ def test_a_reference_that_requires_grad_is_fine_without_grad_mode():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"logits": [1.0]}, TypeError, r"^logits is a list"),
+        ({"index": 3}, TypeError, r"^index is a int"),
+        ({"index": IDS.to("meta")}, ValueError, r"^index is on meta"),
+        ({"index": IDS[..., None].to("meta")}, ValueError, r"^index is on meta"),
+        ({"backend": "tpu"}, ValueError, "backend is 'tpu'"),
+        ({"index": IDS[..., None], "backend": "tpu"}, ValueError, "backend is 'tpu'"),
+        ({"index": IDS + V}, ValueError, rf"index holds {V} at an unmasked position"),
         ({"row_mask": "all"}, TypeError, r"row_mask is a str"),
         ({"row_mask": MASK[:1]}, ValueError, r"row_mask has shape \(1, 3\)"),
         ({"index": IDS - 1}, ValueError, r"index holds -1 at an unmasked position"),
@@ -158,3 +176,23 @@ def test_operators_of_the_cpu_refuse_an_empty_vocabulary(shape):
         torch.ops.kl_kernels.fold_part(logits, None, mask.long(), mask, *options, "cpu")
     with pytest.raises(ValueError, match="gradient has to hold at least one logit"):
         torch.ops.kl_kernels.scale_gradient(logits, torch.tensor(2.0), "cpu")
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.5), Fraction(1, 2), np.float32(0.5)])
+def test_numbers_may_be_of_any_type(number):
+    expected = kl_kernels.token_kl(**TOKEN_KL, temperature=0.5)
+    assert torch.equal(kl_kernels.token_kl(**TOKEN_KL, temperature=number).kl, expected.kl)
+
+
+def test_values_are_looked_at_where_that_costs_nothing():
+    assert values_are_at_hand(IDS)
+    assert not values_are_at_hand(IDS.to("meta"))
+    seen = []
+    torch.func.vmap(lambda x: seen.append(values_are_at_hand(x)) or x)(IDS)
+    assert seen == [False]
+
+
+def test_compute_gae_names_a_backend_that_is_none():
+    rewards = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="backend is 'tpu'"):
+        kl_kernels.compute_gae(rewards, rewards, MASK, backend="tpu")

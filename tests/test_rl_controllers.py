@@ -77,6 +77,11 @@ def test_longer_answers_raise_the_sum_and_not_the_mean():
     assert controller(unit="token_mean").update(kl, 64, mask=mask).error == -0.2  # 0.5 nats
 
 
+@pytest.mark.parametrize("unit", ["sequence_sum", "token_mean"])
+def test_the_kl_of_a_single_token_is_its_own(unit):
+    assert controller(unit=unit).update(torch.tensor([[3.0]]), 1, mask=torch.ones(1, 1)).kl == 3
+
+
 def test_an_empty_batch_has_no_kl():
     update = controller().update(KL, 1, mask=torch.zeros(3, 3))
     assert update.kl == 0
@@ -223,6 +228,13 @@ def test_the_pi_controller_is_a_sum_over_all_errors_so_far():
         exponent = 0.15 * (sum(errors[:n]) + 4.0 * (errors[n - 1] - errors[0]))
         assert update.error == errors[n - 1]
         assert update.value == pytest.approx(0.2 * math.exp(exponent), rel=1e-12)
+
+
+def test_the_pi_controller_has_the_documented_defaults():
+    settings = {"init_kl_coef": 0.2, "target": 6.0, "unit": "sequence_sum"}
+    one, other = PIKLController(**settings), PIKLController(**settings, gain=0.2, lag=8.0)
+    for kl in (7.0, 20.0, 6.1):
+        assert one.update(kl, 64) == other.update(kl, 64)
 
 
 def test_at_a_bound_the_pi_controller_does_not_wind_up():

@@ -111,3 +111,13 @@ def test_all_ranks_stop_together(ranks):
 def test_settings_that_cannot_work_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         KLEarlyStop(**{"target_kl": TARGET} | options)
+
+
+def test_the_limit_itself_is_allowed():
+    rule = KLEarlyStop(TARGET, tolerance=1.0)
+    assert not rule.before_step(TARGET)
+    assert rule.before_step(math.nextafter(TARGET, 1))
+
+
+def test_nothing_measured_stops_nothing():
+    assert not KLEarlyStop(1e-9, when="after_epoch").after_epoch()

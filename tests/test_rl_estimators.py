@@ -154,12 +154,13 @@ def test_plus_is_the_straight_through_gradient(estimator):
     for options in (
         {"kl_penalty": estimator + "+"},
         {"kl_penalty": estimator, "gradient": "straight_through"},
+        {"kl_penalty": estimator + "+", "gradient": "straight_through"},
     ):
         value = kl_penalty(logprobs, log_p(REFERENCE), **options)
         values.append(value)
         gradients.append(torch.autograd.grad(value.sum(), logprobs)[0])
-    assert torch.equal(*values)
-    assert torch.equal(*gradients)
+    assert all(torch.equal(values[0], value) for value in values)
+    assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
     torch.testing.assert_close(gradients[0], log_p(POLICY) - log_p(REFERENCE), rtol=0, atol=0)
 
 

@@ -124,3 +124,32 @@ def test_weights_are_constants():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         importance_weights(*pair(), MASK, **options)
+
+
+def test_bounds_belong_to_what_they_bound():
+    logprobs = torch.tensor([[0.5, 2.0, 1.0]], dtype=torch.float64).log()
+    ratios = logprobs.exp()
+    found, metrics = importance_weights(
+        logprobs, torch.zeros_like(logprobs), torch.ones(1, 3),
+        mode="mask", low=ratios[0, 0].item(), high=ratios[0, 1].item(),
+    )  # fmt: skip
+    assert torch.equal(found, ratios)
+    assert metrics["bounded_fraction"] == 0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_low_precision_is_computed_in_float32(level):
+    pairs = [tensor.bfloat16() for tensor in pair()]
+    found, metrics = importance_weights(*pairs, MASK, level=level)
+    expected, expected_metrics = importance_weights(*(t.float() for t in pairs), MASK, level=level)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert metrics == expected_metrics
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_a_batch_without_positions_has_no_weights(shape):
+    nothing = torch.zeros(shape)
+    weights, metrics = importance_weights(nothing, nothing, nothing)
+    assert weights.shape == shape
+    assert all(value == 0 for value in metrics.values())

@@ -18,6 +18,7 @@ MASK = torch.tensor(
         [1, 1, 0, 0, 0],  # right-padded
         [0, 1, 1, 0, 1],  # left-padded, with a hole
         [0, 0, 0, 0, 0],  # empty
+        [0, 0, 0, 1, 0],  # a single token
     ]
 )
 KEEP = MASK.bool()
@@ -65,6 +66,16 @@ def test_aggregation_is_that_of_the_loops(mode, denominator):
     assert torch.equal(result, aggregate(losses, MASK * 3.0, mode, denominator))
 
 
+def test_tokens_count_alike_unless_told_otherwise():
+    losses = normal(*MASK.shape, seed=0)
+    assert torch.equal(aggregate(losses, MASK), aggregate(losses, MASK, "token-mean"))
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_a_single_token_has_all_the_weight(mode):
+    assert token_weights(torch.ones(1, 1), mode).item() == 1
+
+
 def test_aggregations_differ():
     losses = normal(*MASK.shape, seed=0)
     results = {round(float(aggregate(losses, MASK, mode)), 6) for mode in AGGREGATIONS}
@@ -107,7 +118,7 @@ def test_micro_batches_add_up_to_the_whole(kind, mode, as_tensor):
         return loss, torch.autograd.grad(loss, leaf)[0]
 
     whole = loss_and_grad([slice(None)], None)
-    parts = [slice(0, 1), slice(1, 3), slice(3, 4)]
+    parts = [slice(0, 1), slice(1, 3), slice(3, 5)]
     for w, p in zip(whole, loss_and_grad(parts, denominator)):
         torch.testing.assert_close(p, w, **CLOSE)
     averaged = loss_and_grad(parts, None)[0] / len(parts)
@@ -229,8 +240,9 @@ def test_the_log_ratio_clamp_keeps_the_loss_finite_and_the_pull_back_alive():
     grad = torch.autograd.grad(loss, logprobs)[0]
     torch.testing.assert_close(grad, -advantages * ratio, rtol=1e-6, atol=0)
     torch.testing.assert_close(metrics["ratio_max"], ratio.max(), rtol=1e-6, atol=0)
-    default, _ = ppo_policy_loss(logprobs, old, advantages, torch.ones(1, 3))
+    default, metrics = ppo_policy_loss(logprobs, old, advantages, torch.ones(1, 3))
     assert default.isfinite()
+    assert metrics["ratio_max"].item() == pytest.approx(math.exp(20), rel=1e-6)
     unclamped, _ = ppo_policy_loss(
         logprobs, old, advantages, torch.ones(1, 3), log_ratio_clamp=None
     )
@@ -283,6 +295,18 @@ def test_without_clipping_old_values_are_not_needed():
         ppo_value_loss(values, None, returns, MASK)
 
 
+def test_values_are_clipped_at_a_fifth_unless_told_otherwise():
+    values, old, returns = arguments("value")
+    default, _ = ppo_value_loss(values, old, returns, MASK)
+    assert torch.equal(default, ppo_value_loss(values, old, returns, MASK, clip_range=0.2)[0])
+
+
+def test_returns_that_hardly_vary_are_explained_all_the_same():
+    returns = normal(*MASK.shape, seed=3) * 1e-3
+    _, metrics = ppo_value_loss(returns, returns, returns, MASK)
+    assert metrics["explained_variance"] == 1
+
+
 def test_returns_that_do_not_vary_leave_nothing_to_explain():
     values = torch.tensor([[1.0, 2.0]])
     _, metrics = ppo_value_loss(values, values, torch.ones(1, 2), torch.ones(1, 2))
@@ -302,8 +326,9 @@ def test_masked_garbage_reaches_neither_loss_nor_metrics_nor_gradient(kind, mode
         weights = torch.where(KEEP, 0.5, garbage if tensors is dirty else 1.0)
         if kind == "policy":
             extra["weights"] = weights
-        loss, metrics = loss_fn(*tensors, MASK, aggregation=mode, **extra)
-        grad = torch.autograd.grad(loss, tensors[0])[0]
+        with torch.autograd.detect_anomaly(check_nan=True):  # nor any gradient on the way
+            loss, metrics = loss_fn(*tensors, MASK, aggregation=mode, **extra)
+            grad = torch.autograd.grad(loss, tensors[0])[0]
         assert (grad[~KEEP] == 0).all()
         results.append([loss, grad, *metrics.values()])
     for c, d in zip(*results):

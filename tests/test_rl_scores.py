@@ -52,6 +52,11 @@ def test_the_overlong_penalty_of_dapo(lengths, max_length, buffer, factor):
     assert penalty.tolist() == pytest.approx([expected(n) for n in lengths], rel=1e-6, abs=1e-6)
 
 
+def test_the_overlong_penalty_is_at_most_one_unless_told_otherwise():
+    lengths = torch.tensor([5, 9, 30])
+    assert overlong_penalty(lengths, 10, 5).tolist() == [0.0, pytest.approx(-0.8), -1.0]
+
+
 def test_a_normalised_sum_of_log_probabilities_is_their_mean():
     logprobs = torch.randn(4, 6, dtype=torch.float64)
     mask = torch.tensor([[1] * 6, [1, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 6])

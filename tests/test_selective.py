@@ -40,6 +40,21 @@ def test_several_tokens_per_position(backend, dtype, vocab_size, k):
     assert_right(logits, index, temperature=0.7, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_token_per_position(backend):
+    torch.manual_seed(0)
+    logits = (torch.randn(2, 3, 50) * 4).requires_grad_()
+    index, mask = torch.tensor([[0, 49, -100], [7, 7, 2]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    options = {"temperature": 0.7, "row_mask": mask, "backend": backend}
+    found = kl_kernels.selective_log_softmax(logits, index, **options)
+    x, expected = truth(logits, index.clamp_min(0)[..., None], 0.7)
+    expected = expected[..., 0] * mask
+    torch.testing.assert_close(found.double(), expected, rtol=4e-7, atol=4e-7)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(logits.grad.double(), x.grad, rtol=2e-6, atol=2e-6)
+
+
 def test_tokens_that_repeat_share_one_entry():
     torch.manual_seed(0)
     index = torch.tensor([[3, 3, 3, 1], [0, 2, 0, 2]])
@@ -150,13 +165,14 @@ def test_it_compiles_into_one_graph():
     [
         (torch.zeros(4, 3, dtype=torch.long), ValueError, r"index has shape \(4, 3\)"),
         (torch.zeros(2, 0, dtype=torch.long), ValueError, "K >= 1"),
+        (torch.zeros(2, 1, 0, dtype=torch.long), ValueError, "K >= 1"),
         (torch.zeros(2, 3), TypeError, "index has dtype torch.float32"),
         (torch.tensor([[1, 2], [3, 9]]), ValueError, "index holds 9"),
     ],
 )
 def test_a_bad_index_is_named(index, error, said):
     with pytest.raises(error, match=said):
-        kl_kernels.selective_log_softmax(torch.zeros(2, 9), index)
+        kl_kernels.selective_log_softmax(torch.zeros(2, *[1] * (index.ndim - 2), 9), index)
 
 
 @settings(deadline=None, max_examples=60)

@@ -144,16 +144,53 @@ def test_equal_models_have_none_and_the_gradient_sums_to_zero():
     assert grad.sum(-1).abs().max() < 1e-6
 
 
-def test_infinite_where_it_is_infinite():
-    logits = torch.zeros(3, 6)
-    ids, logprobs = torch.tensor([[0, 1]] * 3), torch.tensor([[0.4, 0.3]] * 3).log()
-    logits[0, 1] = -torch.inf  # listed, and ruled out by the policy
-    logits[1, 2:] = -torch.inf  # nothing but what is listed
-    forward = kl_kernels.topk_kl(logits, ids, logprobs)
-    assert forward.isinf().tolist() == [True, True, False]
-    reverse = kl_kernels.topk_kl(logits, ids, logprobs, beta=1.0)
-    assert reverse.isfinite().all()
-    assert kl_kernels.topk_kl(logits, ids, logprobs, beta=0.5).isfinite().all()
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_infinite_where_it_is_infinite(softcap):
+    logits = torch.zeros(1, 4, 6)
+    ids, logprobs = torch.tensor([[[0, 1]] * 4]), torch.tensor([[[0.4, 0.3]] * 4]).log()
+    logits[0, 0, 1] = -torch.inf  # listed, and ruled out by the policy
+    logits[0, 1, 2:] = -torch.inf  # nothing but what is listed
+    logits[0, 2, :2] = -torch.inf  # all that is listed
+    for rows in (slice(4), slice(2)):
+        some = logits[:, rows], ids[:, rows], logprobs[:, rows]
+        forward = kl_kernels.topk_kl(*some, softcap=softcap)
+        assert forward.isinf()[0].tolist() == [True, True, True, False][rows]
+        for beta in (0.5, 1.0):
+            leaf = some[0].clone().requires_grad_()
+            found = kl_kernels.topk_kl(leaf, *some[1:], beta=beta, softcap=softcap)
+            found.sum().backward()
+            assert found.isfinite().all()
+            assert leaf.grad.isfinite().all()
+    reverse = kl_kernels.topk_kl(logits, ids, logprobs, beta=1.0, softcap=softcap)
+    assert reverse[0, 2].item() == pytest.approx(-math.log(0.3), rel=1e-6)
+
+
+def test_a_list_that_sums_to_one_leaves_a_policy_without_a_tail_finite():
+    logits = torch.tensor([[0.3, -0.2, -torch.inf, -torch.inf, -torch.inf]] * 2)
+    logprobs = torch.tensor([[0.6, 0.4]] * 2).log()  # whose sum may be off by a rounding
+    found = kl_kernels.topk_kl(logits, torch.tensor([[0, 1]] * 2), logprobs)
+    p = logits[0, :2].double().softmax(-1)
+    assert found.tolist() == pytest.approx(2 * [float(kl([0.6, 0.4], p))], rel=1e-3)
+
+
+def kl_to_a_list_without_a_tail(sizes):
+    """Of flat policies over 16 tokens, from uniform lists of so many of them."""
+    width = max(sizes)
+    ids = torch.arange(width).expand(len(sizes), width)
+    counts = torch.tensor(sizes)[:, None]
+    logprobs = (-counts.double().log()).masked_fill(ids >= counts, -torch.inf).float()
+    return kl_kernels.topk_kl(torch.zeros(len(sizes), 16), ids, logprobs, beta=1.0)
+
+
+def test_a_tail_that_rounding_hides_counts_as_that_rounding_of_its_own_row():
+    sizes = [1, 2, 8]
+    together = kl_to_a_list_without_a_tail(sizes)
+    for size, found in zip(sizes, together.tolist()):
+        assert found == pytest.approx(kl_to_a_list_without_a_tail([size]).item(), rel=1e-6)
+        policy, tail = size / 16, 1 - size / 16
+        # Between 2^-24 and 2^-20 of 1, the rounding of a few numbers of that size.
+        low, high = (policy * math.log(policy) + tail * math.log(tail / 2**-e) for e in (20, 24))
+        assert low < found < high
 
 
 def test_padded_vocabularies_change_nothing():
@@ -167,6 +204,25 @@ def test_padded_vocabularies_change_nothing():
         other.sum().backward()
         torch.testing.assert_close(a.grad, b.grad[:, :60], rtol=1e-5, atol=1e-8)
         assert not b.grad[:, 60:].any()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_mask_changes_nothing_of_what_it_keeps(beta):
+    logits, ids, logprobs = some(4, 30, 5)
+    logprobs[:, :2] = -torch.inf  # and what is listed comes behind what is not
+    ids[0, :2] = torch.arange(30)[~torch.isin(torch.arange(30), ids[0])][:2]
+    ids[1] = torch.tensor([3, 3, 99, 99, -1])
+    mask = torch.tensor([1, 0, 1, 1])
+    a, b = (x.clone().requires_grad_() for x in (logits, logits[mask.bool()]))
+    found = kl_kernels.topk_kl(a, ids, logprobs, beta=beta, mask=mask)
+    kept = kl_kernels.topk_kl(b, ids[mask.bool()], logprobs[mask.bool()], beta=beta)
+    assert_right(*(t[mask.bool()] for t in (logits, ids, logprobs)), beta)
+    assert torch.equal(found[mask.bool()], kept)
+    assert found[1] == 0
+    found.sum().backward()
+    kept.sum().backward()
+    assert torch.equal(a.grad[mask.bool()], b.grad)
+    assert not a.grad[1].any()
 
 
 def test_masked_rows_are_zero_whatever_they_hold():
@@ -210,6 +266,9 @@ def test_it_compiles_into_one_graph():
     [
         ({"beta": 1.5}, ValueError, "beta is 1.5"),
         ({"topk_ids": torch.tensor([[1, 1], [2, 3]])}, ValueError, "topk_ids holds 1 twice"),
+        ({"topk_ids": [[1, 2], [2, 3]]}, TypeError, "^topk_ids is a list"),
+        ({"topk_logprobs": torch.zeros(2)}, ValueError, r"has shape \(2,\), topk_ids \(2, 2\)"),
+        ({"backend": "tpu"}, ValueError, "backend is 'tpu'"),
         ({"topk_ids": torch.tensor([[1, 9], [2, 3]])}, ValueError, "topk_ids holds 9"),
         ({"topk_ids": torch.tensor([1, 2])}, ValueError, r"topk_ids has shape \(2,\)"),
         ({"topk_logprobs": torch.zeros(2, 3)}, ValueError, "topk_logprobs has shape"),
@@ -224,6 +283,29 @@ def test_bad_arguments_are_named(change, error, said):
     }
     with pytest.raises(error, match=said):
         kl_kernels.topk_kl(torch.zeros(2, 9), **(arguments | change))
+
+
+def test_ids_that_occur_twice_are_found_wherever_they_are():
+    ids, logprobs = torch.tensor([[4, 1, 4]]), torch.full((1, 3), -2.0)
+    with pytest.raises(ValueError, match="topk_ids holds 4 twice"):
+        kl_kernels.topk_kl(torch.zeros(1, 9), ids, logprobs)
+    assert kl_kernels.topk_kl(torch.zeros(3, 9), ids.T, logprobs.T).shape == (3,)
+
+
+def test_second_derivatives_are_refused():
+    logits, ids, logprobs = some(2, 9, 3)
+    leaf = logits.requires_grad_()
+    found = kl_kernels.topk_kl(leaf, ids, logprobs)
+    (grad,) = torch.autograd.grad(found.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="second"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_rounding_makes_none_negative(beta):
+    logits = torch.randn(500, 7, dtype=torch.float64) * 2
+    logprobs, ids = logits.log_softmax(-1).topk(3)
+    assert (kl_kernels.topk_kl(logits, ids, logprobs, beta=beta) >= 0).all()
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -246,5 +328,9 @@ def test_arguments_may_have_any_strides():
     def turned(x):
         return x.transpose(0, -1).contiguous().transpose(0, -1)
 
-    for arguments in ((logits, ids, turned(logprobs)), (logits, turned(ids), logprobs)):
+    for arguments in (
+        (logits, ids, turned(logprobs)),
+        (logits, turned(ids), logprobs),
+        (turned(logits), ids, logprobs),
+    ):
         assert torch.equal(kl_kernels.topk_kl(*arguments, beta=0.3), expected)

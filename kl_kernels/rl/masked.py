@@ -46,7 +46,6 @@ def masked_mean(
         TypeError, ValueError: `mask` is not a tensor of x's shape and device.
     """
     check_like("mask", mask, "x", x)
-    dim = tuple(range(x.ndim)) if dim is None else dim
     total, count = select(x, mask, output_dtype(x)).sum(dim), mask.bool().sum(dim)
     if group is None:
         return total / count.clamp_min(1)

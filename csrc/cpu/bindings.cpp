@@ -109,7 +109,7 @@ KlOutputs fold_rows(const Tensor& logits_tensor, const Logits& logits, const Log
       const RowState<double> state = kernels.fold(logits.row(row), ref_logits.row(row),
                                                   logits.vocab_size(), tokens[row], &tx, &ty);
       f = to_float(finish(state.sums, tx, ty));
-      saved = as_saved(state);
+      saved = keep_ratio(as_saved(state), f);
     }
     logprob[row] = f.logprob;
     ref_logprob[row] = f.ref_logprob;

@@ -38,8 +38,8 @@ enum class Loop { near, plain, guarded, careful };
 // Sums of a block, and whether one model rules out what the other does not: then a KL is infinite.
 struct BlockSums {
   Sums<double> sums;
+  bool are_right = true;  // as far as the loop can tell
   bool kl_is_infinite = false, forward_kl_is_infinite = false;
-  bool is_near = true;  // the sums may be anything otherwise
 
   KL_INLINE void compare_support(Ints only_reference, Ints only_policy) {
     for (int i = 0; i < kLanes; ++i) {
@@ -70,15 +70,19 @@ BlockSums fold_near(const T* x, const T* y, int64_t n, float kx, float anchor, f
     widest = largest(magnitude(gap), widest);
     return of_x.weight;
   };
-  for (int64_t i = 0; i < n; i += kPair) {
-    const Pair xs = load_pair(x + i), ys = load_pair(y + i);
-    const Floats first = fold(xs.first, ys.first), second = fold(xs.second, ys.second);
-    sx.add(first + second);
+  // Rows of models that differ show it at once, and have lost little then.
+  constexpr int64_t kProbe = 8 * kPair;
+  for (int64_t begin = 0, end = n < kProbe ? n : kProbe; begin < n; begin = end, end = n) {
+    for (int64_t i = begin; i < end; i += kPair) {
+      const Pair xs = load_pair(x + i), ys = load_pair(y + i);
+      const Floats first = fold(xs.first, ys.first), second = fold(xs.second, ys.second);
+      sx.add(first + second);
+    }
+    for (int i = 0; i < kLanes; ++i)
+      if (!(widest[i] <= kNear)) return {{}, false};
   }
   const double sum = sx.total();
-  BlockSums result{{sum, sum + total(s.sy), total(s.ex), total(s.rk), total(s.fk)}};
-  for (int i = 0; i < kLanes; ++i) result.is_near &= widest[i] <= kNear;
-  return result;
+  return {{sum, sum + total(s.sy), total(s.ex), total(s.rk), total(s.fk)}};
 }
 
 // sum u - sum w of any pairs, whose weights do not overflow.
@@ -204,7 +208,7 @@ class RowFold {
   bool fast(Block block, RowState<double>& part) {
     BlockSums found = fast_sums<kLoop>(block, part);
     part.sums = found.sums;
-    if (!found.is_near || !is_finite(part)) return false;
+    if (!found.are_right || !is_finite(part)) return false;
     // Many or large weights. What matters is that none of them lies far above its anchor: t has
     // an absolute error of 2^-24 t, and so has the KL.
     constexpr double kCrowded = kBlock / 8;
@@ -215,7 +219,7 @@ class RowFold {
         found = fast_sums<kLoop>(block, part);
         part.sums = found.sums;
       }
-      if (!found.is_near || !is_finite(part)) return false;
+      if (!found.are_right || !is_finite(part)) return false;
     }
     if (found.kl_is_infinite) part.sums.rk = INFINITY;
     if (found.forward_kl_is_infinite) part.sums.fk = INFINITY;

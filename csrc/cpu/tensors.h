@@ -141,34 +141,38 @@ inline Finished<float> to_float(const Finished<double>& f) {
           float(f.entropy)};
 }
 
-// The sums are saved as floats, and of a small KL's gradient the logarithm of their ratio would be
-// mostly what that takes from it. Sums depend on anchors, and near a reference's anchor there are
-// floats where its rounding happens to be that of the policy's.
-inline double anchor_that_keeps_ratio(const RowState<double>& s) {
-  constexpr int kTries = 256;
-  constexpr double kEnough = 5e-10, kLeastStep = 0x1p-20;
-  const auto rounding = [](double sum) { return float(sum) / sum; };
-  const double start = s.ref_anchor, own = rounding(s.sums.sx);
-  const double step = std::max(std::ldexp(std::abs(start), -23), kLeastStep);
-  double best = start, least = s.sums.sy > 0 ? INFINITY : 0;  // 0: there is no reference
-  for (int i = 0; i < kTries && !(least < kEnough); ++i) {
-    const double anchor = float(start + i * step), t = kLn2 * (start - anchor);
-    const double error = std::abs(rounding(s.sums.sy * (1 + t * (1 + t / 2 * (1 + t / 3)))) - own);
-    if (error < least) {
-      least = error;
-      best = anchor;
-    }
-  }
-  return best;
-}
-
 // The anchor backward will subtract is a float, so the saved sums have to belong to that.
 inline RowState<double> as_saved(const RowState<double>& s) {
   const auto saved = [](double anchor) {
     return double(float(std::max<double>(anchor, Limits<float>::kEmptyAnchor)));
   };
-  const RowState<double> at_floats = move(s, saved(s.anchor), saved(s.ref_anchor));
-  return move(at_floats, at_floats.anchor, anchor_that_keeps_ratio(at_floats));
+  return move(s, saved(s.anchor), saved(s.ref_anchor));
+}
+
+// Rounded to floats, sums lose 6e-8 of their ratio. Of a KL's gradient, p (log p - log q - KL),
+// that can be all: its norm is about sqrt(2 KL) where the KL is small, and the probability of all
+// other tokens, which the entropy is at least, where one token is sure. Sums depend on their
+// anchors, and among the floats next to the reference's is one where its sum is rounded as the
+// policy's is.
+inline RowState<double> keep_ratio(const RowState<double>& saved, const Finished<float>& row) {
+  constexpr int kTries = 256;
+  constexpr double kPart = 1e-6, kLeastEnough = 3e-10, kLeastStep = 0x1p-20;
+  const double norm = std::min(std::sqrt(2.0 * row.kl), double(row.entropy));
+  const double enough = std::max(kPart * norm, kLeastEnough);
+  const auto rounding = [](double sum) { return float(sum) / sum; };
+  const double start = saved.ref_anchor, own = rounding(saved.sums.sx);
+  const double step = std::max(std::ldexp(std::abs(start), -23), kLeastStep);
+  double best = start, least = INFINITY;
+  for (int i = 0; i < kTries && !(least <= enough); ++i) {
+    const double anchor = float(start + i * step), t = kLn2 * (start - anchor);
+    const double sum = saved.sums.sy * (1 + t * (1 + t / 2 * (1 + t / 3)));
+    const double error = std::abs(rounding(sum) - own);
+    if (error < least) {
+      least = error;
+      best = anchor;
+    }
+  }
+  return move(saved, saved.anchor, best);
 }
 
 inline const Row kNoReference{nullptr, Dtype::float32, 1, 0};

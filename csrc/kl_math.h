@@ -144,6 +144,18 @@ KL_HOST_DEVICE RowState<Real> merge(const RowState<Real>& s, const RowState<Real
   return joined;
 }
 
+// From here on two float anchors are 2^8 apart, and weights of logits between them overflow.
+constexpr double kFarthestAnchor = 0x1p31;
+
+// NaN for sums whose anchor is farther from 0 than float anchors reach.
+template <class Real>
+KL_HOST_DEVICE RowState<Real> within_reach(RowState<Real> s) {
+  const Real farthest = kFarthestAnchor;
+  if (!(fabs(s.anchor) <= farthest)) s.sums.sx = NAN;
+  if (!(fabs(s.ref_anchor) <= farthest)) s.sums.sy = NAN;
+  return s;
+}
+
 // What finish makes of a state, in nats; KL and entropy are never negative (NaN stays NaN).
 template <class Real>
 struct Finished {

@@ -34,6 +34,8 @@ LOG2E = 1.0 / LN2
 FLOOR = -1.0e301
 # The anchor of an empty state, above FLOOR so that -inf data cannot look like a maximum.
 EMPTY_ANCHOR = -1.0e300
+# From here on two float32 anchors are 2^8 apart, and weights of logits between them overflow.
+FARTHEST_ANCHOR = 2.0**31
 
 
 class RowState(NamedTuple):
@@ -126,6 +128,17 @@ def finish(s: RowState, xt: Tensor, yt: Tensor) -> Finished:  # xt, yt: [n] the 
         forward_kl=(LN2 * s.fk / s.sy + (ln_sx - ln_sy)).clamp_min(0.0),
         entropy=(ln_sx - LN2 * s.ex / s.sx).clamp_min(0.0),
     )
+
+
+def within_reach(s: RowState, dtype: torch.dtype) -> RowState:
+    """NaN for sums whose anchor is too far from 0 to be a number of `dtype`."""
+    if dtype == torch.float64:
+        return s
+    sx, sy = (
+        total.masked_fill(~(anchor.abs() <= FARTHEST_ANCHOR), torch.nan)
+        for total, anchor in ((s.sx, s.anchor), (s.sy, s.ref_anchor))
+    )
+    return s._replace(sx=sx, sy=sy)
 
 
 class Upstream(NamedTuple):

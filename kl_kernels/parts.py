@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kl_kernels.algebra import Finished, RowState, finish, merge, move
+from kl_kernels.algebra import Finished, RowState, finish, merge, move, within_reach
 from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS
 
 
@@ -97,7 +97,7 @@ class Whole(NamedTuple):
 
 
 def finish_parts(part: Part, mask: Tensor | None, dtype: torch.dtype) -> Whole:  # mask: [B, T]
-    s = part.state
+    s = within_reach(part.state, dtype)
     finished = finish(s, part.token_tx + s.anchor, part.token_ty + s.ref_anchor)
 
     def kept(value: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from kl_kernels.algebra import (
     coefficients,
     finish,
     from_anchor,
+    within_reach,
 )
 from kl_kernels.checks import check_token_range
 from kl_kernels.epilogues import (
@@ -64,7 +65,7 @@ def token_kl(
     states = logits.new_zeros((2, 2, *token_ids.shape), dtype=output_dtype(logits))
     for rows in row_groups(logits, mask):
         state = fold_rows(policy, ref, logits, ref_logits, rows)
-        saved = as_saved(state, states.dtype)
+        saved = within_reach(as_saved(state, states.dtype), states.dtype)
         token = (*rows, token_ids[rows])
         result = finish(state, policy(logits[token]), ref(ref_logits[token]))
         for i, value in enumerate(result):

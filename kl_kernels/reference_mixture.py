@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kl_kernels.algebra import Mixed, RowState, Scale, from_anchor, mix
+from kl_kernels.algebra import Mixed, RowState, Scale, from_anchor, mix, within_reach
 from kl_kernels.reference_rows import as_saved, blocks, fold_rows, row_groups
 from kl_kernels.schemas import MIXTURE_SUMS, output_dtype
 
@@ -75,7 +75,8 @@ def token_jsd(
     outputs = logits.new_zeros((len(MIXTURE_SUMS), *shape), dtype=dtype)
     states = logits.new_zeros((2, 2, *shape), dtype=dtype)
     for rows in row_groups(logits, mask):
-        s = _States.of_row(as_saved(fold_rows(policy, ref, logits, ref_logits, rows), dtype))
+        state = as_saved(fold_rows(policy, ref, logits, ref_logits, rows), dtype)
+        s = _States.of_row(within_reach(state, dtype))
         jsd, mixture_kl = models.sums(rows, s)
         for i, value in enumerate((jsd.clamp_min(0.0), mixture_kl)):
             outputs[i][rows] = value.to(dtype)

@@ -19,6 +19,8 @@ import pytest
 import torch
 from careful_rows import careful_rows
 from host.cuda_on_host import Logits, Outputs, RewardShape, Rows, backend, compile_host, library
+from test_far_logits import SIZES as SIZES_OF_FAR_LOGITS
+from test_far_logits import assert_true_or_nan
 
 import kl_kernels
 from kl_kernels import dispatch, reference
@@ -68,6 +70,12 @@ def test_outputs_and_gradients_are_true(difficulty):
     cases = [case for case in grid(SIZES) if case.difficulty == difficulty]
     wrong = [e for case in cases for e in errors(case, NAME) if not e.accepted]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("size", SIZES_OF_FAR_LOGITS)
+def test_logits_far_from_zero_give_the_truth_or_nan(size):
+    for sign, vocab_size in itertools.product((1, -1), (1, 33, 2049)):
+        assert_true_or_nan(NAME, size, sign, vocab_size)
 
 
 def test_the_gate_of_the_numerics_report_holds():

@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits_tensor, cons
     const Finished<double> f = finish(state.sums, tx, ty);
     logprob_data[row] = float(f.logprob);
     entropy_data[row] = float(f.entropy);
-    const RowState<double> saved = as_saved(state);
+    const RowState<double> saved = within_reach(as_saved(state));
     states.set(row, saved.anchor, saved.sums.sx);
   });
   return {logprob, entropy, states.tensor()};
@@ -109,7 +109,7 @@ KlOutputs fold_rows(const Tensor& logits_tensor, const Logits& logits, const Log
       const RowState<double> state = kernels.fold(logits.row(row), ref_logits.row(row),
                                                   logits.vocab_size(), tokens[row], &tx, &ty);
       f = to_float(finish(state.sums, tx, ty));
-      saved = keep_ratio(as_saved(state), f);
+      saved = keep_ratio(within_reach(as_saved(state)), f);
     }
     logprob[row] = f.logprob;
     ref_logprob[row] = f.ref_logprob;

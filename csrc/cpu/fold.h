@@ -181,7 +181,7 @@ class RowFold {
       all_near &= used == Loop::near;
       state = merge(state, part);
     }
-    if (alone() || all_near || !is_small(state)) return state;
+    if (alone() || all_near || !are_floats(state) || !is_small(state)) return state;
     // Seldom: one model hardly differs from the other, but for tokens that neither will choose.
     double excess = 0;
     for (int64_t start = 0; start < vocab_size; start += kBlock)
@@ -201,6 +201,12 @@ class RowFold {
     if (fast<Loop::guarded>(block, part = anchors)) return Loop::guarded;
     careful(block, part = anchors);
     return Loop::careful;
+  }
+
+  // Whether float arithmetic can take these anchors.
+  bool are_floats(const RowState<double>& anchors) const {
+    const auto is_float = [](double anchor) { return float(anchor) == anchor; };
+    return is_float(anchors.anchor) && (alone() || is_float(anchors.ref_anchor));
   }
 
   // False if the loop will not do.
@@ -250,6 +256,7 @@ class RowFold {
 
   template <Loop kLoop>
   BlockSums fast_sums(Block block, const RowState<double>& anchors) {
+    if (!are_floats(anchors)) return {{}, false};
     const float anchor = float(anchors.anchor), ref_anchor = float(anchors.ref_anchor);
     if (in_place_ && block.size % kPair == 0) {
       switch (policy_.dtype) {
@@ -296,10 +303,11 @@ class RowFold {
             {}};
   }
 
-  // A float32 number unless that overflows: the anchor saved for backward is one.
+  // A float, as the anchor saved for backward is, unless that says too little: the product is
+  // exact.
   static double scaled(float logit, double k) {
     const double product = logit * k;
-    return is_finite(float(product)) ? float(product) : product;
+    return std::abs(product) <= kFarthestAnchor ? float(product) : product;
   }
 
   static bool is_finite(double value) { return kl_kernels::is_finite(value); }

@@ -62,7 +62,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> token_jsd(
     if (rows.counts(row)) {
       const Row policy = rows.logits.row(row), reference = rows.ref_logits.row(row);
       double tx, ty;
-      saved = as_saved(kernels.fold(policy, reference, vocab_size, kNoToken, &tx, &ty));
+      saved =
+          within_reach(as_saved(kernels.fold(policy, reference, vocab_size, kNoToken, &tx, &ty)));
       found = kernels.mix(policy, reference, vocab_size,
                           {{saved.anchor, saved.sums.sx}, {saved.ref_anchor, saved.sums.sy}, beta});
     }

@@ -54,7 +54,8 @@ __device__ inline void write_masked(const Rows& rows, bool alone, const Outputs&
 __device__ inline void write_finished(const Rows& rows, const Logits& policy,
                                       const Logits& reference, const Outputs& out,
                                       const RewardShape& shape, uint32_t row,
-                                      const RowState<double>& s) {
+                                      const RowState<double>& found) {
+  const RowState<double> s = within_reach(found);
   const double x = token_logit<Any>(policy, rows, row);
   const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
   double ty = 0;
@@ -72,7 +73,7 @@ __device__ inline void write_finished(const Rows& rows, const Logits& policy,
   write(out.policy_state, rows.n_rows + row, s.sums.sx);
   write(out.ref_state, row, s.ref_anchor);
   write(out.ref_state, rows.n_rows + row, s.sums.sy);
-  write_part_state(rows, reference.data == nullptr, out.part_state, row, s, tx, ty);
+  write_part_state(rows, reference.data == nullptr, out.part_state, row, found, tx, ty);
   write_rewards(rows, out, shape, row,
                 reward_epilogue(rounded(f), shape.kl_coef, shape.estimator, shape.kl_clip));
 }

@@ -39,10 +39,12 @@ __device__ inline PolicyLossInputs inputs_of(const PolicyLossTokens& tokens, uin
 
 // In float64, like every finish; x and y are the token's logits.
 template <bool kReference>
-__device__ RowGradient finish_loss(uint32_t row, const RowState<double>& s, const Logits& policy,
-                                   const Logits& reference, double x, double y,
-                                   const PolicyLossTokens& tokens, const PolicyLossShape& shape,
-                                   double temperature, PolicyLoss& loss) {
+__device__ RowGradient finish_loss(uint32_t row, const RowState<double>& found,
+                                   const Logits& policy, const Logits& reference, double x,
+                                   double y, const PolicyLossTokens& tokens,
+                                   const PolicyLossShape& shape, double temperature,
+                                   PolicyLoss& loss) {
+  const RowState<double> s = within_reach(found);
   const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
   const double ty = kReference ? from_anchor(y, static_cast<double>(reference.k), s.ref_anchor) : 0;
   Finished<double> f = finish(s.sums, tx, ty);

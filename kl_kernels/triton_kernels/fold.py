@@ -24,6 +24,7 @@ from kl_kernels.triton_kernels.math import (
     merge,
     merge_all,
     move,
+    within_reach,
 )
 from kl_kernels.triton_kernels.tiles import (
     fold_tile,
@@ -235,7 +236,7 @@ def finish_kernel(
     """One thread per row: merge the splits in order, finish, store; masked rows are exactly 0."""
     HAS_REF: tl.constexpr = ref_ptr is not None
     rows, valid, counts = rows_of_program(mask_ptr, n_rows, ROWS)
-    s = merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF)
+    s = within_reach(merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF))
     token = tl.load(token_ids_ptr + rows, counts, 0)
     xt = token_logit(
         logits_ptr, rows, token, counts, n_tokens, vocab_size, batch_stride, token_stride, softcap

@@ -10,7 +10,7 @@ import triton.language as tl
 from kl_kernels.triton_kernels.backward import gradient, own_gradient, store_own, store_zeros
 from kl_kernels.triton_kernels.epilogues import policy_loss_epilogue
 from kl_kernels.triton_kernels.fold import fold_anchored, fold_careful
-from kl_kernels.triton_kernels.math import Finished, coefficients, finish
+from kl_kernels.triton_kernels.math import Finished, coefficients, finish, within_reach
 from kl_kernels.triton_kernels.tiles import load, row_pointer, step_offsets
 
 
@@ -93,6 +93,7 @@ def policy_loss_kernel(
             x_row, y_row, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
         )  # fmt: skip
 
+    s = within_reach(s)
     # An id out of range shows as NaN, in the gradient too.
     f = finish(s, tl.where(in_range, xt, float("nan")), yt, k, ref_k, HAS_REF)
     if not HAS_REF:

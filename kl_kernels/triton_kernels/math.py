@@ -19,6 +19,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from kl_kernels import algebra
 from kl_kernels.schemas import ELSEWHERE
 
 # A constant stands right of the tensor it multiplies: the interpreter makes constants of products
@@ -33,6 +34,7 @@ NO_TOKEN = tl.constexpr(ELSEWHERE)
 FLOOR = tl.constexpr(-1.0e30)
 # The anchor of an empty state: below any logit that counts, and rescaling from it stays finite.
 EMPTY_ANCHOR = tl.constexpr(-1.0e32)
+FARTHEST_ANCHOR = tl.constexpr(algebra.FARTHEST_ANCHOR)
 # Anchored sums above this are folded again with a running maximum: entropy and log-probability are
 # differences of terms as large as the sum's logarithm.
 LARGE_SUM = tl.constexpr(1048576.0)
@@ -165,6 +167,14 @@ def log_ratio(a, b):
     rounded = tl.where(u == 1.0, 1.0, u - 1.0)
     near = tl.where(u == 1.0, relative, tl.log(u) * tl.div_rn(relative, rounded))
     return tl.where(tl.abs(relative) < 0.5, near, tl.log(a / b))
+
+
+@triton.jit
+def within_reach(s):
+    """NaN for sums whose anchor is farther from 0 than float32 anchors reach."""
+    sx = tl.where(tl.abs(s.anchor) <= FARTHEST_ANCHOR, s.sx, float("nan"))
+    sy = tl.where(tl.abs(s.ref_anchor) <= FARTHEST_ANCHOR, s.sy, float("nan"))
+    return RowState(s.anchor, s.ref_anchor, sx, sy, s.ex, s.rk, s.fk, s.gap, s.least_gap)
 
 
 @triton.jit

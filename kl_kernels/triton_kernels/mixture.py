@@ -12,7 +12,14 @@ import triton.language as tl
 
 from kl_kernels.triton_kernels.backward import store_zeros
 from kl_kernels.triton_kernels.fold import fold_anchored, fold_careful
-from kl_kernels.triton_kernels.math import INF, KEEP_NAN, LN2, soft_capped, soft_capped_grad
+from kl_kernels.triton_kernels.math import (
+    INF,
+    KEEP_NAN,
+    LN2,
+    soft_capped,
+    soft_capped_grad,
+    within_reach,
+)
 from kl_kernels.triton_kernels.tiles import (
     halves,
     load_pair,
@@ -171,6 +178,7 @@ def mix_kernel(
             state = fold_careful(
                 x_row, y_row, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, True
             )  # fmt: skip
+        state = within_reach(state)
         anchor, sx, ref_anchor, sy = state.anchor, state.sx, state.ref_anchor, state.sy
         tl.store(policy_state_ptr, anchor)
         tl.store(policy_state_ptr + n_rows, sx)

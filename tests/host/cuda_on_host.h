@@ -1,9 +1,9 @@
 // Just enough CUDA to run this project's kernels on host threads, one cluster at a time.
 //
-// The threads of a cluster's blocks are real threads, so that a missing barrier is a data race that
-// ThreadSanitizer sees; device memory is host memory, so that AddressSanitizer sees its ends.
-// Asynchronous copies are made when they are waited for, and a block's dynamic shared memory is
-// gone when the block is: what is read too early or too late is NaN, and a race.
+// The threads of a cluster's blocks are threads (threads.h), so that a missing barrier is a data
+// race that ThreadSanitizer sees; device memory is host memory, so that AddressSanitizer sees its
+// ends. Asynchronous copies are made when they are waited for, and a block's dynamic shared memory
+// is gone when the block is: what is read too early or too late is NaN, and a race.
 #pragma once
 
 #include <math.h>
@@ -14,12 +14,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <map>
 #include <memory>
 #include <optional>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 
 #define __device__
 #define __host__
@@ -66,7 +66,9 @@ struct float2 {
   float x, y;
 };
 
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 blockDim, gridDim;
+#define threadIdx (cuda_on_host::self->thread_index)
+#define blockIdx (cuda_on_host::self->block_index)
 
 namespace cuda_on_host {
 
@@ -75,7 +77,7 @@ constexpr int kWarp = 32;
 // A warp's shuffles: everyone writes, everyone waits, everyone reads. Two places to write take
 // turns: nobody gets to the first again before all have read it.
 struct Warp {
-  std::barrier<> here{kWarp};
+  Barrier here{kWarp};
   uint64_t exchange[2][kWarp] = {};
 };
 
@@ -93,7 +95,7 @@ struct Block {
   void forget_shared() { std::fill(shared.begin(), shared.end(), kGarbage); }
 
   Cluster& cluster;
-  std::barrier<> here;
+  Barrier here;
   std::vector<int> flags;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<Vector> shared;  // dynamic
@@ -124,7 +126,7 @@ struct Cluster {
     abort();
   }
 
-  std::barrier<> here;
+  Barrier here;
   std::vector<std::unique_ptr<Block>> blocks;
   std::atomic<int> needed_waits = 0;
 };
@@ -134,11 +136,14 @@ struct Copy {
   const void* from;
 };
 
-inline thread_local Block* block;
-inline thread_local int turn, n_arrivals, n_waits;
-inline thread_local std::optional<std::barrier<>::arrival_token> arrived;
-inline thread_local std::vector<Copy> copies;               // since the last commit
-inline thread_local std::vector<std::vector<Copy>> groups;  // committed, not yet waited for
+struct Thread {
+  dim3 thread_index, block_index;
+  Block& block;
+  int turn = 0, n_arrivals = 0, n_waits = 0;
+  std::optional<Barrier::arrival_token> arrived = {};
+  std::vector<Copy> copies = {};               // since the last commit
+  std::vector<std::vector<Copy>> groups = {};  // committed, not yet waited for
+};
 
 // What cudaDeviceGetAttribute answers; tests change it.
 inline int device_attributes[kDeviceAttributes];
@@ -148,8 +153,8 @@ inline std::map<const void*, int> most_shared_bytes;
 template <class T>
 T shuffle(T value, int from_lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  Warp& warp = *block->warps[threadIdx.x / kWarp];
-  uint64_t* const exchange = warp.exchange[turn ^= 1];
+  Warp& warp = *self->block.warps[threadIdx.x / kWarp];
+  uint64_t* const exchange = warp.exchange[self->turn ^= 1];
   memcpy(&exchange[threadIdx.x % kWarp], &value, sizeof(T));
   warp.here.arrive_and_wait();
   memcpy(&value, &exchange[from_lane % kWarp], sizeof(T));
@@ -158,10 +163,10 @@ T shuffle(T value, int from_lane) {
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::block->here.arrive_and_wait(); }
+inline void __syncthreads() { cuda_on_host::self->block.here.arrive_and_wait(); }
 
 inline int __syncthreads_or(int flag) {
-  cuda_on_host::Block& block = *cuda_on_host::block;
+  cuda_on_host::Block& block = cuda_on_host::self->block;
   block.flags[threadIdx.x] = flag;
   __syncthreads();
   int any = 0;
@@ -188,21 +193,22 @@ namespace kl_kernels {  // primitives.cuh
 
 inline float max_or_nan(float a, float b) { return isnan(a) || isnan(b) ? NAN : fmaxf(a, b); }
 
-inline void* dynamic_shared_memory() { return cuda_on_host::block->shared.data(); }
+inline void* dynamic_shared_memory() { return cuda_on_host::self->block.shared.data(); }
 
 template <bool kThroughL1>
 void copy_async(void* to, const void* from) {
   for (const void* at : {static_cast<const void*>(to), from})
     if (reinterpret_cast<uintptr_t>(at) % 16 != 0) __builtin_trap();
-  cuda_on_host::copies.push_back({to, from});
+  cuda_on_host::self->copies.push_back({to, from});
 }
 inline void commit_copies() {
-  cuda_on_host::groups.push_back(std::move(cuda_on_host::copies));
-  cuda_on_host::copies.clear();
+  cuda_on_host::Thread& thread = *cuda_on_host::self;
+  thread.groups.push_back(std::move(thread.copies));
+  thread.copies.clear();
 }
 template <int kPending>
 void wait_for_copies() {
-  auto& groups = cuda_on_host::groups;
+  auto& groups = cuda_on_host::self->groups;
   while (groups.size() > kPending) {
     for (const auto& copy : groups.front()) memcpy(copy.to, copy.from, 16);
     groups.erase(groups.begin());
@@ -210,16 +216,18 @@ void wait_for_copies() {
 }
 
 inline void cluster_arrive() {
-  ++cuda_on_host::n_arrivals;
-  cuda_on_host::arrived = cuda_on_host::block->cluster.here.arrive();
+  cuda_on_host::Thread& thread = *cuda_on_host::self;
+  ++thread.n_arrivals;
+  thread.arrived = thread.block.cluster.here.arrive();
 }
 inline void cluster_wait() {
-  cuda_on_host::block->cluster.here.wait(std::move(*cuda_on_host::arrived));
-  ++cuda_on_host::n_waits;
+  cuda_on_host::Thread& thread = *cuda_on_host::self;
+  thread.block.cluster.here.wait(std::move(*thread.arrived));
+  ++thread.n_waits;
 }
 inline const void* shared_of_rank(const void* shared, uint32_t rank) {
-  cuda_on_host::Block& mine = *cuda_on_host::block;
-  mine.cluster.read_after(cuda_on_host::n_arrivals);
+  cuda_on_host::Block& mine = cuda_on_host::self->block;
+  mine.cluster.read_after(cuda_on_host::self->n_arrivals);
   const ptrdiff_t offset =
       static_cast<const char*>(shared) - reinterpret_cast<const char*>(mine.shared.data());
   return reinterpret_cast<const char*>(mine.cluster.blocks[rank]->shared.data()) + offset;
@@ -249,31 +257,27 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->gridDim.x % n_blocks != 0 || config->dynamicSmemBytes > static_cast<size_t>(allowed))
     return cudaErrorInvalidConfiguration;
   cuda_on_host::Cluster cluster(n_blocks, n_threads, config->dynamicSmemBytes);
-  const auto run = [&](unsigned rank, unsigned thread) {
+  blockDim = config->blockDim;
+  gridDim = config->gridDim;
+  cuda_on_host::run_together(n_blocks * n_threads, [&](int index) {
+    const unsigned rank = index / n_threads, thread = index % n_threads;
     cuda_on_host::Block& block = *cluster.blocks[rank];
-    cuda_on_host::block = &block;
-    cuda_on_host::turn = 0;
-    threadIdx = dim3(thread);
-    blockDim = config->blockDim;
-    gridDim = config->gridDim;
+    cuda_on_host::Thread me{thread, {}, block};
+    cuda_on_host::self = &me;
     for (unsigned i = rank; i < config->gridDim.x; i += n_blocks) {
       blockIdx = dim3(i);
-      cuda_on_host::n_arrivals = cuda_on_host::n_waits = 0;
+      me.n_arrivals = me.n_waits = 0;
       if (thread == 0) block.forget_shared();
       __syncthreads();
       kernel(arguments...);
       __syncthreads();  // the next block's shared memory is this one's
       if (thread == 0) block.forget_shared();
       cluster.here.arrive_and_wait();
-      cluster.check_leave(cuda_on_host::n_waits);
+      cluster.check_leave(me.n_waits);
       cluster.here.arrive_and_wait();  // a cluster starts together
       if (rank == 0 && thread == 0) cluster.needed_waits = 0;
     }
-  };
-  std::vector<std::thread> threads;
-  for (unsigned rank = 0; rank < n_blocks; ++rank)
-    for (int i = 0; i < n_threads; ++i) threads.emplace_back(run, rank, i);
-  for (std::thread& thread : threads) thread.join();
+  });
   return cudaSuccess;
 }
 

@@ -18,10 +18,12 @@ from kl_kernels.schemas import ALONE_FIELDS, MIXTURE_SUMS, POLICY_LOSS_TERMS, ST
 
 HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# -fno-strict-aliasing: as nvcc has it. The kernels' unrolling is not for g++.
+# -fno-strict-aliasing: as nvcc has it. The kernels' unrolling is not for g++. With fortification a
+# jump from fiber to fiber would be taken for an error.
 FLAGS = [
     "-std=c++20",
     "-fno-strict-aliasing",
+    "-U_FORTIFY_SOURCE",
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
@@ -41,8 +43,9 @@ def library() -> ctypes.CDLL:
     """kernels.cpp, compiled once per process."""
     with tempfile.TemporaryDirectory() as directory:  # loaded, a library needs its file no more
         path = compile_host(
-            "kernels.cpp", Path(directory) / "kernels.so", "-O1", "-fPIC", "-shared"
-        )
+            "kernels.cpp", Path(directory) / "kernels.so",
+            "-O1", "-fPIC", "-shared", "-DCUDA_ON_HOST_FIBERS",
+        )  # fmt: skip
         loaded = ctypes.CDLL(str(path))
     loaded.host_scratch_bytes.restype = loaded.host_mix_scratch_bytes.restype = c_int64
     return loaded

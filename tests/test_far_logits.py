@@ -1,0 +1,76 @@
+"""Logits so large that float32 tells them apart by hundreds: what mathematics says, or NaN."""
+
+import math
+
+import pytest
+import torch
+
+import kl_kernels
+from kl_kernels.algebra import FARTHEST_ANCHOR
+
+BACKENDS = ("reference", "cpu", "triton")
+SIZES = (1e3, 1e6, 1e9, 3e9, 1e10, 1e12, 1e20, 1e30, 2e38)
+EXACT = ("reference", "cpu")  # in their outputs, however far
+
+
+def far(size, sign, vocab_size):
+    """Rows whose logits are at such a distance from 0, some units in the last place apart."""
+    g = torch.Generator().manual_seed(vocab_size)
+    unit = math.ulp(size) * 2**29
+    steps = torch.randint(4, (2, 3, vocab_size), generator=g)
+    x = sign * (size - unit * steps.double()).float()
+    y = x.clone()
+    y[1] = y[1].roll(1, -1)
+    return x, y, x.argmax(-1)
+
+
+def truth(x, y, ids):
+    log_p, log_q = (t.double().log_softmax(-1) for t in (x, y))
+    p, m = log_p.exp(), (log_p.exp() + log_q.exp()) / 2
+    return {
+        "logprob": log_p.gather(-1, ids[..., None])[..., 0],
+        "kl": (p * (log_p - log_q)).sum(-1),
+        "entropy": -(p * log_p).sum(-1),
+        "jsd": (p * (log_p - m.log()) + log_q.exp() * (log_q - m.log())).sum(-1) / 2,
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("vocab_size", [1, 33, 2049])
+def test_the_truth_or_nan(backend, size, sign, vocab_size):
+    assert_true_or_nan(backend, size, sign, vocab_size)
+
+
+def assert_true_or_nan(backend, size, sign, vocab_size):
+    x, y, ids = far(size, sign, vocab_size)
+    close = {"rtol": 1e-5, "atol": 3e-6}
+    leaf = x.clone().requires_grad_()
+    found = kl_kernels.token_kl(leaf, y, ids, backend=backend)._asdict()
+    found["jsd"] = kl_kernels.token_jsd(leaf, y, backend=backend)
+    stats = kl_kernels.token_stats(leaf, ids, backend=backend)
+    reaches = size / math.log(2) <= FARTHEST_ANCHOR
+    for name, expected in truth(x, y, ids).items():
+        exact = reaches or (backend in EXACT and name != "jsd")
+        for value in [found[name]] + ([getattr(stats, name)] if hasattr(stats, name) else []):
+            value = value.detach().double()
+            if exact:
+                assert not value.isnan().any(), name
+            right = torch.isclose(value, expected, **close) | value.isnan()
+            assert right.all(), (name, value, expected)
+    for output, of in ((stats.logprob, leaf), (found["kl"], leaf), (found["jsd"], leaf)):
+        (grad,) = torch.autograd.grad(output.sum(), of)
+        assert grad.isfinite().all() if reaches else grad.isnan().all()
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_shards_of_which_one_is_far_below_add_nothing(parts):
+    """As a padded vocabulary's last shard is: lowest numbers, or -1e10."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 30)
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    for low in (-1e10, torch.finfo(torch.float32).min):
+        padded = torch.nn.functional.pad(x, (0, 30 * (parts - 1)), value=low)
+        found = kl_kernels.token_stats(padded, ids)
+        torch.testing.assert_close(found, kl_kernels.token_stats(x, ids))

@@ -93,7 +93,7 @@ def test_sanitizers_find_nothing(binaries, sanitizer):
         # ThreadSanitizer wants its shadow memory where address randomisation may put libraries.
         command = ["setarch", platform.machine(), "-R", *command]
     # Threads that disagree about a barrier wait for each other for ever.
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "all kernels ran\n"
 

@@ -43,8 +43,8 @@ def test_the_truth_or_nan(backend, size, sign, vocab_size):
     assert_true_or_nan(backend, size, sign, vocab_size)
 
 
-def assert_true_or_nan(backend, size, sign, vocab_size):
-    x, y, ids = far(size, sign, vocab_size)
+def assert_true_or_nan(backend, size, sign, vocab_size, device="cpu"):
+    x, y, ids = (t.to(device) for t in far(size, sign, vocab_size))
     close = {"rtol": 1e-5, "atol": 3e-6}
     leaf = x.clone().requires_grad_()
     found = kl_kernels.token_kl(leaf, y, ids, backend=backend)._asdict()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from test_far_logits import SIZES as SIZES_OF_FAR_LOGITS
+from test_far_logits import assert_true_or_nan
 
 import kl_kernels
 from kl_kernels.validate.cases import DIFFICULTIES, grid
@@ -31,6 +33,12 @@ def test_outputs_and_gradients_are_true(backend, device, difficulty, vocab_size)
     cases = [case for case in grid((vocab_size,)) if case.difficulty == difficulty]
     wrong = [e for case in cases for e in errors(case, backend, device) if not e.accepted]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("size", SIZES_OF_FAR_LOGITS)
+def test_logits_far_from_zero_give_the_truth_or_nan(backend, device, size, vocab_size):
+    for sign in (1, -1):
+        assert_true_or_nan(backend, size, sign, vocab_size, device)
 
 
 def test_runs_and_batches_are_bitwise_equal(backend, device, vocab_size):

@@ -7,6 +7,7 @@ import torch
 
 import kl_kernels
 from kl_kernels.algebra import FARTHEST_ANCHOR
+from kl_kernels.parts import finish_parts, local_token_ids, merge_parts
 
 BACKENDS = ("reference", "cpu", "triton")
 SIZES = (1e3, 1e6, 1e9, 3e9, 1e10, 1e12, 1e20, 1e30, 2e38)
@@ -74,3 +75,44 @@ def test_shards_of_which_one_is_far_below_add_nothing(parts):
         padded = torch.nn.functional.pad(x, (0, 30 * (parts - 1)), value=low)
         found = kl_kernels.token_stats(padded, ids)
         torch.testing.assert_close(found, kl_kernels.token_stats(x, ids))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [3e9, 1e10, 1e12])
+def test_a_far_reference_leaves_the_policys_own_numbers_alone(backend, size):
+    far_away, _, ids = far(size, 1, 33)
+    x = (torch.randn(2, 3, 33, generator=torch.Generator().manual_seed(0)) * 3).requires_grad_()
+    found = kl_kernels.token_kl(x, far_away, ids, backend=backend)
+    expected = truth(x.detach(), far_away, ids)
+    for name in ("logprob", "entropy"):
+        torch.testing.assert_close(getattr(found, name).detach().double(), expected[name],
+                                   rtol=1e-5, atol=3e-6)  # fmt: skip
+    assert torch.autograd.grad(found.logprob.sum(), x, retain_graph=True)[0].isfinite().all()
+    assert torch.autograd.grad(found.kl.sum(), x)[0].isnan().all()
+
+
+def test_float64_reaches_farther():
+    x, y, ids = (t.double() if t.is_floating_point() else t for t in far(1e12, 1, 33))
+    x = x.requires_grad_()
+    log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    # In two parts as well, on states that hold all digits.
+    parts = [slice(0, 20), slice(20, 33)]
+    states = [
+        torch.ops.kl_kernels.fold_part(
+            x.detach()[..., part], y[..., part], local_token_ids(ids, part.start, 33), None,
+            1.0, 1.0, None, None, "reference",
+        )
+        for part in parts
+    ]  # fmt: skip
+    whole = finish_parts(merge_parts(states), None, torch.float64).outputs
+    found = kl_kernels.token_kl(x, y, ids)
+    jsd = kl_kernels.token_jsd(x, y)
+    for kl in (found.kl, whole.kl):
+        torch.testing.assert_close(kl, expected, rtol=1e-8, atol=1e-12)
+    for ours, theirs in ((found.kl, expected), (found.logprob, log_p.gather(-1, ids[..., None]))):
+        grads = [torch.autograd.grad(of.sum(), x, retain_graph=True)[0] for of in (ours, theirs)]
+        # At 1e12 float64's anchors are 1e-4 apart.
+        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-3)
+    assert jsd.isfinite().all()
+    assert torch.autograd.grad(jsd.sum(), x)[0].isfinite().all()

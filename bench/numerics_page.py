@@ -17,7 +17,7 @@ def tables(results: dict[str, Any]) -> str:
     verdict = (
         f"{len(results['breaches'])} breaches of the gate"
         if results["breaches"]
-        else ("no breach of the gate")
+        else "no breach of the gate"
     )
     return (
         "![errors of KL and entropy by KL, vocabulary and offset](numerics/numerics.png)\n\n"

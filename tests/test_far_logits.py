@@ -66,8 +66,8 @@ def assert_true_or_nan(backend, size, sign, vocab_size, device="cpu"):
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_shards_of_which_one_is_far_below_add_nothing(parts):
-    """As a padded vocabulary's last shard is: lowest numbers, or -1e10."""
+def test_tokens_far_below_add_nothing(parts):
+    """As those of a padded vocabulary are: lowest numbers, or -1e10."""
     torch.manual_seed(0)
     x = torch.randn(1, 2, 30)
     ids = torch.zeros(1, 2, dtype=torch.long)
@@ -75,6 +75,25 @@ def test_shards_of_which_one_is_far_below_add_nothing(parts):
         padded = torch.nn.functional.pad(x, (0, 30 * (parts - 1)), value=low)
         found = kl_kernels.token_stats(padded, ids)
         torch.testing.assert_close(found, kl_kernels.token_stats(x, ids))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low", [-1e4, -1e9, -1e10, -1e30, torch.finfo(torch.float32).min])
+def test_a_shard_of_nothing_but_far_logits_gives_the_truth_or_nan(backend, low):
+    torch.manual_seed(0)
+    x, ids = torch.randn(1, 2, 30), torch.zeros(1, 2, dtype=torch.long)
+    states = [
+        torch.ops.kl_kernels.fold_part(
+            shard, None, local_token_ids(ids, start, shard.shape[-1]), None,
+            1.0, 1.0, None, None, backend,
+        )
+        for start, shard in ((0, x), (30, torch.full((1, 2, 33), low)))
+    ]  # fmt: skip
+    found = finish_parts(merge_parts(states), None, torch.float32).outputs
+    for name, expected in kl_kernels.token_stats(x, ids)._asdict().items():
+        value = getattr(found, name)
+        assert (torch.isclose(value, expected, rtol=1e-6, atol=1e-6) | value.isnan()).all()
+        assert not value.isnan().any() or abs(low) / math.log(2) > FARTHEST_ANCHOR
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,7 +2,7 @@
 //
 // ThreadSanitizer needs real threads. But they meet at barriers more often than they add numbers,
 // and a barrier of threads that outnumber the cores costs microseconds for each of them, one of
-// fibers costs a jump: with CUDA_ON_HOST_FIBERS tests take a tenth of the time.
+// fibers (CUDA_ON_HOST_FIBERS) a jump.
 #pragma once
 
 #ifdef CUDA_ON_HOST_FIBERS

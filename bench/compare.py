@@ -21,16 +21,26 @@ from timing import peak_bytes
 from torch import Tensor
 
 GRADIENTS = ("gradient", "weight_gradient")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One size in bfloat16 for all, which takes minutes; the exact KL also in float32, and from one
-# token to a batch, up to Gemma's vocabulary.
-MAIN = Size(64, 131072)
-MORE = (Size(1, 131072), Size(512, 32768), Size(16, 262144))
-HEADS, GAE = (Size(256, 32768, 256),), (Size(65536),)
+# token to a batch, up to Gemma's vocabulary. A GPU gets a batch of Llama 3's.
+MAIN, MORE, HEADS = {
+    "cpu": (
+        Size(64, 131072),
+        (Size(1, 131072), Size(512, 32768), Size(16, 262144)),
+        (Size(256, 32768, 256),),
+    ),
+    "cuda": (
+        Size(8192, 128256),
+        (Size(1, 128256), Size(64, 128256), Size(8192, 32000), Size(4096, 262144)),
+        (Size(4096, 128256, 4096),),
+    ),
+}[DEVICE]
+GAE = (Size(65536),)
 FULL = tuple(Size(rows, v) for v in (32768, 131072, 262144) for rows in (1, 16, 64, 512, 8192))
 FULL_HEADS = tuple(Size(rows, v, 1024) for v in (32768, 131072) for rows in (64, 1024, 8192))
 FULL_GAE = (Size(1024), Size(65536), Size(1048576))
 COPIES = 8  # float32 tensors of [rows, V] that the neediest contender may hold
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Wrong(RuntimeError):

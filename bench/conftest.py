@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +27,9 @@ PACKAGES = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all sizes: hours on a CPU")
     parser.addoption("--save", action="store_true", help="write bench/results/peers.json")
+    parser.addoption("--results", type=Path, default=RESULTS, help="directory that is written to")
+    parser.addoption("--seconds", type=float, default=math.inf, help="nothing starts later")
+    parser.addoption("--commit", help="where the files are not in a git repository")
     parser.addoption("--threads", type=int, default=2, help="of the CPU")
 
 
@@ -33,7 +38,10 @@ class Collected:
 
     def __init__(self, config: pytest.Config):
         about = gpu_record() if DEVICE == "cuda" else record()
+        about["commit"] = config.getoption("--commit") or about["commit"]
         self.saving = config.getoption("--save")
+        self.directory: Path = config.getoption("--results")
+        self.end = time.monotonic() + config.getoption("--seconds")
         options = " ".join(name for name in ("--full", "--save") if config.getoption(name))
         about["command"] = f"make bench ARGS='{options}'" if options else "make bench"
         read = max(ceilings(DEVICE, CEILING_BYTES)["read"].values())
@@ -42,6 +50,10 @@ class Collected:
             "kind": DEVICE, "peers": dict(peer_versions()), "read_gb_per_s": round(read / 1e9, 2),
             "measurements": [], "not_measured": [],
         }  # fmt: skip
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self.end
 
     def add(self, row: dict[str, Any]) -> None:
         rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -56,7 +68,8 @@ class Collected:
 
     def save(self) -> Path:
         name = "peers" if DEVICE == "cpu" else f"peers_{chip_name(self.results['device'])}"
-        path = RESULTS / f"{name}.json"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"{name}.json"
         path.write_text(json.dumps(self.results, indent=1) + "\n")
         return path
 

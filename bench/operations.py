@@ -265,12 +265,13 @@ def gradient_truth(x: Inputs, names: Iterable[str]) -> Results:
 def jsd_truth(x: Inputs, names: Iterable[str]) -> Results:
     x = wide(x)
     with torch.no_grad():
-        return jensen_shannon(x.logits, x.ref_logits)
+        return with_means(jensen_shannon(x.logits, x.ref_logits))
 
 
 def jsd_gradient_truth(x: Inputs, names: Iterable[str]) -> Results:
     x = wide(x)
-    return with_gradients(jensen_shannon(x.logits, x.ref_logits), x.logits)
+    stats = with_means(jensen_shannon(x.logits, x.ref_logits))
+    return stats | with_gradients({name: stats[name] for name in names}, x.logits)
 
 
 def reward_truth(x: Inputs, names: Iterable[str]) -> Results:

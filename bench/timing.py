@@ -1,8 +1,9 @@
-"""Device time of short kernels: replays of CUDA graphs, over buffers that no cache holds.
+"""How long calls take: short kernels by replays of CUDA graphs, calls of any kind by events.
 
-A graph holds enough launches to outlast the clock's resolution and the launch of the graph itself;
-successive launches read different buffers, of more than four times the L2 in all. On the CPU, a
-wall clock around the same launches: enough to try this file.
+A replay goes over buffers that no cache holds: a graph holds enough launches to outlast the clock's
+resolution and the launch of the graph itself; successive launches read different buffers, of more
+than four times the L2 in all. On the CPU, a wall clock around the same launches: enough to try this
+file.
 """
 
 from __future__ import annotations
@@ -83,6 +84,25 @@ def replay(launch: Launch, buffer_sets: Sequence[Any], rounds: int, device: str)
         return ready.capture()
     launch(buffer_sets[0])  # warms up
     return ready
+
+
+def timed(call: Callable[[Any], Any], x: Any, cold: torch.Tensor | None) -> float:
+    """Seconds of one call; on a GPU, of the device, after `cold` has swept its caches.
+
+    Events are recorded while the sweep still runs, so that the host's launches are hidden behind it
+    as they are behind a model's work, and count only as far as the device waits for them.
+    """
+    if cold is None:
+        start = time.perf_counter()
+        call(x)
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cold.zero_()
+    begin.record()
+    call(x)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
 
 
 def interleaved(replays: dict[str, Replay], turns: int) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ logits of its own.
 
 from __future__ import annotations
 
-from operations import CLIP, LOSS_KL_COEF, HeadInputs, Inputs, Results
+from operations import CLIP, JSD_BETA, LOSS_KL_COEF, HeadInputs, Inputs, Results
 
 from peers import Call, need_cuda, offers
 
@@ -24,6 +24,17 @@ def logprob() -> Call:
         logits = x.overwritten.view(-1, x.logits.shape[-1])
         loss = liger_cross_entropy(logits, x.token_ids.flatten(), reduction="none")
         return {"logprob": -loss.view_as(x.token_ids)}
+
+    return run
+
+
+@offers("JSD", name=NAME, note="the mean only")
+def jensen_shannon() -> Call:
+    need_cuda(NAME)
+    from liger_kernel.transformers.functional import liger_jsd
+
+    def run(x: Inputs) -> Results:
+        return {"mean_jsd": liger_jsd(*_log_softmax(x), beta=JSD_BETA)}
 
     return run
 

@@ -7,7 +7,7 @@ log-probabilities. On a GPU the same functions run TRL's Triton kernels.
 from __future__ import annotations
 
 import torch
-from operations import HeadInputs, Inputs, Results, grpo_loss, shaped_rewards
+from operations import JSD_BETA, HeadInputs, Inputs, Results, grpo_loss, shaped_rewards
 
 from peers import Call, offers, plain
 
@@ -29,6 +29,18 @@ def logprob_and_entropy() -> Call:
 
     names = ("logprob", "entropy")
     return lambda x: dict(zip(names, selective_log_softmax_and_entropy(x.logits, x.token_ids)))
+
+
+@offers("JSD", name=NAME, note="the mean only")
+def jensen_shannon() -> Call:
+    from trl.experimental.gkd import GKDTrainer
+
+    def run(x: Inputs) -> Results:
+        logits, ref_logits = x.logits.float(), x.ref_logits.float()  # as under autocast
+        total = GKDTrainer.generalized_jsd_loss(logits, ref_logits, beta=JSD_BETA, reduction="sum")
+        return {"mean_jsd": total / x.token_ids.numel()}
+
+    return run
 
 
 @offers("shaped reward", name=NAME, rounds=ON_CPU)

@@ -117,7 +117,8 @@ bench: $(VENV)/bench-ready
 	$(BIN)/python -m kl_kernels bench $(ARGS)
 	$(BIN)/python bench/readme.py
 
-# On a machine with a GPU: its own python and torch, nothing installed. ARGS=DIR for the results.
+# On a machine with a GPU: its own python and torch, nothing installed. ARGS=DIR for the results, and
+# ARGS="--parts counters peers" for what ncu counts and for other packages, as far as they are there.
 gpu:
 	$(PYTHON) bench/make_gpu.py $(ARGS)
 

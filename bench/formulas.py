@@ -60,6 +60,20 @@ def eager_logprob_gradient(
     return ((here.to(dtype) - p).to(logits.dtype),)
 
 
+def eager_stats_gradient(
+    logits: Tensor,  # [T, V]
+    token_ids: Tensor,  # [T]
+    log_sum: Tensor,  # [T]
+    entropy: Tensor,  # [T]
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor]:  # [T, V]
+    """The gradient of logprob + entropy, from what the forward pass saved."""
+    here = torch.arange(logits.shape[-1], device=logits.device) == token_ids[:, None]
+    log_p = logits.to(dtype) - log_sum[:, None]
+    grad = here.to(dtype) - log_p.exp() * (log_p + entropy[:, None] + 1)
+    return (grad.to(logits.dtype),)
+
+
 def ours(logits: Tensor, ref_logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
     return kl_kernels.token_kl(logits, ref_logits, token_ids, backend="cpu")
 

@@ -1,6 +1,6 @@
 """The GPU backends beside torch.compile and eager, and beside what the memory can do.
 
-python bench/gpu.py                # a GPU: every case, results to bench/results/<chip>.json
+python bench/gpu.py                # a GPU: every case, results to bench/results/gpu_<chip>.json
 python bench/gpu.py --dry-run      # none: tiny cases of the CPU backends by wall clock
 
 Cases come in order of importance and are left out, by name, once the time is up. Nothing is timed
@@ -28,9 +28,14 @@ from timing import interleaved, n_buffer_sets, n_rounds_of_sets, peak_bytes, rep
 RESULTS = Path(__file__).parent / "results"
 VOCABULARIES = (128256, 32000, 50257, 151936, 262144)
 ROWS = (1, 64, 8, 512, 1024, 65536)
+FEW_ROWS = (1, 8)  # where launches take longer than memory: what is compiled is the measure
 MAIN_ROWS, MAIN_VOCABULARY = 8192, VOCABULARIES[0]
 TURNS = 11
-POINTWISE = ("KL gradient", "logprob gradient")  # nobody computes these one operator at a time
+POINTWISE = (
+    "KL gradient",
+    "logprob gradient",
+    "stats gradient",
+)  # nobody computes these one operator at a time
 # Above this share of the free memory a case is left out: results and peers need room too.
 MEMORY_SHARE = 0.6
 
@@ -72,7 +77,14 @@ def cases() -> list[Case]:
         *(Case("token_kl", n, MAIN_VOCABULARY, PEERS[:1]) for n in rows),
         *(Case(job, 64, MAIN_VOCABULARY, PEERS[:1]) for job in others),
         *(Case(job, MAIN_ROWS, v) for job in others for v in vocabularies),
-        *(Case(job, n, MAIN_VOCABULARY) for job in others for n in rows if n != 64),
+        *(
+            Case(
+                job, n, MAIN_VOCABULARY, PEERS[:1] if job == "token_stats" and n in FEW_ROWS else ()
+            )
+            for job in others
+            for n in rows
+            if n != 64
+        ),
     ]
 
 
@@ -217,9 +229,9 @@ def main() -> int:
         "left_out": {},
         "failed": {},
     }
-    chip = "dry-run" if args.dry_run else chip_name(str(facts["device"]))
+    chip = "dry_run" if args.dry_run else chip_name(str(facts["device"]))
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{chip}.json"
+    path = args.results / f"gpu_{chip}.json"
     bench = Bench(device, backends, l2_bytes, best, args.turns)
     for case in todo:
         if time.monotonic() - start > args.seconds:

@@ -16,6 +16,7 @@ from formulas import (
     eager,
     eager_gradient,
     eager_logprob_gradient,
+    eager_stats_gradient,
     gradient_of,
     one_visit,
     two_visits,
@@ -39,11 +40,12 @@ class Buffers(NamedTuple):
     log_sum: Tensor  # [T]
     ref_log_sum: Tensor  # [T]
     kl: Tensor  # [T]
+    entropy: Tensor  # [T]
     saved: dict[str, tuple[Tensor, ...]]  # by backend: upstream gradient, what `token_kl` saves
 
     def rows(self, n: int) -> Buffers:
         """The last `n`: those a kernel with 32-bit offsets would get wrong."""
-        return Buffers(*(t[-n:].contiguous() for t in self[:6]), saved={})
+        return Buffers(*(t[-n:].contiguous() for t in self[:7]), saved={})
 
 
 def make_buffers(
@@ -55,7 +57,7 @@ def make_buffers(
         torch.empty(n_rows, vocab_size, dtype=torch.bfloat16, device=device) for _ in range(2)
     )
     token_ids = torch.empty(n_rows, dtype=torch.int64, device=device)
-    log_sum, ref_log_sum, kl = (torch.empty(n_rows, device=device) for _ in range(3))
+    log_sum, ref_log_sum, kl, entropy = (torch.empty(n_rows, device=device) for _ in range(4))
     for start in range(0, n_rows, CHUNK):
         part = slice(start, start + CHUNK)
         shape = logits[part].shape
@@ -68,14 +70,16 @@ def make_buffers(
         log_sum[part], ref_log_sum[part] = x.logsumexp(-1), y.logsumexp(-1)
         p = (x - log_sum[part, None]).exp()
         kl[part] = (p * (x - y)).sum(-1) - log_sum[part] + ref_log_sum[part]
+        entropy[part] = log_sum[part] - (p * x).sum(-1)
     saved: dict[str, tuple[Tensor, ...]] = {}
     for backend in backends:
-        *_, kl_ours, _, entropy, policy_state, ref_state = torch.ops.kl_kernels.token_kl(
+        *_, kl_ours, _, entropy_ours, policy_state, ref_state = torch.ops.kl_kernels.token_kl(
             logits[None], ref_logits[None], token_ids[None], None, 1.0, 1.0, None, None,
             False, backend,
         )  # fmt: skip
-        saved[backend] = (torch.ones_like(kl_ours), policy_state, ref_state, kl_ours, entropy)
-    return Buffers(logits, ref_logits, token_ids, log_sum, ref_log_sum, kl, saved)
+        ones = torch.ones_like(kl_ours)
+        saved[backend] = (ones, policy_state, ref_state, kl_ours, entropy_ours)
+    return Buffers(logits, ref_logits, token_ids, log_sum, ref_log_sum, kl, entropy, saved)
 
 
 Launch = Callable[[Buffers], tuple[Tensor, ...]]
@@ -85,7 +89,8 @@ Launch = Callable[[Buffers], tuple[Tensor, ...]]
 class Job:
     reads: int  # tensors of logits that have to be read at the least
     writes: int
-    outputs: tuple[str, ...]  # names of per-token outputs; none: a gradient
+    outputs: tuple[str, ...]  # per token, in order
+    is_gradient: bool  # of the sum of `outputs`, instead of them
     ours: Callable[[str], Launch]  # by backend
     formula: Callable[..., tuple[Tensor, ...]]  # of `arguments`, and a dtype to compute in
     arguments: tuple[str, ...]  # fields of Buffers
@@ -103,7 +108,7 @@ class Job:
         """Raise unless the last rows of what `launch` makes of `b` are right in float64."""
         got = [t.reshape(len(b.token_ids), -1)[-CHECKED_ROWS:] for t in launch(b)]
         few = b.rows(CHECKED_ROWS)
-        if self.outputs:
+        if not self.is_gradient:
             truth = self.formula(*(getattr(few, name) for name in self.arguments), torch.float64)
             for name, value, true in zip(self.outputs, got, truth):
                 check_values(name, value.squeeze(-1), true)
@@ -113,9 +118,9 @@ class Job:
     def true_gradient(self, few: Buffers) -> Tensor:  # [T, V] float64
         """By autograd: the formulas of gradients are not what they are checked with."""
         x = few.logits.double().requires_grad_()
-        logprob, _, kl, _, entropy = eager(x, few.ref_logits, few.token_ids, torch.float64)
-        total = logprob + (kl if self.reads > 1 else 0) + (entropy if self.reads > 2 else 0)
-        return torch.autograd.grad(total.sum(), x)[0]
+        truth = dict(zip(OUTPUTS, eager(x, few.ref_logits, few.token_ids, torch.float64)))
+        total = sum(truth[name].sum() for name in self.outputs)
+        return torch.autograd.grad(total, x)[0]
 
 
 def _token_kl(backend: str) -> Launch:
@@ -139,20 +144,26 @@ def _token_jsd(backend: str) -> Launch:
     return launch
 
 
-def _backward(backend: str, with_kl: bool) -> Launch:
+def _kl_backward(backend: str) -> Launch:
     def launch(b: Buffers) -> tuple[Tensor, ...]:
         upstream, policy_state, ref_state, kl, entropy = b.saved[backend]
         logits, ref_logits, token_ids = (t[None] for t in b[:3])
-        if with_kl:
-            grad = torch.ops.kl_kernels.token_kl_backward(
-                upstream, upstream, None, None, logits, ref_logits, token_ids, None,
-                policy_state, ref_state, kl, entropy, 1.0, 1.0, None, None, False, backend,
-            )  # fmt: skip
-        else:
-            grad = torch.ops.kl_kernels.token_stats_backward(
-                upstream, None, logits, token_ids, None, policy_state, entropy, 1.0, None, False,
-                backend,
-            )  # fmt: skip
+        grad = torch.ops.kl_kernels.token_kl_backward(
+            upstream, upstream, None, None, logits, ref_logits, token_ids, None,
+            policy_state, ref_state, kl, entropy, 1.0, 1.0, None, None, False, backend,
+        )  # fmt: skip
+        return (grad,)
+
+    return launch
+
+
+def _stats_backward(backend: str, with_entropy: bool) -> Launch:
+    def launch(b: Buffers) -> tuple[Tensor, ...]:
+        upstream, policy_state, _, _, entropy = b.saved[backend]
+        grad = torch.ops.kl_kernels.token_stats_backward(
+            upstream, upstream if with_entropy else None, b.logits[None], b.token_ids[None], None,
+            policy_state, entropy, 1.0, None, False, backend,
+        )  # fmt: skip
         return (grad,)
 
     return launch
@@ -220,21 +231,24 @@ class PolicyLoss(Job):
         check_gradient(got.to(b.logits.dtype), self.true_gradient(few))
 
 
-PAIR = ("logits", "ref_logits", "token_ids")
+ONE, PAIR = ("logits", "token_ids"), ("logits", "ref_logits", "token_ids")
+STATS, ALL = ("logprob", "entropy"), ("logprob", "kl", "entropy")
 JOBS = {
-    "token_kl": Job(2, 0, OUTPUTS, _token_kl, eager, PAIR),
-    "token_stats": Job(
-        1, 0, ("logprob", "entropy"), _token_stats, eager_stats, ("logits", "token_ids")
-    ),
-    "token_jsd": Job(2, 0, ("jsd",), _token_jsd, eager_jsd, ("logits", "ref_logits")),
+    "token_kl": Job(2, 0, OUTPUTS, False, _token_kl, eager, PAIR),
+    "token_stats": Job(1, 0, STATS, False, _token_stats, eager_stats, ONE),
     "KL gradient": Job(
-        2, 1, (), lambda name: _backward(name, True), eager_gradient,
+        2, 1, ("logprob", "kl"), True, _kl_backward, eager_gradient,
         (*PAIR, "log_sum", "ref_log_sum", "kl"),
     ),
+    "policy loss": PolicyLoss(2, 1, ALL, True, _one_visit, eager, PAIR),
     "logprob gradient": Job(
-        1, 1, (), lambda name: _backward(name, False), eager_logprob_gradient,
-        ("logits", "token_ids", "log_sum"),
+        1, 1, ("logprob",), True, lambda name: _stats_backward(name, False),
+        eager_logprob_gradient, (*ONE, "log_sum"),
     ),
-    "policy loss": PolicyLoss(2, 1, (), _one_visit, eager, PAIR),
-    "token_kl + gradient": WithGradient(4, 1, (), _both, eager, PAIR),
+    "stats gradient": Job(
+        1, 1, STATS, True, lambda name: _stats_backward(name, True), eager_stats_gradient,
+        (*ONE, "log_sum", "entropy"),
+    ),
+    "token_jsd": Job(2, 0, ("jsd",), False, _token_jsd, eager_jsd, PAIR[:2]),
+    "token_kl + gradient": WithGradient(4, 1, ALL, True, _both, eager, PAIR),
 }  # fmt: skip

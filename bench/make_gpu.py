@@ -1,19 +1,19 @@
-"""`make gpu`: everything a machine with a GPU is asked, in one call of under nine minutes.
+"""`make gpu`: what a machine with a GPU is asked, in calls of under nine minutes.
 
-Build, then all checks side by side, then the benchmarks alone. Minutes on a GPU are rare: a step
-that fails or takes too long costs no other, and the exit code says whether all were well. The
-whole log and <chip>.json go to RESULTS; the table that matters ends the output. Nothing is
-installed: the python that runs this is used throughout.
+Build, then all checks side by side, then the benchmarks alone: parts "checks" and "speed", the
+default. Another call may take "peers", beside other packages as far as they are there, and
+"counters", what Nsight Compute sees. Minutes on a GPU are rare: a step that fails or takes too long
+costs no other, and the exit code says whether all were well. The whole log and gpu_<chip>.json,
+peers_<chip>.json and counters_<chip>.json go to RESULTS; the table that matters ends the output.
+Nothing is installed: the python that runs this is used throughout.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from counters import find_tool
 from gpu_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SECONDS = 525  # in all
-BUILD_SECONDS, CHECK_SECONDS, BENCH_SECONDS = 150, 170, 240
+BUILD_SECONDS, CHECK_SECONDS, SPEED_SECONDS = 150, 170, 240
+COUNTERS_SECONDS, PEERS_SECONDS = 180, 420
+PARTS = ("checks", "speed", "counters", "peers")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 SANITIZED = 9  # exit code of a sanitizer that found something
 TAIL = 25  # lines shown of a step that failed
@@ -156,7 +159,7 @@ def check_steps(dry_run: bool) -> list[Step]:
         steps.append(Step(f"tests {backend}", command, CHECK_SECONDS, few))
     cases = [python, "tests/gpu/small_cases.py", "--backend"]
     steps += [Step(f"small cases {b}", [*cases, b], CHECK_SECONDS, few) for b in backends]
-    sanitizer = None if dry_run else find_sanitizer()
+    sanitizer = None if dry_run else find_tool("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer: not on this machine, not run")
         return steps
@@ -170,24 +173,38 @@ def check_steps(dry_run: bool) -> list[Step]:
     return steps
 
 
-def find_sanitizer() -> str | None:
-    places = ["/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/nvidia/*"]
-    found = [f for place in places for f in glob.glob(f"{place}/compute-sanitizer")]
-    found = [f for f in found if os.path.isfile(f) and os.access(f, os.X_OK)]
-    return shutil.which("compute-sanitizer") or (found[0] if found else None)
-
-
-def bench_step(args: argparse.Namespace, seconds: float) -> Step:
-    command = [sys.executable, "bench/gpu.py", "--results", str(args.results)]
+def speed_step(args: argparse.Namespace, seconds: float) -> Step:
+    command = [sys.executable, "bench/gpu.py", *about(args)]
     command += ["--seconds", f"{seconds - 25:.0f}"]  # a case under way has time to end
-    command += ["--commit", args.commit] if args.commit else []
     command += ["--dry-run", "--turns", "1"] if args.dry_run else []
-    return Step("benchmarks", command, seconds)
+    return Step("speed", command, seconds)
+
+
+def counters_step(args: argparse.Namespace, seconds: float) -> Step:
+    return Step("counters", [sys.executable, "bench/counters.py", *about(args)], seconds)
+
+
+def peers_step(args: argparse.Namespace, seconds: float) -> Step:
+    command = [sys.executable, "-m", "kl_kernels", "bench", "--save", *about(args)]
+    command += ["--seconds", f"{seconds - 40:.0f}"]
+    command += ["--only", "GAE"] if args.dry_run else []
+    return Step("peers", command, seconds)
+
+
+def about(args: argparse.Namespace) -> list[str]:
+    return ["--results", str(args.results), *(["--commit", args.commit] if args.commit else [])]
+
+
+MEASURED = {  # one after the other, alone
+    "speed": (speed_step, SPEED_SECONDS),
+    "counters": (counters_step, COUNTERS_SECONDS),
+    "peers": (peers_step, PEERS_SECONDS),
+}
 
 
 def results_table(results: Path, since: float) -> str:
     """From the results file, which is there even if the benchmarks were stopped."""
-    files = [f for f in results.glob("*.json") if f.stat().st_mtime >= since]
+    files = [f for f in results.glob("gpu_*.json") if f.stat().st_mtime >= since]
     if not files:
         return "no benchmark results"
     return table(json.loads(max(files, key=lambda f: f.stat().st_mtime).read_text()))
@@ -199,6 +216,7 @@ def main() -> int:
     )
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="directory")
     parser.add_argument("--commit", help="where the files are not in a git repository")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2])
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU: the same steps on the CPU, tiny"
     )
@@ -213,9 +231,12 @@ def main() -> int:
         build, without_cuda = build_steps()
         if not log.run(build)[0].good:
             log.run(without_cuda)
-    log.run(*check_steps(args.dry_run), *report_steps(args))
-    left = SECONDS - (time.monotonic() - start)
-    log.run(bench_step(args, min(BENCH_SECONDS, left)))
+    if "checks" in args.parts:
+        log.run(*check_steps(args.dry_run), *report_steps(args))
+    for part, (step, seconds) in MEASURED.items():
+        if part in args.parts:
+            left = SECONDS - (time.monotonic() - start)
+            log.run(step(args, min(seconds, left)))
     failed = [outcome for outcome in log.outcomes if not outcome.good]
     for outcome in failed:
         print(f"\n----- {outcome}")

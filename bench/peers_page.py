@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from operations import OPERATIONS
-from peers_pictures import pictures
+from peers_pictures import pictures, stem
 
 from kl_kernels.study.document import Block, Bullets, Heading, Picture, Table, Text
 
 __all__ = ["blocks", "pictures", "short_table"]
 OURS = "kl_kernels"
+MEMORY = {
+    "cpu": "resident memory that a call needs at its worst, measured in a process of its own",
+    "cuda": "what a call allocates at its worst, results included",
+}
 Results = dict[str, Any]
 
 
 def blocks(results: Results) -> list[Block]:
     found: list[Block] = [
-        Heading("Beside what one would use instead"),
+        Heading(f"Beside what one would use instead, on {results['device']}"),
         Text(
             "Everybody gets the same tensors in the same run, and has to be right in float64 "
             "before it is timed. Each round times ours and one other, one after the other; "
@@ -37,24 +41,25 @@ def blocks(results: Results) -> list[Block]:
             f"**GB/s** counts the bytes that have to pass through memory at the least, at the "
             f"median; **of read** is that over what the machine's plain reductions read, "
             f"{results['read_gb_per_s']:.0f} GB/s (above 100 %: tensors that fit its caches). "
-            "**Extra memory**: resident memory that a call needs at its worst, measured in a "
-            "process of its own. **Error**: of results, relative to 1 + the true value; of "
-            "gradients, of the norm, with the rounding to the dtype they are stored in."
+            f"**Extra memory**: {MEMORY[results['kind']]}. **Error**: of results, relative to 1 + "
+            "the true value; of gradients, of the norm, with the rounding to the dtype they are "
+            "stored in."
         ),
     ]
     for name, operation in OPERATIONS.items():
         rows = [m for m in results["measurements"] if m["operation"] == name]
         if rows:
             found += [Heading(name), Text(f"{operation.does[0].upper()}{operation.does[1:]}.")]
-            found.append(table(rows))
+            found.append(table(rows, results["kind"]))
     found += [Heading("Not measured"), Bullets(reasons(results)), Text(made(results))]
     return found
 
 
-def table(rows: list[Results]) -> Table:
+def table(rows: list[Results], kind: str) -> Table:
+    faults = ("page faults",) if kind == "cpu" else ()
     header = (
         "size, dtype", "", "median ms (fastest to slowest)", "x ours", "GB/s", "of read",
-        "extra MB", "page faults", "error", "error of gradient",
+        "extra MB", *faults, "error", "error of gradient",
     )  # fmt: skip
     lines = []
     for m in rows:
@@ -69,7 +74,7 @@ def table(rows: list[Results]) -> Table:
                 f"{m['gb_per_s']:.1f}" if counted else "",
                 f"{m['share']:.0%}" if counted else "",
                 f"{m['extra_mb']:.0f}",
-                f"{m['page_faults']:.0f}",
+                *(f"{m['page_faults']:.0f}" for _ in faults),
                 f"{m['value_error']:.0e}",
                 f"{m['gradient_error']:.0e}" if "gradient_error" in m else "",
             )
@@ -105,10 +110,6 @@ def reasons(results: Results) -> list[str]:
         + "; ".join(f"{name} ({', '.join(operations)})" for name, operations in who.items())
         for reason, who in by_reason.items()
     ]
-
-
-def stem(results: Results) -> str:
-    return "peers" if results["kind"] == "cpu" else "peers_gpu"
 
 
 def made(results: Results) -> str:

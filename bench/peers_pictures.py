@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from machine import chip_name
 from operations import OPERATIONS
 
 OURS = "kl_kernels"
@@ -23,15 +24,19 @@ Results = dict[str, Any]
 
 def pictures(results: Results) -> dict[str, bytes]:
     """SVGs by name."""
-    stem = "peers" if results["kind"] == "cpu" else "peers_gpu"
-    main = main_case(results)
+    name, main = stem(results), main_case(results)
     found = {
-        f"{stem}_times": bars(main, "median_ms", milliseconds, times_slower, "Time"),
-        f"{stem}_memory": bars(main, "extra_mb", megabytes, times_more, "Peak extra memory"),
+        f"{name}_times": bars(main, "median_ms", milliseconds, times_slower, "Time"),
+        f"{name}_memory": bars(main, "extra_mb", megabytes, times_more, "Peak extra memory"),
     }
     if lines := by_size(results):
-        found[f"{stem}_sizes"] = sizes(lines)
+        found[f"{name}_sizes"] = sizes(lines)
     return found
+
+
+def stem(results: Results) -> str:
+    """What the results file is called, and its pictures begin with."""
+    return "peers" if results["kind"] == "cpu" else f"peers_{chip_name(results['device'])}"
 
 
 def main_case(results: Results) -> dict[str, list[Results]]:

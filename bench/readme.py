@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_page
 import numerics_page
 import report
 import testing_page
@@ -240,6 +241,7 @@ Sections = dict[str, Callable[[dict[str, Any]], str]]
 
 DOCUMENTS: dict[str, Sections] = {
     "README.md": {
+        "gpu_h200": gpu_page.short_table,
         "cpu": cpu_table,
         "traffic": traffic_sentence,
         "linear": linear_table,
@@ -251,9 +253,7 @@ DOCUMENTS: dict[str, Sections] = {
     "docs/study.md": {"study": study_document},
     "docs/testing.md": {"coverage": testing_page.coverage, "mutants": testing_page.mutants},
     "docs/how-to/compatibility.md": {"compatibility": compatibility_tables},
-    "docs/benchmarks.md": {
-        name: partial(report.section, name) for name in (*report.MODULES, *report.gpus())
-    },
+    "docs/benchmarks.md": {name: partial(report.section, name) for name in report.MODULES},
 }
 
 

@@ -19,17 +19,18 @@ ROOT = Path(__file__).parent.parent
 RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks"
 PAGE = PICTURES / "index.html"
 TITLE = "kl_kernels: benchmarks"
-MODULES = {"peers": "peers_page", "offline": "offline", "growth": "growth"}  # by results file
+MODULES = {  # by results file, in the order of the page
+    "gpu_h200": "gpu_page",
+    "peers_h200": "peers_page",
+    "peers": "peers_page",
+    "offline": "offline",
+    "growth": "growth",
+}
 
 
 def parts() -> dict[str, str]:
-    """Modules by results file, of those that are there; a GPU's peers come before the CPU's."""
-    everything = gpus() | MODULES
-    return {n: module for n, module in everything.items() if (RESULTS / f"{n}.json").exists()}
-
-
-def gpus() -> dict[str, str]:
-    return {path.stem: "peers_page" for path in sorted(RESULTS.glob("peers_*.json"))}
+    """Modules by results file, of those that are there."""
+    return {n: module for n, module in MODULES.items() if (RESULTS / f"{n}.json").exists()}
 
 
 def section(name: str, results: dict[str, Any]) -> str:

@@ -28,19 +28,19 @@ def test_the_benchmarks_run_dry(tmp_path):
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "dry-run.json").read_text())
+    results = json.loads((tmp_path / "gpu_dry_run.json").read_text())
     assert results["commit"] == "abc"
     assert not results["failed"]
     found = {(m["job"], m["rows"], m["contender"]) for m in results["measurements"]}
     jobs = {job for job, _, _ in found}
     assert found == {(j, n, c) for j in jobs for n in (1, 5) for c in ("reference", "cpu", "eager")}
-    assert len(jobs) == 7
+    assert len(jobs) == 8
     for m in results["measurements"]:
         assert m["fastest_us"] <= m["median_us"] <= m["slowest_us"]
         rate = results["ceilings_gb_per_s"][m["ceiling"]]
         assert m["share"] == pytest.approx(m["gb_per_s"] / rate)
     lines = done.stdout.splitlines()
-    assert sum(line.startswith(tuple(jobs)) for line in lines[-15:]) == 14  # the table ends it
+    assert sum(line.startswith(tuple(jobs)) for line in lines[-17:]) == 16  # the table ends it
 
 
 def test_a_wrong_kernel_is_not_timed(bench):
@@ -54,7 +54,7 @@ def test_a_wrong_kernel_is_not_timed(bench):
         def wrong(b, right=right, job=job):
             """The last row is off by one part in a hundred."""
             outputs = [t.clone() for t in right(b)]
-            (outputs[0] if job.outputs else outputs[0].view(-1, 500))[-1] *= 1.01
+            (outputs[0].view(-1, 500) if job.is_gradient else outputs[0])[-1] *= 1.01
             return outputs
 
         with pytest.raises(RuntimeError, match="wrong"):

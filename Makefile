@@ -143,11 +143,16 @@ abi: wheel
 	$(BIN)/python -m zipfile -e $(DIST)/*.whl build/unpacked
 	$(BIN)/torch-abi-audit --verbose --check both build/unpacked/kl_kernels
 
+# Tagged with the oldest glibc that it runs with, which indexes ask for. What torch brings along
+# stays torch's.
 wheel: $(VENV)/dist-ready
 	rm -rf $(DIST)
 	KL_KERNELS_CUDA=0 $(BIN)/python -m build --quiet --no-isolation --sdist --outdir $(DIST)
 	KL_KERNELS_CUDA=$(KL_KERNELS_CUDA) $(BIN)/python -m pip wheel --quiet --no-cache-dir \
-	    --no-build-isolation --no-deps -w $(DIST) $(DIST)/*.tar.gz
+	    --no-build-isolation --no-deps -w $(DIST)/built $(DIST)/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	    --exclude 'libcudart*' -w $(DIST) $(DIST)/built/*.whl
+	rm -r $(DIST)/built
 
 # The site, into build/site. (Otherwise every build would announce Material's successor.)
 docs: $(VENV)/docs-ready

@@ -18,8 +18,8 @@ VERSION = r"\d+(\.\d+)*([a-z]+\d+)?(\+cu\d+)?"
 def main() -> None:
     folder = Path(sys.argv[1])
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
-    if not re.fullmatch(rf"kl_kernels-{VERSION}-cp310-abi3-\w+\.whl", wheel.name):
-        sys.exit(f"{wheel.name}: the wheel is not one of the stable ABI of Python 3.10")
+    if not re.fullmatch(rf"kl_kernels-{VERSION}-cp310-abi3-manylinux_\w+\.whl", wheel.name):
+        sys.exit(f"{wheel.name}: not a wheel of Python 3.10's stable ABI for any Linux")
     sources = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         check=True, capture_output=True, text=True,
@@ -37,7 +37,8 @@ def main() -> None:
     cuda = "+cu" in wheel.name
     libraries.add("kl_kernels/_C_cuda." + ("abi3.so" if cuda else "unavailable"))
     with zipfile.ZipFile(wheel) as archive:
-        found = {re.sub(rf"^kl_kernels-{VERSION}\.dist-info/", "", n) for n in archive.namelist()}
+        files = [member.filename for member in archive.infolist() if not member.is_dir()]
+    found = {re.sub(rf"^kl_kernels-{VERSION}\.dist-info/", "", name) for name in files}
     package = {name for name in sources if name.startswith("kl_kernels/")}
     compare(wheel, found, package | libraries | INFO)
 

@@ -18,6 +18,10 @@ class Cluster {
   __device__ __forceinline__ void arrive() const {
     if (n_blocks_ > 1) cluster_arrive();
   }
+  // The same where nothing has been written that others will read.
+  __device__ __forceinline__ void arrive_relaxed() const {
+    if (n_blocks_ > 1) cluster_arrive_relaxed();
+  }
   __device__ __forceinline__ void wait() const { n_blocks_ > 1 ? cluster_wait() : __syncthreads(); }
 
   // The same variable of the block of that rank.

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
     if (writes_terms) write_terms(rows, row, loss, terms);
   }
   __syncthreads();  // without it the others would use coefficients that are not there yet
-  cluster.arrive();
+  cluster.arrive_relaxed();
   if (wants_gradient) {
     const RowGradient r = memory.gradient;  // in registers, not read again for every logit
     const auto grad = grad_row_of<T>(rows, policy, grad_logits, place);

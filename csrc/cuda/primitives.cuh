@@ -42,15 +42,28 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Blocks of a cluster; before sm_90 there is none, and nobody calls these.
+// Blocks of a cluster; before sm_90 there is none, and nobody calls these. (Code of compute_80 that
+// the driver compiles for a newer GPU stops here instead of giving wrong numbers.)
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
+#else
+  __trap();
+#endif
+}
+// Orders no memory accesses, and does not wait for any (membar.gpu).
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
+#else
+  __trap();
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();
+#else
+  __trap();
 #endif
 }
 // Where the block of that rank has what this block has at `shared`.
@@ -58,6 +71,7 @@ __device__ __forceinline__ const void* shared_of_rank(const void* shared, uint32
 #if __CUDA_ARCH__ >= 900
   return __cluster_map_shared_rank(shared, rank);
 #else
+  __trap();
   return shared;
 #endif
 }

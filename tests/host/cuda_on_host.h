@@ -220,6 +220,7 @@ inline void cluster_arrive() {
   ++thread.n_arrivals;
   thread.arrived = thread.block.cluster.here.arrive();
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   cuda_on_host::Thread& thread = *cuda_on_host::self;
   thread.block.cluster.here.wait(std::move(*thread.arrived));

@@ -94,6 +94,9 @@ struct Grid {
   int n_threads;
   int shared_bytes = 0;             // dynamic shared memory of a block
   uint32_t blocks_per_cluster = 1;  // divides n_blocks
+  // What any launch of the kernel may ask for on this device. Always the same: the limit is the
+  // kernel's, not the launch's, and another thread may be about to launch it for another V.
+  int most_shared_bytes = shared_bytes;
 };
 
 // Launches `kernel` unless there is nothing to do. (A function, where <<<>>> is syntax: tests run
@@ -112,7 +115,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   if (grid.shared_bytes > 0) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, grid.most_shared_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute cluster{};

@@ -213,8 +213,9 @@ cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Log
   SharedMemory memory;
   const cudaError_t error = shared_memory(memory);
   if (error != cudaSuccess) return error;
-  const auto run = [&](auto kernel, int n_threads, const Split& split, int64_t bytes) {
-    const Grid grid{rows.n_rows * split.n_parts, n_threads, static_cast<int>(bytes), split.n_parts};
+  const auto run = [&](auto kernel, int n_threads, const Split& split, int64_t bytes, int most) {
+    const Grid grid{rows.n_rows * split.n_parts, n_threads, static_cast<int>(bytes), split.n_parts,
+                    most};
     return launch(kernel, grid, stream, rows, split, policy, reference, tokens, shape, temperature,
                   grad_logits, terms);
   };
@@ -227,13 +228,13 @@ cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Log
         const Split split = resident_split<Policy, T, kReference>(rows.vocab_size, memory);
         if (split.n_parts > 0)
           return run(policy_loss_kernel<Policy, T, kReference, true>, Policy::kThreads, split,
-                     resident_bytes<Policy, T, kReference>(split));
+                     resident_bytes<Policy, T, kReference>(split), memory.per_block);
       }
       using Policy = std::conditional_t<std::is_same_v<T, Any>, typename Launch::RereadAny,
                                         typename Launch::Reread>;
+      constexpr int kBytes = sizeof(BlockMemory<Policy::kThreads>);
       return run(policy_loss_kernel<Policy, T, kReference, false>, Policy::kThreads,
-                 reread_split<Policy>(rows.vocab_size, memory),
-                 sizeof(BlockMemory<Policy::kThreads>));
+                 reread_split<Policy>(rows.vocab_size, memory), kBytes, kBytes);
     };
     return reference.data == nullptr ? choose(std::false_type{}) : choose(std::true_type{});
   });

@@ -27,17 +27,20 @@ __device__ Extent glance(const Part<R, kReference>& part, float token_x, float t
 }
 
 // The same, the first tile and what is left of the last: where to anchor, and whether -inf is
-// about.
-template <class Policy, bool kAligned, class P>
-__device__ Extent look(const P& part, Extent e, Meeting<Policy::kThreads>& meeting) {
+// about. Threads stop at the first use of what they load: the tile, which needs nothing but the
+// row's address, is on its way before `glance` is called, which waits for the token and its logits.
+template <class Policy, bool kAligned, class P, class Glance>
+__device__ Extent look(const P& part, const Glance& glance, Meeting<Policy::kThreads>& meeting) {
   const int i = threadIdx.x * kLanes;
+  auto tile = begin_first_tile<kAligned>(part, i);
+  Extent e = glance();
   const auto see = [&e](int, float x, float y) { e = join(e, {x, y, fminf(x, y)}); };
   for_each_left<Policy>(part, see);
-  await_first_tile(part);
+  await_first_tile(part, i, tile);
   if (i < part.whole()) {
     float x[kLanes], y[kLanes];
-    unpack(part.x.template eight<kAligned>(i), x);
-    unpack(part.y.template eight<kAligned>(i), y);
+    unpack(tile.x, x);
+    unpack(tile.y, y);
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) see(i + j, x[j], y[j]);
   }
@@ -132,11 +135,11 @@ __device__ RowState<float> fold_careful(const P& part) {
   return s;
 }
 
-// The part's state; right in thread 0 alone.
-template <class Policy, bool kAligned, bool kReference, class P>
-__device__ RowState<float> fold_part(const P& part, const Extent& glanced,
+// The part's state; right in thread 0 alone. `glance` gives what is known of it beforehand.
+template <class Policy, bool kAligned, bool kReference, class P, class Glance>
+__device__ RowState<float> fold_part(const P& part, const Glance& glance,
                                      Meeting<Policy::kThreads>& meeting) {
-  const Extent e = look<Policy, kAligned>(part, glanced, meeting);
+  const Extent e = look<Policy, kAligned>(part, glance, meeting);
   const float anchor = part.kx * e.largest, ref_anchor = part.ky * e.ref_largest;
   const bool minus_infinity = fmaxf(part.kx, part.ky) * e.smallest == -INFINITY;  // or finfo.min
   RowState<float> s = empty_state<float>();

@@ -56,11 +56,12 @@ __device__ inline void write_finished(const Rows& rows, const Logits& policy,
                                       const RewardShape& shape, uint32_t row,
                                       const RowState<double>& found) {
   const RowState<double> s = within_reach(found);
-  const double x = token_logit<Any>(policy, rows, row);
+  const int64_t token = token_of(rows, row);
+  const double x = token_logit<Any>(policy, rows, row, token);
   const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
   double ty = 0;
   if (reference.data != nullptr) {
-    const double y = token_logit<Any>(reference, rows, row);
+    const double y = token_logit<Any>(reference, rows, row, token);
     ty = from_anchor(y, static_cast<double>(reference.k), s.ref_anchor);
   }
   const Finished<double> f = finish(s.sums, tx, ty);
@@ -88,17 +89,20 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
   __shared__ Meeting<Policy::kThreads> meeting;
   const Place place = place_of(blockIdx.x, rows, split);
   const uint32_t row = place.row;
-  if (!counts(rows, row)) {  // the whole block returns
+  const int64_t token = token_of(rows, row);  // beside the mask, not after it
+  if (!counts(rows, row)) {                   // the whole block returns
     if (parts == nullptr && threadIdx.x == 0) write_masked(rows, !kReference, out, shape, row);
     return;
   }
   const auto part = part_of<Row<T>, kReference>(rows, policy, reference, place);
-  const float x = token_logit<T>(policy, rows, row);
-  const float y = kReference ? token_logit<T>(reference, rows, row) : x;
-  const Extent glanced = glance(part, x, y);
+  const auto glance_at = [&] {
+    const float x = token_logit<T>(policy, rows, row, token);
+    const float y = kReference ? token_logit<T>(reference, rows, row, token) : x;
+    return glance(part, x, y);
+  };
   const RowState<float> s = part.x.aligned() && part.y.aligned()
-                                ? fold_part<Policy, true, kReference>(part, glanced, meeting)
-                                : fold_part<Policy, false, kReference>(part, glanced, meeting);
+                                ? fold_part<Policy, true, kReference>(part, glance_at, meeting)
+                                : fold_part<Policy, false, kReference>(part, glance_at, meeting);
   if (threadIdx.x != 0) return;
   if (parts == nullptr)
     write_finished(rows, policy, reference, out, shape, row, widened(s));

@@ -86,9 +86,17 @@ struct Arriving : Part<R, kReference> {
   }
 };
 
+template <bool, class R, bool kReference>
+__device__ __forceinline__ FirstTile<R> begin_first_tile(const Arriving<R, kReference>&, int) {
+  return {};
+}
 template <class R, bool kReference>
-__device__ void await_first_tile(const Arriving<R, kReference>&) {
+__device__ __forceinline__ void await_first_tile(const Arriving<R, kReference>& part, int i,
+                                                 FirstTile<R>& tile) {
   wait_for_wave(0);
+  if (i >= part.whole()) return;
+  tile.x = part.x.template eight<true>(i);
+  tile.y = part.y.template eight<true>(i);
 }
 
 // As for parts in global memory, each wave once it is there.

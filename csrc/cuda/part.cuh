@@ -19,11 +19,14 @@ __device__ inline bool in_vocabulary(const Rows& rows, int64_t token) {
   return token >= 0 && token < rows.vocab_size;
 }
 
+// Outside the vocabulary where none is sampled.
+__device__ inline int64_t token_of(const Rows& rows, uint32_t row) {
+  return rows.token_ids == nullptr ? kElsewhere : rows.token_ids[row];
+}
+
 // NaN for a token outside the vocabulary, elsewhere or not sampled: nothing is read out of bounds.
 template <class T>
-__device__ float token_logit(const Logits& logits, const Rows& rows, uint32_t row) {
-  if (rows.token_ids == nullptr) return NAN;
-  const int64_t token = rows.token_ids[row];
+__device__ float token_logit(const Logits& logits, const Rows& rows, uint32_t row, int64_t token) {
   if (!in_vocabulary(rows, token)) return NAN;
   return Row<T>(logits, row_offset(logits, rows, row))[token];
 }
@@ -126,9 +129,24 @@ __device__ __forceinline__ void for_each(const Part<R, kReference>& part, const 
   for_each_left<Policy>(part, one);
 }
 
-// A part in global memory is there.
+// This thread's 8 logits of the first tile, of both models, if there are any.
+template <class R>
+struct FirstTile {
+  typename R::Eight x, y;
+};
+
+// Of a part in global memory, on their way as soon as this is called.
+template <bool kAligned, class R, bool kReference>
+__device__ __forceinline__ FirstTile<R> begin_first_tile(const Part<R, kReference>& part, int i) {
+  FirstTile<R> tile{};
+  if (i < part.whole()) {
+    tile.x = part.x.template eight<kAligned>(i);
+    tile.y = kReference ? part.y.template eight<kAligned>(i) : tile.x;
+  }
+  return tile;
+}
 template <class R, bool kReference>
-__device__ void await_first_tile(const Part<R, kReference>&) {}
+__device__ __forceinline__ void await_first_tile(const Part<R, kReference>&, int, FirstTile<R>&) {}
 
 // Whether it is this thread that for_each brings to the part's logit i.
 template <class Policy>

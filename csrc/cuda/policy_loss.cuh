@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
   const uint32_t row = place.row;
   const bool wants_gradient = grad_logits.data != nullptr;
   const bool writes_terms = place.part == 0 && threadIdx.x == 0;
-  if (!counts(rows, row)) {  // all blocks of the cluster return
+  const int64_t token = rows.token_ids[row];  // not queued behind the row
+  if (!counts(rows, row)) {                    // all blocks of the cluster return
     if (writes_terms) write_terms(rows, row, {}, terms);
     if (wants_gradient)
       write_zeros<Policy>(grad_row_of<T>(rows, policy, grad_logits, place), place.size);
@@ -98,14 +99,13 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
     else
       return part;
   }();
-  const int64_t token = rows.token_ids[row];
-  const float x = token_logit<T>(policy, rows, row);
-  const float y = kReference ? token_logit<T>(reference, rows, row) : x;
-  const Extent glanced = glance(part, x, y);
+  const float x = token_logit<T>(policy, rows, row, token);
+  const float y = kReference ? token_logit<T>(reference, rows, row, token) : x;
+  const auto glance_at = [&] { return glance(part, x, y); };
   const bool aligned = part.x.aligned() && part.y.aligned();
   const RowState<float> state =
-      kResident || aligned ? fold_part<Policy, true, kReference>(held, glanced, memory.meeting)
-                           : fold_part<Policy, false, kReference>(held, glanced, memory.meeting);
+      kResident || aligned ? fold_part<Policy, true, kReference>(held, glance_at, memory.meeting)
+                           : fold_part<Policy, false, kReference>(held, glance_at, memory.meeting);
   if (threadIdx.x == 0) memory.state = state;
   cluster.arrive();
   cluster.wait();  // without it blocks would merge states that are not there yet

@@ -80,6 +80,12 @@ __device__ GradRow<T> grad_row_of(const Rows& rows, const Logits& policy,
 
 enum class Order { forwards, backwards };
 
+// Loads of 8 logits (of each model) that a thread has under way at once.
+template <class Policy, class R, bool kReference>
+constexpr int unroll_of = kReference || std::is_same_v<typename R::Element, Any>
+                              ? Policy::kUnroll
+                              : Policy::kUnrollAlone;
+
 // Calls `eight(i, x, y)` for every 8 logits of this thread's, from the part's i-th on, between
 // `begin` and `end`, which are multiples of 8.
 template <class Policy, bool kAligned, Order kOrder, class R, bool kReference, class Eight>
@@ -87,7 +93,8 @@ __device__ __forceinline__ void for_each_eight(const Part<R, kReference>& part, 
                                                const Eight& eight) {
   using Packed = typename R::Eight;
   constexpr bool kForwards = kOrder == Order::forwards;
-  constexpr int kTile = Policy::kThreads * kLanes, kUnroll = Policy::kUnroll;
+  constexpr int kTile = Policy::kThreads * kLanes;
+  constexpr int kUnroll = unroll_of<Policy, R, kReference>;
   constexpr int kStep = kForwards ? kTile : -kTile;
   const int first = begin + threadIdx.x * kLanes;
   if (!kForwards && first >= end) return;

@@ -82,9 +82,8 @@ enum class Order { forwards, backwards };
 
 // Loads of 8 logits (of each model) that a thread has under way at once.
 template <class Policy, class R, bool kReference>
-constexpr int unroll_of = kReference || std::is_same_v<typename R::Element, Any>
-                              ? Policy::kUnroll
-                              : Policy::kUnrollAlone;
+constexpr int unroll_of =
+    kReference || std::is_same_v<typename R::Element, Any> ? Policy::kUnroll : Policy::kUnrollAlone;
 
 // Calls `eight(i, x, y)` for every 8 logits of this thread's, from the part's i-th on, between
 // `begin` and `end`, which are multiples of 8.

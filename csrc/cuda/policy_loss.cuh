@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
   const bool wants_gradient = grad_logits.data != nullptr;
   const bool writes_terms = place.part == 0 && threadIdx.x == 0;
   const int64_t token = rows.token_ids[row];  // not queued behind the row
-  if (!counts(rows, row)) {                    // all blocks of the cluster return
+  if (!counts(rows, row)) {                   // all blocks of the cluster return
     if (writes_terms) write_terms(rows, row, {}, terms);
     if (wants_gradient)
       write_zeros<Policy>(grad_row_of<T>(rows, policy, grad_logits, place), place.size);

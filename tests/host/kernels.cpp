@@ -11,7 +11,8 @@
 using namespace kl_kernels;
 
 struct SmallLaunch {
-  static constexpr int kThreads = 64, kUnroll = 2, kUnrollAlone = 4, kBlocksPerSm = 1, kBlocksPerSmForAny = 1;
+  static constexpr int kThreads = 64, kUnroll = 2, kUnrollAlone = 4, kBlocksPerSm = 1,
+                       kBlocksPerSmForAny = 1;
   static constexpr bool kFastLoop = true;
   static constexpr int kPart = 2048;  // two double tiles
   static constexpr int kScaleBlocks = 3;

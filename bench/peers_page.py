@@ -114,11 +114,12 @@ def reasons(results: Results) -> list[str]:
 
 def made(results: Results) -> str:
     """Device, versions, commit, command."""
-    peers = ", ".join(f"{name} {v}" for name, v in results["peers"].items() if v[0].isdigit())
+    packages = {"torch": results["facts"]["torch"]} | results["peers"]
+    versions = ", ".join(f"{name} {v}" for name, v in packages.items() if v[0].isdigit())
     threads = f" with {results['threads']} threads" if results["kind"] == "cpu" else ""
     return (
-        f"{results['device']}{threads}; torch {results['facts']['torch']}, {peers}; commit "
-        f"{results['commit']}; `{results['command']}`."
+        f"{results['device']}{threads}; {versions}; commit {results['commit']}; "
+        f"`{results['command']}`."
     )
 
 

@@ -107,7 +107,7 @@ def mix_tile(
 ):  # fmt: skip
     """Add a tile's logits, only `n_rest` of them unless that is None, to the sums [N]."""
     x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, n_rest, STEPS, N, LANE, True)
-    for step in tl.static_range(STEPS):
+    for step in tl.static_range(len(x)):
         jsd, kl = mix_columns(jsd, kl, x[step], y[step], anchor, ref_anchor, m, k, ref_k)
     return jsd, kl
 

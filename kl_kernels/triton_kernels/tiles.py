@@ -38,11 +38,16 @@ def step_offsets(step, N: tl.constexpr, LANE: tl.constexpr):  # [N, LANE]
 def load_tile(ptr, softcap, n_rest, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr):
     """STEPS N LANE logits, only `n_rest` of them unless that is None.
 
-    A tuple, because Triton 3.6 takes a [STEPS, N, LANE] tensor apart through shared memory.
+    A tuple, because Triton 3.6 takes a [STEPS, N, LANE] tensor apart through shared memory. Of rows
+    that are not aligned it is one [N, STEPS] tensor: Triton's coalescing looks at the whole kernel
+    for each load that is written down, and eight of them took minutes to compile.
     """
     tile = ()
-    for step in tl.static_range(STEPS):
-        offsets = step_offsets(step, N, LANE)
+    for step in tl.static_range(1 if LANE == 1 else STEPS):
+        if LANE == 1:
+            offsets = tl.arange(0, N)[:, None] + tl.arange(0, STEPS)[None, :] * N
+        else:
+            offsets = step_offsets(step, N, LANE)
         mask = None
         if n_rest is not None:
             mask = offsets < n_rest

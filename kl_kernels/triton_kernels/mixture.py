@@ -97,7 +97,8 @@ def beside_mixture(tx, ty, m):
 
 @triton.jit
 def mixture_of(sx, sy, weight, ref_weight):
-    return Mixture(tl.log2(sx / sy), weight, ref_weight)
+    # Rounded: of equal sums the GPU's own quotient is often 1 - 2^-24.
+    return Mixture(tl.log2(tl.div_rn(sx, sy)), weight, ref_weight)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,18 +68,23 @@ def run(step: Step) -> Outcome:
     environment.pop("TRITON_INTERPRET", None)  # kernels are to run, not to be interpreted
     start = time.monotonic()
     code: int | None = None
-    try:
-        process = subprocess.Popen(
-            step.command, cwd=ROOT, env=environment, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        output, _ = process.communicate(timeout=max(1.0, step.seconds))
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-    except OSError as error:
-        code, output = 127, str(error)
+    # A file and no pipe: whoever survives the group holds a pipe open, and would be waited for.
+    with tempfile.TemporaryFile("w+", errors="replace") as out:
+        try:
+            process = subprocess.Popen(
+                step.command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(timeout=max(1.0, step.seconds))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        except OSError as error:
+            code = 127
+            out.write(str(error))
+        out.seek(0)
+        output = out.read()
     outcome = Outcome(step, code, time.monotonic() - start, output)
     print(outcome, flush=True)
     return outcome

@@ -96,7 +96,7 @@ def store_own(grad_row, token, here, own):
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_tokens",
+        "n_rows", "n_tokens", "n_splits",
         "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
         "grad_batch_stride", "grad_token_stride",
     ]

@@ -131,7 +131,7 @@ POLICY_STATE_FIELDS = 3
 # Sizes that change from batch to batch must not compile anew; LANE says what is known of strides.
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_tokens",
+        "n_rows", "n_tokens", "n_splits",
         "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
     ]
 )  # fmt: skip
@@ -214,7 +214,7 @@ def token_logit(
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_tokens",
+        "n_rows", "n_tokens", "n_splits",
         "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
     ]
 )  # fmt: skip
@@ -272,7 +272,7 @@ def finish_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_tokens",
+        "n_rows", "n_tokens", "n_splits",
         "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
     ]
 )  # fmt: skip

@@ -225,7 +225,7 @@ def mixture_gradient(
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_tokens",
+        "n_rows", "n_tokens", "n_splits",
         "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
         "grad_batch_stride", "grad_token_stride",
     ]

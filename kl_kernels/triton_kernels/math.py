@@ -166,7 +166,7 @@ def log_ratio(a, b):
     u = 1.0 + relative
     rounded = tl.where(u == 1.0, 1.0, u - 1.0)
     near = tl.where(u == 1.0, relative, tl.log(u) * tl.div_rn(relative, rounded))
-    return tl.where(tl.abs(relative) < 0.5, near, tl.log(a / b))
+    return tl.where(tl.abs(relative) < 0.5, near, tl.log(tl.div_rn(a, b)))
 
 
 @triton.jit
@@ -179,17 +179,20 @@ def within_reach(s):
 
 @triton.jit
 def finish(s, xt, yt, k, ref_k, HAS_REF: tl.constexpr):
-    """xt, yt: the token's logits, after softcap. Without a reference only the policy's count."""
+    """xt, yt: the token's logits, after softcap. Without a reference only the policy's count.
+
+    Quotients are rounded: a GPU's own are off by up to two units in the last place.
+    """
     ln_sx = tl.log(s.sx)
     logprob = tl.fma(xt, k, -s.anchor) * LN2 - ln_sx
-    entropy = tl.maximum(ln_sx - s.ex / s.sx * LN2, 0.0, KEEP_NAN)
+    entropy = tl.maximum(ln_sx - tl.div_rn(s.ex, s.sx) * LN2, 0.0, KEEP_NAN)
     ref_logprob, kl, forward_kl = logprob, logprob, logprob
     if HAS_REF:
         ln_ratio = log_ratio(s.sx, s.sy)
         ref_logprob = tl.fma(yt, ref_k, -s.ref_anchor) * LN2 - tl.log(s.sy)
         # Infinity is added, not selected: a row that is NaN for another reason stays NaN.
-        kl = s.rk / s.sx * LN2 - ln_ratio + tl.where(s.gap == INF, INF, 0.0)
-        forward_kl = ln_ratio - s.fk / s.sy * LN2
+        kl = tl.div_rn(s.rk, s.sx) * LN2 - ln_ratio + tl.where(s.gap == INF, INF, 0.0)
+        forward_kl = ln_ratio - tl.div_rn(s.fk, s.sy) * LN2
         forward_kl += tl.where(s.least_gap == -INF, INF, 0.0)
         kl = tl.maximum(kl, 0.0, KEEP_NAN)
         forward_kl = tl.maximum(forward_kl, 0.0, KEEP_NAN)
@@ -220,8 +223,8 @@ def coefficients(
     if HAS_REF:
         kl_term = g_kl * (log_ratio(sy, sx) - kl) + (kl - kl)
         a += tl.where(g_kl == 0.0, 0.0, kl_term) + g_forward_kl
-        d = g_forward_kl / (temperature * sy)
-    scale = 1.0 / (temperature * sx)
+        d = tl.div_rn(g_forward_kl, temperature * sy)
+    scale = tl.div_rn(1.0, temperature * sx)
     return Coefficients(a * scale, -scale * LN2 * g_entropy, scale * LN2 * g_kl, d)
 
 

@@ -118,7 +118,7 @@ bench: $(VENV)/bench-ready
 	$(BIN)/python bench/readme.py
 
 # On a machine with a GPU: its own python and torch, nothing installed. ARGS=DIR for the results, and
-# ARGS="--parts counters peers" for what ncu counts and for other packages, as far as they are there.
+# ARGS="--parts counters sweep peers" for what ncu counts, other sizes of work, and other packages.
 gpu:
 	$(PYTHON) bench/make_gpu.py $(ARGS)
 

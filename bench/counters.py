@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,18 @@ def watched(ncu: str, backend: str, job: str, log: Path) -> list[str]:
         "--metrics", ",".join(METRICS[name] for name in ASKED),
         sys.executable, __file__, "--launch", backend, job,
     ]  # fmt: skip
+
+
+def counted(ncu: str, backend: str, job: str, rows: int, vocab_size: int) -> tuple[str, str]:
+    """ncu's table of one job, and what it had to say if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "table.csv"
+        sizes = ["--rows", str(rows), "--vocab-size", str(vocab_size)]
+        command = [*watched(ncu, backend, job, log), *sizes]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        table = log.read_text(errors="replace") if log.exists() else ""
+    told = " ".join((table + done.stdout + done.stderr).split())[-400:]
+    return table, f"exit code {done.returncode}: {told}" if done.returncode else ""
 
 
 def launch(backend: str, job: str, rows: int, vocab_size: int) -> None:
@@ -157,22 +170,21 @@ def main() -> int:
     chip = chip_name(str(facts["device"]))
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"counters_{chip}.json"
+    everything = args.results / f"counters_{chip}.csv"  # more than is read of it here
+    everything.write_text("")
     for job in WATCHED:
         for backend in BACKENDS:
-            log = args.results / f"ncu_{backend}_{job.replace(' ', '_')}.csv"
-            sizes = ["--rows", str(args.rows), "--vocab-size", str(args.vocab_size)]
-            command = [*watched(ncu, backend, job, log), *sizes]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            text = log.read_text() if log.exists() else ""
-            n_logits = args.rows * args.vocab_size * JOBS[job].reads
-            found = list(kernels(text, n_logits))
+            name = f"{job}, {backend}"
+            text, told = counted(ncu, backend, job, args.rows, args.vocab_size)
+            with everything.open("a") as file:
+                file.write(f"{name}\n{text}\n")
+            found = list(kernels(text, args.rows * args.vocab_size * JOBS[job].reads))
             for row in found:
                 results["kernels"].append({"backend": backend, "job": job, **row})
                 print(shown(results["kernels"][-1]), flush=True)
-            if done.returncode or not found:
-                told = " ".join((text + done.stdout + done.stderr).split())[-400:]
-                results["failed"][f"{job}, {backend}"] = f"exit code {done.returncode}: {told}"
-                print(f"{backend} {job}: {results['failed'][f'{job}, {backend}']}", flush=True)
+            if told or not found:
+                results["failed"][name] = told or "no kernels were counted"
+                print(f"{name}: {results['failed'][name]}", flush=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {path}")
     return int(bool(results["failed"]))

@@ -125,14 +125,15 @@ class Bench:
 
     def run(self, case: Case) -> tuple[list[Measurement], dict[str, str], dict[str, str]]:
         """What was measured; by contender, why it was left out, and how it failed."""
+        # Buffers are counted as read: outputs are a set's own as well.
+        n_sets = n_buffer_sets(case.bytes_moved, self.l2_bytes)
         if self.device == "cuda":
             free, _ = torch.cuda.mem_get_info()
-            needed = 6 * case.rows * case.vocab_size  # two tensors of logits and a gradient
+            # Two tensors of logits and a gradient in each.
+            needed = 6 * case.rows * case.vocab_size * n_sets
             if needed > MEMORY_SHARE * free:
                 why = f"needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} GB"
                 return [], {"all": why}, {}
-        # Buffers are counted as read: outputs are a set's own as well.
-        n_sets = n_buffer_sets(case.bytes_moved, self.l2_bytes)
         sets = [
             make_buffers(case.rows, case.vocab_size, self.backends, self.device, seed)
             for seed in range(n_sets)

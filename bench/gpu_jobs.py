@@ -49,12 +49,17 @@ class Buffers(NamedTuple):
 
 
 def make_buffers(
-    n_rows: int, vocab_size: int, backends: tuple[str, ...], device: str, seed: int
+    n_rows: int,
+    vocab_size: int,
+    backends: tuple[str, ...],
+    device: str,
+    seed: int,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Buffers:
-    """A policy not far from its reference, tokens sampled from it, in bfloat16."""
+    """A policy not far from its reference, tokens sampled from it."""
     g = torch.Generator(device).manual_seed(seed)
     logits, ref_logits = (
-        torch.empty(n_rows, vocab_size, dtype=torch.bfloat16, device=device) for _ in range(2)
+        torch.empty(n_rows, vocab_size, dtype=dtype, device=device) for _ in range(2)
     )
     token_ids = torch.empty(n_rows, dtype=torch.int64, device=device)
     log_sum, ref_log_sum, kl, entropy = (torch.empty(n_rows, device=device) for _ in range(4))

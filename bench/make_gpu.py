@@ -1,10 +1,10 @@
 """`make gpu`: what a machine with a GPU is asked, in calls of under nine minutes.
 
 Build, then all checks side by side, then the benchmarks alone: parts "checks" and "speed", the
-default. Another call may take "peers", beside other packages as far as they are there, and
-"counters", what Nsight Compute sees. Minutes on a GPU are rare: a step that fails or takes too long
-costs no other, and the exit code says whether all were well. The whole log and gpu_<chip>.json,
-peers_<chip>.json and counters_<chip>.json go to RESULTS; the table that matters ends the output.
+default. Others may take "sanitizers", "counters", what Nsight Compute sees, "sweep", the Triton
+kernels with other sizes, and "peers", beside other packages as far as they are there. Minutes on a
+GPU are rare: a step that fails or takes too long costs no other, and the exit code says whether all
+were well. The whole log and each part's JSON go to RESULTS; the table that matters ends the output.
 Nothing is installed: the python that runs this is used throughout.
 """
 
@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,11 +31,14 @@ from gpu_table import table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SECONDS = 525  # in all
-BUILD_SECONDS, CHECK_SECONDS, SPEED_SECONDS = 150, 170, 240
-COUNTERS_SECONDS, PEERS_SECONDS = 180, 420
-PARTS = ("checks", "speed", "counters", "peers")
+# Of the checks, what Triton has to compile takes the time.
+BUILD_SECONDS, CHECK_SECONDS, SPEED_SECONDS = 150, 230, 240
+SANITIZER_SECONDS, COUNTERS_SECONDS, SWEEP_SECONDS, PEERS_SECONDS = 150, 180, 240, 420
+PARTS = ("checks", "sanitizers", "speed", "counters", "sweep", "peers")
+DEFAULT_PARTS = ("checks", "speed")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 SANITIZED = 9  # exit code of a sanitizer that found something
+INTERPRETED = {"TRITON_INTERPRET": "1"}
 TAIL = 25  # lines shown of a step that failed
 
 
@@ -64,8 +68,9 @@ class Outcome:
 
 def run(step: Step) -> Outcome:
     """Run a step with all it starts; what it printed is kept even if it has to be stopped."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | step.environment
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)  # kernels are to run, not to be interpreted
+    environment |= step.environment
     start = time.monotonic()
     code: int | None = None
     # A file and no pipe: whoever survives the group holds a pipe open, and would be waited for.
@@ -101,7 +106,7 @@ class Log:
 
     def run(self, *steps: Step) -> list[Outcome]:
         """Steps side by side."""
-        with ThreadPoolExecutor(len(steps)) as pool:
+        with ThreadPoolExecutor(max(1, len(steps))) as pool:
             done = list(pool.map(self._run, steps))
         self.outcomes += done
         return done
@@ -144,7 +149,7 @@ def check_steps(dry_run: bool) -> list[Step]:
     backends: tuple[str, ...] = ("triton", "cuda")
     # Triton compiles for each kind of size, which is what takes its time: a process for each.
     sizes: dict[str, list[list[int]]] = {
-        "triton": [[1], [1025], [4096]],
+        "triton": [[1], [1025]],
         "cuda": [[1, 2, 1025, 4096, 50257]],
         "cpu": [[1, 2, 1025, 50257]],
     }
@@ -160,22 +165,34 @@ def check_steps(dry_run: bool) -> list[Step]:
     for backend in backends:
         # Without the project's own options, which ask for plugins that may not be there.
         command = [python, "-m", "pytest", "tests/gpu", "--backend", backend, *workers]
-        command += ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--durations=5", "--tb=short"]
+        command += ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--durations=5", "--tb=short"]
         command += ["--show-capture=no"]
         steps.append(Step(f"tests {backend}", command, CHECK_SECONDS, few))
-    cases = [python, "tests/gpu/small_cases.py", "--backend"]
-    steps += [Step(f"small cases {b}", [*cases, b], CHECK_SECONDS, few) for b in backends]
-    sanitizer = None if dry_run else find_tool("compute-sanitizer")
+    return [*steps, *small_cases_steps(backends)]
+
+
+def small_cases_steps(backends: tuple[str, ...], watch: Sequence[str] = ()) -> list[Step]:
+    command = [*watch, sys.executable, "tests/gpu/small_cases.py", "--backend"]
+    few = {"OMP_NUM_THREADS": "2"}
+    return [Step(f"small cases {b}", [*command, b], CHECK_SECONDS, few) for b in backends]
+
+
+def sanitizer_steps() -> list[Step]:
+    """The small cases, watched: findings in kernels that are torch's own are torch's."""
+    sanitizer = find_tool("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer: not on this machine, not run")
-        return steps
-    no_cache = few | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return []
+    steps = []
     for tool in SANITIZERS:
-        # Calls of the driver that fail are torch's own business: it asks what there is.
         watch = [sanitizer, "--tool", tool, f"--error-exitcode={SANITIZED}", "--print-limit=20"]
+        watch += ["--target-processes", "application-only"]  # not Triton's compilers
+        # Calls of the driver that fail are torch's own business: it asks what there is.
         watch += ["--report-api-errors=no"] if tool == "memcheck" else []
-        for b in backends:
-            steps.append(Step(f"{tool} {b}", [*watch, *cases, b], CHECK_SECONDS, no_cache))
+        for step in small_cases_steps(("triton", "cuda"), watch):
+            no_cache = step.environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            name = step.name.replace("small cases", tool)
+            steps.append(replace(step, name=name, seconds=SANITIZER_SECONDS, environment=no_cache))
     return steps
 
 
@@ -188,6 +205,13 @@ def speed_step(args: argparse.Namespace, seconds: float) -> Step:
 
 def counters_step(args: argparse.Namespace, seconds: float) -> Step:
     return Step("counters", [sys.executable, "bench/counters.py", *about(args)], seconds)
+
+
+def sweep_step(args: argparse.Namespace, seconds: float) -> Step:
+    command = [sys.executable, "bench/sweep.py", *about(args)]
+    command += ["--seconds", f"{seconds - 40:.0f}"]
+    command += ["--dry-run", "--turns", "1"] if args.dry_run else []
+    return Step("sweep", command, seconds, INTERPRETED if args.dry_run else {})
 
 
 def peers_step(args: argparse.Namespace, seconds: float) -> Step:
@@ -204,6 +228,7 @@ def about(args: argparse.Namespace) -> list[str]:
 MEASURED = {  # one after the other, alone
     "speed": (speed_step, SPEED_SECONDS),
     "counters": (counters_step, COUNTERS_SECONDS),
+    "sweep": (sweep_step, SWEEP_SECONDS),
     "peers": (peers_step, PEERS_SECONDS),
 }
 
@@ -222,7 +247,7 @@ def main() -> int:
     )
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="directory")
     parser.add_argument("--commit", help="where the files are not in a git repository")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS)
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU: the same steps on the CPU, tiny"
     )
@@ -239,6 +264,10 @@ def main() -> int:
             log.run(without_cuda)
     if "checks" in args.parts:
         log.run(*check_steps(args.dry_run), *report_steps(args))
+    if "sanitizers" in args.parts and not args.dry_run:
+        if "checks" not in args.parts:  # so that Triton's compiler need not be waited for below
+            log.run(*small_cases_steps(("triton",)))
+        log.run(*sanitizer_steps())
     for part, (step, seconds) in MEASURED.items():
         if part in args.parts:
             left = SECONDS - (time.monotonic() - start)

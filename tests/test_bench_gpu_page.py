@@ -194,6 +194,21 @@ def test_counters_are_read_from_ncus_table(bench):
     assert list(kernels("==ERROR== no permission\n", 1000)) == []
 
 
+def test_a_program_that_ncu_cannot_watch_is_told_of(bench, tmp_path):
+    from counters import counted, kernels
+
+    ncu = tmp_path / "ncu"
+    ncu.write_text("#!/bin/sh\necho no permission >&2\nexit 3\n")
+    ncu.chmod(0o755)
+    assert counted(str(ncu), "triton", "token_kl", 1, 10) == ("", "exit code 3: no permission")
+    row = ncu_table({"gpu__time_duration.sum": "5"}).replace('"', '\\"')
+    ncu.write_text(
+        f'#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\nprintf "%s" "{row}" > "$2"\n'
+    )
+    table, told = counted(str(ncu), "triton", "token_kl", 1, 10)
+    assert (told, [k["nanoseconds"] for k in kernels(table, 10)]) == ("", [5])
+
+
 def test_counters_stand_beside_what_was_counted(results):
     import gpu_page
 
@@ -228,11 +243,35 @@ def test_what_ncu_watches_runs(bench):
 
 def test_parts_of_make_gpu_run_dry_beside_each_other(tmp_path):
     command = [sys.executable, BENCH / "make_gpu.py", tmp_path, "--dry-run", "--commit", "abc"]
-    done = subprocess.run([*command, "--parts", "speed", "peers"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--parts", "sweep", "speed", "peers"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    steps = [line.split()[0] for line in done.stdout.splitlines()[:2]]
-    assert steps == ["speed", "peers"]
+    steps = [line.split()[0] for line in done.stdout.splitlines()[:3]]
+    assert steps == ["speed", "sweep", "peers"]
     for name, job in (("gpu_dry_run", "job"), ("peers", "operation")):
         results = json.loads((tmp_path / f"{name}.json").read_text())
         assert results["commit"] == "abc"
         assert results["measurements"][0][job]
+    cases = json.loads((tmp_path / "sweep_dry_run.json").read_text())["cases"]
+    assert {case["job"] for case in cases} > {"token_kl", "policy loss"}
+    assert all(len(case["us"]) == 2 and not case["failed"] for case in cases)
+
+
+def test_a_sweep_restores_the_sizes_and_leaves_out_what_fails(bench):
+    import sweep
+
+    from kl_kernels.triton_kernels import launch
+
+    before = launch.CONFIG
+    with sweep.sizes({"steps": 4}):
+        assert launch.CONFIG.steps == 4
+    assert launch.CONFIG is before
+    for *_, variations in sweep.CASES:
+        assert len({sweep.label(changes) for changes in variations}) == len(variations)
+        for changes in variations:
+            with sweep.sizes(changes):
+                assert changes.items() <= vars(launch.CONFIG).items()
+    found, failed = sweep.run("token_stats", 1, 30, [{"lanes": 100}], 1, "cpu")
+    assert set(found) == {sweep.NOW}
+    assert "power of 2" in failed["lanes 100"]

@@ -173,6 +173,23 @@ def test_layouts_change_nothing(place, dtype):
     assert torch.equal(got, terms)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_logits_anywhere(dtype):
+    """Bitwise: rows that hold no whole vector of 16 bytes, or one, and pieces of others."""
+    for vocab_size in (1, 6, 13, 24):
+        logits, ref_logits, token_ids = random_rows(vocab_size, dtype, (1, 1))
+        kernels = backend(device_for(1, logits, ref_logits))
+        terms, grad = run(kernels, logits, ref_logits, token_ids)
+        for shift in range(1, 16 // logits.itemsize):
+            wide = torch.full((2, vocab_size + 8), math.nan, dtype=dtype)
+            x, y = wide[:, None, None, shift : shift + vocab_size]
+            x.copy_(logits), y.copy_(ref_logits)
+            got, _ = run(kernels, x, y, token_ids, grad_logits=x)
+            assert torch.equal(got, terms)
+            assert torch.equal(x, grad)
+            assert wide.isnan().sum() == 2 * 8
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_row_does_not_depend_on_the_others(place):
     logits, ref_logits, token_ids = random_rows(dtype=torch.bfloat16)

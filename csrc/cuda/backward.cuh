@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
   __syncthreads();  // without it the others would use coefficients that are not there yet
   const RowGradient r = of_row;  // in registers, not read again for every logit
   if (r.terms == Terms::none) return write_zeros<Policy>(grad, place.size);
-  const auto part = part_of<Row<T>, kReference>(rows, policy, reference, place);
+  const auto part = along(grad, part_of<Row<T>, kReference>(rows, policy, reference, place));
   const int64_t token = rows.token_ids[row] - place.begin;
-  if (grad.aligned() && part.x.aligned() && part.y.aligned())
+  if (part.aligned())
     write_gradient<Policy, true, kTerms, Order::forwards>(part, r, grad, token);
   else
     write_gradient<Policy, false, kTerms, Order::forwards>(part, r, grad, token);

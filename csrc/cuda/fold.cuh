@@ -18,31 +18,32 @@ namespace kl_kernels {
 // its anchor is what costs digits: its terms are large, and every later one is rounded to theirs.
 constexpr float kCrowded = 512;
 
-// What one thread can see of a part without going through it: the last logit, which is where -inf
-// pads, and the token's logits, which may be NaN and of another part.
-template <class R, bool kReference>
+// What one thread can see of a part without going through it: what is left of the last 8, the last
+// logit, which is where -inf pads, and the token's logits, which may be NaN and of another part.
+template <class Policy, class R, bool kReference>
 __device__ Extent glance(const Part<R, kReference>& part, float token_x, float token_y) {
-  const float x = part.x[part.size - 1], y = kReference ? part.y[part.size - 1] : x;
-  return {fmaxf(x, token_x), fmaxf(y, token_y), fminf(x, y)};
+  const int last = part.span.size - 1;
+  const float x = part.x[last], y = kReference ? part.y[last] : x;
+  Extent e{fmaxf(x, token_x), fmaxf(y, token_y), fminf(x, y)};
+  for_each_left<Policy>(part, [&e](int, float x, float y) { e = join(e, {x, y, fminf(x, y)}); });
+  return e;
 }
 
-// The same, the first tile and what is left of the last: where to anchor, and whether -inf is
-// about. Threads stop at the first use of what they load: the tile, which needs nothing but the
-// row's address, is on its way before `glance` is called, which waits for the token and its logits.
+// The same and the first tile: where to anchor, and whether -inf is about. Threads stop at the
+// first use of what they load: the tile, which needs nothing but the row's address, is on its way
+// before `glance` is called, which waits for the token and its logits.
 template <class Policy, bool kAligned, class P, class Glance>
 __device__ Extent look(const P& part, const Glance& glance, Meeting<Policy::kThreads>& meeting) {
   const int i = threadIdx.x * kLanes;
   auto tile = begin_first_tile<kAligned>(part, i);
   Extent e = glance();
-  const auto see = [&e](int, float x, float y) { e = join(e, {x, y, fminf(x, y)}); };
-  for_each_left<Policy>(part, see);
-  await_first_tile(part, i, tile);
-  if (i < part.whole()) {
+  await_first_tile<kAligned>(part, i, tile);
+  if (i < part.span.tail()) {
     float x[kLanes], y[kLanes];
     unpack(tile.x, x);
     unpack(tile.y, y);
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) see(i + j, x[j], y[j]);
+    for (int j = 0; j < kLanes; ++j) e = join(e, {x[j], y[j], fminf(x[j], y[j])});
   }
   return join_block(e, meeting);
 }

@@ -98,9 +98,9 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
   const auto glance_at = [&] {
     const float x = token_logit<T>(policy, rows, row, token);
     const float y = kReference ? token_logit<T>(reference, rows, row, token) : x;
-    return glance(part, x, y);
+    return glance<Policy>(part, x, y);
   };
-  const RowState<float> s = part.x.aligned() && part.y.aligned()
+  const RowState<float> s = part.aligned()
                                 ? fold_part<Policy, true, kReference>(part, glance_at, meeting)
                                 : fold_part<Policy, false, kReference>(part, glance_at, meeting);
   if (threadIdx.x != 0) return;

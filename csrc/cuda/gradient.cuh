@@ -44,13 +44,14 @@ __device__ __forceinline__ float gradient(const RowGradient& r, float kx, float 
   return backward(r.c, tx, ty, w, exp2f(ty));
 }
 
-// `token` is counted from the part's first logit and may lie outside. The gradient may lie over the
+// Of a part along its gradient; `token` is counted from its first logit and may lie outside. The
+// gradient may lie over the
 // logits: a thread reads what it is going to write, before, and no other thread reads it.
 template <class Policy, bool kAligned, Terms kTerms, Order kOrder, class R, bool kReference,
           class T>
 __device__ void write_gradient(const Part<R, kReference>& part, const RowGradient& r,
                                const GradRow<T>& grad, int64_t token) {
-  const bool own = token >= 0 && token < part.size && visits<Policy>(token, part.whole());
+  const bool own = token >= 0 && token < part.span.size && visits<Policy>(token, part.span);
   float own_x = 0, own_grad = 0;
   if (own) {
     own_x = fmaxf(part.x[token], kLowest);
@@ -63,7 +64,7 @@ __device__ void write_gradient(const Part<R, kReference>& part, const RowGradien
     unpack_finite(ys, y);
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) g[j] = gradient<kTerms>(r, part.kx, part.ky, x[j], y[j]);
-    grad.template put_eight<kAligned>(i, g, x);
+    grad.put_eight(i, g, x);
   };
   const auto one = [&](int i, float x, float y) {
     x = fmaxf(x, kLowest);

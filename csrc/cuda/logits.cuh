@@ -17,6 +17,8 @@ __device__ inline float softcap_grad(float value, float cap) {
   return fmaxf(1.0f - ratio * ratio, 0.0f);
 }
 
+__device__ inline int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
 // Stands for a type known at run time only, or for logits with a softcap.
 struct Any {};
 
@@ -35,7 +37,7 @@ class Row {
   __device__ Row(const Logits& logits, int64_t offset)
       : at_(static_cast<const T*>(logits.data) + offset) {}
 
-  __device__ bool aligned() const { return is_aligned(at_); }
+  __device__ bool aligned(int i) const { return is_aligned(at_ + i); }
   __device__ const T* at(int i) const { return at_ + i; }
   __device__ float operator[](int64_t i) const { return to_float(at_[i]); }
   template <bool kAligned>
@@ -56,8 +58,9 @@ class Row<Any, kCache> {
   __device__ Row(const Logits& logits, int64_t offset)
       : at_(logits.data), offset_(offset), dtype_(logits.dtype), softcap_(logits.softcap) {}
 
-  __device__ bool aligned() const {
-    return is_aligned(static_cast<const char*>(at_) + offset_ * (dtype_ == Dtype::float32 ? 4 : 2));
+  __device__ bool aligned(int i) const {
+    const int bytes = bytes_of(dtype_);
+    return is_aligned(static_cast<const char*>(at_) + (offset_ + i) * bytes);
   }
 
   __device__ float operator[](int64_t i) const {
@@ -105,16 +108,16 @@ class GradRow {
   __device__ GradRow(void* grad_logits, const Logits&, int64_t offset)
       : at_(static_cast<T*>(grad_logits) + offset) {}
 
-  __device__ bool aligned() const { return is_aligned(at_); }
+  __device__ int until_aligned() const { return kl_kernels::until_aligned(at_, sizeof(T)); }
   __device__ __forceinline__ void put(int64_t i, float grad, float) const {
     from_float(grad, at_[i]);
   }
-  template <bool kAligned>
+  // The first of them aligned.
   __device__ __forceinline__ void put_eight(int i, float (&grad)[kLanes],
                                             const float (&)[kLanes]) const {
     Packed<T> packed;
     pack(grad, packed);
-    store<kAligned>(at_ + i, packed);
+    store(at_ + i, packed);
   }
 
  private:
@@ -127,8 +130,9 @@ class GradRow<Any> {
   __device__ GradRow(void* grad_logits, const Logits& policy, int64_t offset)
       : at_(grad_logits), offset_(offset), dtype_(policy.dtype), softcap_(policy.softcap) {}
 
-  __device__ bool aligned() const {
-    return is_aligned(static_cast<char*>(at_) + offset_ * (dtype_ == Dtype::float32 ? 4 : 2));
+  __device__ int until_aligned() const {
+    const int bytes = bytes_of(dtype_);
+    return kl_kernels::until_aligned(static_cast<char*>(at_) + offset_ * bytes, bytes);
   }
 
   __device__ void put(int64_t i, float grad, float value) const {
@@ -139,15 +143,14 @@ class GradRow<Any> {
   }
 
   // `value` is the softcapped logit.
-  template <bool kAligned>
   __device__ void put_eight(int i, float (&grad)[kLanes], const float (&value)[kLanes]) const {
     if (softcap_ != 0) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) grad[j] *= softcap_grad(value[j], softcap_);
     }
-    if (dtype_ == Dtype::float32) as<float>().template put_eight<kAligned>(i, grad, value);
-    if (dtype_ == Dtype::bfloat16) as<__nv_bfloat16>().template put_eight<kAligned>(i, grad, value);
-    if (dtype_ == Dtype::float16) as<__half>().template put_eight<kAligned>(i, grad, value);
+    if (dtype_ == Dtype::float32) as<float>().put_eight(i, grad, value);
+    if (dtype_ == Dtype::bfloat16) as<__nv_bfloat16>().put_eight(i, grad, value);
+    if (dtype_ == Dtype::float16) as<__half>().put_eight(i, grad, value);
   }
 
  private:

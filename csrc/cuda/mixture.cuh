@@ -113,9 +113,8 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
   __syncthreads();  // without it the others would use a mixture that is not there yet
   const MixtureRow r = of_row;
   const auto part = part_of<Row<T>, true>(rows, policy, reference, place);
-  const MixtureSums<float> mine = part.x.aligned() && part.y.aligned()
-                                      ? mix_part<Policy, true>(part, r)
-                                      : mix_part<Policy, false>(part, r);
+  const MixtureSums<float> mine =
+      part.aligned() ? mix_part<Policy, true>(part, r) : mix_part<Policy, false>(part, r);
   const MixtureSums<float> s = add_block<Policy::kThreads>(mine, of_warps);
   if (threadIdx.x != 0) return;
   if (parts == nullptr)
@@ -150,7 +149,7 @@ __device__ void write_mixture_gradient(const P& part, const MixtureRow& r, const
     unpack(ys, y);
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) g[j] = gradient(x[j], y[j]);
-    grad.template put_eight<kAligned>(i, g, x);
+    grad.put_eight(i, g, x);
   };
   for_each<Policy, kAligned>(part, eight,
                              [&](int i, float x, float y) { grad.put(i, gradient(x, y), x); });
@@ -175,8 +174,8 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
   }
   __syncthreads();  // without it the others would use a slope that is not there yet
   const MixtureRow r = of_row;
-  const auto part = part_of<Row<T>, true>(rows, policy, reference, place);
-  if (grad.aligned() && part.x.aligned() && part.y.aligned())
+  const auto part = along(grad, part_of<Row<T>, true>(rows, policy, reference, place));
+  if (part.aligned())
     write_mixture_gradient<Policy, true>(part, r, grad);
   else
     write_mixture_gradient<Policy, false>(part, r, grad);

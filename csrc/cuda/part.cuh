@@ -31,19 +31,47 @@ __device__ float token_logit(const Logits& logits, const Rows& rows, uint32_t ro
   return Row<T>(logits, row_offset(logits, rows, row))[token];
 }
 
+// Logits that are taken in groups, but for the first few, fewer than a group, and what is left
+// behind the last one. (There may be fewer logits than that: none is in a group then.)
+struct Span {
+  int size, head;
+
+  __device__ int tail(int group = kLanes) const { return head + (size - head) / group * group; }
+  // Which of those is left to this thread to take alone; none, if that is not below `size`.
+  __device__ int left(int group = kLanes) const {
+    const int i = threadIdx.x;
+    return i < head ? i : tail(group) + i - head;
+  }
+};
+
+// From where on a gradient is aligned. Every logit's is on its own, so that this is free to choose:
+// what depends on the order, sums, takes its groups of 8 from the part's first logit on.
+template <class T>
+__device__ Span span_of(const GradRow<T>& grad, int size) {
+  return {size, grad.until_aligned()};
+}
+
 // One part of one row, of both models, as a kind of row R; without a reference y is x.
 template <class R, bool kReference>
 struct Part {
   R x, y;
-  int size;
+  Span span;
   float kx, ky;
 
-  __device__ int whole() const { return size / kLanes * kLanes; }
+  // Whether every 8 of both are.
+  __device__ bool aligned() const { return x.aligned(span.head) && y.aligned(span.head); }
 };
 
 template <class R, bool kReference>
 __device__ Part<R, false> without_reference(const Part<R, kReference>& part) {
-  return {part.x, part.x, part.size, part.kx, part.kx};
+  return {part.x, part.x, part.span, part.kx, part.kx};
+}
+
+// The same part, to be gone through as its gradient is to be written.
+template <class R, bool kReference, class T>
+__device__ Part<R, kReference> along(const GradRow<T>& grad, Part<R, kReference> part) {
+  part.span = span_of(grad, part.span.size);
+  return part;
 }
 
 // Which row and which part of it this block is to work on.
@@ -67,7 +95,7 @@ __device__ Part<R, kReference> part_of(const Rows& rows, const Logits& policy,
   const Logits& other = kReference ? reference : policy;
   return {{policy, row_offset(policy, rows, place.row) + place.begin},
           {other, row_offset(other, rows, place.row) + place.begin},
-          place.size,
+          {place.size, 0},
           policy.k,
           other.k};
 }
@@ -86,7 +114,7 @@ constexpr int unroll_of =
     kReference || std::is_same_v<typename R::Element, Any> ? Policy::kUnroll : Policy::kUnrollAlone;
 
 // Calls `eight(i, x, y)` for every 8 logits of this thread's, from the part's i-th on, between
-// `begin` and `end`, which are multiples of 8.
+// `begin` and `end`, which are multiples of 8 apart.
 template <class Policy, bool kAligned, Order kOrder, class R, bool kReference, class Eight>
 __device__ __forceinline__ void for_each_eight(const Part<R, kReference>& part, int begin, int end,
                                                const Eight& eight) {
@@ -118,20 +146,20 @@ __device__ __forceinline__ void for_each_eight(const Part<R, kReference>& part, 
   }
 }
 
-// Calls `one(i, x, y)` for the logits that are no 8 any more.
+// Calls `one(i, x, y)` for the logits that are in no 8.
 template <class Policy, class R, bool kReference, class One>
 __device__ __forceinline__ void for_each_left(const Part<R, kReference>& part, const One& one) {
-  static_assert(kLanes <= Policy::kThreads, "what is left has to fit into the block");
-  const int i = part.whole() + threadIdx.x;
-  if (i < part.size) one(i, part.x[i], kReference ? part.y[i] : part.x[i]);
+  static_assert(2 * kLanes <= Policy::kThreads, "what is left has to fit into the block");
+  const int i = part.span.left();
+  if (i < part.span.size) one(i, part.x[i], kReference ? part.y[i] : part.x[i]);
 }
 
-// Both, in an order that depends on the part's size alone.
+// Both, in an order that depends on the part's span alone.
 template <class Policy, bool kAligned, Order kOrder = Order::forwards, class R, bool kReference,
           class Eight, class One>
 __device__ __forceinline__ void for_each(const Part<R, kReference>& part, const Eight& eight,
                                          const One& one) {
-  for_each_eight<Policy, kAligned, kOrder>(part, 0, part.whole(), eight);
+  for_each_eight<Policy, kAligned, kOrder>(part, part.span.head, part.span.tail(), eight);
   for_each_left<Policy>(part, one);
 }
 
@@ -145,35 +173,30 @@ struct FirstTile {
 template <bool kAligned, class R, bool kReference>
 __device__ __forceinline__ FirstTile<R> begin_first_tile(const Part<R, kReference>& part, int i) {
   FirstTile<R> tile{};
-  if (i < part.whole()) {
+  if (i < part.span.tail()) {
     tile.x = part.x.template eight<kAligned>(i);
     tile.y = kReference ? part.y.template eight<kAligned>(i) : tile.x;
   }
   return tile;
 }
-template <class R, bool kReference>
+template <bool kAligned, class R, bool kReference>
 __device__ __forceinline__ void await_first_tile(const Part<R, kReference>&, int, FirstTile<R>&) {}
 
-// Whether it is this thread that for_each brings to the part's logit i.
+// Whether it is this thread that for_each brings to logit i.
 template <class Policy>
-__device__ bool visits(int i, int whole) {
-  const int index = i < whole ? i / kLanes : i - whole;
-  return index % Policy::kThreads == static_cast<int>(threadIdx.x);
-}
-
-template <class Policy, bool kAligned, class T>
-__device__ void write_zeros(const GradRow<T>& grad, int size) {
-  const int whole = size / kLanes * kLanes;
-  float zeros[kLanes] = {};
-  for (int i = threadIdx.x * kLanes; i < whole; i += Policy::kThreads * kLanes)
-    grad.template put_eight<kAligned>(i, zeros, zeros);
-  const int i = whole + threadIdx.x;
-  if (i < size) grad.put(i, 0.0f, 0.0f);
+__device__ bool visits(int i, const Span& span) {
+  if (i < span.head || i >= span.tail()) return i == span.left();
+  return (i - span.head) / kLanes % Policy::kThreads == static_cast<int>(threadIdx.x);
 }
 
 template <class Policy, class T>
 __device__ void write_zeros(const GradRow<T>& grad, int size) {
-  grad.aligned() ? write_zeros<Policy, true>(grad, size) : write_zeros<Policy, false>(grad, size);
+  const Span span = span_of(grad, size);
+  float zeros[kLanes] = {};
+  for (int i = span.head + threadIdx.x * kLanes; i < span.tail(); i += Policy::kThreads * kLanes)
+    grad.put_eight(i, zeros, zeros);
+  const int i = span.left();
+  if (i < size) grad.put(i, 0.0f, 0.0f);
 }
 
 }  // namespace kl_kernels

@@ -59,11 +59,11 @@ __device__ RowGradient finish_loss(uint32_t row, const RowState<double>& found,
 }
 
 template <class Policy, Order kOrder, class R, bool kReference, class T>
-__device__ void write_loss_gradient(const Part<R, kReference>& part, bool aligned,
-                                    const RowGradient& r, const GradRow<T>& grad, int64_t token) {
+__device__ void write_loss_gradient(const Part<R, kReference>& part, const RowGradient& r,
+                                    const GradRow<T>& grad, int64_t token) {
   constexpr Terms kTerms = kReference ? Terms::kl : Terms::policy;
-  aligned ? write_gradient<Policy, true, kTerms, kOrder>(part, r, grad, token)
-          : write_gradient<Policy, false, kTerms, kOrder>(part, r, grad, token);
+  part.aligned() ? write_gradient<Policy, true, kTerms, kOrder>(part, r, grad, token)
+                 : write_gradient<Policy, false, kTerms, kOrder>(part, r, grad, token);
 }
 
 // CUDA kernels
@@ -101,11 +101,10 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
   }();
   const float x = token_logit<T>(policy, rows, row, token);
   const float y = kReference ? token_logit<T>(reference, rows, row, token) : x;
-  const auto glance_at = [&] { return glance(part, x, y); };
-  const bool aligned = part.x.aligned() && part.y.aligned();
+  const auto glance_at = [&] { return glance<Policy>(part, x, y); };
   const RowState<float> state =
-      kResident || aligned ? fold_part<Policy, true, kReference>(held, glance_at, memory.meeting)
-                           : fold_part<Policy, false, kReference>(held, glance_at, memory.meeting);
+      part.aligned() ? fold_part<Policy, true, kReference>(held, glance_at, memory.meeting)
+                     : fold_part<Policy, false, kReference>(held, glance_at, memory.meeting);
   if (threadIdx.x == 0) memory.state = state;
   cluster.arrive();
   cluster.wait();  // without it blocks would merge states that are not there yet
@@ -122,22 +121,21 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
   if (wants_gradient) {
     const RowGradient r = memory.gradient;  // in registers, not read again for every logit
     const auto grad = grad_row_of<T>(rows, policy, grad_logits, place);
-    const bool all_aligned = grad.aligned() && (kResident || aligned);
     // What was read last is the likeliest to be in the L2 cache still.
     constexpr Order kOrder = kResident ? Order::forwards : Order::backwards;
     const auto again = [&] {
       if constexpr (kResident)
-        return Part<HeldRow<T>, kReference>(held);
+        return along(grad, Part<HeldRow<T>, kReference>(held));
       else
-        return part_of<Row<T>, kReference>(rows, policy, reference, place);
+        return along(grad, part_of<Row<T>, kReference>(rows, policy, reference, place));
     }();
     const int64_t here = token - place.begin;
     if (r.terms == Terms::none)
       write_zeros<Policy>(grad, place.size);
     else if (!kReference || r.terms == Terms::policy)
-      write_loss_gradient<Policy, kOrder>(without_reference(again), all_aligned, r, grad, here);
+      write_loss_gradient<Policy, kOrder>(without_reference(again), r, grad, here);
     else
-      write_loss_gradient<Policy, kOrder>(again, all_aligned, r, grad, here);
+      write_loss_gradient<Policy, kOrder>(again, r, grad, here);
   }
   cluster.wait();  // without it a block might be gone while others still read its state
 }

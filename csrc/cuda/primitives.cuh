@@ -20,15 +20,10 @@ __device__ __forceinline__ void* dynamic_shared_memory() {
   return dynamic_memory;
 }
 
-// Begins to copy 16 bytes from global to shared memory, both aligned. Whose neighbours another copy
-// of the same thread takes, should pass through the L1 cache: half a sector is loaded at a time.
-template <bool kThroughL1>
+// Begins to copy 16 bytes from global to shared memory, both aligned, past the L1 cache.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  if constexpr (kThroughL1)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 }
 
 // Ends a group of this thread's copies.

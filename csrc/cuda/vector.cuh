@@ -27,15 +27,22 @@ struct Packed {
 
 constexpr int kAlignment = 16;
 
-__device__ inline bool is_aligned(const void* at) {
-  return reinterpret_cast<uintptr_t>(at) % kAlignment == 0;
+// Bytes since the last aligned address.
+__device__ inline int misalignment(const void* at) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(at) % kAlignment);
+}
+__device__ inline bool is_aligned(const void* at) { return misalignment(at) == 0; }
+
+// Elements from `at` until the next aligned address.
+__device__ inline int until_aligned(const void* at, int element_bytes) {
+  return (kAlignment - misalignment(at)) % kAlignment / element_bytes;
 }
 
 // What becomes of a line that is loaded: it leaves the cache first, or stays to be read again.
 enum class Cache { stream, keep };
 
 // Aligned or not, a lane owns the same logits: with an odd V the alignment of a row depends on its
-// place in the batch, and its numbers must not. Narrower loads and stores make up for it.
+// place in the batch, and its numbers must not. Narrower loads make up for it.
 
 template <bool kAligned, Cache kCache = Cache::stream, class T>
 __device__ __forceinline__ Packed<T> load(const T* at) {
@@ -63,25 +70,11 @@ __device__ __forceinline__ Packed<T> load(const T* at) {
   return packed;
 }
 
-template <bool kAligned, class T>
-__device__ __forceinline__ void store(T* at, const Packed<T>& packed) {
-  if constexpr (kAligned) {
-    uint4* vectors = reinterpret_cast<uint4*>(at);
+template <class T>
+__device__ __forceinline__ void store(T* at, const Packed<T>& packed) {  // aligned
+  uint4* vectors = reinterpret_cast<uint4*>(at);
 #pragma unroll
-    for (int i = 0; i < Packed<T>::kVectors; ++i) __stcs(vectors + i, packed.vector(i));
-  } else if (sizeof(T) == 4 || reinterpret_cast<uintptr_t>(at) % 4 == 0) {
-    uint32_t* words = reinterpret_cast<uint32_t*>(at);
-#pragma unroll
-    for (int i = 0; i < Packed<T>::kWords; ++i) words[i] = packed.words[i];
-  } else {
-    uint16_t* halves = reinterpret_cast<uint16_t*>(at);
-    uint32_t* words = reinterpret_cast<uint32_t*>(halves + 1);
-    halves[0] = static_cast<uint16_t>(packed.words[0]);
-    words[0] = packed.words[0] >> 16 | packed.words[1] << 16;
-    words[1] = packed.words[1] >> 16 | packed.words[2] << 16;
-    words[2] = packed.words[2] >> 16 | packed.words[3] << 16;
-    halves[7] = static_cast<uint16_t>(packed.words[3] >> 16);
-  }
+  for (int i = 0; i < Packed<T>::kVectors; ++i) __stcs(vectors + i, packed.vector(i));
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }

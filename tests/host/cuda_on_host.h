@@ -62,6 +62,9 @@ enum cudaDeviceAttr {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct float2 {
   float x, y;
 };
@@ -195,8 +198,7 @@ inline float max_or_nan(float a, float b) { return isnan(a) || isnan(b) ? NAN : 
 
 inline void* dynamic_shared_memory() { return cuda_on_host::self->block.shared.data(); }
 
-template <bool kThroughL1>
-void copy_async(void* to, const void* from) {
+inline void copy_async(void* to, const void* from) {
   for (const void* at : {static_cast<const void*>(to), from})
     if (reinterpret_cast<uintptr_t>(at) % 16 != 0) __builtin_trap();
   cuda_on_host::self->copies.push_back({to, from});
@@ -296,6 +298,9 @@ void __stcs(T* at, T value) {
   memcpy(at, &value, sizeof(T));
 }
 
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t by) {
+  return static_cast<uint32_t>(((uint64_t{high} << 32) | low) >> by % 32);
+}
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 template <class To, class From>

@@ -156,6 +156,16 @@ KL_HOST_DEVICE RowState<Real> within_reach(RowState<Real> s) {
   return s;
 }
 
+template <class Real>
+struct Anchored {
+  Real anchor;          // B
+  Real sum, ln_of_sum;  // sum u
+};
+template <class Real>
+KL_HOST_DEVICE Anchored<Real> anchored(Real anchor, Real sum) {
+  return {anchor, sum, log(sum)};
+}
+
 // What finish makes of a state, in nats; KL and entropy are never negative (NaN stays NaN).
 template <class Real>
 struct Finished {
@@ -167,17 +177,23 @@ KL_HOST_DEVICE Real at_least_zero(Real value) {
   return value < 0 ? Real(0) : value;
 }
 
-// tx and ty are the sampled token's.
+// tx and ty are the sampled token's. (A logarithm or a division in float64 is some 50 instructions
+// of a GPU, one after another: none is done twice.)
 template <class Real>
-KL_HOST_DEVICE Finished<Real> finish(const Sums<Real>& s, Real tx, Real ty) {
-  const Real ln2 = kLn2, ln_sx = log(s.sx), ln_sy = log(s.sy);
+KL_HOST_DEVICE Finished<Real> finish(const Sums<Real>& s, Real ln_sx, Real ln_sy, Real tx,
+                                     Real ty) {
+  const Real ln2 = kLn2, over_x = 1 / s.sx, over_y = 1 / s.sy;
   Finished<Real> f;
   f.logprob = ln2 * tx - ln_sx;
   f.ref_logprob = ln2 * ty - ln_sy;
-  f.kl = at_least_zero(ln2 * s.rk / s.sx - (ln_sx - ln_sy));
-  f.forward_kl = at_least_zero(ln2 * s.fk / s.sy + (ln_sx - ln_sy));
-  f.entropy = at_least_zero(ln_sx - ln2 * s.ex / s.sx);
+  f.kl = at_least_zero(ln2 * s.rk * over_x - (ln_sx - ln_sy));
+  f.forward_kl = at_least_zero(ln2 * s.fk * over_y + (ln_sx - ln_sy));
+  f.entropy = at_least_zero(ln_sx - ln2 * s.ex * over_x);
   return f;
+}
+template <class Real>
+KL_HOST_DEVICE Finished<Real> finish(const Sums<Real>& s, Real tx, Real ty) {
+  return finish(s, log(s.sx), log(s.sy), tx, ty);
 }
 
 // The loss's gradient with respect to each output of one row; 0 where unused.
@@ -192,21 +208,16 @@ KL_HOST_DEVICE bool is_zero(const Upstream<Real>& g) {
   return g.logprob == 0 && g.kl == 0 && g.forward_kl == 0 && g.entropy == 0;
 }
 
-template <class Real>
-struct Anchored {
-  Real anchor;  // B
-  Real sum;     // sum u
-};
-
 // The reference measured from where the policy's mean of tx - ty is nearly 0, for backward. From
 // its own maximum, the gradient of a large kl is the small difference of numbers as large as that
 // kl. Bounded, because u grows by as much as the anchor sinks.
 template <class Real>
-KL_HOST_DEVICE Anchored<Real> centred(const Anchored<Real>& ref, Real sx, Real kl) {
-  const Real ln2 = kLn2, bound = 64;
-  const Real mean = (kl + log(sx) - log(ref.sum)) / ln2;
+KL_HOST_DEVICE Anchored<Real> centred(const Anchored<Real>& ref, Real ln_sx, Real kl) {
+  const Real ln2 = kLn2, log2e = kLog2e, bound = 64;
+  const Real mean = (kl + ln_sx - ref.ln_of_sum) * log2e;
   const Real anchor = float(ref.anchor - (mean < bound ? mean : bound));
-  return {anchor, ref.sum * exp2(ref.anchor - anchor)};
+  const Real sunk = ref.anchor - anchor;
+  return {anchor, ref.sum * exp2(sunk), ref.ln_of_sum + ln2 * sunk};
 }
 
 // A row's gradient is w (a + b tx + c ty) - d u.
@@ -216,19 +227,22 @@ struct Coefficients {
 };
 
 // From d logprob = [i = token] - p, d kl = p (log p - log q - kl), d forward_kl = p - q and
-// d entropy = -p (log p + entropy), each over the temperature, with p = w / sx and q = u / sy.
-// A zero upstream gradient is selected away before it meets an infinite kl; any other makes the
-// whole row NaN, since an infinite kl has no gradient.
+// d entropy = -p (log p + entropy), each over the temperature (1 / that is given), with p = w / sx
+// and q = u / sy. A zero upstream gradient is selected away before it meets an infinite kl; any
+// other makes the whole row NaN, since an infinite kl has no gradient.
 template <class Real>
-KL_HOST_DEVICE Coefficients<Real> coefficients(const Upstream<Real>& g, Real sx, Real sy, Real kl,
-                                               Real entropy, Real temperature) {
-  const Real ln2 = kLn2, ln_sx = log(sx), ln_sy = log(sy);
+KL_HOST_DEVICE Coefficients<Real> coefficients(const Upstream<Real>& g,
+                                               const Anchored<Real>& policy,
+                                               const Anchored<Real>& ref, Real kl, Real entropy,
+                                               Real over_temperature) {
+  const Real ln2 = kLn2, ln_sx = policy.ln_of_sum, ln_sy = ref.ln_of_sum;
   const Real finite_kl = kl == Real(INFINITY) ? Real(NAN) : kl;
   const Real kl_term = g.kl == 0 ? Real(0) : g.kl * (ln_sy - ln_sx - finite_kl);
   const Real entropy_term = g.entropy == 0 ? Real(0) : g.entropy * (ln_sx - entropy);
-  const Real over_x = 1 / (temperature * sx), over_y = 1 / (temperature * sy);
+  const Real over_x = 1 / policy.sum * over_temperature;  // the reciprocal that finish knows
+  const Real d = g.forward_kl == 0 ? Real(0) : g.forward_kl / ref.sum * over_temperature;
   return {(kl_term + entropy_term - g.logprob + g.forward_kl) * over_x,
-          ln2 * (g.kl - g.entropy) * over_x, -ln2 * g.kl * over_x, g.forward_kl * over_y};
+          ln2 * (g.kl - g.entropy) * over_x, -ln2 * g.kl * over_x, d};
 }
 
 // The gradient of one logit, all but the token's own + g.logprob / temperature.

@@ -198,10 +198,9 @@ void backward_rows(const Logits& logits, const Logits* ref_logits, const Tokens&
                                     saved.grad_forward_kl[row], saved.grad_entropy[row]};
     const Row reference = asks_for_kl(upstream) ? ref_logits->row(row) : kNoReference;
     gradients.write(row, logits.row(row), reference, tokens[row], upstream,
-                    {{saved.policy_state[row], saved.policy_state[n_rows + row]},
-                     {saved.ref_state[row], saved.ref_state[n_rows + row]},
-                     saved.kl[row],
-                     saved.entropy[row]},
+                    {anchored<double>(saved.policy_state[row], saved.policy_state[n_rows + row]),
+                     anchored<double>(saved.ref_state[row], saved.ref_state[n_rows + row]),
+                     saved.kl[row], saved.entropy[row]},
                     temperature, vocabulary);
   });
 }

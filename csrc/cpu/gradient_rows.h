@@ -57,12 +57,12 @@ class GradientRows {
     const double sx = row_is.policy.sum;
     const bool alone = reference.logits == nullptr;
     const Anchored<double> ref =
-        alone ? Anchored<double>{0, 1} : centred(row_is.ref, sx, row_is.kl);
+        alone ? Anchored<double>{0, 1, 0} : centred(row_is.ref, row_is.policy.ln_of_sum, row_is.kl);
     const double upstream_size = std::abs(upstream.logprob) + std::abs(upstream.kl) +
                                  std::abs(upstream.forward_kl) + std::abs(upstream.entropy);
     const RowGradient gradient{
         row_is.policy.anchor, sx, ref.anchor,
-        coefficients(upstream, sx, ref.sum, row_is.kl, row_is.entropy, temperature),
+        coefficients(upstream, row_is.policy, ref, row_is.kl, row_is.entropy, 1 / temperature),
         upstream.logprob / temperature,
         // A p of about 1 / sx is the largest: in a flat row an error is spread thin.
         vocabulary == Vocabulary::part ? INFINITY

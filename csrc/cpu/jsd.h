@@ -41,7 +41,8 @@ struct SavedPairs {
         beta(of_beta) {}
 
   FinishedPair operator[](int64_t row) const {
-    return {{policy[row], policy[n_rows + row]}, {ref[row], ref[n_rows + row]}, beta};
+    return {anchored<double>(policy[row], policy[n_rows + row]),
+            anchored<double>(ref[row], ref[n_rows + row]), beta};
   }
 };
 

@@ -20,16 +20,17 @@ __device__ RowGradient saved_gradient(const Rows& rows, const Saved& saved, uint
   const bool elsewhere = saved.part && token == kElsewhere;
   if (g.logprob != 0 && !in_vocabulary(rows, token) && !elsewhere) g.logprob = NAN;
   g.entropy = value_or_zero(saved.grad_entropy, row);
-  const Anchored<double> policy{saved.policy_state[row], saved.policy_state[rows.n_rows + row]};
-  Anchored<double> ref{0, 1};
+  const Anchored<double> policy =
+      anchored<double>(saved.policy_state[row], saved.policy_state[rows.n_rows + row]);
+  Anchored<double> ref{0, 1, 0};
   double kl = 0;
   if constexpr (kReference) {
     g.kl = value_or_zero(saved.grad_kl, row);
     g.forward_kl = value_or_zero(saved.grad_forward_kl, row);
-    ref = {saved.ref_state[row], saved.ref_state[rows.n_rows + row]};
+    ref = anchored<double>(saved.ref_state[row], saved.ref_state[rows.n_rows + row]);
     kl = saved.kl[row];
   }
-  return row_gradient(g, policy, ref, kl, saved.entropy[row], saved.temperature);
+  return row_gradient(g, policy, ref, kl, saved.entropy[row], 1 / saved.temperature);
 }
 
 // CUDA kernels

@@ -34,30 +34,26 @@ class Cluster {
   uint32_t n_blocks_;
 };
 
-__device__ __forceinline__ double largest_of_warp(double x) {
-  for (int by = kWarp / 2; by > 0; by /= 2) {
-    const double other = __shfl_xor_sync(kAllLanes, x, by);
-    x = x > other ? x : other;
-  }
-  return x;
-}
-
 // The blocks' states merged, the same in every lane of every block: a lane moves one of them to the
-// common anchors, all add them in the order of their ranks. By one warp; n_blocks divides 32.
+// common anchors, and they are added in pairs. By one warp; n_blocks is a power of 2.
 __device__ inline RowState<double> merge_cluster(const Cluster& cluster,
                                                  const RowState<float>& of_block) {
-  const uint32_t rank = threadIdx.x % cluster.n_blocks();
-  const RowState<double> mine = widened(cluster.of_rank(of_block, rank));
-  const double anchor = largest_of_warp(mine.anchor);
-  const double ref_anchor = largest_of_warp(mine.ref_anchor);
-  const Sums<double> moved = move(mine, anchor, ref_anchor).sums;
-  Sums<double> all{};
-  for (int i = 0; i < static_cast<int>(cluster.n_blocks()); ++i) {
-    all.sx += __shfl_sync(kAllLanes, moved.sx, i);
-    all.sy += __shfl_sync(kAllLanes, moved.sy, i);
-    all.ex += __shfl_sync(kAllLanes, moved.ex, i);
-    all.rk += __shfl_sync(kAllLanes, moved.rk, i);
-    all.fk += __shfl_sync(kAllLanes, moved.fk, i);
+  const int n = static_cast<int>(cluster.n_blocks());
+  const auto other = [](auto value, int by) { return __shfl_xor_sync(kAllLanes, value, by); };
+  const RowState<double> mine = widened(cluster.of_rank(of_block, threadIdx.x % n));
+  double anchor = mine.anchor, ref_anchor = mine.ref_anchor;
+  for (int by = n / 2; by > 0; by /= 2) {
+    const double theirs = other(anchor, by), ref_theirs = other(ref_anchor, by);
+    anchor = anchor > theirs ? anchor : theirs;
+    ref_anchor = ref_anchor > ref_theirs ? ref_anchor : ref_theirs;
+  }
+  Sums<double> all = move(mine, anchor, ref_anchor).sums;
+  for (int by = n / 2; by > 0; by /= 2) {  // the same in every lane, since x + y is y + x
+    all.sx += other(all.sx, by);
+    all.sy += other(all.sy, by);
+    all.ex += other(all.ex, by);
+    all.rk += other(all.rk, by);
+    all.fk += other(all.fk, by);
   }
   return {anchor, ref_anchor, all};
 }

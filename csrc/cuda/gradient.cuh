@@ -16,17 +16,17 @@ struct RowGradient {
   Terms terms;
 };
 
-// From the row's states and outputs, in float64; without a reference its state is {0, 1}.
+// From the row's states and outputs, in float64; without a reference its state is {0, 1, 0}.
 __device__ inline RowGradient row_gradient(const Upstream<double>& g,
                                            const Anchored<double>& policy, Anchored<double> ref,
-                                           double kl, double entropy, double temperature) {
-  if (g.kl != 0) ref = centred(ref, policy.sum, kl);
-  const Coefficients<double> c = coefficients(g, policy.sum, ref.sum, kl, entropy, temperature);
+                                           double kl, double entropy, double over_temperature) {
+  if (g.kl != 0) ref = centred(ref, policy.ln_of_sum, kl);
+  const Coefficients<double> c = coefficients(g, policy, ref, kl, entropy, over_temperature);
   return {{static_cast<float>(c.a), static_cast<float>(c.b), static_cast<float>(c.c),
            static_cast<float>(c.d)},
           static_cast<float>(policy.anchor),
           static_cast<float>(ref.anchor),
-          static_cast<float>(g.logprob / temperature),
+          static_cast<float>(g.logprob * over_temperature),
           is_zero(g)          ? Terms::none
           : g.forward_kl != 0 ? Terms::both_kls
           : g.kl != 0         ? Terms::kl

@@ -39,14 +39,14 @@ struct LaunchPolicy {
 struct PolicyLossLaunch {
   // A row in the shared memory of a cluster. A block of 8 holds 64 kB, all of it in flight at once:
   // with three blocks 192 kB per SM, where 29 are needed. It moves 96 kB, which take 2.7 us of the
-  // SM's share of the memory. For about 2.5 us it moves nothing: 0.8 until the first bytes come,
-  // 0.4 to merge its states, 0.3 at the barrier and reading the other blocks' states, 1 to finish
-  // the row in float64 (some 1700 clocks, one warp). Three blocks hide up to 5.4 us of that: the
-  // memory stays busy, and each block spends 2.5 of 8.1 us, 31 %, waiting. Two blocks (V = 151936)
-  // hide 3.1 us, just enough. A single block (V = 262144, 131 kB) hides nothing, and with the
-  // gradient's instructions not overlapped, either, about half of the bandwidth is lost.
-  // Instructions: 13 per pair to fold, 10.6 for its gradient, 0.5 to fetch: 1.7 us per block and
-  // SM. Rows that are not aligned take 5 more to fold: 2 us.
+  // SM's share of the memory. For about 3 us it moves nothing: 0.8 until the first bytes come,
+  // 0.4 to merge its states, 0.3 at the barrier and reading the other blocks' states, 1.5 to finish
+  // the row in float64 (one warp, some 740 instructions, 180 of them in float64). Three blocks hide
+  // up to 5.4 us of that: the memory stays busy, and each block spends 3 of 8.1 us, 37 %, waiting.
+  // Two blocks (V = 151936) hide 3.1 us, just enough. A single block (V = 262144, 131 kB) hides
+  // nothing, and with the gradient's instructions not overlapped, either, about half of the
+  // bandwidth is lost. Instructions: 13 per pair to fold, 10.6 for its gradient, 0.5 to fetch: 1.7
+  // us per block and SM. Rows that are not aligned take 5 more to fold: 2 us.
   struct Resident {
     static constexpr int kThreads = 256, kUnroll = 1, kUnrollAlone = 1, kBlocksPerSm = 3;
     static constexpr bool kFastLoop = true;

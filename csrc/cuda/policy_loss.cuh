@@ -29,33 +29,36 @@ __device__ inline void write_terms(const Rows& rows, uint32_t row, const PolicyL
   for (int i = 0; i < kPolicyLossTerms; ++i) terms[i * rows.n_rows + row] = loss.terms[i];
 }
 
-__device__ inline PolicyLossInputs inputs_of(const PolicyLossTokens& tokens, uint32_t row,
-                                             float logprob) {
-  return {tokens.old_logprobs == nullptr ? logprob : tokens.old_logprobs[row],
-          tokens.advantages[row], tokens.token_weights[row],
+// What is not given, log-probabilities that are the policy's own then, is 0.
+__device__ inline PolicyLossInputs inputs_of(const PolicyLossTokens& tokens, uint32_t row) {
+  const auto value = [row](const float* values) { return values == nullptr ? 0 : values[row]; };
+  return {value(tokens.old_logprobs), tokens.advantages[row], tokens.token_weights[row],
           tokens.importance_weights == nullptr ? 1.0f : tokens.importance_weights[row],
-          tokens.ref_logprobs == nullptr ? logprob : tokens.ref_logprobs[row]};
+          value(tokens.ref_logprobs)};
 }
 
 // In float64, like every finish; x and y are the token's logits.
 template <bool kReference>
-__device__ RowGradient finish_loss(uint32_t row, const RowState<double>& found,
-                                   const Logits& policy, const Logits& reference, double x,
-                                   double y, const PolicyLossTokens& tokens,
-                                   const PolicyLossShape& shape, double temperature,
+__device__ RowGradient finish_loss(const RowState<double>& found, const Logits& policy,
+                                   const Logits& reference, double x, double y,
+                                   const PolicyLossTokens& tokens, PolicyLossInputs inputs,
+                                   const PolicyLossShape& shape, double over_temperature,
                                    PolicyLoss& loss) {
   const RowState<double> s = within_reach(found);
   const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
   const double ty = kReference ? from_anchor(y, static_cast<double>(reference.k), s.ref_anchor) : 0;
-  Finished<double> f = finish(s.sums, tx, ty);
+  const Anchored<double> own = anchored(s.anchor, s.sums.sx);
+  Anchored<double> ref{0, 1, 0};
+  if (kReference) ref = anchored(s.ref_anchor, s.sums.sy);
+  Finished<double> f = finish(s.sums, own.ln_of_sum, ref.ln_of_sum, tx, ty);
   if (!kReference) f.kl = 0;  // of a policy alone, it is undefined
-  const PolicyLossInputs inputs = inputs_of(tokens, row, static_cast<float>(f.logprob));
+  const float logprob = static_cast<float>(f.logprob);
+  if (tokens.old_logprobs == nullptr) inputs.old_logprob = logprob;
+  if (tokens.ref_logprobs == nullptr) inputs.ref_logprob = logprob;
   loss = policy_loss_epilogue(rounded(f), inputs, shape);
   Upstream<double> g = loss.gradient;
-  const Anchored<double> none{0, 1}, ref{s.ref_anchor, s.sums.sy};
   if (!kReference) g.kl = 0;
-  return row_gradient(g, {s.anchor, s.sums.sx}, kReference ? ref : none, f.kl, f.entropy,
-                      temperature);
+  return row_gradient(g, own, ref, f.kl, f.entropy, over_temperature);
 }
 
 template <class Policy, Order kOrder, class R, bool kReference, class T>
@@ -72,7 +75,7 @@ __device__ void write_loss_gradient(const Part<R, kReference>& part, const RowGr
 template <class Policy, class T, bool kReference, bool kResident>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
     policy_loss_kernel(Rows rows, Split split, Logits policy, Logits reference,
-                       PolicyLossTokens tokens, PolicyLossShape shape, double temperature,
+                       PolicyLossTokens tokens, PolicyLossShape shape, double over_temperature,
                        GradLogits grad_logits,
                        float* terms) {  // terms: [kPolicyLossTerms, B, T]
   using Memory = BlockMemory<Policy::kThreads>;
@@ -89,6 +92,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
       write_zeros<Policy>(grad_row_of<T>(rows, policy, grad_logits, place), place.size);
     return;
   }
+  const PolicyLossInputs inputs = inputs_of(tokens, row);  // there when the row is
 
   // All of these are read before anybody writes a gradient, which may lie over the logits.
   constexpr Cache kCache = kResident ? Cache::stream : Cache::keep;
@@ -111,8 +115,8 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
   if (threadIdx.x < kWarp) {
     PolicyLoss loss;
     const RowGradient r =
-        finish_loss<kReference>(row, merge_cluster(cluster, memory.state), policy, reference, x, y,
-                                tokens, shape, temperature, loss);
+        finish_loss<kReference>(merge_cluster(cluster, memory.state), policy, reference, x, y,
+                                tokens, inputs, shape, over_temperature, loss);
     if (threadIdx.x == 0) memory.gradient = r;
     if (writes_terms) write_terms(rows, row, loss, terms);
   }
@@ -214,8 +218,8 @@ cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Log
   const auto run = [&](auto kernel, int n_threads, const Split& split, int64_t bytes, int most) {
     const Grid grid{rows.n_rows * split.n_parts, n_threads, static_cast<int>(bytes), split.n_parts,
                     most};
-    return launch(kernel, grid, stream, rows, split, policy, reference, tokens, shape, temperature,
-                  grad_logits, terms);
+    return launch(kernel, grid, stream, rows, split, policy, reference, tokens, shape,
+                  1 / temperature, grad_logits, terms);
   };
   return with_element_type(policy, reference, [&](auto element) {
     using T = decltype(element);

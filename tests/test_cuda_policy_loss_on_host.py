@@ -1,35 +1,36 @@
 """CUDA's policy loss on host threads (see test_cuda_on_host.py), wherever a row may be kept.
 
 Against the reference backend in float64. A device is what decides where: with little shared memory
-per block a row of 2601 logits takes one block, two or four; with none it is read again.
+per block a row of 2973 logits takes one block, two or more; with none it is read again.
 """
 
 import math
 
 import pytest
 import torch
-from host.cuda_on_host import H200, backend, blocks_per_row, run_as
+from host.cuda_on_host import H200, backend, blocks_per_row, library, run_as
 
 from kl_kernels import reference
 from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS
 from kl_kernels.validate.cases import DIFFICULTIES, Case
 from kl_kernels.validate.errors import GRADIENT_BUDGET, gradient_error
 
-VOCAB_SIZE = 2601
-A100 = 163 << 10, 164 << 10, False
+VOCAB_SIZE = 2973
+A100 = 163 << 10, 164 << 10, 0
+NARROW = *H200[:2], 9  # SMs in a group
 PLENTY = 1 << 20  # of an SM: any number of blocks fits
 
 
 def device_for(n_blocks, logits, ref_logits):
     """On which a row takes so many blocks; 0: it is read again, by a cluster, -1: by one block."""
     if n_blocks <= 0:
-        return 0, PLENTY, n_blocks == 0
+        return 0, PLENTY, 16 * (n_blocks == 0)
     part = -(-logits.shape[-1] // (64 * n_blocks)) * 64
     n_models = 1 if ref_logits is None else 2
-    return n_models * logits.itemsize * (part + 8) + 300, PLENTY, n_blocks > 1
+    return n_models * logits.itemsize * (part + 8) + 300, PLENTY, 16 * (n_blocks > 1)
 
 
-PLACES = (1, 2, 4, 0, -1)
+PLACES = (1, 2, 4, 16, 0, -1)
 ON_CHIP_OR_NOT = (2, 0)
 DEFAULTS = {
     "old_logprobs": None, "advantages": None, "token_weights": None, "importance_weights": None,
@@ -64,6 +65,8 @@ def check(place, logits, ref_logits, token_ids, mask=None, **options):
     true, true_grad = run(reference, logits.double(), ref_double, token_ids, mask, **options)
     kernels = backend(device_for(place, logits, ref_logits))
     terms, grad = run(kernels, logits, ref_logits, token_ids, mask, **options)
+    if place > 0 and options.get("softcap") is None and options.get("ref_softcap") is None:
+        assert library().host_blocks_of_last_cluster() == place
     torch.testing.assert_close(terms.double(), true, rtol=4e-6, atol=2e-6, equal_nan=True)
     # The gradient is the difference of terms as large as the KL.
     kl = true[POLICY_LOSS_TERMS.index("kl")].nan_to_num(1.0, 1.0).clamp_min(1.0)
@@ -224,9 +227,12 @@ def test_a_token_outside_the_vocabulary_is_nan():
         (H200, 128256, torch.bfloat16, False, 4),
         (H200, 128256, torch.bfloat16, True, 8),
         (H200, 151936, torch.bfloat16, True, 8),
-        (H200, 262144, torch.bfloat16, True, 8),
-        (H200, 262144, torch.float32, False, 8),
-        (H200, 262144, torch.float32, True, 0),
+        (H200, 262144, torch.bfloat16, False, 8),
+        (H200, 262144, torch.bfloat16, True, 16),
+        (H200, 262144, torch.float32, False, 16),
+        (H200, 262144, torch.float32, True, 16),
+        (NARROW, 262144, torch.bfloat16, True, 8),
+        (NARROW, 262144, torch.float32, True, 0),
         (A100, 32000, torch.bfloat16, True, 1),
         (A100, 128256, torch.bfloat16, True, 0),
     ],

@@ -43,10 +43,11 @@ struct PolicyLossLaunch {
   // 0.4 to merge its states, 0.3 at the barrier and reading the other blocks' states, 1.5 to finish
   // the row in float64 (one warp, some 740 instructions, 180 of them in float64). Three blocks hide
   // up to 5.4 us of that: the memory stays busy, and each block spends 3 of 8.1 us, 37 %, waiting.
-  // Two blocks (V = 151936) hide 3.1 us, just enough. A single block (V = 262144, 131 kB) hides
-  // nothing, and with the gradient's instructions not overlapped, either, about half of the
-  // bandwidth is lost. Instructions: 13 per pair to fold, 10.6 for its gradient, 0.5 to fetch: 1.7
-  // us per block and SM. Rows that are not aligned take 5 more to fold: 2 us.
+  // Two blocks (V = 151936) hide 3.1 us, just enough. A single block (V = 262144, 131 kB) would
+  // hide nothing, and with the gradient's instructions not overlapped, either, about half of the
+  // bandwidth would be lost: such rows take clusters of 16, and again three blocks of 66 kB per SM.
+  // Instructions: 13 per pair to fold, 10.6 for its gradient, 0.5 to fetch: 1.7 us per block and
+  // SM. Rows that are not aligned take 5 more to fold: 2 us.
   struct Resident {
     static constexpr int kThreads = 256, kUnroll = 1, kUnrollAlone = 1, kBlocksPerSm = 3;
     static constexpr bool kFastLoop = true;
@@ -99,6 +100,52 @@ struct Grid {
   int most_shared_bytes = shared_bytes;
 };
 
+// Every GPU with clusters has those of 8 blocks. One cluster's have to find room in a group of SMs
+// (GPC), which differ in size: for 16 a kernel has to say that it knows.
+constexpr uint32_t kPortableCluster = 8, kLargestCluster = 16;
+
+template <class... Parameters>
+cudaError_t configure(void (*kernel)(Parameters...), const Grid& grid, cudaLaunchConfig_t& config,
+                      cudaLaunchAttribute& cluster) {
+  config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.n_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.n_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  cluster = {};
+  if (grid.blocks_per_cluster > 1) {  // GPUs before sm_90 know no such attribute
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = grid.blocks_per_cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  cudaError_t error = cudaSuccess;
+  const auto allow = [&](cudaFuncAttribute attribute, int value) {
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+  };
+  if (grid.shared_bytes > 0)
+    allow(cudaFuncAttributeMaxDynamicSharedMemorySize, grid.most_shared_bytes);
+  if (grid.blocks_per_cluster > kPortableCluster)
+    allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error;
+}
+
+// How many such clusters run at once, if the current device has nothing else to do. By its and the
+// kernel's constants alone: microseconds, and no synchronisation.
+template <class... Parameters>
+int clusters_at_once(void (*kernel)(Parameters...), const Grid& grid) {
+  cudaLaunchConfig_t config;
+  cudaLaunchAttribute cluster;
+  int n = 0;
+  if (configure(kernel, grid, config, cluster) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&n, reinterpret_cast<const void*>(kernel), &config) ==
+          cudaSuccess)
+    return n;
+  (void)cudaGetLastError();  // or the next launch would be taken to have failed
+  return 0;
+}
+
 // Launches `kernel` unless there is nothing to do. (A function, where <<<>>> is syntax: tests run
 // this very code as plain C++.)
 template <class... Parameters, class... Arguments>
@@ -107,25 +154,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   constexpr int64_t kMostBlocks = 0x7fffffff;
   if (grid.n_blocks == 0) return cudaSuccess;
   if (grid.n_blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.n_blocks));
-  config.blockDim = dim3(static_cast<unsigned>(grid.n_threads));
-  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  cudaLaunchConfig_t config;
+  cudaLaunchAttribute cluster;
+  const cudaError_t error = configure(kernel, grid, config, cluster);
+  if (error != cudaSuccess) return error;
   config.stream = stream;
-  if (grid.shared_bytes > 0) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, grid.most_shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute cluster{};
-  if (grid.blocks_per_cluster > 1) {  // GPUs before sm_90 know no such attribute
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = grid.blocks_per_cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-  }
   return cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
 }
 

@@ -173,36 +173,45 @@ inline Split shares_of(int64_t vocab_size, int64_t n_parts) {
           static_cast<int>((vocab_size + n_parts * kLine - 1) / (n_parts * kLine) * kLine)};
 }
 
-constexpr int64_t kLargestCluster = 8;  // larger ones are not portable
-
 template <class Policy, class T, bool kReference>
 int64_t resident_bytes(const Split& split) {
   constexpr int kModels = kReference ? 2 : 1;
   return sizeof(BlockMemory<Policy::kThreads>) + kModels * HeldRow<T>::bytes(split.part_size);
 }
 
-// The split of a row that stays on chip, by V, dtype and reference alone; n_parts is 0 if it
-// cannot. The smallest cluster that leaves room for three blocks per SM: while one of them waits
-// for its row or for the others, two keep the memory busy. Otherwise for two, or for one.
-template <class Policy, class T, bool kReference>
-Split resident_split(int64_t vocab_size, const SharedMemory& memory) {
-  const int64_t largest = memory.clusters ? kLargestCluster : 1;
-  for (const int blocks_per_sm : {3, 2, 1}) {
-    for (int64_t n = blocks_per_sm == 1 ? largest : 1; n <= largest; n *= 2) {
+// The split of a row that stays on chip, by V, dtype, reference and device alone; n_parts is 0 if
+// it cannot. The smallest cluster that leaves room for three blocks per SM: while one of them waits
+// for its row or for the others, two keep the memory busy. Otherwise for two. Otherwise the largest
+// with which `rows_at_once`, which is asked for a split, are the most.
+template <class Policy, class T, bool kReference, class RowsAtOnce>
+Split resident_split(int64_t vocab_size, const SharedMemory& memory,
+                     const RowsAtOnce& rows_at_once) {
+  const auto fits = [&](const Split& split, int blocks_per_sm) {
+    const int64_t bytes = resident_bytes<Policy, T, kReference>(split);
+    const bool all_have_some = (split.n_parts - 1) * int64_t{split.part_size} < vocab_size;
+    return all_have_some && bytes <= memory.per_block &&
+           blocks_per_sm * (bytes + memory.reserved) <= memory.per_sm;
+  };
+  const int64_t portable = memory.clusters ? kPortableCluster : 1;
+  for (const int blocks_per_sm : {3, 2}) {
+    for (int64_t n = 1; n <= portable; n *= 2) {
       const Split split = shares_of(vocab_size, n);
-      const int64_t bytes = resident_bytes<Policy, T, kReference>(split);
-      if (bytes <= memory.per_block && blocks_per_sm * (bytes + memory.reserved) <= memory.per_sm)
-        return split;
+      if (fits(split, blocks_per_sm)) return split;
     }
   }
-  return {0, 0};
+  Split largest = shares_of(vocab_size, portable);
+  if (!fits(largest, 1)) largest = {0, 0};
+  if (!memory.clusters) return largest;
+  const Split larger = shares_of(vocab_size, kLargestCluster);
+  const int rows = largest.n_parts == 0 ? 0 : rows_at_once(largest);
+  return fits(larger, 1) && rows_at_once(larger) > rows ? larger : largest;
 }
 
 // The split of a row that is read twice: over as many blocks as have a tile each, so that few rows
 // are under way and the L2 cache still has them at the second look.
 template <class Policy>
 Split reread_split(int64_t vocab_size, const SharedMemory& memory) {
-  int64_t n = memory.clusters ? kLargestCluster : 1;
+  int64_t n = memory.clusters ? kPortableCluster : 1;
   while (n > 1 && vocab_size < n * Policy::kThreads * kLanes) n /= 2;
   return shares_of(vocab_size, n);
 }
@@ -215,9 +224,7 @@ cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Log
   SharedMemory memory;
   const cudaError_t error = shared_memory(memory);
   if (error != cudaSuccess) return error;
-  const auto run = [&](auto kernel, int n_threads, const Split& split, int64_t bytes, int most) {
-    const Grid grid{rows.n_rows * split.n_parts, n_threads, static_cast<int>(bytes), split.n_parts,
-                    most};
+  const auto run = [&](auto kernel, const Grid& grid, const Split& split) {
     return launch(kernel, grid, stream, rows, split, policy, reference, tokens, shape,
                   1 / temperature, grad_logits, terms);
   };
@@ -227,16 +234,24 @@ cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Log
       constexpr bool kReference = decltype(with_reference)::value;
       if constexpr (!std::is_same_v<T, Any>) {
         using Policy = typename Launch::Resident;
-        const Split split = resident_split<Policy, T, kReference>(rows.vocab_size, memory);
-        if (split.n_parts > 0)
-          return run(policy_loss_kernel<Policy, T, kReference, true>, Policy::kThreads, split,
-                     resident_bytes<Policy, T, kReference>(split), memory.per_block);
+        const auto kernel = policy_loss_kernel<Policy, T, kReference, true>;
+        const auto grid = [&](const Split& split, int64_t n_rows) {
+          const int64_t bytes = resident_bytes<Policy, T, kReference>(split);
+          return Grid{n_rows * split.n_parts, Policy::kThreads, static_cast<int>(bytes),
+                      split.n_parts, memory.per_block};
+        };
+        const Split split = resident_split<Policy, T, kReference>(
+            rows.vocab_size, memory,
+            [&](const Split& split) { return clusters_at_once(kernel, grid(split, 1)); });
+        if (split.n_parts > 0) return run(kernel, grid(split, rows.n_rows), split);
       }
       using Policy = std::conditional_t<std::is_same_v<T, Any>, typename Launch::RereadAny,
                                         typename Launch::Reread>;
-      constexpr int kBytes = sizeof(BlockMemory<Policy::kThreads>);
-      return run(policy_loss_kernel<Policy, T, kReference, false>, Policy::kThreads,
-                 reread_split<Policy>(rows.vocab_size, memory), kBytes, kBytes);
+      const Split split = reread_split<Policy>(rows.vocab_size, memory);
+      return run(policy_loss_kernel<Policy, T, kReference, false>,
+                 {rows.n_rows * split.n_parts, Policy::kThreads,
+                  sizeof(BlockMemory<Policy::kThreads>), split.n_parts},
+                 split);
     };
     return reference.data == nullptr ? choose(std::false_type{}) : choose(std::true_type{});
   });

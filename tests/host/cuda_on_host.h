@@ -51,7 +51,10 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
+};
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
@@ -150,8 +153,16 @@ struct Thread {
 
 // What cudaDeviceGetAttribute answers; tests change it.
 inline int device_attributes[kDeviceAttributes];
+inline int sms_per_group;  // a cluster's blocks run in one of these
+inline int blocks_of_last_cluster;
 // What cudaFuncSetAttribute has allowed.
-inline std::map<const void*, int> most_shared_bytes;
+inline std::map<const void*, std::map<cudaFuncAttribute, int>> allowed;
+
+inline int clusters_per_group(int shared_bytes, int n_blocks) {
+  const int of_block = shared_bytes + device_attributes[cudaDevAttrReservedSharedMemoryPerBlock];
+  const int of_sm = device_attributes[cudaDevAttrMaxSharedMemoryPerMultiprocessor];
+  return of_sm / of_block * sms_per_group / n_blocks;
+}
 
 template <class T>
 T shuffle(T value, int from_lane) {
@@ -246,8 +257,20 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = cuda_on_host::device_attributes[attribute];
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  cuda_on_host::most_shared_bytes[kernel] = bytes;
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute what, int value) {
+  cuda_on_host::allowed[kernel][what] = value;
+  return cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* n, const void* kernel,
+                                                  const cudaLaunchConfig_t* config) {
+  auto& allowed = cuda_on_host::allowed[kernel];
+  const int bytes = static_cast<int>(config->dynamicSmemBytes);
+  const int n_blocks = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  if (bytes > allowed[cudaFuncAttributeMaxDynamicSharedMemorySize] || n_blocks > 16 ||
+      (n_blocks > 8 && !allowed[cudaFuncAttributeNonPortableClusterSizeAllowed]))
+    return cudaErrorInvalidConfiguration;
+  *n = 8 * cuda_on_host::clusters_per_group(bytes, n_blocks);
   return cudaSuccess;
 }
 
@@ -256,9 +279,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Parameters... arguments) {
   const int n_threads = static_cast<int>(config->blockDim.x);
   const unsigned n_blocks = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
-  const int allowed = cuda_on_host::most_shared_bytes[reinterpret_cast<const void*>(kernel)];
-  if (config->gridDim.x % n_blocks != 0 || config->dynamicSmemBytes > static_cast<size_t>(allowed))
-    return cudaErrorInvalidConfiguration;
+  int at_once = 1;
+  if (n_blocks > 1 || config->dynamicSmemBytes > 0) {
+    const cudaError_t error =
+        cudaOccupancyMaxActiveClusters(&at_once, reinterpret_cast<const void*>(kernel), config);
+    if (error != cudaSuccess) return error;
+  }
+  if (config->gridDim.x % n_blocks != 0 || at_once == 0) return cudaErrorInvalidConfiguration;
+  cuda_on_host::blocks_of_last_cluster = static_cast<int>(n_blocks);
   cuda_on_host::Cluster cluster(n_blocks, n_threads, config->dynamicSmemBytes);
   blockDim = config->blockDim;
   gridDim = config->gridDim;

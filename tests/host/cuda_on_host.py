@@ -146,7 +146,7 @@ class PolicyLossShape(ctypes.Structure):
 
 # The device the kernels believe to run on: shared memory of a block and of an SM (of which every
 # block loses 1 kB), in bytes, and whether there are clusters.
-H200 = 227 << 10, 228 << 10, True
+H200 = 227 << 10, 228 << 10, 16
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -156,9 +156,8 @@ def pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def run_as(device: tuple[int, int, bool]) -> None:
-    per_block, per_sm, clusters = device
-    library().host_device(c_int(per_block), c_int(per_sm), c_bool(clusters))
+def run_as(device: tuple[int, int, int]) -> None:
+    library().host_device(*map(c_int, device))
 
 
 def blocks_per_row(vocab_size: int, dtype: torch.dtype, with_reference: bool) -> int:
@@ -168,7 +167,7 @@ def blocks_per_row(vocab_size: int, dtype: torch.dtype, with_reference: bool) ->
     )
 
 
-def backend(device: tuple[int, int, bool] = H200) -> SimpleNamespace:
+def backend(device: tuple[int, int, int] = H200) -> SimpleNamespace:
     """The operators of `schemas.KERNELS`, of kernels.cpp."""
     run_as(device)
 

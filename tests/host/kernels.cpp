@@ -61,13 +61,15 @@ int host_mix_backward(const Rows* rows, const Logits* policy, const Logits* refe
                                           nullptr);
 }
 
-// What the kernels believe to run on: the shared memory of a block and of an SM, in bytes.
-void host_device(int shared_per_block, int shared_per_sm, bool clusters) {
+// What the kernels believe to run on: the shared memory of a block and of an SM, in bytes, and the
+// SMs of a group (GPC); 0: no clusters.
+void host_device(int shared_per_block, int shared_per_sm, int sms_per_group) {
   int* const attributes = cuda_on_host::device_attributes;
   attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin] = shared_per_block;
   attributes[cudaDevAttrMaxSharedMemoryPerMultiprocessor] = shared_per_sm;
   attributes[cudaDevAttrReservedSharedMemoryPerBlock] = 1024;
-  attributes[cudaDevAttrClusterLaunch] = clusters;
+  attributes[cudaDevAttrClusterLaunch] = sms_per_group > 0;
+  cuda_on_host::sms_per_group = sms_per_group > 0 ? sms_per_group : 16;
 }
 
 // Over how many blocks the kernels for a GPU keep a bfloat16 or a float32 row; 0: nowhere.
@@ -77,11 +79,19 @@ int host_blocks_per_row(int64_t vocab_size, bool float32, bool with_reference) {
   shared_memory(memory);
   const auto n_parts = [&](auto element) {
     using T = decltype(element);
-    return with_reference ? resident_split<Policy, T, true>(vocab_size, memory).n_parts
-                          : resident_split<Policy, T, false>(vocab_size, memory).n_parts;
+    const auto split = [&](auto reference) {
+      constexpr bool kReference = decltype(reference)::value;
+      return resident_split<Policy, T, kReference>(vocab_size, memory, [](const Split& split) {
+        const auto bytes = static_cast<int>(resident_bytes<Policy, T, kReference>(split));
+        return cuda_on_host::clusters_per_group(bytes, split.n_parts);
+      });
+    };
+    return with_reference ? split(std::true_type{}).n_parts : split(std::false_type{}).n_parts;
   };
   return static_cast<int>(float32 ? n_parts(float{}) : n_parts(__nv_bfloat16{}));
 }
+
+int host_blocks_of_last_cluster() { return cuda_on_host::blocks_of_last_cluster; }
 
 int host_policy_loss(const Rows* rows, const Logits* policy, const Logits* reference,
                      const PolicyLossTokens* tokens, const PolicyLossShape* shape,

@@ -49,10 +49,10 @@ Logits view(const RandomLogits<T>& logits, Dtype dtype, int64_t vocab_size, floa
   return {logits.at, dtype, kTokens * vocab_size, vocab_size, 1.3f, softcap};
 }
 
-// The shared memory of the device, and whether it has clusters.
+// The shared memory of the device, and the SMs of a group; 0: no clusters.
 struct Device {
   int64_t bytes;
-  bool clusters;
+  int sms_per_group;
 };
 
 // The policy loss on devices that keep the row in one block or in two, or have it read again.
@@ -60,8 +60,8 @@ template <class Run>
 void on_devices(int64_t row_bytes, const Run& run) {
   constexpr int64_t kBesides = 600;
   for (const Device device :
-       {Device{row_bytes + kBesides, false}, {row_bytes / 2 + kBesides, true}, {0, false}}) {
-    host_device(static_cast<int>(device.bytes), 1 << 20, device.clusters);
+       {Device{row_bytes + kBesides, 0}, {row_bytes / 2 + kBesides, 16}, {0, 0}}) {
+    host_device(static_cast<int>(device.bytes), 1 << 20, device.sms_per_group);
     run();
   }
 }

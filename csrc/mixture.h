@@ -47,9 +47,20 @@ KL_HOST_DEVICE Real log2_over_z(Real z) {
 }
 constexpr int32_t kRootOfHalf = 0x3f3504f3, kExponent = -(1 << 23);  // the bits of a float
 
-// exp2m1(t) = 2^t - 1 for t <= 0, and log2p1(u) = log2(1 + u) for -1 < u <= 0.
+template <class Real>
+struct Power {
+  Real power, less_one;
+};
+
+// all(x) is x in every lane; exp2(t), for t <= 0, is 2^t and 2^t - 1; log2p1(u) is log2(1 + u) for
+// -1 < u <= 0.
 struct ScalarFunctions {
-  KL_HOST_DEVICE static float exp2m1(float t) { return exp2f(t) - 1; }
+  KL_HOST_DEVICE static float all(float x) { return x; }  // not 0 + x, which costs an addition
+  KL_HOST_DEVICE static float magnitude(float x) { return fabsf(x); }
+  KL_HOST_DEVICE static Power<float> exp2(float t) {
+    const float power = exp2f(t);
+    return {power, power - 1};
+  }
   // In half of log2f's instructions: 1 + u = 2^k (1 + z).
   KL_HOST_DEVICE static float log2p1(float u) {
     const float v = 1 + u;
@@ -77,16 +88,17 @@ struct Beside {
 template <class Functions, class Real, class Scalar>
 KL_HOST_DEVICE Beside<Real> beside_mixture(const Mixture<Scalar>& mixture, Real tx, Real ty) {
   constexpr Scalar kMostFall = 100;
-  const Real zero{}, moved = ty + mixture.shift;
-  const auto q_is_larger = moved > tx;
+  const Real zero{}, moved = ty + mixture.shift, gap = moved - tx;
+  const auto q_is_larger = gap > zero;
   const Real larger = q_is_larger ? moved : tx;
-  Real fall = q_is_larger ? moved - tx : tx - moved;
-  fall = fall < kMostFall ? fall : zero + kMostFall;
-  const Real lost = Functions::exp2m1(-fall), s = lost + Scalar(1);
-  const Real c = q_is_larger ? zero + mixture.weight : zero + mixture.ref_weight;
+  Real minus_fall = -Functions::magnitude(gap);
+  minus_fall = minus_fall > -kMostFall ? minus_fall : zero - kMostFall;
+  const auto [s, lost] = Functions::exp2(minus_fall);
+  const Real c = q_is_larger ? Functions::all(mixture.weight) : Functions::all(mixture.ref_weight);
   const Real u = c * lost, of_larger = Functions::log2p1(u);
-  return {of_larger + (q_is_larger ? fall : zero), (u + Scalar(1)) * of_larger + c * s * fall,
-          q_is_larger ? s : zero + Scalar(1), larger};
+  return {of_larger - (q_is_larger ? minus_fall : zero),
+          (u + Scalar(1)) * of_larger - c * s * minus_fall, q_is_larger ? s : zero + Scalar(1),
+          larger};
 }
 
 // The sums over the vocabulary, in nats.

@@ -36,7 +36,12 @@ void for_each_block(const Row& policy, const Row& reference, int64_t vocab_size,
 }
 
 struct VectorFunctions {
-  KL_INLINE static Floats exp2m1(Floats t) { return kl_kernels::exp2m1(t); }
+  KL_INLINE static Floats all(float x) { return Floats{} + x; }
+  KL_INLINE static Floats magnitude(Floats x) { return x < 0 ? -x : x; }
+  KL_INLINE static Power<Floats> exp2(Floats t) {
+    const Floats less_one = exp2m1(t);
+    return {less_one + 1, less_one};
+  }
   KL_INLINE static Floats log2p1(Floats u) { return kl_kernels::log2p1(u); }
 };
 

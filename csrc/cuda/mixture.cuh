@@ -29,10 +29,8 @@ __device__ inline MixtureRow mixture_row(const Rows& rows, const FinishedRows& o
           {0, 0}};
 }
 
-__device__ __forceinline__ Beside<float> beside(const MixtureRow& r, float kx, float ky, float x,
-                                                float y) {
-  return beside_mixture<ScalarFunctions>(r.mixture, from_anchor(x, kx, r.anchor),
-                                         from_anchor(y, ky, r.ref_anchor));
+__device__ __forceinline__ Beside<float> beside(const MixtureRow& r, float tx, float ky, float y) {
+  return beside_mixture<ScalarFunctions>(r.mixture, tx, from_anchor(y, ky, r.ref_anchor));
 }
 
 // The sums over all threads; right in thread 0 alone.
@@ -60,10 +58,10 @@ template <class Policy, bool kAligned, class P>
 __device__ MixtureSums<float> mix_part(const P& part, const MixtureRow& r) {
   MixtureSums<float> s{0, 0};
   const auto absorb = [&](float x, float y) {
-    const Beside<float> b = beside(r, part.kx, part.ky, x, y);
-    const float larger = exp2f(b.larger);
-    s.jsd += larger * b.jsd;
-    s.kl += larger * b.p * b.policy;
+    const float tx = from_anchor(x, part.kx, r.anchor);
+    const Beside<float> b = beside(r, tx, part.ky, y);
+    s.jsd += exp2f(b.larger) * b.jsd;
+    s.kl += exp2f(tx) * b.policy;  // one instruction less than with b.p
   };
   const auto eight = [&](int, const auto& xs, const auto& ys) {
     float x[kLanes], y[kLanes];
@@ -140,8 +138,8 @@ __global__ void add_parts_kernel(Rows rows, Split split, FinishedRows of, Mixtur
 template <class Policy, bool kAligned, class P, class T>
 __device__ void write_mixture_gradient(const P& part, const MixtureRow& r, const GradRow<T>& grad) {
   const auto gradient = [&](float x, float y) {
-    const Beside<float> b = beside(r, part.kx, part.ky, x, y);
-    return exp2f(b.larger) * b.p * (r.slope.a + r.slope.b * b.policy);
+    const float tx = from_anchor(x, part.kx, r.anchor);
+    return exp2f(tx) * (r.slope.a + r.slope.b * beside(r, tx, part.ky, y).policy);
   };
   const auto eight = [&](int i, const auto& xs, const auto& ys) {
     float x[kLanes], y[kLanes], g[kLanes];

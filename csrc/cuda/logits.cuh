@@ -49,11 +49,46 @@ class Row {
   const T* at_;
 };
 
+// What 8 logits are is decided where they are used: before that, it would be waited for them.
+template <>
+struct Packed<Any> {
+  uint32_t words[kLanes];  // of 16-bit types the first half
+  Dtype dtype;
+  float softcap;
+
+  template <class T>
+  __device__ __forceinline__ void set(const Packed<T>& packed) {
+#pragma unroll
+    for (int i = 0; i < Packed<T>::kWords; ++i) words[i] = packed.words[i];
+  }
+  template <class T>
+  __device__ __forceinline__ Packed<T> as() const {
+    Packed<T> packed;
+#pragma unroll
+    for (int i = 0; i < Packed<T>::kWords; ++i) packed.words[i] = words[i];
+    return packed;
+  }
+};
+
+__device__ __forceinline__ void unpack(const Packed<Any>& packed, float (&to)[kLanes]) {
+  if (packed.dtype == Dtype::float32) unpack(packed.as<float>(), to);
+  if (packed.dtype == Dtype::bfloat16) unpack(packed.as<__nv_bfloat16>(), to);
+  if (packed.dtype == Dtype::float16) unpack(packed.as<__half>(), to);
+  if (packed.softcap == 0) return;
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) to[i] = softcapped(to[i], packed.softcap);
+}
+__device__ __forceinline__ void unpack_finite(const Packed<Any>& packed, float (&to)[kLanes]) {
+  unpack(packed, to);
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) to[i] = fmaxf(to[i], kLowest);
+}
+
 template <Cache kCache>
 class Row<Any, kCache> {
  public:
   using Element = Any;
-  using Eight = Packed<float>;
+  using Eight = Packed<Any>;
 
   __device__ Row(const Logits& logits, int64_t offset)
       : at_(logits.data), offset_(offset), dtype_(logits.dtype), softcap_(logits.softcap) {}
@@ -71,16 +106,11 @@ class Row<Any, kCache> {
 
   template <bool kAligned>
   __device__ __forceinline__ Eight eight(int i) const {
-    float x[kLanes];
-    if (dtype_ == Dtype::float32) unpack(load<kAligned, kCache>(as<float>() + i), x);
-    if (dtype_ == Dtype::bfloat16) unpack(load<kAligned, kCache>(as<__nv_bfloat16>() + i), x);
-    if (dtype_ == Dtype::float16) unpack(load<kAligned, kCache>(as<__half>() + i), x);
-    if (softcap_ != 0) {
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) x[j] = softcapped(x[j], softcap_);
-    }
-    Eight packed;
-    pack(x, packed);
+    Eight packed{{}, dtype_, softcap_};
+    if (dtype_ == Dtype::float32)
+      packed.set(load<kAligned, kCache>(as<float>() + i));
+    else  // one 16-bit type is loaded like the other
+      packed.set(load<kAligned, kCache>(as<__half>() + i));
     return packed;
   }
 

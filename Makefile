@@ -44,8 +44,8 @@ coverage: $(VENV)/dev-ready
 	git ls-files -z | xargs -0 cp --parents -t $(TREE)
 	cd $(TREE) && CFLAGS="$(MEASURE)" CXXFLAGS="$(MEASURE)" LDFLAGS=--coverage KL_KERNELS_CUDA=0 \
 	    $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd $(TREE) && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n auto --dist worksteal \
-	    --cov=kl_kernels --cov-report=json:../python.json $(ARGS)
+	cd $(TREE) && PYTHONPATH=$(abspath $(TREE)) OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest \
+	    -n auto --dist worksteal --cov=kl_kernels --cov-report=json:../python.json $(ARGS)
 	$(BIN)/gcovr --root $(TREE) --filter $(TREE)/csrc/ --json-summary build/coverage/cpp.json
 	$(BIN)/python bench/covered.py
 	$(BIN)/python bench/readme.py

@@ -45,8 +45,8 @@ __device__ __forceinline__ float gradient(const RowGradient& r, float kx, float 
 }
 
 // Of a part along its gradient; `token` is counted from its first logit and may lie outside. The
-// gradient may lie over the
-// logits: a thread reads what it is going to write, before, and no other thread reads it.
+// gradient may lie over the logits: a thread reads what it is going to write, before, and no other
+// thread reads it.
 template <class Policy, bool kAligned, Terms kTerms, Order kOrder, class R, bool kReference,
           class T>
 __device__ void write_gradient(const Part<R, kReference>& part, const RowGradient& r,

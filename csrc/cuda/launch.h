@@ -25,10 +25,11 @@ struct LaunchPolicy {
   static constexpr int kBlocksPerSm = 4, kBlocksPerSmForAny = 2;
 
   // A row is split into parts of at most this many logits, a block each. The split depends on V
-  // alone, so that a row's numbers never depend on the rest of the batch. Two parts of V = 128k let
-  // 66 rows occupy an H200. Of smaller parts, starting and finishing would be a larger share: about
-  // 400 instructions a thread, beside 13 for each of its 256 pairs of logits.
-  static constexpr int kPart = 65536;
+  // alone, so that a row's numbers never depend on the rest of the batch. Four parts of V = 128k
+  // let 64 rows give each of an H200's SMs two blocks, 32 kB in flight; with two parts it would be
+  // one, and 16 of the 29 kB that are needed. Of smaller parts, starting and finishing would be a
+  // larger share: about 400 instructions a thread, beside 13 for each of its 128 pairs of logits.
+  static constexpr int kPart = 32768;
 
   // scale_gradient: six blocks for each of an H200's SMs, as many as fit.
   static constexpr int kScaleBlocks = 792;
@@ -51,7 +52,6 @@ struct PolicyLossLaunch {
   struct Resident {
     static constexpr int kThreads = 256, kUnroll = 1, kUnrollAlone = 1, kBlocksPerSm = 3;
     static constexpr bool kFastLoop = true;
-    static constexpr int kPart = 65536;  // of the fast loop's rule alone: as LaunchPolicy has it
   };
 
   // A row that does not fit is read again, and had better be in the L2 cache still (50 MB). So few
@@ -63,13 +63,11 @@ struct PolicyLossLaunch {
   struct Reread {
     static constexpr int kThreads = 768, kUnroll = 1, kUnrollAlone = 1, kBlocksPerSm = 1;
     static constexpr bool kFastLoop = false;
-    static constexpr int kPart = 256 * kThreads;
   };
   // Softcaps and types known at run time only need more registers, and are bound by instructions.
   struct RereadAny {
     static constexpr int kThreads = 512, kUnroll = 1, kUnrollAlone = 1, kBlocksPerSm = 1;
     static constexpr bool kFastLoop = false;
-    static constexpr int kPart = 256 * kThreads;
   };
 };
 

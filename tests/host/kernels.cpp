@@ -22,12 +22,10 @@ struct SmallPolicyLossLaunch {
   struct Resident {
     static constexpr int kThreads = 64, kUnroll = 2, kUnrollAlone = 4, kBlocksPerSm = 3;
     static constexpr bool kFastLoop = true;
-    static constexpr int kPart = 2048;
   };
   struct Reread {
     static constexpr int kThreads = 64, kUnroll = 2, kUnrollAlone = 4, kBlocksPerSm = 1;
     static constexpr bool kFastLoop = false;
-    static constexpr int kPart = 2048;
   };
   using RereadAny = Reread;
 };

@@ -77,7 +77,7 @@ def test_the_triton_rule_is_what_the_kernel_does(
 
 def test_sizes_are_the_kernels_own(rules):
     rule = rules.CudaRule.of_header()
-    assert (rule.threads, rule.lanes, rule.part, rule.crowded) == (256, 8, 65536, 512)
+    assert (rule.threads, rule.lanes, rule.part, rule.crowded) == (256, 8, 32768, 512)
     assert rule.part_size(32000) == 32768
-    assert rule.part_size(128256) == 65536
-    assert rule.part_size(65537) == 34816
+    assert rule.part_size(128256) == 32768
+    assert rule.part_size(65537) == 22528  # three parts of eleven tiles

@@ -21,10 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from offline_jobs import ROWS, VOCAB_SIZE
+
 RESULTS = Path(__file__).parent / "results"
 BACKENDS = ("triton", "cuda")
 WATCHED = ("token_kl", "KL gradient", "policy loss", "token_stats")
-ROWS, VOCAB_SIZE = 8192, 128256
 WARP = 32
 SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "SchedulerStats",

@@ -31,11 +31,8 @@ ROWS = (1, 64, 8, 512, 1024, 65536)
 FEW_ROWS = (1, 8)  # where launches take longer than memory: what is compiled is the measure
 MAIN_ROWS, MAIN_VOCABULARY = 8192, VOCABULARIES[0]
 TURNS = 11
-POINTWISE = (
-    "KL gradient",
-    "logprob gradient",
-    "stats gradient",
-)  # nobody computes these one operator at a time
+# Nobody computes these one operator at a time.
+POINTWISE = ("KL gradient", "logprob gradient", "stats gradient")
 # Above this share of the free memory a case is left out: results and peers need room too.
 MEMORY_SHARE = 0.6
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_pictures import drawn, pictures, stem
+from gpu_table import PEERS
 from gpu_targets import TARGETS, verdict
 
 from kl_kernels.codegen.chips import CHIPS
@@ -15,7 +16,6 @@ from kl_kernels.study.document import Block, Bullets, Heading, Picture, Table, T
 
 __all__ = ["blocks", "pictures", "short_table"]
 FOLDER = Path(__file__).parent / "results"
-PEERS = ("torch.compile", "eager")
 # What the Triton kernels' machine code lets expect, by job: kernels of offline.json.
 COUNTED = {
     "token_kl": "fold: policy and reference",

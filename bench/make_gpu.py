@@ -38,7 +38,7 @@ PARTS = ("checks", "sanitizers", "speed", "counters", "sweep", "peers")
 DEFAULT_PARTS = ("checks", "speed")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 SANITIZED = 9  # exit code of a sanitizer that found something
-INTERPRETED = {"TRITON_INTERPRET": "1"}
+FEW_THREADS, INTERPRETED = {"OMP_NUM_THREADS": "2"}, {"TRITON_INTERPRET": "1"}
 TAIL = 25  # lines shown of a step that failed
 
 
@@ -138,14 +138,13 @@ def report_steps(args: argparse.Namespace) -> list[Step]:
         command += ["--report", str(args.results / f"numerics_{backend}")]
         command += ["--commit", args.commit] if args.commit else []
         command += ["--quick"] if args.dry_run else []
-        few = {"OMP_NUM_THREADS": "2"}
-        steps.append(Step(f"numerics {backend}", command, CHECK_SECONDS, few))
+        steps.append(Step(f"numerics {backend}", command, CHECK_SECONDS, FEW_THREADS))
     return steps
 
 
 def check_steps(dry_run: bool) -> list[Step]:
     """Independent of each other; the machine's cores are shared among them."""
-    python, few = sys.executable, {"OMP_NUM_THREADS": "2"}
+    python = sys.executable
     backends: tuple[str, ...] = ("triton", "cuda")
     # Triton compiles for each kind of size, which is what takes its time: a process for each.
     sizes: dict[str, list[list[int]]] = {
@@ -160,21 +159,22 @@ def check_steps(dry_run: bool) -> list[Step]:
         for group in groups:
             command = [python, "-m", "kl_kernels", "validate", "--backend", backend]
             command += ["--vocab-size", *map(str, group)]
-            steps.append(Step(f"validate {backend} {group[-1]}", command, CHECK_SECONDS, few))
+            steps.append(
+                Step(f"validate {backend} {group[-1]}", command, CHECK_SECONDS, FEW_THREADS)
+            )
     workers = ["-n", "6"] if importlib.util.find_spec("xdist") and not dry_run else []
     for backend in backends:
         # Without the project's own options, which ask for plugins that may not be there.
         command = [python, "-m", "pytest", "tests/gpu", "--backend", backend, *workers]
         command += ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--durations=5", "--tb=short"]
         command += ["--show-capture=no"]
-        steps.append(Step(f"tests {backend}", command, CHECK_SECONDS, few))
+        steps.append(Step(f"tests {backend}", command, CHECK_SECONDS, FEW_THREADS))
     return [*steps, *small_cases_steps(backends)]
 
 
 def small_cases_steps(backends: tuple[str, ...], watch: Sequence[str] = ()) -> list[Step]:
     command = [*watch, sys.executable, "tests/gpu/small_cases.py", "--backend"]
-    few = {"OMP_NUM_THREADS": "2"}
-    return [Step(f"small cases {b}", [*command, b], CHECK_SECONDS, few) for b in backends]
+    return [Step(f"small cases {b}", [*command, b], CHECK_SECONDS, FEW_THREADS) for b in backends]
 
 
 def sanitizer_steps() -> list[Step]:

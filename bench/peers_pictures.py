@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from typing import Any
 
+from drawing import svg
 from machine import chip_name
 from operations import OPERATIONS
 
@@ -135,7 +135,7 @@ def bars(
     for axes in list(grid.flat)[len(cases) :]:
         axes.set_visible(False)
     figure.suptitle(f"{what} of {usual}: shorter is better", x=0.01, ha="left", fontsize=14)
-    return as_svg(figure)
+    return svg(figure)
 
 
 Lines = dict[str, list[dict[str, Any]]]  # by contender, its measurements
@@ -195,14 +195,4 @@ def sizes(panels: dict[str, tuple[list[str], Lines]]) -> bytes:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         label_ends(axes, ends)
-    return as_svg(figure)
-
-
-def as_svg(figure: Any) -> bytes:
-    """The same bytes for the same figure; letters are shapes, so no reader's fonts matter."""
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "kl_kernels", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return svg(figure)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from gpu_jobs import JOBS, Launch, make_buffers
 from machine import chip_name, gpu_record, record
+from offline_jobs import ROWS
+from offline_jobs import VOCAB_SIZE as V
 from timing import Replay, interleaved, n_buffer_sets, n_rounds_of_sets, replay
 
 from kl_kernels.triton_kernels import launch
@@ -52,7 +54,7 @@ UNALIGNED: list[Changes] = [
     {"lanes": 256, "num_warps": 8, "unaligned_steps": 4},
     {"fold_split": 65536},
 ]
-V, UNALIGNED_V, ROWS = 128256, 50257, 8192
+UNALIGNED_V = 50257
 CASES = (
     *(("token_kl", rows, V, FOLD) for rows in (ROWS, 64, 1, 8, 512)),
     *(("token_stats", rows, V, FOLD) for rows in (ROWS, 64)),

@@ -26,6 +26,7 @@ from kl_kernels.arguments import (
 from kl_kernels.dtensors import takes_dtensors
 from kl_kernels.functional import token_kl
 from kl_kernels.parallel import operator
+from kl_kernels.schemas import BackendName
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -45,46 +46,59 @@ def token_jsd(
     inplace_backward: bool = False,
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence per token, exact over the whole vocabulary.
 
-    With p and q the softmax of policy and reference (student and teacher; see `token_stats` for
-    temperature and softcap), and their mixture m = (1 - beta) p + beta q:
+    With p and q the softmax of z = softcap tanh(logits / softcap) / temperature of policy and
+    reference (student and teacher), and their mixture m = (1 - beta) p + beta q:
 
         jsd = beta KL(q || m) + (1 - beta) KL(p || m)     for 0 < beta < 1
 
-    This is equation 1 of Agarwal et al. (2023), "On-policy distillation of language models",
-    arXiv 2306.13649, and the convention of TRL's distillation trainers. At the ends it names the
-    KL divergences that the paper compares with, as TRL does: beta = 0 is KL(q || p), beta = 1 is
-    KL(p || q), those of `token_kl`. (They are no limits: as beta goes to 0, jsd / beta goes to
-    KL(q || p), and jsd itself to 0.)
+    This is equation 1 of Agarwal et al. (2023), "On-policy distillation of language models", arXiv
+    2306.13649, and the convention of TRL's distillation trainers. At the ends it names the KL
+    divergences that the paper compares with, as TRL does: beta = 0 is KL(q || p), beta = 1 is KL(p
+    || q), those of `token_kl`. (They are no limits: as beta goes to 0, jsd / beta goes to KL(q ||
+    p), and jsd itself to 0.)
 
     It is never negative, 0 where p = q, and for 0 < beta < 1 at most the entropy of a coin that
     falls on beta, whatever the support: q = 0 < p is finite, unlike in KL(p || q). A row that is
-    all -inf in either model is NaN. The reference is a constant: it must not require grad.
+    all -inf in either model is NaN. The reference is a constant.
 
     Sharded over `group`, it takes a second collective, of two numbers per row.
 
     Args:
-        logits: policy logits; float32, bfloat16, float16 or float64.
-        ref_logits: reference logits of the same shape and device; the dtype may differ.
+        logits: [..., V] of the policy; float32, bfloat16, float16 or float64.
+        ref_logits: [..., V] of the reference, the same rows, on the same device; the dtype may
+            differ. Must not require grad.
         beta: weight of the reference in the mixture, 0 to 1.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
-        temperature: of the policy; finite and above 0.
-        ref_temperature: of the reference; None: the policy's.
-        softcap: of the policy, None: none.
-        ref_softcap: of the reference; None: none, whatever the policy's.
-        inplace_backward: see `token_stats`.
-        group: see `token_stats`.
-        vocab_start: see `token_stats`.
-        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are not read, and
+            give 0. None: all rows count.
+        temperature: divides the policy's logits; finite and above 0.
+        ref_temperature: divides the reference's logits. None: the policy's temperature.
+        softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
+            no cap.
+        ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
+        inplace_backward: write the gradient over the logits, in backward, instead of beside them.
+            Another backward that needs them raises torch's error about tensors modified in place.
+        group: the process group that the vocabulary is sharded over: logits are [..., V_local].
+            None: logits are whole.
+        vocab_start: with a group, the global token id of this rank's first logit. None: all shards
+            are of one size, and in the order of the ranks.
+        backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
-        The divergence, [...], in nats, differentiable in `logits`.
+        The divergence, [...], in nats, float32 (float64 for float64 logits), differentiable in
+        `logits`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> p, q = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])  # nothing in common
+        >>> round(kl_kernels.token_jsd(p.log(), q.log(), beta=0.5).item(), 4)  # ln 2
+        0.6931
     """
     ref_temperature = temperature if ref_temperature is None else ref_temperature
     check_scaled_logits("", logits, temperature, softcap)

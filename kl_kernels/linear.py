@@ -26,6 +26,7 @@ from kl_kernels.linear_arguments import (
     shard,
 )
 from kl_kernels.linear_autograd import LinearTokenKL, Options
+from kl_kernels.schemas import BackendName
 from kl_kernels.tiles import untraced
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -46,46 +47,65 @@ def linear_token_stats(
     memory_budget: int | None = None,
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> TokenStats:
-    """`token_stats` of the logits of a linear head, which are never there in full.
+    """Log-probability and entropy of each token, from hidden states and the output layer.
 
-    logits = logit_scale (hidden @ weight.T + bias); softcap and temperature follow as in
-    `token_stats`. Products are computed and summed in float32 whatever the dtypes, under autocast
-    too, and gradients are rounded to the dtype of their tensor once, at the end. (Float32 factors
-    are multiplied as precisely as `torch.set_float32_matmul_precision` says.)
+    The result is that of `token_stats` on logits = logit_scale (hidden @ weight.T + bias), which
+    never exist in full: z = softcap tanh(logits / softcap) / temperature, logprob = z[token] -
+    logsumexp(z), entropy = -sum p log p with p = softmax(z). Products are computed and summed in
+    float32 whatever the dtypes, under autocast too, and gradients are rounded to the dtype of their
+    tensor once, at the end. (Float32 factors are multiplied as precisely as
+    `torch.set_float32_matmul_precision` says.)
 
-    Rows where the mask is False are not multiplied: their outputs and gradients are exactly 0, even
-    if the row holds NaN. To know which those are, a GPU is waited for.
+    Rows where the mask is 0 are not multiplied: their outputs and gradients are exactly 0, even if
+    the row holds NaN. Finding the other rows synchronises a GPU.
 
     Memory, beyond inputs, outputs and gradients: `memory_budget`; in backward also the gradient of
     the hidden states in float32, where they have another dtype or rows are masked.
 
     Args:
-        hidden: the head's input; float32, bfloat16, float16 or float64.
-        weight: of the head; the same dtypes, not necessarily that of `hidden`.
-        token_ids: int64 or int32, in [0, V) where the mask is True.
-        bias: of the head.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        hidden: [..., d] the head's input; float32, bfloat16, float16 or float64. Row t must hold
+            the state that `token_ids[..., t]` was sampled from:
+            `model.model(ids).last_hidden_state[:, prompt - 1 : -1]` of a Hugging Face causal LM,
+            with `token_ids = ids[:, prompt:]`.
+        weight: [V, d] of the head (`model.lm_head.weight`); the same dtypes, not necessarily that
+            of `hidden`.
+        token_ids: [...] int64 or int32, in [0, V) where the mask is True.
+        bias: [V] of the head. None: no bias.
+        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are skipped, and
+            give 0. None: all rows count.
         temperature: divides the logits; finite and above 0.
-        softcap: Gemma-style soft cap applied after `logit_scale` and before the temperature.
-        logit_scale: multiplies the logits (Cohere; 1 / logits_scaling for Granite); above 0.
-        memory_budget: bytes for tiles and for copies of their factors in float32; None: 64 MiB on
-            a CPU, 512 MiB elsewhere. The results are the same up to rounding.
-        group: the process group that the vocabulary is sharded over, as in `token_stats`: weight
-            and bias are this rank's rows, hidden states are the same on all ranks. Backward takes
-            one collective, to sum the gradient of the hidden states. None: the head is whole.
-        vocab_start: with a group, the global token id of this rank's first row; see `token_stats`.
-        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+        softcap: Gemma's soft cap, applied after `logit_scale` and before the temperature; finite
+            and above 0. None: no cap.
+        logit_scale: multiplies the logits (Cohere; 1 / logits_scaling for Granite); finite and
+            above 0.
+        memory_budget: bytes for tiles of logits and for copies of their factors in float32. None:
+            64 MiB on a CPU, 512 MiB elsewhere. The results are the same up to rounding.
+        group: the process group that the vocabulary is sharded over: weight and bias are this
+            rank's rows, hidden states and token ids are the same on all ranks. Backward takes one
+            collective, to sum the gradient of the hidden states. None: the head is whole.
+        vocab_start: with a group, the global token id of this rank's first row. None: all shards
+            are of one size, and in the order of the ranks.
+        backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
-        TokenStats(logprob, entropy), each [...], in nats, differentiable in any mix with respect
-        to hidden, weight and bias. What does not require a gradient costs none: a frozen head is
-        not differentiated.
+        TokenStats(logprob, entropy), each [...], in nats, float32 (float64 for float64 heads),
+        differentiable in any mix with respect to hidden, weight and bias. An argument that does not
+        require grad costs no product: a frozen head is not differentiated.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
             memory_budget is too small for any tile.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> token_ids = torch.tensor([1])
+        >>> out = kl_kernels.linear_token_stats(hidden, weight, token_ids)
+        >>> whole = kl_kernels.token_stats(hidden @ weight.T, token_ids)
+        >>> torch.allclose(out.logprob, whole.logprob), round(out.logprob.item(), 4)
+        (True, -0.3133)
     """
     check_head("", hidden, weight, bias)
     check_scale("", temperature, softcap, logit_scale)
@@ -117,41 +137,66 @@ def linear_token_kl(
     memory_budget: int | None = None,
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> TokenKL:
-    """`token_kl` of the logits of two linear heads, which are never there in full.
+    """Log-probabilities, exact KL both ways and entropy, from two models' hidden states and output
+    layers.
 
-    See `token_kl` for what is computed and `linear_token_stats` for how and in which memory. The
-    reference's head may have a width, dtype and bias of its own; it is a constant, and is not
-    multiplied a second time unless a KL is differentiated.
+    The result is that of `token_kl` on the logits of both heads, logit_scale (hidden @ weight.T +
+    bias), which never exist in full: a tile is multiplied, read and overwritten by the next one, in
+    float32, within `memory_budget`. The reference's head may have a width, dtype and bias of its
+    own; it is a constant, and is not multiplied a second time unless a KL is differentiated.
 
     Args:
-        hidden: the policy's; see `linear_token_stats`.
-        weight: of the policy's head.
-        ref_hidden: the reference's hidden states, of the same tokens; must not require grad.
-        ref_weight: of the reference's head, over the same vocabulary; must not require grad. (A
-            head that policy and reference share: pass `weight.detach()`.)
-        token_ids: int64 or int32, in [0, V) where the mask is True.
-        bias: of the policy's head.
-        ref_bias: of the reference's head; None: none, whatever the policy's.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
-        temperature: of the policy; finite and above 0.
-        ref_temperature: of the reference; None: the policy's.
-        softcap: of the policy, None: none.
-        ref_softcap: of the reference; None: none, whatever the policy's.
-        logit_scale: of the policy; see `linear_token_stats`.
-        ref_logit_scale: of the reference; None: the policy's.
-        memory_budget: see `linear_token_stats`; for the tiles of both.
-        group: see `linear_token_stats`.
-        vocab_start: see `linear_token_stats`.
-        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+        hidden: [..., d] the policy's hidden states; float32, bfloat16, float16 or float64. Row t
+            must hold the state that `token_ids[..., t]` was sampled from:
+            `model.model(ids).last_hidden_state[:, prompt - 1 : -1]` of a Hugging Face causal LM,
+            with `token_ids = ids[:, prompt:]`.
+        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`.
+        ref_hidden: [..., ref_d] the reference's hidden states of the same tokens; must not require
+            grad.
+        ref_weight: [V, ref_d] of the reference's head, over the same vocabulary; must not require
+            grad. (A head that policy and reference share: pass `weight.detach()`.)
+        token_ids: [...] int64 or int32, in [0, V) where the mask is True.
+        bias: [V] of the policy's head. None: no bias.
+        ref_bias: [V] of the reference's head. None: no bias, whatever the policy's.
+        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are skipped, and
+            give 0. Finding the other rows synchronises a GPU. None: all rows count.
+        temperature: divides the policy's logits; finite and above 0.
+        ref_temperature: divides the reference's logits. None: the policy's temperature.
+        softcap: Gemma's soft cap of the policy, after `logit_scale` and before the temperature;
+            finite and above 0. None: no cap.
+        ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
+        logit_scale: multiplies the policy's logits (Cohere; 1 / logits_scaling for Granite); finite
+            and above 0.
+        ref_logit_scale: multiplies the reference's logits. None: the policy's logit_scale.
+        memory_budget: bytes for the tiles of both heads and for copies of their factors in float32.
+            None: 64 MiB on a CPU, 512 MiB elsewhere. The results are the same up to rounding.
+        group: the process group that the vocabulary is sharded over: weights and biases are this
+            rank's rows, hidden states and token ids are the same on all ranks. Backward takes one
+            collective, to sum the gradient of the hidden states. None: the heads are whole.
+        vocab_start: with a group, the global token id of this rank's first row. None: all shards
+            are of one size, and in the order of the ranks.
+        backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
-        TokenKL(logprob, ref_logprob, kl, forward_kl, entropy), each [...], in nats.
+        TokenKL(logprob, ref_logprob, kl, forward_kl, entropy), each [...], in nats, float32
+        (float64 for float64 heads); all but ref_logprob differentiable with respect to hidden,
+        weight and bias.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
             memory_budget is too small for any tile.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> hidden, ref_hidden = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]])
+        >>> out = kl_kernels.linear_token_kl(
+        ...     hidden, weight, ref_hidden, weight.detach(), torch.tensor([1])
+        ... )
+        >>> round(out.kl.item(), 4), round(out.ref_logprob.item(), 4)
+        (0.1109, -0.6931)
     """
     options = reference_options(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature=temperature,

@@ -11,6 +11,7 @@ from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_tokens, needs_gradient
 from kl_kernels.linear_autograd import Options
 from kl_kernels.parallel import Shard, check_no_vocab_start, shard_of
+from kl_kernels.schemas import BackendName
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -63,7 +64,7 @@ def reference_options(
     memory_budget: int | None,
     group: ProcessGroup | None,
     vocab_start: int | None,
-    backend: str | None,
+    backend: BackendName | None,
 ) -> Options:
     """Of two heads, once they are checked; what is None of the reference is the policy's."""
     ref_temperature = temperature if ref_temperature is None else ref_temperature

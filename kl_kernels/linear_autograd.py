@@ -20,6 +20,7 @@ from torch import Tensor
 from kl_kernels.autograd import once
 from kl_kernels.parallel import Shard, exchange
 from kl_kernels.parts import Whole, finish_parts, local_token_ids, merge_parts, pack
+from kl_kernels.schemas import BackendName
 from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles
 
 
@@ -32,7 +33,7 @@ class Options:
     softcap: float | None
     ref_softcap: float | None
     memory_budget: int  # bytes
-    backend: str | None
+    backend: BackendName | None
     shard: Shard | None = None  # of the vocabulary that the heads are of; None: all of it
 
     @property

@@ -22,7 +22,7 @@ from kl_kernels.linear_autograd import (
 )
 from kl_kernels.parallel import add_shards
 from kl_kernels.parts import Whole
-from kl_kernels.schemas import MIXTURE_SUMS
+from kl_kernels.schemas import MIXTURE_SUMS, BackendName
 from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles, untraced
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -49,41 +49,62 @@ def linear_token_jsd(
     memory_budget: int | None = None,
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
-    """`token_jsd` of the logits of two linear heads, which are never there in full.
+    """Generalised Jensen-Shannon divergence per token, from two models' hidden states and output
+    layers.
 
-    See `token_jsd` for what is computed and for beta, `linear_token_stats` for how and in which
-    memory, `linear_token_kl` for the reference's head. The mixture is known once both models' rows
-    are finished, so that forward multiplies both heads twice and backward once more; at beta = 0
-    and 1 each once.
+    The result is that of `token_jsd` on the logits of both heads, logit_scale (hidden @ weight.T +
+    bias), which never exist in full: with p and q the softmax of student and teacher and their
+    mixture m = (1 - beta) p + beta q, jsd = beta KL(q || m) + (1 - beta) KL(p || m), beta = 0 is
+    KL(q || p) and beta = 1 is KL(p || q) (Agarwal et al. 2023, arXiv 2306.13649, equation 1). The
+    mixture is known once both models' rows are finished, so that forward multiplies both heads
+    twice and backward once more; at beta = 0 and 1 each once.
 
     Args:
-        hidden: the policy's; see `linear_token_stats`.
-        weight: of the policy's head.
-        ref_hidden: the reference's hidden states, of the same tokens; must not require grad.
-        ref_weight: of the reference's head, over the same vocabulary; must not require grad.
+        hidden: [..., d] the policy's (student's) hidden states; float32, bfloat16, float16 or
+            float64.
+        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`.
+        ref_hidden: [..., ref_d] the reference's (teacher's) hidden states of the same positions;
+            must not require grad.
+        ref_weight: [V, ref_d] of the reference's head, over the same vocabulary; must not require
+            grad.
         beta: weight of the reference in the mixture, 0 to 1.
-        bias: of the policy's head.
-        ref_bias: of the reference's head; None: none, whatever the policy's.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
-        temperature: of the policy; finite and above 0.
-        ref_temperature: of the reference; None: the policy's.
-        softcap: of the policy, None: none.
-        ref_softcap: of the reference; None: none, whatever the policy's.
-        logit_scale: of the policy; see `linear_token_stats`.
-        ref_logit_scale: of the reference; None: the policy's.
-        memory_budget: see `linear_token_stats`; for the tiles of both.
-        group: see `linear_token_stats`.
-        vocab_start: see `linear_token_stats`.
-        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+        bias: [V] of the policy's head. None: no bias.
+        ref_bias: [V] of the reference's head. None: no bias, whatever the policy's.
+        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are skipped, and
+            give 0. Finding the other rows synchronises a GPU. None: all rows count.
+        temperature: divides the policy's logits; finite and above 0.
+        ref_temperature: divides the reference's logits. None: the policy's temperature.
+        softcap: Gemma's soft cap of the policy, after `logit_scale` and before the temperature;
+            finite and above 0. None: no cap.
+        ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
+        logit_scale: multiplies the policy's logits (Cohere; 1 / logits_scaling for Granite); finite
+            and above 0.
+        ref_logit_scale: multiplies the reference's logits. None: the policy's logit_scale.
+        memory_budget: bytes for the tiles of both heads and for copies of their factors in float32.
+            None: 64 MiB on a CPU, 512 MiB elsewhere. The results are the same up to rounding.
+        group: the process group that the vocabulary is sharded over: weights and biases are this
+            rank's rows, hidden states are the same on all ranks. Backward takes one collective, to
+            sum the gradient of the hidden states. None: the heads are whole.
+        vocab_start: with a group, the global token id of this rank's first row. None: all shards
+            are of one size, and in the order of the ranks.
+        backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
-        The divergence, [...], in nats, differentiable with respect to hidden, weight and bias.
+        The divergence, [...], in nats, float32 (float64 for float64 heads), differentiable with
+        respect to hidden, weight and bias.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
             memory_budget is too small for any tile.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> student, teacher = torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 40.0]])
+        >>> round(kl_kernels.linear_token_jsd(student, weight, teacher, weight).item(), 4)  # ln 2
+        0.6931
     """
     jsd, _ = linear_jsd_and_entropy(
         hidden, weight, ref_hidden, ref_weight,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,10 @@ from kl_kernels.arguments import (
 from kl_kernels.autograd import PolicyLoss
 from kl_kernels.functional import token_stats
 from kl_kernels.rl.losses import check_clipping, token_weights
-from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, output_dtype
+from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, BackendName, output_dtype
 
-LOSS_ESTIMATORS = ("exact", "k2", "k3")
+LossEstimator = Literal["exact", "k2", "k3"]
+ImportanceSamplingLevel = Literal["token", "sequence"]
 
 
 def fused_policy_loss(
@@ -30,13 +33,13 @@ def fused_policy_loss(
     ref_logits: Tensor | None = None,  # [B, T, V]
     ref_logprobs: Tensor | None = None,  # [B, T]
     kl_loss_coef: float = 0.0,
-    kl_estimator: str = "exact",
+    kl_estimator: LossEstimator = "exact",
     entropy_coef: float = 0.0,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     weights: Tensor | None = None,  # [B, T]
-    importance_sampling_level: str = "token",
+    importance_sampling_level: ImportanceSamplingLevel = "token",
     aggregation: str = "token-mean",
     denominator: float | Tensor | None = None,
     log_ratio_clamp: float | None = 20.0,
@@ -46,66 +49,97 @@ def fused_policy_loss(
     softcap: float | None = None,
     ref_softcap: float | None = None,
     inplace_backward: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's or GRPO's clipped loss with KL and entropy, and its gradient, reading each logit once.
 
-    With the statistics of `token_kl`, r = exp(logprob - old_logprobs) and m the `token_weights`,
+    With logprob, KL and entropy as `token_kl` gives them, r = exp(logprob - old_logprobs), A the
+    advantage, rho the importance weight and m the weight of a token in the aggregation,
 
-        loss = sum m (ppo_policy_loss per token + kl_loss_coef KL - entropy_coef entropy)
+        loss = sum m (rho max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+                      + kl_loss_coef KL - entropy_coef entropy)
 
-    which equals `ppo_policy_loss` and `aggregate` on the outputs of `token_kl`. Those look at the
-    logits twice, once for the statistics and once for the gradient. Here the gradient of a row is
-    computed while the row is still on chip, and `backward` only hands it out, multiplied by the
-    upstream gradient where that is not 1. A token whose clip decides, without KL and entropy, costs
-    no second look at all.
+    (Schulman et al. 2017, arXiv 1707.06347, equation 7; the KL in the loss is GRPO's, Shao et al.
+    2024, arXiv 2402.03300.) It equals `ppo_policy_loss` and `aggregate` on the outputs of
+    `token_kl`. Those look at the logits twice, once for the statistics and once for the gradient.
+    Here the gradient of a row is computed while the row is still on chip, and `backward` only hands
+    it out, multiplied by the upstream gradient where that is not 1. A token whose clip decides,
+    without KL and entropy, costs no second look at all.
 
     Args:
-        logits: policy logits; float32, bfloat16, float16 or float64. The only argument that gets
-            a gradient.
-        token_ids: the sampled tokens; int64 or int32, in [0, V) where the mask is True.
-        old_logprobs: log-probability of each token under the policy that sampled it, any float
-            dtype. None: under this very policy, so that r is 1.
-        advantages: as `compute_gae` makes them, or one per sequence expanded over its tokens.
-        mask: True at response tokens; other rows are not read.
-        ref_logits: reference logits of the same shape and device, a constant. With "k2" and "k3"
-            they are read once, for the token's log-probability.
-        ref_logprobs: the reference's log-probabilities in their place, for "k2" and "k3".
-        kl_loss_coef: of the KL to the reference in the loss, 0 or above. With 0 and a reference the
-            KL is a metric all the same.
+        logits: [B, T, V] of the policy; float32, bfloat16, float16 or float64. Row t must hold the
+            logits that `token_ids[:, t]` was sampled from: `model(ids).logits[:, prompt - 1 : -1]`
+            of a causal LM, with `token_ids = ids[:, prompt:]`. The only argument that gets a
+            gradient.
+        token_ids: [B, T] the sampled tokens; int64 or int32, in [0, V) where the mask is True.
+        old_logprobs: [B, T] log-probability of each token under the policy that sampled it, any
+            float dtype. None: under this very policy, so that r is 1.
+        advantages: [B, T] as `compute_gae` makes them, or one per sequence expanded over its
+            tokens; any dtype but complex, taken as constants.
+        mask: [B, T] bool, integers or floats that are 0 or 1: 1 at response tokens; other rows are
+            not read.
+        ref_logits: [B, T, V] of the reference, the same rows, on the same device; must not require
+            grad. With "k2" and "k3" they are read once, for the token's log-probability.
+        ref_logprobs: [B, T] the reference's log-probabilities in their place, for "k2" and "k3".
+        kl_loss_coef: coefficient of the KL to the reference in the loss; finite, 0 or above. With 0
+            and a reference the KL is a metric all the same.
         kl_estimator: "exact" (the KL over the vocabulary and its gradient), or "k2" or "k3" of the
             sampled token, as GRPO has it; `kl_penalty` tells which gradient those have.
-        entropy_coef: of the entropy bonus; finite.
-        clip_low: see `ppo_policy_loss`.
-        clip_high: see `ppo_policy_loss`.
-        dual_clip: see `ppo_policy_loss`.
-        weights: see `ppo_policy_loss`.
+        entropy_coef: coefficient of the entropy bonus; finite.
+        clip_low: the ratio is clipped below at 1 - clip_low; 0 or above.
+        clip_high: the ratio is clipped above at 1 + clip_high; 0 or above.
+        dual_clip: the loss is at most -A dual_clip where A < 0 (Ye et al. 2020, arXiv 1912.09729);
+            above 1, 3 is usual. None: no bound.
+        weights: [B, T] importance weights rho, as `importance_weights` makes them for the engine
+            that sampled; constants. None: 1.
         importance_sampling_level: "token". "sequence" (GSPO) is refused: its ratio needs every
-            token of a sequence before the gradient of any; see Raises.
-        aggregation: see `aggregate`.
-        denominator: see `aggregate`.
-        log_ratio_clamp: see `ppo_policy_loss`; bounds the log-ratio of k2 and k3 as well.
-        loss_scale: what the loss is going to be multiplied by before `backward`, a number or a
-            0-dim tensor above 0, as of a gradient scaler. The gradient is stored multiplied by it.
-            float16 logits need one: their gradients, around 1 / tokens, would underflow.
-        temperature: of the policy; see `token_kl`.
-        ref_temperature: of the reference; None: the policy's.
-        softcap: of the policy.
-        ref_softcap: of the reference.
-        inplace_backward: write the gradient over the logits, in this very call. They are gone
-            then, and whoever else needs them for a backward gets torch's error. A row that is not
-            under the mask becomes 0.
-        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+            token of a sequence before the gradient of any.
+        aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or
+            "seq-mean-token-sum-norm", as verl names them: m is 1 / N, 1 / S, 1 / (S L) or 1 / (S T)
+            with N tokens, S sequences that have tokens, L tokens in the token's own sequence.
+        denominator: takes the place of N ("token-mean") or of S (the others): the count of the
+            whole batch where this call sees a part of it, a number or 0-dim tensor, above 0 unless
+            no token is under the mask. Then parts add up to the loss of the whole. None: the count
+            of this call.
+        log_ratio_clamp: the log-ratio is clamped to [-log_ratio_clamp, log_ratio_clamp] so that r
+            stays finite, also in k2 and k3; the gradient passes. Above 0. None: no clamp.
+        loss_scale: the factor that the loss will be multiplied by before `backward`, as by a
+            gradient scaler: a number or a 0-dim tensor, above 0. The gradient is stored multiplied
+            by it. float16 logits need one: their gradients, around 1 / tokens, would underflow.
+            None: 1.
+        temperature: divides the policy's logits; finite and above 0.
+        ref_temperature: divides the reference's logits. None: the policy's temperature.
+        softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
+            no cap.
+        ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
+        inplace_backward: write the gradient over the logits, in this very call. They are gone then,
+            and another backward that needs them raises torch's error about tensors modified in
+            place. Rows outside the mask become 0.
+        backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
         (loss, metrics): a 0-dim float32 loss (float64 for float64 logits) and 0-dim detached
-        tensors over the unmasked tokens of this call: those of `ppo_policy_loss`, "entropy", and
-        "kl" where there is a reference (the exact one, or the estimate), in nats.
+        tensors over the unmasked tokens of this call: clip_fraction, clip_fraction_dual, approx_kl
+        (k3 of KL(old || policy)), approx_kl_k1, ratio_mean, ratio_max, entropy, and kl where there
+        is a reference (the exact one, or the estimate), in nats.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range;
-            importance_sampling_level is "sequence": compute that loss from `token_kl`'s outputs.
+            importance_sampling_level is "sequence": compute that loss from the outputs of
+            `token_kl`.
         RuntimeError: `backward` is called a second time: the first gave the gradient away.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
+        >>> token_ids, mask = torch.tensor([[1, 3]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> advantages = torch.tensor([[1.0, -1.0]])
+        >>> loss, metrics = kl_kernels.fused_policy_loss(logits, token_ids, None, advantages, mask)
+        >>> loss.backward()
+        >>> logits.grad[0, 0].tolist()  # -A ([token] - p) / 2
+        [0.125, -0.375, 0.125, 0.125]
+        >>> round(metrics["entropy"].item(), 4)
+        1.3863
     """
     ref_temperature = temperature if ref_temperature is None else ref_temperature
     transforms.refuse("fused_policy_loss")
@@ -166,7 +200,7 @@ def _metrics(terms: Tensor, mask: Tensor, has_kl: bool) -> dict[str, Tensor]:  #
 
 
 def _check_level(level: str) -> None:
-    checks.check_choice("importance_sampling_level", level, ("token", "sequence"))
+    checks.check_choice("importance_sampling_level", level, get_args(ImportanceSamplingLevel))
     if level == "sequence":
         raise ValueError(
             "importance_sampling_level is 'sequence'; a sequence's ratio (GSPO) needs all of its "
@@ -193,7 +227,7 @@ def _check_kl(
     ref_logits: Tensor | None, ref_logprobs: Tensor | None, kl_loss_coef: float, kl_estimator: str
 ) -> None:
     checks.check_non_negative("kl_loss_coef", kl_loss_coef)
-    checks.check_choice("kl_estimator", kl_estimator, LOSS_ESTIMATORS)
+    checks.check_choice("kl_estimator", kl_estimator, get_args(LossEstimator))
     if ref_logits is not None and ref_logprobs is not None:
         raise ValueError("ref_logits and ref_logprobs are both given; pass one of them")
     if kl_estimator == "exact" and ref_logprobs is not None:

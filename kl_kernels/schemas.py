@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -93,7 +95,11 @@ ALONE_FIELDS = 4
 MIXTURE_SUMS = ("jsd", "mixture_kl")
 
 # The per-token KL a reward can be shaped with, in the order kernels number them.
-ESTIMATORS = ("k1", "exact", "k2", "k3", "abs")
+Estimator = Literal["k1", "exact", "k2", "k3", "abs"]
+ESTIMATORS = get_args(Estimator)
+
+# What `backend=` takes: the keys of `dispatch.BACKENDS`.
+BackendName = Literal["triton", "cuda", "cpu", "reference"]
 
 # What `policy_loss` returns of every token, [8, B, T]: the first weighted so that the sum over the
 # batch is the loss, the others to be averaged; 0 where masked.

@@ -11,7 +11,7 @@ from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_mask, as_rows, as_tokens, check_scaled_logits, shaped
 from kl_kernels.autograd import once
 from kl_kernels.functional import token_stats
-from kl_kernels.schemas import output_dtype
+from kl_kernels.schemas import BackendName, output_dtype
 
 
 def selective_log_softmax(
@@ -20,7 +20,7 @@ def selective_log_softmax(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,  # [...]
     *,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """Log-probabilities of `index` under softmax(logits / temperature), with TRL's signature.
 
@@ -28,11 +28,15 @@ def selective_log_softmax(
     no further pass: logits are read once, and in backward once more.
 
     Args:
-        logits: float32, bfloat16, float16 or float64.
-        index: int64 or int32 in [0, V) where the mask is True; the K of a position may repeat.
+        logits: [..., V] float32, bfloat16, float16 or float64. Row t must hold the logits that the
+            tokens of `index[..., t]` are judged by: `model(ids).logits[:, :-1]` of a causal LM for
+            `ids[:, 1:]`.
+        index: [...] or [..., K] int64 or int32, in [0, V) where the mask is True; the K of a
+            position may repeat.
         temperature: divides the logits; finite and above 0.
-        row_mask: bool or numeric; rows where it is 0 give 0 and have no gradient.
-        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+        row_mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 give 0 and have
+            no gradient. None: all rows count.
+        backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
         Log-probabilities in the shape of `index`, in nats, differentiable; float32 (float64 for
@@ -40,6 +44,12 @@ def selective_log_softmax(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
+        >>> kl_kernels.selective_log_softmax(logits, torch.tensor([[0, 2]])).exp().tolist()
+        [[0.5, 0.25]]
     """
     checks.check_tensor("logits", logits)
     checks.check_tensor("index", index)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_mask, as_rows, check_scaled_logits, needs_gradient, shaped
 from kl_kernels.autograd import once
-from kl_kernels.schemas import ELSEWHERE, output_dtype
+from kl_kernels.schemas import ELSEWHERE, BackendName, output_dtype
 from kl_kernels.selective import check_several, put
 
 
@@ -24,41 +24,54 @@ def topk_kl(
     mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     softcap: float | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """KL between policy and reference over K + 1 events: each of K tokens, or any other token.
 
     The K log-probabilities are the reference's over its whole vocabulary, as an inference server
-    returns them (`topk_logprobs`) for its likeliest or any other tokens. What they leave of 1 is
-    the tail's. Merging events makes a divergence smaller, never larger (the data processing
-    inequality), and never negative, which sums over the K tokens alone can be. A tail that the
-    rounding of `topk_logprobs` hides counts as that rounding: it cannot be told from none.
+    returns them for its likeliest or any other tokens. What they leave of 1 is the tail's. Merging
+    events makes a divergence smaller, never larger (the data processing inequality, Cover and
+    Thomas, "Elements of information theory", theorem 2.8.1), and never negative, which sums over
+    the K tokens alone can be. A tail that the rounding of `topk_logprobs` hides counts as that
+    rounding: it cannot be told from none.
 
     The policy's tail is summed from its logits, not as 1 minus the K probabilities, which leaves
     nothing but rounding where the policy is sure of itself. For that the logits are copied once,
     forward and backward; the copy becomes the gradient, and nothing of it is kept in between.
 
     Args:
-        logits: policy logits; float32, bfloat16, float16 or float64.
-        topk_ids: int64 or int32 in [0, V); distinct where their log-probability is finite.
-        topk_logprobs: of the reference, at most 0 in nats; must not require grad. -inf: there is
-            no such entry (a list may be shorter than K), and its token belongs to the tail.
+        logits: [..., V] of the policy; float32, bfloat16, float16 or float64. Row t must be of the
+            position that `topk_ids[..., t, :]` are of: `model(ids).logits[:, prompt - 1 : -1]` of a
+            causal LM for the answer.
+        topk_ids: [..., K] int64 or int32 in [0, V); distinct where their log-probability is finite.
+        topk_logprobs: [..., K] of the reference, at most 0, in nats; must not require grad. -inf:
+            there is no such entry (a list may be shorter than K), and its token belongs to the
+            tail.
         beta: 0 is KL(reference || policy), 1 is KL(policy || reference), and between them the
             generalised Jensen-Shannon divergence of `token_jsd`.
-        mask: bool or numeric; rows where it is 0 give 0 and have no gradient.
-        temperature: of the policy; finite and above 0. (The reference's log-probabilities are
-            taken as they are.)
-        softcap: of the policy, None: none.
-        backend: None (best available), "cuda", "triton", "cpu" or "reference".
+        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 give 0 and have no
+            gradient. None: all rows count.
+        temperature: divides the policy's logits; finite and above 0. (The reference's
+            log-probabilities are taken as they are.)
+        softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
+            no cap.
+        backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
         The divergence of each position, [...], in nats, differentiable; float32 (float64 for
         float64 logits). An event that only one of the two rules out makes the KL that weighs it
-        infinite, as in `token_kl`.
+        infinite.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or (on
             a CPU) an id of a row occurs twice.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> logits = torch.zeros(1, 4)  # policy 1/4 each; reference 1/2, 1/4, tail 1/4
+        >>> ids, logprobs = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]).log()
+        >>> round(kl_kernels.topk_kl(logits, ids, logprobs).item(), 4)  # (ln 2 - ln 2 / 2) / 2
+        0.1733
     """
     transforms.refuse("topk_kl")
     check_scaled_logits("", logits, temperature, softcap)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from kl_kernels.arguments import any_token
 from kl_kernels.functional import token_stats
+from kl_kernels.schemas import BackendName
 
 
-def entropy_from_logits(backend: str | None) -> Callable[..., Tensor]:
+def entropy_from_logits(backend: BackendName | None) -> Callable[..., Tensor]:
     """A function, as trainers may compile what they call: entropy per row, in nats."""
 
     def entropy(

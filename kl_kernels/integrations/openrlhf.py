@@ -22,6 +22,7 @@ from kl_kernels.rl.estimators import kl_penalty
 from kl_kernels.rl.masked import masked_mean
 from kl_kernels.rl.rewards import compute_rewards
 from kl_kernels.rl.straight_through import clamp_value, with_value
+from kl_kernels.schemas import BackendName
 
 __all__ = ["patch"]
 
@@ -33,7 +34,7 @@ LOG_RATIO_CLAMP = 11.0
 MAX_IMPORTANCE_WEIGHT = 10.0  # KL_IS_WEIGHT_CLIP
 
 
-def patch(*, backend: str | None = None) -> Patch:
+def patch(*, backend: BackendName | None = None) -> Patch:
     """Put this package's functions in the place of the installed OpenRLHF's, until it is undone.
 
     Replaced are, wherever OpenRLHF has imported them, of openrlhf.models.utils:
@@ -112,7 +113,7 @@ def _masked_mean(
     return tensor.mean(dim=dim) if mask is None else masked_mean(tensor, mask, dim)
 
 
-def _log_probs_from_logits(backend: str | None) -> Callable[..., Tensor]:
+def _log_probs_from_logits(backend: BackendName | None) -> Callable[..., Tensor]:
     def log_probs_from_logits(
         logits: Tensor,  # [..., V]
         labels: Tensor,  # [...]
@@ -123,7 +124,7 @@ def _log_probs_from_logits(backend: str | None) -> Callable[..., Tensor]:
     return log_probs_from_logits
 
 
-def _replacements(backend: str | None) -> Sequence[Replacement]:
+def _replacements(backend: BackendName | None) -> Sequence[Replacement]:
     """Of 0.11."""
     utils = "openrlhf.models.utils"
     return [

@@ -24,12 +24,13 @@ from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.integrations.trl_callback import KLMonitorCallback
 from kl_kernels.integrations.trl_heads import DivergenceHead, LogprobHead
+from kl_kernels.schemas import BackendName
 from kl_kernels.selective import selective_log_softmax
 
 __all__ = ["KLMonitorCallback", "patch"]
 
 
-def patch(*, backend: str | None = None, memory_budget: int | None = None) -> Patch:
+def patch(*, backend: BackendName | None = None, memory_budget: int | None = None) -> Patch:
     """Put the fused functions in the place of the installed TRL's, until the patch is undone.
 
     Results are TRL's up to rounding, with these differences: log-probabilities and entropies are
@@ -64,7 +65,7 @@ def _selective_log_softmax(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,  # [...]
     *,
-    backend: str | None,
+    backend: BackendName | None,
 ) -> Tensor:
     return selective_log_softmax(logits, index, temperature, row_mask, backend=backend)
 
@@ -76,7 +77,7 @@ def _selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,  # [...]
     *,
-    backend: str | None,
+    backend: BackendName | None,
 ) -> tuple[Tensor, Tensor]:
     logprob, entropy = token_stats(
         logits, index, mask=row_mask, temperature=temperature, backend=backend
@@ -90,7 +91,7 @@ def _logprobs_from_logits(
     gather: bool = True,
     *,
     original: Any,
-    backend: str | None,
+    backend: BackendName | None,
 ) -> Tensor:
     if not gather:
         whole: Tensor = original(logits, labels, gather)
@@ -108,7 +109,7 @@ def _generalized_jsd_loss(
     num_items_in_batch: Tensor | int | None = None,
     *,
     original: Any,
-    backend: str | None,
+    backend: BackendName | None,
 ) -> Tensor:
     if num_items_in_batch is None and reduction not in ("batchmean", "sum"):
         reduced: Tensor = original(
@@ -131,7 +132,9 @@ _SELECTIVE = "trl.trainer.utils", "selective_log_softmax"
 _ENTROPY = "trl.trainer.utils", "entropy_from_logits", ("logits", "chunk_size")
 
 
-def _with_fused_heads(backend: str | None, memory_budget: int | None) -> Sequence[Replacement]:
+def _with_fused_heads(
+    backend: BackendName | None, memory_budget: int | None
+) -> Sequence[Replacement]:
     """TRL 1.16."""
     logprobs = ("logits", "index", "temperature", "row_mask")
     both = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
@@ -164,7 +167,7 @@ def _with_fused_heads(backend: str | None, memory_budget: int | None) -> Sequenc
     ]  # fmt: skip
 
 
-def _with_logits(backend: str | None, memory_budget: int | None) -> Sequence[Replacement]:
+def _with_logits(backend: BackendName | None, memory_budget: int | None) -> Sequence[Replacement]:
     """TRL 1.12."""
     return [
         Replacement(
@@ -175,7 +178,7 @@ def _with_logits(backend: str | None, memory_budget: int | None) -> Sequence[Rep
     ]  # fmt: skip
 
 
-def _classic(backend: str | None, memory_budget: int | None) -> Sequence[Replacement]:
+def _classic(backend: BackendName | None, memory_budget: int | None) -> Sequence[Replacement]:
     """TRL 0.11."""
     return [
         Replacement(

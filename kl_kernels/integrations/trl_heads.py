@@ -10,12 +10,15 @@ from torch import Tensor
 
 from kl_kernels.linear import linear_token_stats
 from kl_kernels.linear_jsd import linear_jsd_and_entropy
+from kl_kernels.schemas import BackendName
 
 
 class _Head:
     """A class of TRL's that is called as `apply`, and what takes its place."""
 
-    def __init__(self, original: Any, backend: str | None, memory_budget: int | None) -> None:
+    def __init__(
+        self, original: Any, backend: BackendName | None, memory_budget: int | None
+    ) -> None:
         self._original = original
         self._options: dict[str, Any] = {"backend": backend, "memory_budget": memory_budget}
 

@@ -24,7 +24,7 @@ from kl_kernels.integrations.verl_losses import policy_loss
 from kl_kernels.rl.advantages import compute_gae
 from kl_kernels.rl.estimators import kl_penalty as sampled_kl
 from kl_kernels.rl.masked import masked_mean, masked_whiten
-from kl_kernels.schemas import output_dtype
+from kl_kernels.schemas import BackendName, output_dtype
 
 __all__ = ["patch"]
 
@@ -40,7 +40,7 @@ _NEEDS_VOCABULARY = (
 )
 
 
-def patch(*, backend: str | None = None) -> Patch:
+def patch(*, backend: BackendName | None = None) -> Patch:
     """Put the fused functions in the place of the installed verl's, until the patch is undone.
 
     Replaced are, wherever verl has imported them: `logprobs_from_logits`, `entropy_from_logits`,
@@ -82,7 +82,7 @@ def patch(*, backend: str | None = None) -> Patch:
     return Patch(replacements_of(_BY_VERSION, "verl", backend=backend))
 
 
-def _kl_penalty(backend: str | None) -> Callable[..., Tensor]:
+def _kl_penalty(backend: BackendName | None) -> Callable[..., Tensor]:
     def kl_penalty(
         logprob: Tensor,  # [...], or [B, T, V] logits for "full"
         ref_logprob: Tensor,  # the same
@@ -108,7 +108,11 @@ def _kl_penalty(backend: str | None) -> Callable[..., Tensor]:
     return kl_penalty
 
 
-def _full_kl(logits: Tensor, ref_logits: Tensor, backend: str | None) -> Tensor:  # [B, T, V] each
+def _full_kl(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor,  # [B, T, V]
+    backend: BackendName | None,
+) -> Tensor:
     if logits.ndim != 3:
         raise ValueError(
             f'kl_penalty is "full" and logprob has shape {tuple(logits.shape)}; {_NEEDS_VOCABULARY}'
@@ -142,7 +146,7 @@ def _apply_kl_penalty(
     }
 
 
-def _logprobs_from_logits(backend: str | None) -> Callable[..., Tensor]:
+def _logprobs_from_logits(backend: BackendName | None) -> Callable[..., Tensor]:
     def logprobs_from_logits(
         logits: Tensor,  # [..., V]
         labels: Tensor,  # [...]
@@ -163,7 +167,7 @@ def _masked_whiten(
     return masked_whiten(values, mask, shift_mean=shift_mean)
 
 
-def _gae(backend: str | None) -> Callable[..., tuple[Tensor, Tensor]]:
+def _gae(backend: BackendName | None) -> Callable[..., tuple[Tensor, Tensor]]:
     def compute_gae_advantage_return(
         token_level_rewards: Tensor,  # [B, T]
         values: Tensor,  # [B, T]
@@ -194,7 +198,7 @@ def _found_under(name: str, found: Any) -> Callable[[Any], Any]:
     return make
 
 
-def _replacements(backend: str | None) -> Sequence[Replacement]:
+def _replacements(backend: BackendName | None) -> Sequence[Replacement]:
     """Of 0.9."""
     functional, core = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"
     gae = _gae(backend)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels import compute_gae, kl_rewards, ppo_policy_loss
+from kl_kernels.schemas import Estimator
 
 V, T, BETA = 4, 3, 0.7
 EOS = 0
@@ -60,7 +61,7 @@ class Tree:
         return torch.autograd.grad(objective.sum(), self.policy)[0]
 
     def gradient(
-        self, kl_estimator: str, *, correct: bool = False, kl_in_loss: bool = False
+        self, kl_estimator: Estimator, *, correct: bool = False, kl_in_loss: bool = False
     ) -> Tensor:
         """The expected policy gradient of a trainer that has the KL in this form."""
         out = kl_rewards(

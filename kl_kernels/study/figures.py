@@ -1,6 +1,7 @@
 """The pictures of a report. Colours are Okabe and Ito's and viridis, told apart by all eyes.
 
-Lines are labelled where they end, not in a legend; every axis has its unit.
+Lines are labelled where they end, not in a legend; every axis has its unit. Panels stand below each
+other, narrow and in large type, so that a picture 400 pixels wide can still be read.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Data = Mapping[str, Any]
 GOLD, PROXY, OTHER, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 ESTIMATOR_COLOURS = {"k1": "#E69F00", "k2": "#CC79A7", "k3": "#56B4E9", "exact": "black"}
 MARKERS = {"k1": "o", "k2": "s", "k3": "^"}
-DPI = 130
+WIDTH = 6.0  # inches: letters of 10 points are then 9 pixels high in 400
+SMALL = 9.0  # points, the smallest letters
+DPI = 200
 PLAIN = FuncFormatter(lambda x, _: f"{x:g}")  # 0.1, 1, 10 instead of powers
 
 
@@ -41,11 +44,11 @@ def pictures(data: Data) -> dict[str, Figure]:
 def overoptimisation(data: Data) -> Figure:
     """Proxy and gold on the way without a penalty, and where the penalties end."""
     points = data["overoptimisation"]
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    way, ends = figure.subplots(1, 2, sharey=True, width_ratios=(1.35, 1))
+    figure = Figure(figsize=(WIDTH, 8.0), layout="constrained")
+    way, ends = figure.subplots(2, 1, height_ratios=(1.35, 1))
     d = np.sqrt(points["kl"])
     for name, colour in (("proxy", PROXY), ("gold", GOLD)):
-        way.scatter(d, points[name], s=11, color=colour, alpha=0.55, linewidths=0)
+        way.scatter(d, points[name], s=9, color=colour, alpha=0.55, linewidths=0)
     order = np.argsort(d)
     last = order[-max(1, len(order) // 10) :]
     for name, colour, says in (
@@ -53,13 +56,13 @@ def overoptimisation(data: Data) -> Figure:
         ("gold", GOLD, "gold score\n(never trained on)"),
     ):
         here = (float(d[last].max()), float(np.mean(np.array(points[name])[last])))
-        _say(way, says, here, colour, (10, 0), va="center")
+        _say(way, says, here, colour, (8, 0), va="center")
     _draw_fit(way, data)
-    way.set_xlim(0, d.max() * 1.32)
+    way.set_xlim(0, d.max() * 1.38)
     way.set_title("beta = 0: no KL penalty", loc="left")
-    way.set_ylabel("score per answer")
     _draw_ends(ends, data)
     for axes in (way, ends):
+        axes.set_ylabel("score per answer")
         axes.set_xlabel("distance from the reference, √KL  [√nat per answer]")
         axes.grid(alpha=0.25)
         _nats_on_top(axes)
@@ -85,13 +88,13 @@ def _draw_fit(axes: Any, data: Data) -> None:
         0.03, 0.97,
         f"fit to gold: {start:.2f} + d ({fit.alpha:.2f} - {fit.beta:.2f} log d)\n"
         f"R² = {fit.r_squared:.2f},  d = √KL  (Gao et al. 2023)",
-        transform=axes.transAxes, va="top", color=GOLD, fontsize=9,
+        transform=axes.transAxes, va="top", color=GOLD, fontsize=SMALL,
     )  # fmt: skip
 
 
 def _draw_ends(axes: Any, data: Data) -> None:
-    seen = [*data["overoptimisation"]["gold"], *data["overoptimisation"]["proxy"]]
-    margin = 0.12 * (max(seen) - min(seen))
+    seen = [score for curve in data["curves"].values() for score in curve["gold"]["mean"]]
+    margin = 0.25 * (max(seen) - min(seen))
     axes.set_ylim(min(seen) - margin, max(seen) + margin)  # wide intervals may leave the picture
     for beta, row in data["table"].items():
         gold, x = row["gold"]["mean"], math.sqrt(max(row["kl"]["mean"], 0.0))
@@ -119,15 +122,15 @@ def _draw_ends(axes: Any, data: Data) -> None:
 def learning_curves(data: Data) -> Figure:
     """Proxy and gold over the updates, a panel for each beta."""
     betas = list(data["curves"])
-    n_columns = min(4, len(betas))
+    n_columns = min(2, len(betas))
     n_rows = math.ceil(len(betas) / n_columns)
-    figure = Figure(figsize=(max(6.0, 2.9 * n_columns), 2.6 * n_rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.1 * n_rows), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     for axes, beta in zip(grid.flat, betas):
         for name, colour in (("proxy", PROXY), ("gold", GOLD)):
             _band(axes, data["curves"][beta][name], colour)
         axes.axhline(data["start"]["gold"]["mean"], color=GREY, linewidth=0.8, linestyle=":")
-        axes.set_title(described(beta), loc="left", fontsize=10.5)
+        axes.set_title(described(beta), loc="left")
         axes.grid(alpha=0.25)
     means = [c[name]["mean"] for c in data["curves"].values() for name in ("proxy", "gold")]
     low, high = min(map(min, means)), max(map(max, means))
@@ -148,8 +151,8 @@ def learning_curves(data: Data) -> Figure:
 
 def control(data: Data) -> Figure:
     """KL and beta over the updates, all betas together, on logarithmic axes."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    kls, betas = figure.subplots(1, 2)
+    figure = Figure(figsize=(WIDTH, 7.6), layout="constrained")
+    kls, betas = figure.subplots(2, 1)
     kl_ends, beta_ends = [], []
     for beta, curve in data["curves"].items():
         colour = colour_of(beta, list(data["curves"]))
@@ -162,7 +165,7 @@ def control(data: Data) -> Figure:
             beta_ends.append((curve["kl_coef"]["mean"], described(beta), colour))
     kls.axhline(data["kl_target"], color=GREY, linewidth=1, linestyle=":")
     kls.text(1, data["kl_target"] * 1.08, f"target {data['kl_target']:g} nats", color=GREY,
-             fontsize=9)  # fmt: skip
+             fontsize=SMALL)  # fmt: skip
     for axes, ends, title, unit in (
         (kls, kl_ends, "KL to the reference, by beta", "exact KL  [nats per answer]"),
         (betas, beta_ends, "the penalty itself (beta = 0 has none)", "beta  [score per nat]"),
@@ -180,8 +183,8 @@ def estimators(data: Data) -> Figure:
     """Variance and bias of the sampled estimators by KL level."""
     levels = sorted(data["estimators"].values(), key=lambda level: level["kl"]["mean"])
     kl = [level["kl"]["mean"] for level in levels]
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    variance, bias = figure.subplots(1, 2)
+    figure = Figure(figsize=(WIDTH, 7.6), layout="constrained")
+    variance, bias = figure.subplots(2, 1)
     ends: dict[Any, list[tuple[list[float], str, str]]] = {variance: [], bias: []}
     for i, name in enumerate(SAMPLED):
         colour = ESTIMATOR_COLOURS[name]
@@ -215,7 +218,7 @@ def estimators(data: Data) -> Figure:
     bias.margins(y=0.1)
     bias.yaxis.set_major_formatter(PLAIN)
     bias.set_ylabel("bias  [% of the KL]")
-    bias.set_title("bias (mean difference from exact, 95 % interval)", loc="left")
+    bias.set_title("bias: mean difference from exact, 95 % interval", loc="left")
     for axes in (variance, bias):
         label_ends(axes, ends[axes])
     return figure
@@ -288,5 +291,5 @@ def _nats_on_top(axes: Any) -> None:
     top = axes.secondary_xaxis("top", functions=(lambda d: d, lambda d: d))
     limit = axes.get_xlim()[1]
     nats = [n for n in (1, 5, 20, 50, 100, 200, 400, 800) if math.sqrt(n) < limit]
-    top.set_xticks([math.sqrt(n) for n in nats], [str(n) for n in nats], fontsize=8, color=GREY)
-    top.set_xlabel("KL [nats per answer]", fontsize=8, color=GREY)
+    top.set_xticks([math.sqrt(n) for n in nats], [str(n) for n in nats], fontsize=SMALL, color=GREY)
+    top.set_xlabel("KL [nats per answer]", fontsize=SMALL, color=GREY)

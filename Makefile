@@ -9,6 +9,8 @@ COUNTED := build/counted
 DIST := build/dist
 PYTHONS ?=
 KL_KERNELS_CUDA ?= 0
+# The site links to where this clone came from, if that is a page.
+REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's|^git@([^:]+):|https://\1/|; s|\.git$$||; /^https:/p')
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
 
 .PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants integrations validate numerics bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
@@ -156,7 +158,7 @@ wheel: $(VENV)/dist-ready
 
 # The site, into build/site. (Otherwise every build would announce Material's successor.)
 docs: $(VENV)/docs-ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+	REPOSITORY="$(REPOSITORY)" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 lint: $(VENV)/dev-ready
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""How pictures of measurements are written."""
+"""How pictures of measurements are written, and how wide they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import io
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from kl_kernels.study.figures import WIDTH
+
+__all__ = ["WIDTH", "svg"]
 
 
 def svg(figure: Figure) -> bytes:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from drawing import svg
+from drawing import WIDTH, svg
 from machine import chip_name
 
 # Okabe and Ito's: told apart by all eyes.
 COLOURS = {"triton": "#0072B2", "cuda": "#009E73", "torch.compile": "#D55E00", "eager": "#888888"}
 MARKS = {"triton": "o", "cuda": "s", "torch.compile": "^", "eager": "v"}
-COLUMNS = 4
 Results = Mapping[str, Any]
 Axis = tuple[str, str, str]  # what differs, what all have in common, and what it is called
 BY_VOCABULARY: Axis = ("vocab_size", "rows", "vocabulary")
@@ -67,9 +66,8 @@ def draw(results: Results, axis: Axis, title: str) -> bytes:
     from matplotlib.figure import Figure
 
     by_job = {job: lines for job, lines in panels(results, axis).items() if len(sizes(lines)) > 1}
-    n_rows = -(-len(by_job) // COLUMNS)
-    figure = Figure(figsize=(14, 3.3 * n_rows + 0.7), layout="constrained")
-    grid = figure.subplots(n_rows, min(COLUMNS, len(by_job)), squeeze=False, sharey=True)
+    figure = Figure(figsize=(WIDTH, 2.6 * len(by_job) + 1.0), layout="constrained")
+    grid = figure.subplots(len(by_job), 1, squeeze=False, sharey=True)
     for axes, (job, lines) in zip(grid.flat, by_job.items()):
         ticks = sizes(lines)
         for name, line in lines.items():
@@ -86,22 +84,18 @@ def draw(results: Results, axis: Axis, title: str) -> bytes:
                 marker=MARKS.get(name, "o"), markersize=5, linewidth=1.6, capsize=2,
             )  # fmt: skip
         axes.axhline(100, color="#555555", linestyle="--", linewidth=1)
-        axes.set_xticks(range(len(ticks)), [f"{size:,}" for size in ticks], fontsize=8.5)
+        axes.set_xticks(range(len(ticks)), [f"{size:,}" for size in ticks], fontsize=9)
         axes.set_title(job, loc="left", fontsize=11, weight="bold")
         axes.set_xlabel(axis[2])
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    for axes in list(grid.flat)[len(by_job) :]:
-        axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("% of the ceiling")
     handles: dict[str, Any] = {}
     for axes in grid.flat:
         handles |= {label: h for h, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(
-        handles.values(), handles, loc="outside upper right", ncols=len(handles), frameon=False
-    )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+    figure.legend(handles.values(), handles, loc="outside upper left", ncols=3, frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     return svg(figure)

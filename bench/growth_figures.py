@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from drawing import svg
+from drawing import WIDTH, svg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
@@ -65,18 +65,16 @@ def memory_picture(results: Mapping[str, Any]) -> bytes:
 
 
 def panels(draw: Draw, title: str, unit: str) -> bytes:
-    figure = Figure(figsize=(10.5, 10), layout="constrained")
-    grid = figure.subplots(len(TITLES), len(X_LABELS), sharey=True, sharex="col")
+    shown = [(job, axis) for axis in X_LABELS for job in TITLES]
+    figure = Figure(figsize=(WIDTH, 2.4 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 1, sharey=True)
     ends = []
-    for row, job in zip(grid, TITLES):
-        for axes, axis in zip(row, X_LABELS):
-            ends.append((axes, draw(axes, job, axis)))
-            logarithmic(axes)
-        row[0].set_ylabel(unit)
-        row[0].set_title(TITLES[job], loc="left", fontsize=10.5)
-    for axes, text in zip(grid[-1], X_LABELS.values()):
-        axes.set_xlabel(text)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    for axes, (job, axis) in zip(grid, shown):
+        ends.append((axes, draw(axes, job, axis)))
+        logarithmic(axes)
+        axes.set(ylabel=unit, xlabel=X_LABELS[axis])
+        axes.set_title(TITLES[job], loc="left", fontsize=9.5)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     for axes, found in ends:
         label_ends(axes, found)
     return svg(figure)

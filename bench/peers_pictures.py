@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from textwrap import wrap
 from typing import Any
 
-from drawing import svg
+from drawing import WIDTH, svg
 from machine import chip_name
 from operations import OPERATIONS
 
@@ -18,7 +18,6 @@ COLOURS = {
     "torch eager": "#666666",
     f"{OURS} in two visits": "#56B4E9",
 }
-COLUMNS = 2
 Results = dict[str, Any]
 
 
@@ -96,14 +95,10 @@ def bars(
     """A panel for each operation, a bar for each contender, from zero, with its number."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    n_rows = math.ceil(len(cases) / COLUMNS)
-    most = [
-        max(len(c) for c in list(cases.values())[r * COLUMNS : (r + 1) * COLUMNS])
-        for r in range(n_rows)
-    ]
     usual = said(next(iter(cases.values()))[0])
-    figure = Figure(figsize=(14, sum(0.32 * n + 0.9 for n in most)), layout="constrained")
-    grid = figure.subplots(n_rows, COLUMNS, squeeze=False, height_ratios=[n + 1.4 for n in most])
+    heights = [0.32 * len(case) + 0.75 for case in cases.values()]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
+    grid = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)
     for axes, (operation, case) in zip(grid.flat, cases.items()):
         ours = next(m for m in case if m["contender"] == OURS)
         values = [m[column] for m in case]
@@ -117,24 +112,25 @@ def bars(
             axes.text(m[column] + 0.015 * largest, i, says, va="center", fontsize=9,
                       color=BLUE if name == OURS else INK,
                       weight="bold" if name == OURS else "normal")  # fmt: skip
-        axes.set_yticks(range(len(case)), [m["contender"] for m in case], fontsize=9.5)
+        names = [m["contender"].replace(" (", "\n(") for m in case]
+        axes.set_yticks(range(len(case)), names, fontsize=9, linespacing=0.85)
         axes.get_yticklabels()[0].set(color=BLUE, weight="bold")
-        axes.set_ylim(most[list(cases).index(operation) // COLUMNS] - 0.4, -0.6)
-        axes.set_xlim(0, 1.55 * largest)
+        axes.set_ylim(len(case) - 0.4, -0.6)
+        axes.set_xlim(0, 2.1 * largest)
         axes.set_xticks([])
         axes.tick_params(length=0)
         for side in ("top", "right", "bottom"):
             axes.spines[side].set_visible(False)
         axes.spines["left"].set_bounds(-0.5, len(case) - 0.5)
-        axes.set_title(operation, loc="left", fontsize=12, weight="bold", pad=16)
-        under = OPERATIONS[operation].does if said(ours) == usual else f"of {said(ours)}"
+        does = OPERATIONS[operation].does if said(ours) == usual else f"of {said(ours)}"
+        under = "\n".join(wrap(does, 70))
+        pad = 16 + 11 * under.count("\n")
+        axes.set_title(operation, loc="left", fontsize=11, weight="bold", pad=pad)
         axes.annotate(
             under, (0, 1), (0, 4), fontsize=9, color="#666666",
             xycoords="axes fraction", textcoords="offset points",
         ).set_in_layout(False)  # fmt: skip
-    for axes in list(grid.flat)[len(cases) :]:
-        axes.set_visible(False)
-    figure.suptitle(f"{what} of {usual}: shorter is better", x=0.01, ha="left", fontsize=14)
+    figure.suptitle(f"{what} of {usual}:\nshorter is better", x=0.01, ha="left", fontsize=12)
     return svg(figure)
 
 
@@ -168,8 +164,8 @@ def sizes(panels: dict[str, tuple[list[str], Lines]]) -> bytes:
 
     from kl_kernels.study.figures import label_ends
 
-    figure = Figure(figsize=(14, 5), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False)
+    figure = Figure(figsize=(WIDTH, 4.2 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False)
     for axes, (operation, (names, lines)) in zip(grid.flat, panels.items()):
         axes.set_yscale("log")
         ends = []
@@ -179,7 +175,7 @@ def sizes(panels: dict[str, tuple[list[str], Lines]]) -> bytes:
             axes.plot(range(len(line)), line, "o-", color=colour,
                       linewidth=3 if name == OURS else 1.6)  # fmt: skip
             last, ours = measured[-1], lines[OURS][-1]
-            slower = "" if name == OURS else f", {times_slower(last, ours)}"
+            slower = "" if name == OURS else f"\n{times_slower(last, ours)}"
             ends.append((line, f"{name} {milliseconds(line[-1])}{slower}", colour))
         axes.set_xticks(range(len(names)), names, fontsize=9)
         axes.margins(x=0.06, y=0.1)
@@ -190,7 +186,7 @@ def sizes(panels: dict[str, tuple[list[str], Lines]]) -> bytes:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylabel("milliseconds (a logarithmic axis)")
         axes.set_xlabel("tokens x vocabulary")
-        axes.set_title(f"{operation}: {OPERATIONS[operation].does}", loc="left", fontsize=11)
+        axes.set_title(f"{operation}: {OPERATIONS[operation].does}", loc="left", fontsize=9.5)
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)

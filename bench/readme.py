@@ -21,7 +21,7 @@ import testing_page
 
 from kl_kernels.study.document import Text, to_markdown
 from kl_kernels.study.outcomes import WINDOW
-from kl_kernels.study.plan import described
+from kl_kernels.study.plan import ADAPTIVE, described
 from kl_kernels.study.report import TITLE, contents
 from kl_kernels.study.statistics import Interval
 
@@ -86,6 +86,25 @@ def study_section(results: dict[str, Any]) -> str:
         "`bench/results/study.json`, made by `make bench-study`. "
         f"[docs/study.md](docs/study.md) has learning curves, texts, how good estimators of the KL "
         f"are, and the conclusions with their verdicts: {sum(tested)} of {len(tested)} hold."
+    )
+    return "\n".join(lines)
+
+
+def beta_table(results: dict[str, Any]) -> str:
+    """What each beta of the study leaves: where to start."""
+    lines = [
+        "| beta [sd of scores per nat] | KL [nats per answer] | gold score | lost from its peak |",
+        "|---|---|---|---|",
+    ]
+    for name, row in results["table"].items():
+        cells = " | ".join(str(Interval(**row[c])) for c in ("kl", "gold", "gold_drop"))
+        label = f"adaptive, target {results['kl_target']:g}" if name == ADAPTIVE else name
+        lines.append(f"| {label} | {cells} |")
+    start = Interval(**results["start"]["gold"])
+    lines.append(
+        f"\nGold before training: {start}. Means over the last {WINDOW} of {results['updates']} "
+        f"updates and over {results['n_seeds']} seed(s); commit {results['commit']}. From "
+        "`bench/results/study.json`, made by `make bench-study`."
     )
     return "\n".join(lines)
 
@@ -169,6 +188,28 @@ def linear_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def heads_table(results: dict[str, Any]) -> str:
+    """Linear heads beside what users would take instead, whoever is faster."""
+    lines = [
+        "| from hidden states, on a CPU | time | over ours | largest error |",
+        "|---|---|---|---|",
+    ]
+    heads = [m for m in results["measurements"] if m["width"]]
+    for m in heads:
+        ours = m["contender"] == "kl_kernels"
+        name = f"**{m['contender']}**" if ours else m["contender"]
+        ratio = "" if ours else f"{m['ratio']:.2f}x"
+        error = f"{m['value_error']:.0e}"
+        lines.append(f"| {m['operation']}: {name} | {m['median_ms']:.0f} ms | {ratio} | {error} |")
+    sizes = ", ".join(sorted({f"{m['size']} in {m['dtype']}" for m in heads}))
+    lines.append(
+        f"\nRows x vocabulary x width: {sizes}; below 1x is faster than ours. Errors are relative "
+        f"to 1 + the true value. {results['device']} with {results['threads']} threads, commit "
+        f"{results['commit']}. From `bench/results/peers.json`, made by `make bench`."
+    )
+    return "\n".join(lines)
+
+
 def monitor_tables(results: dict[str, Any]) -> str:
     """False alarms of the monitor's defaults, and how soon they find a change."""
     lines = [
@@ -244,16 +285,20 @@ DOCUMENTS: dict[str, Sections] = {
         "gpu_h200": gpu_page.short_table,
         "cpu": cpu_table,
         "traffic": traffic_sentence,
-        "linear": linear_table,
+        "peers": heads_table,
         "study": study_section,
         "careful": careful_table,
     },
     "docs/numerics.md": {"numerics": numerics_page.tables},
     "docs/monitoring.md": {"monitor": monitor_tables},
     "docs/study.md": {"study": study_document},
+    "docs/concepts/beta.md": {"study": beta_table},
     "docs/testing.md": {"coverage": testing_page.coverage, "mutants": testing_page.mutants},
     "docs/how-to/compatibility.md": {"compatibility": compatibility_tables},
-    "docs/benchmarks.md": {name: partial(report.section, name) for name in report.MODULES},
+    "docs/benchmarks.md": {
+        **{name: partial(report.section, name) for name in report.MODULES},
+        "linear": linear_table,
+    },
 }
 
 

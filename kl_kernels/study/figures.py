@@ -253,7 +253,8 @@ def label_ends(axes: Any, ends: list[tuple[list[float], str, Any]]) -> None:
     to_axes = axes.transData + axes.transAxes.inverted()
     x = axes.get_xlim()[1]
     heights = [to_axes.transform((x, means[-1]))[1] for means, *_ in ends]
-    gap = 0.055 * 4.6 / max(1.5, axes.get_window_extent().height / axes.figure.dpi)
+    n_lines = max(text.count("\n") + 1 for _, text, _ in ends)
+    gap = (0.14 * n_lines + 0.06) / max(1.5, axes.get_window_extent().height / axes.figure.dpi)
     lowest = -math.inf
     for i in np.argsort(heights, kind="stable"):
         means, text, colour = ends[i]

@@ -112,9 +112,9 @@ def claims_of(data: Data) -> list[Claim]:
 def _overoptimisation_caption(data: Data) -> str:
     points = "every update of every seed" if data["n_seeds"] > 1 else "every update"
     return (
-        f"Above: without a KL penalty, {points}. Line: the form of Gao et al. "
+        f"First panel: without a KL penalty, {points}. Line: the form of Gao et al. "
         "(2023), fitted to gold, with its peak (diamond) beside the observed one (star). It is not "
-        "drawn for the proxy, which need not follow it. Below: gold on each beta's way, "
+        "drawn for the proxy, which need not follow it. Second panel: gold on each beta's way, "
         f"and the mean of its last {WINDOW} updates."
     )
 
@@ -181,8 +181,8 @@ def _estimator_blocks(data: Data) -> list[Block]:
         Heading("Estimators of the KL"),
         Picture(
             "estimators",
-            "Above: variance of each estimator of an answer's KL over that of exact KL per token. "
-            "Below: bias. Intervals of 95 %: bootstrap for variances, t for biases. k3's heavy "
+            "First panel: variance of each estimator of an answer's KL over that of exact KL per token. "
+            "Second panel: bias. Intervals of 95 %: bootstrap for variances, t for biases. k3's heavy "
             "tail makes its own intervals too narrow at large KL. Each interval is for itself; of "
             "many, some miss.",
         ),

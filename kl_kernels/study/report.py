@@ -181,8 +181,9 @@ def _estimator_blocks(data: Data) -> list[Block]:
         Heading("Estimators of the KL"),
         Picture(
             "estimators",
-            "First panel: variance of each estimator of an answer's KL over that of exact KL per token. "
-            "Second panel: bias. Intervals of 95 %: bootstrap for variances, t for biases. k3's heavy "
+            "First panel: variance of each estimator of an answer's KL over that of exact KL per "
+            "token. Second panel: bias. Intervals of 95 %: bootstrap for variances, t for biases. "
+            "k3's heavy "
             "tail makes its own intervals too narrow at large KL. Each interval is for itself; of "
             "many, some miss.",
         ),

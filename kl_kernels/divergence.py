@@ -35,9 +35,9 @@ if TYPE_CHECKING:  # not in every build of torch
 def token_jsd(
     logits: Tensor,  # [..., V]
     ref_logits: Tensor,  # [..., V]
+    mask: Tensor | None = None,  # [...]
     *,
     beta: float = 0.5,
-    mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     ref_temperature: float | None = None,
     softcap: float | None = None,
@@ -70,7 +70,8 @@ def token_jsd(
         logits: policy logits; float32, bfloat16, float16 or float64.
         ref_logits: reference logits of the same shape and device; the dtype may differ.
         beta: weight of the reference in the mixture, 0 to 1.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        mask: bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is
+            0 are skipped. None: no row is.
         temperature: of the policy; finite and above 0.
         ref_temperature: of the reference; None: the policy's.
         softcap: of the policy, None: none.
@@ -86,10 +87,11 @@ def token_jsd(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    check_scaled_logits("", logits, temperature, softcap)
-    check_reference(ref_logits, logits, ref_temperature, ref_softcap)
-    checks.check_unit_interval("beta", beta)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    ref_temperature, ref_softcap = check_reference(
+        ref_logits, logits, temperature if ref_temperature is None else ref_temperature, ref_softcap
+    )
+    beta = checks.check_unit_interval("beta", beta)
     check_inplace(logits, inplace_backward)
     if beta in (0, 1):
         kl = token_kl(
@@ -103,7 +105,7 @@ def token_jsd(
         as_rows(logits),
         as_rows(ref_logits),
         as_mask(mask, logits),
-        float(beta),
+        beta,
         temperature,
         ref_temperature,
         softcap,

@@ -83,8 +83,8 @@ class KLRewards(NamedTuple):
 def token_stats(
     logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [...]
-    *,
     mask: Tensor | None = None,  # [...]
+    *,
     temperature: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
@@ -100,7 +100,8 @@ def token_stats(
     Args:
         logits: float32, bfloat16, float16 or float64.
         token_ids: int64 or int32, in [0, V) where the mask is True.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        mask: bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is
+            0 are skipped. None: no row is.
         temperature: divides the logits; finite and above 0.
         softcap: Gemma-style soft cap applied before the temperature; `-inf` stays `-inf`.
         inplace_backward: write the gradient over the logits, in backward, instead of beside them.
@@ -116,7 +117,7 @@ def token_stats(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
-    check_scaled_logits("", logits, temperature, softcap)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
     shape = token_ids.shape
@@ -137,8 +138,8 @@ def token_kl(
     logits: Tensor,  # [..., V]
     ref_logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [...]
-    *,
     mask: Tensor | None = None,  # [...]
+    *,
     temperature: float = 1.0,
     ref_temperature: float | None = None,
     softcap: float | None = None,
@@ -159,7 +160,8 @@ def token_kl(
         logits: policy logits; float32, bfloat16, float16 or float64.
         ref_logits: reference logits of the same shape and device; the dtype may differ.
         token_ids: int64 or int32, in [0, V) where the mask is True.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        mask: bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is
+            0 are skipped. None: no row is.
         temperature: of the policy; finite and above 0.
         ref_temperature: of the reference; None: the policy's.
         softcap: of the policy, None: none.
@@ -175,9 +177,10 @@ def token_kl(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    check_scaled_logits("", logits, temperature, softcap)
-    check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    ref_temperature, ref_softcap = check_reference(
+        ref_logits, logits, temperature if ref_temperature is None else ref_temperature, ref_softcap
+    )
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
     shape = token_ids.shape
@@ -258,20 +261,21 @@ def kl_rewards(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    check_scaled_logits("", logits, temperature, softcap)
-    check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    ref_temperature, ref_softcap = check_reference(
+        ref_logits, logits, temperature if ref_temperature is None else ref_temperature, ref_softcap
+    )
     if logits.ndim != 3:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
     checks.check_per_token("mask", mask, logits)
     checks.check_per_sequence("scores", scores, "mask", mask)
-    checks.check_finite("kl_coef", kl_coef)
+    mask = checks.check_mask("mask", mask)
+    kl_coef = checks.check_non_negative("kl_coef", kl_coef)
     check_reward_estimator(kl_estimator, biased=biased)
     if kl_clip is not None:
-        checks.check_positive("kl_clip", kl_clip)
-    mask = mask.bool()
+        kl_clip = checks.check_positive("kl_clip", kl_clip)
     outputs = operator("kl_rewards", logits, group, vocab_start)(
         logits,
         ref_logits,

@@ -37,9 +37,9 @@ def linear_token_stats(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]
     token_ids: Tensor,  # [...]
+    mask: Tensor | None = None,  # [...]
     *,
     bias: Tensor | None = None,  # [V]
-    mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -66,7 +66,8 @@ def linear_token_stats(
         weight: of the head; the same dtypes, not necessarily that of `hidden`.
         token_ids: int64 or int32, in [0, V) where the mask is True.
         bias: of the head.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        mask: bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is
+            0 are skipped. None: no row is.
         temperature: divides the logits; finite and above 0.
         softcap: Gemma-style soft cap applied after `logit_scale` and before the temperature.
         logit_scale: multiplies the logits (Cohere; 1 / logits_scaling for Granite); above 0.
@@ -88,7 +89,7 @@ def linear_token_stats(
             memory_budget is too small for any tile.
     """
     check_head("", hidden, weight, bias)
-    check_scale("", temperature, softcap, logit_scale)
+    temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
     options = Options(
         *(temperature / logit_scale,) * 2, *(scaled(softcap, logit_scale),) * 2,
         checked_budget(memory_budget, hidden), backend, shard(weight, group, vocab_start),
@@ -104,10 +105,10 @@ def linear_token_kl(
     ref_hidden: Tensor,  # [..., ref_d]
     ref_weight: Tensor,  # [V, ref_d]
     token_ids: Tensor,  # [...]
+    mask: Tensor | None = None,  # [...]
     *,
     bias: Tensor | None = None,  # [V]
     ref_bias: Tensor | None = None,  # [V]
-    mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     ref_temperature: float | None = None,
     softcap: float | None = None,
@@ -134,7 +135,8 @@ def linear_token_kl(
         token_ids: int64 or int32, in [0, V) where the mask is True.
         bias: of the policy's head.
         ref_bias: of the reference's head; None: none, whatever the policy's.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        mask: bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is
+            0 are skipped. None: no row is.
         temperature: of the policy; finite and above 0.
         ref_temperature: of the reference; None: the policy's.
         softcap: of the policy, None: none.

@@ -35,11 +35,11 @@ def linear_token_jsd(
     weight: Tensor,  # [V, d]
     ref_hidden: Tensor,  # [..., ref_d]
     ref_weight: Tensor,  # [V, ref_d]
+    mask: Tensor | None = None,  # [...]
     *,
     beta: float = 0.5,
     bias: Tensor | None = None,  # [V]
     ref_bias: Tensor | None = None,  # [V]
-    mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     ref_temperature: float | None = None,
     softcap: float | None = None,
@@ -66,7 +66,8 @@ def linear_token_jsd(
         beta: weight of the reference in the mixture, 0 to 1.
         bias: of the policy's head.
         ref_bias: of the reference's head; None: none, whatever the policy's.
-        mask: bool or numeric; rows where it is 0 are skipped. None: no row is.
+        mask: bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is
+            0 are skipped. None: no row is.
         temperature: of the policy; finite and above 0.
         ref_temperature: of the reference; None: the policy's.
         softcap: of the policy, None: none.
@@ -112,7 +113,7 @@ def linear_jsd_and_entropy(
 
     Both are [...]; `given` are the further options of `linear_token_jsd`.
     """
-    checks.check_unit_interval("beta", beta)
+    beta = checks.check_unit_interval("beta", beta)
     options = reference_options(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, **given)
     if beta in (0, 1):
         kl = linear_token_kl(
@@ -122,7 +123,7 @@ def linear_jsd_and_entropy(
         return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
     jsd, entropy = LinearTokenJSD.apply(
         as_rows(hidden), weight, bias, as_rows(ref_hidden), ref_weight, ref_bias,
-        as_mask(mask, hidden), float(beta), options,
+        as_mask(mask, hidden), beta, options,
     )  # fmt: skip
     shape = hidden.shape[:-1]
     return shaped(jsd, shape), shaped(entropy, shape)

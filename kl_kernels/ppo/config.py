@@ -16,6 +16,8 @@ from typing import Any
 from kl_kernels.checks import check_choice
 from kl_kernels.monitor.constraint import ACTIONS, UpdateConstraint
 from kl_kernels.monitor.names import NAMES
+from kl_kernels.rl.early_stop import When
+from kl_kernels.rl.scores import MissingEOS
 
 LITERATURE = """
 [GAE] Schulman et al. (2016), High-dimensional continuous control using generalized advantage
@@ -171,7 +173,7 @@ class PPOConfig:
     missing_eos_penalty: float = option(
         0.0, "price of an answer that was cut off, in units of the score", at_least=0
     )
-    missing_eos: str = option(
+    missing_eos: MissingEOS = option(
         "subtract",
         "the price is subtracted from the score, or takes its place [37 details]",
         choices=("subtract", "replace"),
@@ -213,7 +215,7 @@ class PPOConfig:
         "leave a batch early once KL(old policy || policy) is beyond, nats per token; 0: never",
         at_least=0,
     )
-    early_stop: str = option(
+    early_stop: When = option(
         "before_step",
         "measured before each step, with a tolerance of 1.5 (Stable-Baselines3), or after each "
         "pass (CleanRL)",

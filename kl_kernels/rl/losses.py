@@ -12,6 +12,7 @@ from kl_kernels.checks import (
     check_like,
     check_mask,
     check_non_negative,
+    check_number,
     check_positive,
 )
 from kl_kernels.rl.masked import masked_mean, masked_var, select
@@ -49,6 +50,8 @@ def token_weights(
     denominator = sequences * budget.
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
+    if denominator is not None and not isinstance(denominator, Tensor):
+        denominator = check_number("denominator", denominator)
     check_batch("mask", mask)
     mask = mask.bool()
     lengths = mask.sum(1, keepdim=True)

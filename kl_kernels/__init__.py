@@ -17,13 +17,13 @@ from kl_kernels.monitor.audit import AuditLog
 from kl_kernels.monitor.constraint import UpdateConstraint
 from kl_kernels.monitor.monitor import KLMonitor
 from kl_kernels.policy_loss import fused_policy_loss
-from kl_kernels.rl.advantages import compute_gae
-from kl_kernels.rl.controllers import (
+from kl_kernels.rl.adaptive_controllers import (
     AdaptiveKLController,
-    FixedKLController,
     PIKLController,
     ThresholdKLController,
 )
+from kl_kernels.rl.advantages import compute_gae
+from kl_kernels.rl.controllers import FixedKLController
 from kl_kernels.rl.early_stop import KLEarlyStop
 from kl_kernels.rl.estimators import kl_penalty
 from kl_kernels.rl.importance import importance_weights

@@ -17,12 +17,14 @@ def check_scaled_logits(
     temperature: float,
     softcap: float | None,
     stacklevel: int = 5,  # from `warnings.warn` to whoever called the public function
-) -> None:
+) -> tuple[float, float | None]:
+    """The temperature and the softcap, as Python floats."""
     checks.check_logits(f"{prefix}logits", logits)
     _warn_of_copy(f"{prefix}logits", logits, stacklevel)
-    checks.check_positive(f"{prefix}temperature", temperature)
+    temperature = checks.check_positive(f"{prefix}temperature", temperature)
     if softcap is not None:
-        checks.check_positive(f"{prefix}softcap", softcap)
+        softcap = checks.check_positive(f"{prefix}softcap", softcap)
+    return temperature, softcap
 
 
 def _warn_of_copy(name: str, logits: Tensor, stacklevel: int) -> None:
@@ -51,8 +53,9 @@ def _has_to_be_copied(logits: Tensor) -> bool:
 
 def check_reference(
     ref_logits: Tensor, logits: Tensor, temperature: float, softcap: float | None
-) -> None:
-    check_scaled_logits("ref_", ref_logits, temperature, softcap, stacklevel=6)
+) -> tuple[float, float | None]:
+    """The reference's temperature and softcap, as Python floats."""
+    scale = check_scaled_logits("ref_", ref_logits, temperature, softcap, stacklevel=6)
     if ref_logits.shape != logits.shape:
         raise ValueError(
             f"ref_logits has shape {tuple(ref_logits.shape)}, logits {tuple(logits.shape)}; "
@@ -64,6 +67,7 @@ def check_reference(
             "ref_logits requires grad, but the reference is a constant: "
             "detach it, or compute it under torch.no_grad()"
         )
+    return scale
 
 
 def needs_gradient(tensor: Tensor) -> bool:
@@ -111,4 +115,4 @@ def as_mask(
     if mask is None:
         return None
     checks.check_per_token(name, mask, logits)
-    return as_tokens(mask).bool()
+    return as_tokens(checks.check_mask(name, mask))

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from numbers import Real
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -18,41 +18,94 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, choices))}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {_shown(value)}; accepted: {', '.join(map(repr, choices))}")
 
 
-def check_number(name: str, value: object) -> None:
-    """Comparing what is no number would fail in words that name no argument."""
-    if isinstance(value, (int, float)):  # torch.compile knows these alone
-        return
-    if isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0):
-        return
-    raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it has to be a number")
+def check_number(name: str, value: object) -> float:
+    """`value` as a Python float: kernels, JSON and torch's operators each take those alone.
+
+    Accepted are Python's and numpy's numbers and 0-dim tensors and arrays, but no bool, which in
+    the place of a number is a mistake. Reading a tensor on a GPU waits for it.
+    """
+    if type(value) is float:  # nearly always; of the rest torch.compile traces an int
+        return value
+    number = value if type(value) is int else _without_box(name, value)
+    if isinstance(number, bool) or not isinstance(number, (int, Real)):
+        raise TypeError(f"{name} is {_shown(value)}, a {type(value).__name__}; it must be a number")
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError(f"{name} is larger than any float; it must be a number") from None
 
 
-def check_positive(name: str, value: float) -> None:
-    check_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}; it has to be a finite number above 0")
+def check_measured(name: str, value: object) -> float:
+    """`check_number` of something measured, which may come with the graph that it came out of."""
+    return check_number(name, value.detach() if isinstance(value, Tensor) else value)
 
 
-def check_finite(name: str, value: float) -> None:
-    check_number(name, value)
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name} is {value}; it has to be a finite number")
+def check_positive(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} is {value}; it must be a finite number above 0")
+    return number
 
 
-def check_non_negative(name: str, value: float) -> None:
-    check_number(name, value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {value}; it has to be a finite number, 0 or above")
+def check_finite(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name} is {value}; it must be a finite number")
+    return number
 
 
-def check_unit_interval(name: str, value: float) -> None:
-    check_number(name, value)
-    if not 0 <= value <= 1:
+def check_non_negative(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} is {value}; it must be a finite number, 0 or above")
+    return number
+
+
+def check_unit_interval(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not 0 <= number <= 1:
         raise ValueError(f"{name} is {value}; accepted: 0 to 1")
+    return number
+
+
+def check_integer(name: str, value: object, at_least: int | None = None) -> int:
+    """`value` as a Python int, from what `check_number` accepts, as long as it is whole."""
+    number = _without_box(name, value)
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise TypeError(
+            f"{name} is {_shown(value)}, a {type(value).__name__}; it must be an integer"
+        )
+    if at_least is not None and number < at_least:
+        raise ValueError(f"{name} is {number}; it must be an integer, {at_least} or above")
+    return int(number)
+
+
+def _without_box(name: str, value: object) -> object:
+    """What a 0-dim tensor or array, or a scalar of numpy's, holds; anything else as it is."""
+    if not isinstance(value, Tensor):
+        is_numpy = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+        return value.item() if is_numpy else value  # type: ignore[attr-defined]
+    if value.ndim != 0:
+        return value
+    if value.is_meta:
+        raise ValueError(f"{name} is on meta, where it has no value; it must be a number")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but it gets none: pass {name}.detach()")
+    return value.item()
+
+
+def _shown(value: object) -> str:
+    """In an error, where a tensor's or an array's thousands of elements help nobody."""
+    if isinstance(value, Tensor) or hasattr(value, "dtype"):
+        shape = tuple(getattr(value, "shape", ()))
+        return f"of shape {shape} and dtype {value.dtype}"
+    return repr(value)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -74,6 +127,37 @@ def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     check_same_device(name, tensor, like_name, like)
 
 
+def check_mask(name: str, mask: Tensor) -> Tensor:
+    """`mask` as bool: True, or any number but 0, is a position that counts.
+
+    On a CPU all numbers must be 0 or 1. An additive mask (0 and -inf) would count what it hides,
+    and NaN, weights, token ids or the numbers of packed sequences mean something else. A GPU is not
+    waited for.
+    """
+    check_tensor(name, mask)
+    counts = mask.bool()
+    if mask.dtype == torch.bool or not values_are_at_hand(mask):
+        return counts
+    wrong = counts.to(mask.dtype) != mask
+    if wrong.any():
+        raise ValueError(
+            f"{name} holds {mask[wrong].flatten()[0].item()}; it must hold True and False, or 1 "
+            f"and 0, where 1 is a position that counts (an additive mask, of 0 and -inf, says the "
+            f"opposite: pass {name} == 0)"
+        )
+    return counts
+
+
+def check_state(state: object, owner: str, keys: Sequence[str]) -> None:
+    """`state` must be what a `state_dict` of `owner` returned: {"class": owner} and `keys`."""
+    if not isinstance(state, Mapping) or state.get("class") != owner:
+        of = state.get("class", "no class") if isinstance(state, Mapping) else _shown(state)
+        raise ValueError(f"state is of {of}; it must be what state_dict() of a {owner} returned")
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise ValueError(f"state of {owner} has no {missing[0]!r}; it must have all of {keys}")
+
+
 def check_batch(name: str, tensor: Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.ndim != 2:
@@ -84,9 +168,15 @@ def check_per_sequence(name: str, tensor: Tensor, batch_name: str, batch: Tensor
     """`tensor` has to be [B] where `batch` is [B, T], on the same device."""
     check_tensor(name, tensor)
     if tensor.shape != batch.shape[:1]:
+        packed = batch.shape[0] == 1 and tensor.ndim == 1 and len(tensor) > 1
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; {batch_name} of shape {tuple(batch.shape)} "
             f"needs {tuple(batch.shape[:1])}"
+            + (
+                ", one for each row (unpack packed sequences to [B, T] rows first)"
+                if packed
+                else ""
+            )
         )
     check_same_device(name, tensor, batch_name, batch)
 

@@ -36,9 +36,9 @@ if TYPE_CHECKING:  # not in every build of torch
 def token_jsd(
     logits: Tensor,  # [..., V]
     ref_logits: Tensor,  # [..., V]
+    mask: Tensor | None = None,  # [...]
     *,
     beta: float = 0.5,
-    mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     ref_temperature: float | None = None,
     softcap: float | None = None,
@@ -71,9 +71,9 @@ def token_jsd(
         logits: [..., V] of the policy; float32, bfloat16, float16 or float64.
         ref_logits: [..., V] of the reference, the same rows, on the same device; the dtype may
             differ. Must not require grad.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
+            are not read, and give 0. None: all rows count.
         beta: weight of the reference in the mixture, 0 to 1.
-        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are not read, and
-            give 0. None: all rows count.
         temperature: divides the policy's logits; finite and above 0.
         ref_temperature: divides the reference's logits. None: the policy's temperature.
         softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
@@ -100,10 +100,11 @@ def token_jsd(
         >>> round(kl_kernels.token_jsd(p.log(), q.log(), beta=0.5).item(), 4)  # ln 2
         0.6931
     """
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    check_scaled_logits("", logits, temperature, softcap)
-    check_reference(ref_logits, logits, ref_temperature, ref_softcap)
-    checks.check_unit_interval("beta", beta)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    ref_temperature, ref_softcap = check_reference(
+        ref_logits, logits, temperature if ref_temperature is None else ref_temperature, ref_softcap
+    )
+    beta = checks.check_unit_interval("beta", beta)
     check_inplace(logits, inplace_backward)
     if beta in (0, 1):
         kl = token_kl(
@@ -117,7 +118,7 @@ def token_jsd(
         as_rows(logits),
         as_rows(ref_logits),
         as_mask(mask, logits),
-        float(beta),
+        beta,
         temperature,
         ref_temperature,
         softcap,

@@ -130,8 +130,8 @@ class KLRewards(NamedTuple):
 def token_stats(
     logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [...]
-    *,
     mask: Tensor | None = None,  # [...]
+    *,
     temperature: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
@@ -149,8 +149,8 @@ def token_stats(
             `token_ids[..., t]` was sampled from: `model(ids).logits[:, prompt - 1 : -1]` of a
             causal LM, with `token_ids = ids[:, prompt:]`.
         token_ids: [...] int64 or int32, in [0, V) where the mask is True.
-        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are not read, and
-            give 0. None: all rows count.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
+            are not read, and give 0. None: all rows count.
         temperature: divides the logits; finite and above 0.
         softcap: Gemma's soft cap, applied before the temperature; finite and above 0. `-inf` stays
             `-inf`. None: no cap.
@@ -179,7 +179,7 @@ def token_stats(
         >>> logits.grad.round(decimals=4).tolist()  # [token] - p
         [[0.5, -0.25, -0.25]]
     """
-    check_scaled_logits("", logits, temperature, softcap)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
     shape = token_ids.shape
@@ -200,8 +200,8 @@ def token_kl(
     logits: Tensor,  # [..., V]
     ref_logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [...]
-    *,
     mask: Tensor | None = None,  # [...]
+    *,
     temperature: float = 1.0,
     ref_temperature: float | None = None,
     softcap: float | None = None,
@@ -226,8 +226,8 @@ def token_kl(
         ref_logits: [..., V] of the reference, the same rows, on the same device; the dtype may
             differ. Must not require grad.
         token_ids: [...] int64 or int32, in [0, V) where the mask is True.
-        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are not read, and
-            give 0. None: all rows count.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
+            are not read, and give 0. None: all rows count.
         temperature: divides the policy's logits; finite and above 0.
         ref_temperature: divides the reference's logits. None: the policy's temperature.
         softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
@@ -257,9 +257,10 @@ def token_kl(
         >>> round((out.logprob - out.ref_logprob).item(), 4)  # k1, of the sampled token alone
         1.6094
     """
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    check_scaled_logits("", logits, temperature, softcap)
-    check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    ref_temperature, ref_softcap = check_reference(
+        ref_logits, logits, temperature if ref_temperature is None else ref_temperature, ref_softcap
+    )
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
     shape = token_ids.shape
@@ -320,8 +321,9 @@ def kl_rewards(
             differ. Must not require grad.
         token_ids: [B, T] the sampled tokens; int64 or int32, in [0, V) where the mask is True.
         scores: [B] one score per sequence, any dtype but complex.
-        mask: [B, T] bool, integers or floats that are 0 or 1: 1 at response tokens. It may have
-            holes (tool output), which change nothing. Other rows are not read, and give 0.
+        mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone): 1 at response
+            tokens. It may have holes (tool output), which change nothing. Other rows are not read,
+            and give 0. A row is one sequence: unpack packed sequences first.
         kl_coef: beta, finite, 0 or above; 0 leaves the score alone.
         kl_estimator: "k1" or "exact"; "k2", "k3" and "abs" only with `biased`.
         score_position: [B] an index per sequence, -1 for nowhere; or "last_token" (last 1 of the
@@ -361,20 +363,21 @@ def kl_rewards(
         >>> out.rewards  # -0.1 (ln 0.731 - ln 0.5), then the score
         tensor([[-0.0380,  3.0000]])
     """
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    check_scaled_logits("", logits, temperature, softcap)
-    check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    ref_temperature, ref_softcap = check_reference(
+        ref_logits, logits, temperature if ref_temperature is None else ref_temperature, ref_softcap
+    )
     if logits.ndim != 3:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
     checks.check_per_token("mask", mask, logits)
     checks.check_per_sequence("scores", scores, "mask", mask)
-    checks.check_finite("kl_coef", kl_coef)
+    mask = checks.check_mask("mask", mask)
+    kl_coef = checks.check_non_negative("kl_coef", kl_coef)
     check_reward_estimator(kl_estimator, biased=biased)
     if kl_clip is not None:
-        checks.check_positive("kl_clip", kl_clip)
-    mask = mask.bool()
+        kl_clip = checks.check_positive("kl_clip", kl_clip)
     outputs = operator("kl_rewards", logits, group, vocab_start)(
         logits,
         ref_logits,

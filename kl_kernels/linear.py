@@ -38,9 +38,9 @@ def linear_token_stats(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]
     token_ids: Tensor,  # [...]
+    mask: Tensor | None = None,  # [...]
     *,
     bias: Tensor | None = None,  # [V]
-    mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -72,9 +72,9 @@ def linear_token_stats(
         weight: [V, d] of the head (`model.lm_head.weight`); the same dtypes, not necessarily that
             of `hidden`.
         token_ids: [...] int64 or int32, in [0, V) where the mask is True.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
+            are skipped, and give 0. None: all rows count.
         bias: [V] of the head. None: no bias.
-        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are skipped, and
-            give 0. None: all rows count.
         temperature: divides the logits; finite and above 0.
         softcap: Gemma's soft cap, applied after `logit_scale` and before the temperature; finite
             and above 0. None: no cap.
@@ -108,7 +108,7 @@ def linear_token_stats(
         (True, -0.3133)
     """
     check_head("", hidden, weight, bias)
-    check_scale("", temperature, softcap, logit_scale)
+    temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
     options = Options(
         *(temperature / logit_scale,) * 2, *(scaled(softcap, logit_scale),) * 2,
         checked_budget(memory_budget, hidden), backend, shard(weight, group, vocab_start),
@@ -124,10 +124,10 @@ def linear_token_kl(
     ref_hidden: Tensor,  # [..., ref_d]
     ref_weight: Tensor,  # [V, ref_d]
     token_ids: Tensor,  # [...]
+    mask: Tensor | None = None,  # [...]
     *,
     bias: Tensor | None = None,  # [V]
     ref_bias: Tensor | None = None,  # [V]
-    mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     ref_temperature: float | None = None,
     softcap: float | None = None,
@@ -158,10 +158,11 @@ def linear_token_kl(
         ref_weight: [V, ref_d] of the reference's head, over the same vocabulary; must not require
             grad. (A head that policy and reference share: pass `weight.detach()`.)
         token_ids: [...] int64 or int32, in [0, V) where the mask is True.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
+            are skipped, and give 0. Finding the other rows synchronises a GPU. None: all rows
+            count.
         bias: [V] of the policy's head. None: no bias.
         ref_bias: [V] of the reference's head. None: no bias, whatever the policy's.
-        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are skipped, and
-            give 0. Finding the other rows synchronises a GPU. None: all rows count.
         temperature: divides the policy's logits; finite and above 0.
         ref_temperature: divides the reference's logits. None: the policy's temperature.
         softcap: Gemma's soft cap of the policy, after `logit_scale` and before the temperature;

@@ -43,8 +43,7 @@ def scaled(softcap: float | None, logit_scale: float) -> float | None:
 def checked_budget(memory_budget: int | None, hidden: Tensor) -> int:
     if memory_budget is None:
         return default_memory_budget(hidden.device)
-    checks.check_positive("memory_budget", memory_budget)
-    return int(memory_budget)
+    return int(checks.check_positive("memory_budget", memory_budget))
 
 
 def reference_options(
@@ -67,12 +66,15 @@ def reference_options(
     backend: BackendName | None,
 ) -> Options:
     """Of two heads, once they are checked; what is None of the reference is the policy's."""
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    ref_logit_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
     check_head("", hidden, weight, bias)
-    check_scale("", temperature, softcap, logit_scale)
+    temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
     check_head("ref_", ref_hidden, ref_weight, ref_bias)
-    check_scale("ref_", ref_temperature, ref_softcap, ref_logit_scale)
+    ref_temperature, ref_softcap, ref_logit_scale = check_scale(
+        "ref_",
+        temperature if ref_temperature is None else ref_temperature,
+        ref_softcap,
+        logit_scale if ref_logit_scale is None else ref_logit_scale,
+    )
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     return Options(
         temperature / logit_scale, ref_temperature / ref_logit_scale,
@@ -85,7 +87,7 @@ def as_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:  # [...] -> [
     if mask is None:
         return None
     check_per_token("mask", mask, hidden)
-    return as_tokens(mask).bool()
+    return as_tokens(checks.check_mask("mask", mask))
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -108,11 +110,15 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         )
 
 
-def check_scale(prefix: str, temperature: float, softcap: float | None, logit_scale: float) -> None:
-    checks.check_positive(f"{prefix}temperature", temperature)
-    checks.check_positive(f"{prefix}logit_scale", logit_scale)
+def check_scale(
+    prefix: str, temperature: float, softcap: float | None, logit_scale: float
+) -> tuple[float, float | None, float]:
+    """The three as Python floats."""
+    temperature = checks.check_positive(f"{prefix}temperature", temperature)
+    logit_scale = checks.check_positive(f"{prefix}logit_scale", logit_scale)
     if softcap is not None:
-        checks.check_positive(f"{prefix}softcap", softcap)
+        softcap = checks.check_positive(f"{prefix}softcap", softcap)
+    return temperature, softcap, logit_scale
 
 
 def check_reference(

@@ -35,11 +35,11 @@ def linear_token_jsd(
     weight: Tensor,  # [V, d]
     ref_hidden: Tensor,  # [..., ref_d]
     ref_weight: Tensor,  # [V, ref_d]
+    mask: Tensor | None = None,  # [...]
     *,
     beta: float = 0.5,
     bias: Tensor | None = None,  # [V]
     ref_bias: Tensor | None = None,  # [V]
-    mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     ref_temperature: float | None = None,
     softcap: float | None = None,
@@ -69,11 +69,12 @@ def linear_token_jsd(
             must not require grad.
         ref_weight: [V, ref_d] of the reference's head, over the same vocabulary; must not require
             grad.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
+            are skipped, and give 0. Finding the other rows synchronises a GPU. None: all rows
+            count.
         beta: weight of the reference in the mixture, 0 to 1.
         bias: [V] of the policy's head. None: no bias.
         ref_bias: [V] of the reference's head. None: no bias, whatever the policy's.
-        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 are skipped, and
-            give 0. Finding the other rows synchronises a GPU. None: all rows count.
         temperature: divides the policy's logits; finite and above 0.
         ref_temperature: divides the reference's logits. None: the policy's temperature.
         softcap: Gemma's soft cap of the policy, after `logit_scale` and before the temperature;
@@ -133,7 +134,7 @@ def linear_jsd_and_entropy(
 
     Both are [...]; `given` are the further options of `linear_token_jsd`.
     """
-    checks.check_unit_interval("beta", beta)
+    beta = checks.check_unit_interval("beta", beta)
     options = reference_options(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, **given)
     if beta in (0, 1):
         kl = linear_token_kl(
@@ -143,7 +144,7 @@ def linear_jsd_and_entropy(
         return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
     jsd, entropy = LinearTokenJSD.apply(
         as_rows(hidden), weight, bias, as_rows(ref_hidden), ref_weight, ref_bias,
-        as_mask(mask, hidden), float(beta), options,
+        as_mask(mask, hidden), beta, options,
     )  # fmt: skip
     shape = hidden.shape[:-1]
     return shaped(jsd, shape), shaped(entropy, shape)

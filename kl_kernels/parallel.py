@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from kl_kernels import autograd, transforms
 from kl_kernels.algebra import Finished
 from kl_kernels.arguments import any_token
+from kl_kernels.checks import check_integer
 from kl_kernels.epilogues import scored_rewards
 from kl_kernels.parts import Part, Whole, finish_parts, local_token_ids, merge_shards
 from kl_kernels.schemas import STATE_FIELDS, output_dtype
@@ -75,11 +76,7 @@ def shard_of(vocab_size: int, group: dist.ProcessGroup, vocab_start: int | None)
         raise ValueError(f"group does not hold this process, rank {dist.get_rank()} of the world")
     if vocab_start is None:
         return Shard(group, rank * vocab_size)
-    if not isinstance(vocab_start, int):
-        raise TypeError(f"vocab_start is a {type(vocab_start).__name__}; it has to be an int")
-    if vocab_start < 0:
-        raise ValueError(f"vocab_start is {vocab_start}; it has to be 0 or above")
-    return Shard(group, vocab_start)
+    return Shard(group, check_integer("vocab_start", vocab_start, at_least=0))
 
 
 def _fold_and_exchange(

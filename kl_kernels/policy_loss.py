@@ -76,8 +76,8 @@ def fused_policy_loss(
             float dtype. None: under this very policy, so that r is 1.
         advantages: [B, T] as `compute_gae` makes them, or one per sequence expanded over its
             tokens; any dtype but complex, taken as constants.
-        mask: [B, T] bool, integers or floats that are 0 or 1: 1 at response tokens; other rows are
-            not read.
+        mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone): 1 at response
+            tokens; other rows are not read.
         ref_logits: [B, T, V] of the reference, the same rows, on the same device; must not require
             grad. With "k2" and "k3" they are read once, for the token's log-probability.
         ref_logprobs: [B, T] the reference's log-probabilities in their place, for "k2" and "k3".
@@ -141,23 +141,27 @@ def fused_policy_loss(
         >>> round(metrics["entropy"].item(), 4)
         1.3863
     """
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
     transforms.refuse("fused_policy_loss")
-    check_scaled_logits("", logits, temperature, softcap)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
     if logits.ndim != 3:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
     checks.check_token_ids(token_ids, logits)
     checks.check_per_token("advantages", advantages, logits)
     checks.check_per_token("mask", mask, logits)
-    mask = mask.bool()
-    check_clipping(clip_low, clip_high, dual_clip, log_ratio_clamp)
-    checks.check_finite("entropy_coef", entropy_coef)
+    mask = checks.check_mask("mask", mask)
+    clip_low, clip_high, dual_clip, log_ratio_clamp = check_clipping(
+        clip_low, clip_high, dual_clip, log_ratio_clamp
+    )
+    entropy_coef = checks.check_finite("entropy_coef", entropy_coef)
     _check_level(importance_sampling_level)
-    _check_scale(logits, loss_scale)
+    loss_scale = _check_scale(logits, loss_scale)
     check_inplace(logits, inplace_backward)
-    _check_kl(ref_logits, ref_logprobs, kl_loss_coef, kl_estimator)
+    kl_loss_coef = _check_kl(ref_logits, ref_logprobs, kl_loss_coef, kl_estimator)
     if ref_logits is not None:
-        check_reference(ref_logits, logits, ref_temperature, ref_softcap)
+        ref_temperature, ref_softcap = check_reference(
+            ref_logits, logits, ref_temperature, ref_softcap
+        )
         if kl_estimator != "exact":
             ref_logprobs = token_stats(
                 ref_logits, token_ids, mask=mask,
@@ -209,24 +213,30 @@ def _check_level(level: str) -> None:
         )
 
 
-def _check_scale(logits: Tensor, loss_scale: float | Tensor | None) -> None:
+def _check_scale(logits: Tensor, loss_scale: float | Tensor | None) -> float | Tensor | None:
+    """`loss_scale`; what is a tensor stays one, so that no GPU is waited for."""
     if loss_scale is None:
         if logits.dtype == torch.float16 and needs_gradient(logits):
             raise ValueError(
                 "loss_scale is None and logits are float16, in which gradients of 1 / tokens "
                 "underflow; pass what the loss will be multiplied by (GradScaler.get_scale())"
             )
-    elif isinstance(loss_scale, Tensor):
-        if loss_scale.ndim != 0:
-            raise ValueError(f"loss_scale has shape {tuple(loss_scale.shape)}; it has to be 0-dim")
-    else:
-        checks.check_positive("loss_scale", loss_scale)
+        return None
+    if not isinstance(loss_scale, Tensor):
+        return checks.check_positive("loss_scale", loss_scale)
+    checks.check_tensor("loss_scale", loss_scale)
+    if loss_scale.ndim != 0:
+        raise ValueError(f"loss_scale has shape {tuple(loss_scale.shape)}; it must be 0-dim")
+    if checks.values_are_at_hand(loss_scale):
+        return checks.check_positive("loss_scale", loss_scale)
+    return loss_scale
 
 
 def _check_kl(
     ref_logits: Tensor | None, ref_logprobs: Tensor | None, kl_loss_coef: float, kl_estimator: str
-) -> None:
-    checks.check_non_negative("kl_loss_coef", kl_loss_coef)
+) -> float:
+    """`kl_loss_coef`, as a Python float."""
+    kl_loss_coef = checks.check_non_negative("kl_loss_coef", kl_loss_coef)
     checks.check_choice("kl_estimator", kl_estimator, get_args(LossEstimator))
     if ref_logits is not None and ref_logprobs is not None:
         raise ValueError("ref_logits and ref_logprobs are both given; pass one of them")
@@ -239,3 +249,4 @@ def _check_kl(
         raise ValueError(
             f"kl_loss_coef is {kl_loss_coef} without a reference; pass ref_logits, or ref_logprobs"
         )
+    return kl_loss_coef

@@ -34,8 +34,8 @@ def selective_log_softmax(
         index: [...] or [..., K] int64 or int32, in [0, V) where the mask is True; the K of a
             position may repeat.
         temperature: divides the logits; finite and above 0.
-        row_mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 give 0 and have
-            no gradient. None: all rows count.
+        row_mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it
+            is 0 give 0 and have no gradient. None: all rows count.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
@@ -58,10 +58,10 @@ def selective_log_softmax(
         checks.check_per_token("index", index, logits)
         checks.check_token_dtype(index, "index")
         checks.check_token_range(as_tokens(index), mask, logits.shape[-1], "index")
-        stats = token_stats(logits, index, mask=row_mask, temperature=temperature, backend=backend)
+        stats = token_stats(logits, index, row_mask, temperature=temperature, backend=backend)
         return stats.logprob
     transforms.refuse("selective_log_softmax of several tokens per position")
-    check_scaled_logits("", logits, temperature, None)
+    temperature, _ = check_scaled_logits("", logits, temperature, None)
     check_several("index", index, logits)
     rows = as_rows(index)
     kept = rows if mask is None else rows.masked_fill(~mask[..., None], 0)

@@ -19,9 +19,9 @@ def topk_kl(
     logits: Tensor,  # [..., V]
     topk_ids: Tensor,  # [..., K]
     topk_logprobs: Tensor,  # [..., K]
+    mask: Tensor | None = None,  # [...]
     *,
     beta: float = 0.0,
-    mask: Tensor | None = None,  # [...]
     temperature: float = 1.0,
     softcap: float | None = None,
     backend: BackendName | None = None,
@@ -47,10 +47,10 @@ def topk_kl(
         topk_logprobs: [..., K] of the reference, at most 0, in nats; must not require grad. -inf:
             there is no such entry (a list may be shorter than K), and its token belongs to the
             tail.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
+            give 0 and have no gradient. None: all rows count.
         beta: 0 is KL(reference || policy), 1 is KL(policy || reference), and between them the
             generalised Jensen-Shannon divergence of `token_jsd`.
-        mask: [...] bool, integers or floats that are 0 or 1; rows where it is 0 give 0 and have no
-            gradient. None: all rows count.
         temperature: divides the policy's logits; finite and above 0. (The reference's
             log-probabilities are taken as they are.)
         softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
@@ -74,8 +74,8 @@ def topk_kl(
         0.1733
     """
     transforms.refuse("topk_kl")
-    check_scaled_logits("", logits, temperature, softcap)
-    checks.check_unit_interval("beta", beta)
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    beta = checks.check_unit_interval("beta", beta)
     checks.check_tensor("topk_ids", topk_ids)
     check_several("topk_ids", topk_ids, logits)
     checks.check_floating("topk_logprobs", topk_logprobs)

@@ -165,7 +165,7 @@ MUTANTS = {
         "max(self._value * factor, self.min_coef)",
     ),
     "test_controllers_rest_at_the_target_and_move_away_from_it": Mutant(
-        RL, "rl/controllers.py", "max(kl / self.target - 1,", "max(kl / self.target - 0.9,"
+        RL, "rl/adaptive_controllers.py", "max(kl / self.target - 1,", "max(kl / self.target - 0.9,"
     ),
     "test_importance_weights_keep_their_bounds": Mutant(
         RL, "rl/importance.py", "weight.clamp(low, high)", "weight.clamp_max(high)"

@@ -31,7 +31,11 @@ BAD_TOKEN_KL = [
         TypeError,
         r"logits has dtype torch.int64; accepted: float32, bfloat16, float16, float64$",
     ),
-    ({"temperature": torch.ones(1)}, TypeError, r"temperature is tensor.*, a Tensor; .* number"),
+    (
+        {"temperature": torch.ones(1)},
+        TypeError,
+        r"temperature is of shape \(1,\).*, a Tensor; .* number",
+    ),
     ({"logits": [1.0]}, TypeError, r"logits is a list"),
     ({"logits": LOGITS[..., :0]}, ValueError, r"logits has shape \(2, 3, 0\)"),
     ({"logits": torch.tensor(1.0)}, ValueError, r"logits has shape \(\)"),

@@ -319,7 +319,7 @@ BAD = [
     ({"dual_clip": 1.0}, r"dual_clip is 1.0; it has to be above 1"),
     ({"log_ratio_clamp": 0.0}, r"log_ratio_clamp is 0.0"),
     ({"loss_scale": 0.0}, r"loss_scale is 0.0"),
-    ({"loss_scale": torch.ones(2)}, r"loss_scale has shape \(2,\); it has to be 0-dim"),
+    ({"loss_scale": torch.ones(2)}, r"loss_scale has shape \(2,\); it must be 0-dim"),
     ({"aggregation": "mean"}, r"aggregation is 'mean'; accepted: 'token-mean'"),
     ({"denominator": 0}, r"denominator is 0"),
     ({"weights": torch.ones(B)}, r"weights has shape \(3,\)"),

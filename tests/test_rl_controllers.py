@@ -1,7 +1,9 @@
 """The KL controllers: formula, unit, bounds, resuming, and what they refuse."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,21 +127,116 @@ def test_resuming_goes_on_identically(steered):
     kls = [3.0, 9.0, 6.5, 0.1, 20.0, 6.0]
     straight = steered()
     values = [straight.update(kl, 256).value for kl in kls]
-    first, second = steered(), steered(init_kl_coef=0.9)
-    resumed = [first.update(kl, 256).value for kl in kls[:3]]
-    second.load_state_dict(first.state_dict())
-    resumed += [second.update(kl, 256).value for kl in kls[3:]]
-    assert resumed == values
+    for interrupted_after in range(len(kls) + 1):
+        first, second = steered(), steered(init_kl_coef=0.9)
+        resumed = [first.update(kl, 256).value for kl in kls[:interrupted_after]]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        resumed += [second.update(kl, 256).value for kl in kls[interrupted_after:]]
+        assert resumed == values
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, torch.tensor, lambda x: np.array(x)])
+@pytest.mark.parametrize("make", [controller, threshold, pi, lambda: FixedKLController(0.2)])
+def test_updates_in_numbers_of_any_kind_leave_pythons_own(make, number):
+    """A coefficient of numpy's would end the next step of a trainer, and is no JSON."""
+    ours, plain = make(), make()
+    for kl in (3.0, 9.0, 6.5, 0.125, 20.0):
+        found, expected = ours.update(number(kl), number(256)), plain.update(kl, 256)
+        assert found == expected
+        assert [type(x) for x in found] == [float, float, float, bool]
+    state = ours.state_dict()
+    assert json.loads(json.dumps(state, allow_nan=False)) == state == plain.state_dict()
+    assert type(state["value"]) is type(ours.value) is float
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, torch.tensor, lambda x: np.array(x)])
+def test_settings_in_numbers_of_any_kind_are_kept_as_pythons_own(number):
+    bounds = {"min_coef": number(0.125), "max_coef": number(0.5)}
+    start = number(0.25), number(6.0)
+    made = [
+        AdaptiveKLController(
+            *start, number(512.0), unit="token_mean", error_clip=number(0.25), **bounds
+        ),
+        ThresholdKLController(
+            *start, unit="token_mean", tolerance=number(2.0), raise_by=number(1.5),
+            lower_by=number(0.5), **bounds,
+        ),
+        PIKLController(
+            *start, unit="token_mean", gain=number(0.25), lag=number(4.0), error_clip=number(0.5),
+            **bounds,
+        ),
+        FixedKLController(number(0.25)),
+    ]  # fmt: skip
+    for control in made:
+        control.update(9.0, 64)
+        numbers = [v for v in vars(control).values() if not isinstance(v, str)]
+        assert {type(n) for n in numbers} == {float}
+
+
+ALL = {
+    "AdaptiveKLController": controller, "ThresholdKLController": threshold, "PIKLController": pi,
+    "FixedKLController": lambda: FixedKLController(0.2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", ALL)
+@pytest.mark.parametrize("other", ALL)
+def test_the_state_of_another_controller_is_refused_by_name(owner, other):
+    control = ALL[owner]()
+    state = ALL[other]().state_dict()
+    if owner == other:
+        control.load_state_dict(state)
+    else:
+        with pytest.raises(ValueError, match=f"state is of {other}; .* of a {owner} returned"):
+            control.load_state_dict(state)
+
+
+@pytest.mark.parametrize("make", ALL.values())
+@pytest.mark.parametrize("state", [{}, {"value": 0.3}, None, 0.3, [0.3]])
+def test_a_state_of_nobody_is_refused(make, state):
+    control = make()
+    with pytest.raises(ValueError, match="state is of "):
+        control.load_state_dict(state)
+    assert control.value == 0.2
+
+
+@pytest.mark.parametrize("make", ALL.values())
+def test_a_state_without_a_part_is_refused(make):
+    control = make()
+    for part in control.state_dict():
+        state = control.state_dict()
+        del state[part]
+        with pytest.raises(ValueError, match="state"):
+            control.load_state_dict(state)
+
+
+def test_a_refused_state_changes_nothing():
+    control = pi()
+    control.update(9.0, 64)
+    before = control.state_dict()
+    with pytest.raises(TypeError, match="previous_error is 'none'"):
+        control.load_state_dict(before | {"value": 0.4, "previous_error": "none"})
+    assert control.state_dict() == before
+
+
+def test_the_mask_comes_third_by_position_or_by_name():
+    for make in ALL.values():
+        assert make().update(KL, 64, MASK) == make().update(KL, 64, mask=MASK)
+        with pytest.raises(TypeError, match=r"n_steps is of shape \(3, 3\)"):
+            make().update(KL, MASK)
 
 
 @STEERED
 def test_a_loaded_coefficient_keeps_to_the_bounds(steered):
     control = steered(max_coef=0.3)
-    control.load_state_dict({"value": 0.7, "previous_error": None})
+    saved = control.state_dict()
+    control.load_state_dict(saved | {"value": 0.7})
     assert control.value == 0.3
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="value is"):
-            control.load_state_dict({"value": bad, "previous_error": None})
+            control.load_state_dict(saved | {"value": bad})
+    with pytest.raises(TypeError, match="value is 'high'"):
+        control.load_state_dict(saved | {"value": "high"})
     assert control.value == 0.3
 
 
@@ -289,7 +386,7 @@ def test_updates_report_what_they_saw():
     assert threshold.update(9.0, 64) == (9.0, 0.1, 0.5, True)  # at the band's end: still inside
     assert threshold.update(4.0, 64) == (4.0, 0.1, 4.0 / 6.0 - 1, True)
     assert threshold.update(float("nan"), 64)[1:] == (0.1, 0.0, False)
-    assert FixedKLController(0.3).state_dict() == {"value": 0.3}
+    assert FixedKLController(0.3).state_dict() == {"class": "FixedKLController", "value": 0.3}
 
 
 def test_bounds_may_be_equal_and_the_start_at_them():

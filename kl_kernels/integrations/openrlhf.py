@@ -51,6 +51,8 @@ def patch(*, backend: BackendName | None = None) -> Patch:
       log-ratio clamped to 11. The reference never gets a gradient.
     - Rewards are 0 where masked, and a response without tokens gets no reward, where OpenRLHF puts
       its score in the last column.
+    - A coefficient below 0 is refused, where OpenRLHF takes it for 0, and so is a mask that is not
+      of 0 and 1.
     - A mean over no positions is 0, not NaN, and NaN at a masked position does not reach any mean.
 
     Args:
@@ -102,7 +104,7 @@ def _compute_reward(
         raise ValueError("action_mask is None; the last token of a response is needed")
     if reward_clip_range:
         r = r.clamp(*reward_clip_range)
-    return compute_rewards(r, kl, action_mask, max(kl_coef, 0.0))
+    return compute_rewards(r, kl, action_mask, kl_coef)
 
 
 def _masked_mean(

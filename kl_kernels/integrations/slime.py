@@ -52,7 +52,7 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
                 f"{tuple(mask.shape)}; they have to be equal, so no context parallelism"
             )
     padded_kl = _padded(kl)
-    mask = _padded([mask.to(padded_kl.device) for mask in masks]).bool()
+    mask = _padded([mask.to(padded_kl.device) for mask in masks])
     scores = torch.tensor(rollout_data["rewards"], dtype=torch.float32, device=padded_kl.device)
     rewards = compute_rewards(scores, padded_kl, mask, args.kl_coef)
     results = compute_gae(

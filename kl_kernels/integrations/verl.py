@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels.arguments import any_token
+from kl_kernels.checks import check_mask, check_non_negative
 from kl_kernels.functional import token_kl, token_stats
 from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
@@ -60,6 +61,7 @@ def patch(*, backend: BackendName | None = None) -> Patch:
       large; "k3+" has a gradient of at most the log-ratio and, unlike k3, the KL's in expectation.
     - The reference never gets a gradient.
     - A mask that leaves one position or none whitens to 0, where verl raises ValueError.
+    - A coefficient below 0, which would pay for KL, and masks that are not of 0 and 1 are refused.
     - "kl_kernels" pulls a token back whose log-ratio is beyond 20 with A < 0 (unless clip_ratio_c
       decides), a batch without tokens has loss 0, and "actor/ppo_kl_k3" is one metric more.
 
@@ -127,7 +129,7 @@ def _apply_kl_penalty(
 ) -> tuple[Any, dict[str, float]]:
     """From scores to rewards, token_level_scores - beta KL, and one step of the controller."""
     batch = data.batch
-    mask = batch["response_mask"].bool()
+    mask = check_mask("response_mask", batch["response_mask"])
     if kl_penalty == "full":
         raise ValueError(f'kl_penalty is "full"; {_NEEDS_VOCABULARY}')
     is_k3 = kl_penalty.removesuffix("+") in ("k3", "low_var_kl")
@@ -135,7 +137,7 @@ def _apply_kl_penalty(
         batch["old_log_probs"].detach(), batch["ref_log_prob"], kl_penalty,
         kl_clamp=KL_CLAMP if is_k3 else None,
     )  # fmt: skip
-    beta = kl_ctrl.value
+    beta = check_non_negative("kl_ctrl.value", kl_ctrl.value)
     penalty = torch.where(mask & (beta != 0), beta * kl, 0.0)
     current_kl = masked_mean(kl, mask, dim=-1).mean().item()
     kl_ctrl.update(current_kl=current_kl, n_steps=batch.batch_size[0])

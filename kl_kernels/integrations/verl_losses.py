@@ -27,7 +27,7 @@ def policy_loss(
         old_log_prob: log-probability of each token under the policy that sampled it.
         log_prob: the same under the policy.
         advantages: of each token.
-        response_mask: bool or numeric (non-zero counts); NaN elsewhere reaches nothing.
+        response_mask: bool, or numbers that are 0 or 1; NaN elsewhere reaches nothing.
         loss_agg_mode: one of verl's: "token-mean", "token-sum", "seq-mean-token-sum",
             "seq-mean-token-mean" or "seq-mean-token-sum-norm".
         config: an ActorConfig: clip_ratio, clip_ratio_low, clip_ratio_high, clip_ratio_c and

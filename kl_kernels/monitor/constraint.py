@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kl_kernels.checks import check_choice, check_finite, check_positive
+from kl_kernels.checks import (
+    check_choice,
+    check_finite,
+    check_integer,
+    check_measured,
+    check_positive,
+)
 from kl_kernels.monitor.events import Event
 
 ACTIONS = ("log", "skip", "stop", "rollback", "raise")
@@ -48,15 +54,14 @@ class UpdateConstraint:
     def __post_init__(self) -> None:
         if self.max_kl is None and self.max_ratio is None:
             raise ValueError("max_kl and max_ratio are None; a constraint needs one of them")
-        if self.max_kl is not None:
-            check_positive("max_kl", self.max_kl)
-        if self.max_ratio is not None:
-            check_finite("max_ratio", self.max_ratio)
-            if self.max_ratio <= 1:
-                raise ValueError(
-                    f"max_ratio is {self.max_ratio}; it has to be above 1, the ratio of a policy "
-                    "that did not move"
-                )
+        for name, check in (("max_kl", check_positive), ("max_ratio", check_finite)):
+            if (limit := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check(name, limit))
+        if self.max_ratio is not None and self.max_ratio <= 1:
+            raise ValueError(
+                f"max_ratio is {self.max_ratio}; it has to be above 1, the ratio of a policy "
+                "that did not move"
+            )
         check_choice("action", self.action, ACTIONS)
 
     @property
@@ -71,7 +76,12 @@ class UpdateConstraint:
             step: the update's number, for the event.
             kl: mean KL(old policy || policy), nats per token. NaN and infinity violate.
             ratio: the largest policy ratio; likewise.
+
+        Raises:
+            TypeError, ValueError: an argument is no number.
         """
+        step = check_integer("step", step)
+        kl, ratio = check_measured("kl", kl), check_measured("ratio", ratio)
         found = (
             ("update_kl", "KL(old policy || policy)", " nats per token", kl, self.max_kl),
             ("update_ratio", "the largest policy ratio", "", ratio, self.max_ratio),

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_kernels.checks import check_batch, check_like, check_positive, check_token_dtype
+from kl_kernels.checks import (
+    check_batch,
+    check_integer,
+    check_like,
+    check_mask,
+    check_token_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -58,22 +64,23 @@ def summarize_drift(
 
     Args:
         kl: per-token KL in nats, exact or sampled, any real dtype; sums are float64.
-        mask: bool or numeric (non-zero counts); what is masked matters in nothing.
+        mask: bool, or numbers that are 0 or 1; what is masked matters in nothing.
         token_ids: int64 or int32, the tokens the KL was measured at.
         prompt_ids: rows with the same id count together; None: each row by itself, by its number.
-        top: prompts and tokens to name, above 0.
+        top: prompts and tokens to name, an integer above 0.
         decode: a token's text, such as `lambda i: tokenizer.decode([i])`, for the tokens named.
 
     Raises:
-        TypeError, ValueError: a shape or dtype is wrong, or top is not above 0.
+        TypeError, ValueError: a shape or dtype is wrong, or top is no integer above 0.
     """
     check_batch("kl", kl)
     check_like("mask", mask, "kl", kl)
     check_like("token_ids", token_ids, "kl", kl)
     check_token_dtype(token_ids)
-    check_positive("top", top)
+    mask = check_mask("mask", mask)
+    top = check_integer("top", top, at_least=1)
     keys = _prompt_keys(prompt_ids, len(kl))
-    kept = mask.bool() & ~kl.isnan()
+    kept = mask & ~kl.isnan()
     values = kl.detach()[kept].double().cpu()
     rows, columns = (index.cpu() for index in kept.nonzero(as_tuple=True))
     ids = token_ids[kept].cpu()
@@ -96,7 +103,7 @@ def summarize_drift(
         kl=float(values[finite].sum()),
         count=len(sizes),
         infinite=int((~finite).sum()),
-        nan=int((mask.bool() & kl.isnan()).sum()),
+        nan=int((mask & kl.isnan()).sum()),
         concentration=float(sizes.topk(n_largest).values.sum()) / total if total > 0 else 0.0,
         prompts=_largest(prompts, top),
         positions=positions,

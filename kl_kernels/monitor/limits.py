@@ -13,6 +13,12 @@ START_KL = {"sequence_sum": 0.5, "token_mean": 0.01}
 # Nats below 0. TRL, too, warns below -1 for a sequence; a token is taken as a fiftieth of one.
 NEGATIVE_KL = {"sequence_sum": 1.0, "token_mean": 0.02}
 
+_CHECKS = {
+    "entropy_left": check_unit_interval,
+    "start_kl": check_non_negative,
+    "negative_kl": check_non_negative,
+}
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -55,10 +61,7 @@ class Limits:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "entropy_left":
-                check_unit_interval(f.name, value)
-            elif f.name in ("start_kl", "negative_kl"):
-                if value is not None:
-                    check_non_negative(f.name, value)
-            else:
-                check_positive(f.name, value)
+            if value is None and f.default is None:
+                continue
+            check = _CHECKS.get(f.name, check_positive)
+            object.__setattr__(self, f.name, check(f.name, value))

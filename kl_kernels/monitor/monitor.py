@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kl_kernels.checks import check_batch, check_choice, check_like, check_positive
+from kl_kernels.checks import (
+    check_batch,
+    check_choice,
+    check_integer,
+    check_like,
+    check_mask,
+    check_measured,
+    check_positive,
+    check_state,
+)
 from kl_kernels.monitor.acceleration import Acceleration
 from kl_kernels.monitor.detectors import (
     Ceiling,
@@ -28,7 +36,7 @@ from kl_kernels.monitor.level_shift import LevelShift
 from kl_kernels.monitor.limits import NEGATIVE_KL, START_KL, Limits
 from kl_kernels.rl.collectives import from_all_ranks, sum_over_ranks
 from kl_kernels.rl.masked import masked_mean
-from kl_kernels.rl.measure import UNITS, measure_kl
+from kl_kernels.rl.measure import UNITS, Unit, measure_kl
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -70,20 +78,20 @@ class KLMonitor:
             and called on.
 
     Raises:
-        ValueError: an argument is outside its range.
+        TypeError, ValueError: an argument has the wrong type or is outside its range.
     """
 
     def __init__(
         self,
         kl_budget: float | None = None,
         *,
-        unit: str = "sequence_sum",
+        unit: Unit = "sequence_sum",
         limits: Limits | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
         check_choice("unit", unit, UNITS)
         if kl_budget is not None:
-            check_positive("kl_budget", kl_budget)
+            kl_budget = check_positive("kl_budget", kl_budget)
         self.unit = unit
         self.kl_budget = kl_budget
         self.limits = limits = Limits() if limits is None else limits
@@ -131,11 +139,11 @@ class KLMonitor:
         step: int,
         *,
         kl: Tensor | float,
-        kl_coef: float | None = None,
+        kl_coef: Tensor | float | None = None,
         entropy: Tensor | float | None = None,
         ratio: Tensor | float | None = None,
         reward: Tensor | float | None = None,
-        grad_norm: float | None = None,
+        grad_norm: Tensor | float | None = None,
         mask: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> list[Event]:
@@ -153,8 +161,9 @@ class KLMonitor:
             ratio: [B, T] importance ratios pi / pi_old, whose largest is taken, or a number.
             reward: [B] the proxy reward of each sequence, or its mean.
             grad_norm: before clipping.
-            mask: [B, T] bool or numeric, for all that is [B, T]; NaN where it is 0 changes nothing.
-                A batch whose mask leaves no token has no KL, entropy or ratio to watch.
+            mask: [B, T] bool, or numbers that are 0 or 1, for all that is [B, T]; NaN where it is 0
+                changes nothing. A batch whose mask leaves no token has no KL, entropy or ratio to
+                watch.
             group: data-parallel ranks, which then have to call this together, with the same inputs
                 as tensors.
 
@@ -165,11 +174,11 @@ class KLMonitor:
             TypeError, ValueError: a shape or type is wrong, or step is below the one before; the
                 monitor is as it was then.
         """
-        step = operator.index(step)
+        step = check_integer("step", step)
         if self._step is not None and step < self._step:
             raise ValueError(f"step is {step}, after step {self._step}; steps cannot go back")
         numbers = {"kl_coef": kl_coef, "grad_norm": grad_norm}
-        metrics = {k: _number(k, v) for k, v in numbers.items() if v is not None}
+        metrics = {k: check_measured(k, v) for k, v in numbers.items() if v is not None}
         per_token = {"kl": kl, "entropy": entropy, "ratio": ratio}
         for name, value in per_token.items():
             if value is not None:
@@ -188,20 +197,20 @@ class KLMonitor:
     ) -> float | None:
         """A number stays as it is; [B, T] becomes one, or None if the mask leaves no token."""
         if not isinstance(value, Tensor) or value.ndim == 0:
-            return _number(name, value)
+            return check_measured(name, value)
         check_batch(name, value)
         if mask is None:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, so it needs a mask like it")
         check_like("mask", mask, name, value)
         value = value.detach()
-        kept = mask.bool()
+        kept = check_mask("mask", mask)
         any_token = kept.any().double()
         if not (any_token if group is None else sum_over_ranks(any_token, group)):
             return None
         if name == "kl":
-            return measure_kl(value, mask, self.unit, group)
+            return measure_kl(value, kept, self.unit, group)
         if name == "entropy":
-            return float(masked_mean(value.double(), mask, group=group))
+            return float(masked_mean(value.double(), kept, group=group))
         # NaN is the largest of all to amax, so it shows; a rank without tokens has no say.
         nothing = value.new_full((1,), -math.inf, dtype=torch.float64)
         largest = torch.cat([nothing, value[kept].double()]).amax()
@@ -252,14 +261,20 @@ class KLMonitor:
     def state_dict(self) -> dict[str, Any]:
         """All that later events depend on but the constructor's arguments; JSON can hold it."""
         detectors = {name: d.state_dict() for name, d in self._detectors().items()}
-        return {"step": self._step, "unit": self.unit, "detectors": detectors}
+        return {
+            "class": type(self).__name__,
+            "step": self._step,
+            "unit": self.unit,
+            "detectors": detectors,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; events are then those of a run that was never interrupted.
 
         Raises:
-            ValueError: the state was saved in another unit, or by other detectors.
+            ValueError: the state is not a KLMonitor's, in another unit, or by other detectors.
         """
+        check_state(state, type(self).__name__, ("step", "unit", "detectors"))
         if state["unit"] != self.unit:
             raise ValueError(f"state is in {state['unit']!r}, the monitor in {self.unit!r}")
         detectors = self._detectors()
@@ -274,20 +289,13 @@ class KLMonitor:
         self._step = state["step"]
 
 
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} is {value!r}; it has to be a number") from None
-
-
 def _mean_reward(reward: Tensor | float, group: ProcessGroup | None) -> float:
     if not isinstance(reward, Tensor) or reward.ndim == 0:
-        return _number("reward", reward)
+        return check_measured("reward", reward)
     if reward.ndim != 1:
         raise ValueError(f"reward has shape {tuple(reward.shape)}; it has to be [B] or a number")
     reward = reward.detach().double()
-    return float(masked_mean(reward, torch.ones_like(reward), group=group))
+    return float(masked_mean(reward, torch.ones_like(reward, dtype=torch.bool), group=group))
 
 
 def _non_finite(step: int, metrics: dict[str, float]) -> Iterator[Event]:

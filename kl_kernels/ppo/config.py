@@ -11,11 +11,13 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
-from kl_kernels.checks import check_choice
+from kl_kernels.checks import check_choice, check_integer, check_number
 from kl_kernels.monitor.constraint import ACTIONS, UpdateConstraint
 from kl_kernels.monitor.names import NAMES
+from kl_kernels.rl.early_stop import When
+from kl_kernels.rl.scores import MissingEOS
 
 LITERATURE = """
 [GAE] Schulman et al. (2016), High-dimensional continuous control using generalized advantage
@@ -171,10 +173,10 @@ class PPOConfig:
     missing_eos_penalty: float = option(
         0.0, "price of an answer that was cut off, in units of the score", at_least=0
     )
-    missing_eos: str = option(
+    missing_eos: MissingEOS = option(
         "subtract",
         "the price is subtracted from the score, or takes its place [37 details]",
-        choices=("subtract", "replace"),
+        choices=get_args(MissingEOS),
     )
     overlong_buffer: int = option(
         0, "last tokens over which a price for length grows [DAPO]; 0: none", at_least=0
@@ -213,11 +215,11 @@ class PPOConfig:
         "leave a batch early once KL(old policy || policy) is beyond, nats per token; 0: never",
         at_least=0,
     )
-    early_stop: str = option(
+    early_stop: When = option(
         "before_step",
         "measured before each step, with a tolerance of 1.5 (Stable-Baselines3), or after each "
         "pass (CleanRL)",
-        choices=("before_step", "after_epoch"),
+        choices=get_args(When),
     )
     max_update_kl: float = option(
         0.0, "limit of an update's KL(old policy || policy), nats per token; 0: none", at_least=0
@@ -240,8 +242,8 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            _check_type(f.name, value, type(f.default))
+            value = _typed(f.name, getattr(self, f.name), type(f.default))
+            object.__setattr__(self, f.name, value)
             _check(f.name, value, **f.metadata["limits"])
         if self.hidden_size % 8:
             raise ValueError(
@@ -322,13 +324,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _check_type(name: str, value: Any, kind: type) -> None:
-    """A config.json may hold anything. (A bool is no number; an int is a float.)"""
-    accepted = (int, float) if kind is float else (kind,)
-    if type(value) not in accepted:
+def _typed(name: str, value: Any, kind: type) -> Any:
+    """`value` as a Python `kind`: a config.json may hold anything, a script numbers of numpy's."""
+    if kind is float:
+        return check_number(name, value)
+    if kind is int:
+        return check_integer(name, value)
+    if type(value) is not kind:
         raise TypeError(f"{name} is {value!r}; it has to be of type {kind.__name__}")
     if isinstance(value, str) and "\0" in value:
         raise ValueError(f"{name} is {value!r}; it has to be text without NUL")
+    return value
 
 
 def _check(

@@ -50,6 +50,7 @@ from kl_kernels.ppo.rollout import shape_rewards, shape_scores, teach
 from kl_kernels.ppo.state import TrainingState, whole_weights
 from kl_kernels.ppo.watch import Watch
 from kl_kernels.rl.controllers import KLController
+from kl_kernels.rl.measure import Unit
 
 
 def train(
@@ -194,7 +195,8 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def make_controller(config: PPOConfig) -> KLController:
     """Beta, in score per nat of a whole answer."""
-    start, target, unit = config.kl_coef, config.kl_target, "sequence_sum"
+    start, target = config.kl_coef, config.kl_target
+    unit: Unit = "sequence_sum"
     if config.controller == "adaptive":
         return AdaptiveKLController(start, target, config.kl_horizon, unit=unit)
     if config.controller == "threshold":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from kl_kernels import ops as _ops  # noqa: F401  registers torch.ops.kl_kernels
-from kl_kernels.checks import check_batch, check_choice, check_like, check_unit_interval
+from kl_kernels.checks import (
+    check_batch,
+    check_choice,
+    check_like,
+    check_mask,
+    check_unit_interval,
+)
 from kl_kernels.schemas import output_dtype
 
-MASKED = ("skip", "zero")
+Masked = Literal["skip", "zero"]
 
 
 def compute_gae(
@@ -19,7 +27,7 @@ def compute_gae(
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
-    masked: str = "skip",
+    masked: Masked = "skip",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns of each token, by generalised advantage estimation.
@@ -36,13 +44,19 @@ def compute_gae(
     output in the middle of a response changes nothing. "zero": it does, they are tokens of reward
     and value 0 (TRL); the same where masked positions only follow the response.
 
+    Each row is one sequence. A packed row, [1, N] with several responses one after the other, is
+    taken as one: the later ones' rewards and values then leak into the advantages of the earlier
+    ones, silently. Unpack such rows to [B, T] first.
+
     A reward at a masked position is dropped. With score_position "after_last" the score lies one
     position after the response, so `mask` has to include that position.
 
     Args:
-        rewards: any float dtype, as `kl_rewards` and `compute_rewards` make them.
-        values: the value function's estimate at each token, before it is sampled.
-        mask: bool or numeric, non-zero at response tokens; NaN where it is 0 changes nothing.
+        rewards: [B, T] any float dtype, as `kl_rewards` and `compute_rewards` make them.
+        values: [B, T] any float dtype; the value function's estimate at each token, before it is
+            sampled.
+        mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone); 1 at response
+            tokens. NaN where it is 0 changes nothing.
         gamma: discount per token, 0 to 1.
         lam: lambda, 0 to 1; 1 gives the discounted reward-to-go minus the value.
         masked: "skip" or "zero".
@@ -54,18 +68,27 @@ def compute_gae(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.5]])
+        >>> mask = torch.ones(1, 3, dtype=torch.bool)
+        >>> advantages, returns = kl_kernels.compute_gae(rewards, values, mask, lam=1.0)
+        >>> advantages, returns
+        (tensor([[0.5000, 0.5000, 0.5000]]), tensor([[1., 1., 1.]]))
     """
     check_batch("rewards", rewards)
     check_like("values", values, "rewards", rewards)
     check_like("mask", mask, "rewards", rewards)
-    check_unit_interval("gamma", gamma)
-    check_unit_interval("lam", lam)
-    check_choice("masked", masked, MASKED)
+    mask = check_mask("mask", mask)
+    gamma = check_unit_interval("gamma", gamma)
+    lam = check_unit_interval("lam", lam)
+    check_choice("masked", masked, get_args(Masked))
     dtype = torch.promote_types(output_dtype(rewards), output_dtype(values))
     advantages, returns = torch.ops.kl_kernels.gae(
         rewards.detach().to(dtype),
         values.detach().to(dtype),
-        mask.bool(),
+        mask,
         gamma,
         lam,
         masked == "skip",

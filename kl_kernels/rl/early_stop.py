@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor
 
@@ -12,7 +12,8 @@ from kl_kernels.rl.measure import measure_kl
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
-TOLERANCES = {"before_step": 1.5, "after_epoch": 1.0}
+When = Literal["before_step", "after_epoch"]
+TOLERANCES: dict[When, float] = {"before_step": 1.5, "after_epoch": 1.0}
 
 
 class KLEarlyStop:
@@ -42,39 +43,46 @@ class KLEarlyStop:
         tolerance: stops above tolerance x target_kl, above 0. None: the rule's own, 1.5 or 1.
 
     Raises:
-        ValueError: an argument is outside its range.
+        TypeError, ValueError: an argument has the wrong type or is outside its range.
+
+    Example:
+        >>> import kl_kernels
+        >>> early_stop = kl_kernels.KLEarlyStop(0.02)  # leaves off above 1.5 x 0.02
+        >>> [early_stop.before_step(kl) for kl in (0.001, 0.025, 0.04)]
+        [False, False, True]
     """
 
     def __init__(
-        self, target_kl: float, *, when: str = "before_step", tolerance: float | None = None
+        self, target_kl: float, *, when: When = "before_step", tolerance: float | None = None
     ) -> None:
-        check_positive("target_kl", target_kl)
-        check_choice("when", when, tuple(TOLERANCES))
-        tolerance = TOLERANCES[when] if tolerance is None else tolerance
-        check_positive("tolerance", tolerance)
+        target_kl = check_positive("target_kl", target_kl)
+        check_choice("when", when, get_args(When))
+        tolerance = check_positive(
+            "tolerance", TOLERANCES[when] if tolerance is None else tolerance
+        )
         self.limit = tolerance * target_kl
         self.when = when
         self._last = 0.0
 
     def before_step(
         self,
-        kl: Tensor | float,
-        mask: Tensor | None = None,
+        kl: Tensor | float,  # [B, T]
+        mask: Tensor | None = None,  # [B, T]
         *,
         group: ProcessGroup | None = None,
     ) -> bool:
         """Whether to leave this minibatch's step out, and with it the rest of the batch.
 
         Args:
-            kl: the minibatch's mean KL(old policy || policy) as a number, or [B, T] per token, to
-                be averaged over the tokens of `mask`. NaN stops.
-            mask: [B, T] bool or numeric, with per-token KL only.
+            kl: [B, T] KL(old policy || policy) per token in nats, to be averaged over the tokens of
+                `mask`; or a number, the minibatch's mean. NaN stops.
+            mask: [B, T] bool, or numbers that are 0 or 1, with per-token KL only.
             group: data-parallel ranks that each pass their own sequences; all get one answer.
                 Without it, and with numbers, pass what has been averaged over ranks: a rank that
                 stops alone leaves the others waiting for its gradients.
 
         Raises:
-            TypeError, ValueError: shapes disagree.
+            TypeError, ValueError: shapes disagree, or an argument has the wrong type.
         """
         self._last = measure_kl(kl, mask, "token_mean", group)
         return self.when == "before_step" and self._exceeded()

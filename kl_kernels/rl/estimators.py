@@ -34,7 +34,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kl_kernels.checks import check_choice, check_like, check_positive
+from kl_kernels.checks import check_choice, check_like, check_mask, check_positive
 from kl_kernels.rl.masked import select
 from kl_kernels.rl.straight_through import clamp_value, with_value
 from kl_kernels.schemas import output_dtype
@@ -100,7 +100,7 @@ def kl_penalty(
         gradient: "pathwise", "straight_through", "score_function" or "detach".
         old_logprobs: log-probability under the policy that sampled the token, a constant; None:
             the policy itself sampled it.
-        mask: bool or numeric (non-zero counts); elsewhere the result and gradient are exactly 0,
+        mask: bool, or numbers that are 0 or 1; where it is 0 the result and gradient are exactly 0,
             even if the inputs are NaN. None: every position counts.
         log_ratio_clamp: d is taken as clamped to [-log_ratio_clamp, log_ratio_clamp], in value and
             in f'; the importance ratio is not clamped. k3 overflows at d = -88 without it.
@@ -125,7 +125,12 @@ def kl_penalty(
                 f"gradient is {gradient!r}; drop the '+' or the other"
             )
         gradient = "straight_through"
-    _check_tensors(logprobs, ref_logprobs, old_logprobs, mask, log_ratio_clamp, kl_clamp)
+    _check_tensors(logprobs, ref_logprobs, old_logprobs, mask)
+    mask = None if mask is None else check_mask("mask", mask)
+    if log_ratio_clamp is not None:
+        log_ratio_clamp = check_positive("log_ratio_clamp", log_ratio_clamp)
+    if kl_clamp is not None:
+        kl_clamp = check_positive("kl_clamp", kl_clamp)
     estimator = SAMPLED_ESTIMATORS[name]
     if estimator is _k1 and gradient == "pathwise" and _needs_gradient(logprobs):
         raise ValueError(
@@ -150,18 +155,12 @@ def _check_tensors(
     ref_logprobs: Tensor,
     old_logprobs: Tensor | None,
     mask: Tensor | None,
-    log_ratio_clamp: float | None,
-    kl_clamp: float | None,
 ) -> None:
     check_like("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     if old_logprobs is not None:
         check_like("old_logprobs", old_logprobs, "logprobs", logprobs)
     if mask is not None:
         check_like("mask", mask, "logprobs", logprobs)
-    if log_ratio_clamp is not None:
-        check_positive("log_ratio_clamp", log_ratio_clamp)
-    if kl_clamp is not None:
-        check_positive("kl_clamp", kl_clamp)
 
 
 def _needs_gradient(logprobs: Tensor) -> bool:

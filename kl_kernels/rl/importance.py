@@ -20,6 +20,7 @@ from kl_kernels.checks import (
     check_batch,
     check_choice,
     check_like,
+    check_mask,
     check_non_negative,
     check_number,
 )
@@ -48,7 +49,7 @@ def importance_weights(
             the loss clips.)
         rollout_logprobs: the same as the engine that sampled the token gave it, of the
             distribution it sampled from: with the same temperature, and no top-k or top-p.
-        mask: bool or numeric (non-zero counts); NaN elsewhere reaches nothing.
+        mask: bool, or numbers that are 0 or 1; NaN where it is 0 reaches nothing.
         mode: "truncate" or "mask", see above.
         level: what w is the ratio of. "token": of a token. "sequence": of the whole response, the
             product over its tokens. "geometric": its geometric mean over the tokens, which does
@@ -69,12 +70,11 @@ def importance_weights(
     check_batch("logprobs", logprobs)
     check_like("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
     check_like("mask", mask, "logprobs", logprobs)
+    mask = check_mask("mask", mask)
     check_choice("mode", mode, tuple(MODES))
     check_choice("level", level, LEVELS)
-    low = MODES[mode][0] if low is None else low
-    high = MODES[mode][1] if high is None else high
-    check_non_negative("low", low)
-    check_number("high", high)
+    low = check_non_negative("low", MODES[mode][0] if low is None else low)
+    high = check_number("high", MODES[mode][1] if high is None else high)
     if not high >= low:
         raise ValueError(f"high is {high}; it has to be at least low, {low}")
 

@@ -10,7 +10,9 @@ from kl_kernels.checks import (
     check_choice,
     check_finite,
     check_like,
+    check_mask,
     check_non_negative,
+    check_number,
     check_positive,
 )
 from kl_kernels.rl.masked import masked_mean, masked_var, select
@@ -48,6 +50,8 @@ def token_weights(
     denominator = sequences * budget.
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
+    if denominator is not None and not isinstance(denominator, Tensor):
+        denominator = check_number("denominator", denominator)
     check_batch("mask", mask)
     mask = mask.bool()
     lengths = mask.sum(1, keepdim=True)
@@ -74,7 +78,8 @@ def aggregate(
 
     Args:
         loss_per_token: any float dtype.
-        mask: bool or numeric (non-zero counts); NaN elsewhere reaches neither result nor gradient.
+        mask: bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither result nor
+            gradient.
         aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or
             "seq-mean-token-sum-norm", as verl names them; see `token_weights`.
         denominator: the number of tokens ("token-mean") or of sequences (the others) in the whole
@@ -91,6 +96,7 @@ def aggregate(
     """
     check_batch("loss_per_token", loss_per_token)
     check_like("mask", mask, "loss_per_token", loss_per_token)
+    mask = check_mask("mask", mask)
     dtype = output_dtype(loss_per_token)
     weights = token_weights(mask, aggregation, denominator, dtype=dtype)
     return (select(loss_per_token, mask, dtype) * weights).sum()
@@ -124,7 +130,7 @@ def ppo_policy_loss(
             that gets a gradient.
         old_logprobs: the same under the policy that sampled the tokens.
         advantages: as `compute_gae` makes them, usually whitened.
-        mask: bool or numeric (non-zero counts); NaN elsewhere reaches neither loss nor gradient.
+        mask: bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither loss nor gradient.
         clip_low: the ratio is clipped below at 1 - clip_low; 0 or above.
         clip_high: the ratio is clipped above at 1 + clip_high; 0 or above.
         dual_clip: bound of the ratio where A < 0, above 1; 3 is usual. None: no bound.
@@ -150,7 +156,10 @@ def ppo_policy_loss(
     check_like("old_logprobs", old_logprobs, "logprobs", logprobs)
     check_like("advantages", advantages, "logprobs", logprobs)
     check_like("mask", mask, "logprobs", logprobs)
-    check_clipping(clip_low, clip_high, dual_clip, log_ratio_clamp)
+    mask = check_mask("mask", mask)
+    clip_low, clip_high, dual_clip, log_ratio_clamp = check_clipping(
+        clip_low, clip_high, dual_clip, log_ratio_clamp
+    )
     dtype = output_dtype(logprobs)
     log_ratio = select(logprobs.to(dtype) - old_logprobs.detach().to(dtype), mask, dtype)
     log_ratio = clamp_value(log_ratio, log_ratio_clamp)
@@ -201,7 +210,7 @@ def ppo_value_loss(
             gradient.
         old_values: its estimates at the time of the rollout; may be None without `clip_range`.
         returns: as `compute_gae` makes them.
-        mask: bool or numeric (non-zero counts); NaN elsewhere reaches neither loss nor gradient.
+        mask: bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither loss nor gradient.
         clip_range: how far a value may move, in units of reward, above 0. None: no clipping.
         aggregation: see `aggregate`.
         denominator: the count of the whole batch, see `aggregate`.
@@ -218,12 +227,13 @@ def ppo_value_loss(
     check_batch("values", values)
     check_like("returns", returns, "values", values)
     check_like("mask", mask, "values", values)
+    mask = check_mask("mask", mask)
     dtype = output_dtype(values)
     v = select(values, mask, dtype)
     target = select(returns.detach(), mask, dtype)
     unclipped = clipped = (v - target).square()
     if clip_range is not None:
-        check_positive("clip_range", clip_range)
+        clip_range = check_positive("clip_range", clip_range)
         if old_values is None:
             raise ValueError("old_values is None, but clip_range is set; pass both or neither")
         check_like("old_values", old_values, "values", values)
@@ -245,15 +255,17 @@ def ppo_value_loss(
 
 def check_clipping(
     clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None
-) -> None:
-    check_non_negative("clip_low", clip_low)
-    check_non_negative("clip_high", clip_high)
+) -> tuple[float, float, float | None, float | None]:
+    """The four as Python floats."""
+    clip_low = check_non_negative("clip_low", clip_low)
+    clip_high = check_non_negative("clip_high", clip_high)
     if log_ratio_clamp is not None:
-        check_positive("log_ratio_clamp", log_ratio_clamp)
+        log_ratio_clamp = check_positive("log_ratio_clamp", log_ratio_clamp)
     if dual_clip is not None:
-        check_finite("dual_clip", dual_clip)
+        dual_clip = check_finite("dual_clip", dual_clip)
         if dual_clip <= 1:
             raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1")
+    return clip_low, clip_high, dual_clip, log_ratio_clamp
 
 
 def _masked_max(x: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_kernels.checks import check_like, check_non_negative
+from kl_kernels.checks import check_integer, check_like, check_mask, check_non_negative
 from kl_kernels.rl.collectives import from_all_ranks, sum_over_ranks
 from kl_kernels.schemas import output_dtype
 
@@ -34,19 +34,30 @@ def masked_mean(
     """Mean of `x` where the mask is set, over all of it or over `dim`; 0 where no position is.
 
     Args:
-        x: any real dtype.
-        mask: bool or numeric (non-zero counts), of x's shape.
-        dim: the dimensions to average over; None: all.
+        x: [...] any real dtype.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone), of x's shape.
+        dim: the dimension or dimensions to average over; None: all.
         group: ranks to average over as well; what remains has to have one shape on all of them.
 
     Returns:
         The mean, with `dim` removed, float32 (float64 for float64 x), differentiable in x.
 
     Raises:
-        TypeError, ValueError: `mask` is not a tensor of x's shape and device.
+        TypeError, ValueError: `mask` is not a mask of x's shape and device, or x has no such `dim`.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> kl = torch.tensor([[1.0, 3.0, torch.nan], [5.0, 0.0, 0.0]])
+        >>> mask = torch.tensor([[True, True, False], [True, False, False]])
+        >>> kl_kernels.masked_mean(kl, mask)
+        tensor(3.)
+        >>> kl_kernels.masked_mean(kl, mask, dim=1)
+        tensor([2., 5.])
     """
     check_like("mask", mask, "x", x)
-    total, count = select(x, mask, output_dtype(x)).sum(dim), mask.bool().sum(dim)
+    mask = check_mask("mask", mask)
+    dim = _check_dim(dim, x)
+    total, count = select(x, mask, output_dtype(x)).sum(dim), mask.sum(dim)
     if group is None:
         return total / count.clamp_min(1)
     total, count = sum_over_ranks(torch.stack([total.double(), count.double()]), group)
@@ -65,8 +76,8 @@ def masked_var(
     One position has no spread to estimate: 0 / 0 under Bessel's correction, taken as 0 here.
 
     Args:
-        x: any real dtype.
-        mask: bool or numeric (non-zero counts), of x's shape.
+        x: [...] any real dtype.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone), of x's shape.
         unbiased: divide by n - 1 (Bessel) instead of n.
         group: ranks whose positions count as well.
 
@@ -74,9 +85,18 @@ def masked_var(
         The variance, 0-dim, float32 (float64 for float64 x), differentiable in x.
 
     Raises:
-        TypeError, ValueError: `mask` is not a tensor of x's shape and device.
+        TypeError, ValueError: `mask` is not a mask of x's shape and device.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> x, mask = torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])
+        >>> kl_kernels.masked_var(x, mask)
+        tensor(2.)
+        >>> kl_kernels.masked_var(x, mask, unbiased=False)
+        tensor(1.)
     """
     check_like("mask", mask, "x", x)
+    mask = check_mask("mask", mask)
     return _moments(x, mask, group).var(unbiased=unbiased).to(output_dtype(x))
 
 
@@ -96,8 +116,8 @@ def masked_whiten(
     is with shift_mean=False).
 
     Args:
-        x: any real dtype.
-        mask: bool or numeric (non-zero counts), of x's shape.
+        x: [...] any real dtype.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone), of x's shape.
         shift_mean: whether the mean is removed.
         eps: added to the variance; 0 or above.
         group: ranks whose positions count in mean and variance.
@@ -106,15 +126,42 @@ def masked_whiten(
         [...] float32 (float64 for float64 x), differentiable in x.
 
     Raises:
-        TypeError, ValueError: `mask` is not a tensor of x's shape and device, or eps is negative.
+        TypeError, ValueError: `mask` is not a mask of x's shape and device, or eps is negative.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> advantages = torch.tensor([[1.0, 2.0, 3.0, torch.nan]])
+        >>> mask = torch.tensor([[True, True, True, False]])
+        >>> kl_kernels.masked_whiten(advantages, mask)
+        tensor([[-1.,  0.,  1.,  0.]])
     """
-    check_non_negative("eps", eps)
+    eps = check_non_negative("eps", eps)
     check_like("mask", mask, "x", x)
+    mask = check_mask("mask", mask)
     x = select(x, mask, output_dtype(x))
     moments = _moments(x, mask, group)
     mean, var = (moment.to(x.dtype) for moment in (moments.mean, moments.var()))
     whitened = (x - mean) * torch.rsqrt(var + eps)
     return select(whitened if shift_mean else whitened + mean, mask, x.dtype)
+
+
+def _check_dim(
+    dim: int | tuple[int, ...] | None,
+    x: Tensor,
+) -> int | tuple[int, ...] | None:
+    """`dim` in Python's integers."""
+    if dim is None:
+        return None
+    if isinstance(dim, (tuple, list)):
+        return tuple(_dimension(d, x) for d in dim)
+    return _dimension(dim, x)
+
+
+def _dimension(dim: int, x: Tensor) -> int:
+    found = check_integer("dim", dim)
+    if not -x.ndim <= found < x.ndim:
+        raise ValueError(f"dim is {found}; x of shape {tuple(x.shape)} has {x.ndim} dimensions")
+    return found
 
 
 class _Moments(NamedTuple):
@@ -130,7 +177,7 @@ class _Moments(NamedTuple):
 
 def _moments(x: Tensor, mask: Tensor, group: ProcessGroup | None) -> _Moments:
     dtype = output_dtype(x)
-    count, mean = mask.bool().sum(), masked_mean(x, mask)
+    count, mean = mask.sum(), masked_mean(x, mask)
     m2 = select(x.to(dtype) - mean, mask, dtype).square().sum()
     if group is None:
         return _Moments(count, mean, m2)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from kl_kernels.checks import check_batch, check_like
+from kl_kernels.checks import check_batch, check_like, check_mask, check_measured
 from kl_kernels.rl.collectives import sum_over_ranks
 from kl_kernels.rl.masked import select
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
-UNITS = ("sequence_sum", "token_mean")
+Unit = Literal["sequence_sum", "token_mean"]
+UNITS = get_args(Unit)
 
 
 def measure_kl(
@@ -39,13 +40,14 @@ def measure_kl(
             raise ValueError(
                 "group is given, but kl is a single number; it needs [B, T] per-token KL and a mask"
             )
-        return float(kl)
+        return check_measured("kl", kl)
     check_batch("kl", kl)
     if mask is None:
         raise ValueError(f"kl has shape {tuple(kl.shape)}, so it needs a mask of that shape")
     check_like("mask", mask, "kl", kl)
+    mask = check_mask("mask", mask)
     total = select(kl, mask, torch.float64).sum()
-    n_tokens, n_sequences = mask.bool().sum(), mask.bool().any(1).sum()
+    n_tokens, n_sequences = mask.sum(), mask.any(1).sum()
     sums = torch.stack([total, n_tokens.double(), n_sequences.double()])
     if group is not None:
         sums = sum_over_ranks(sums.detach(), group)

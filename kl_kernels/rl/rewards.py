@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from kl_kernels.checks import (
     check_batch,
     check_choice,
-    check_finite,
     check_like,
+    check_mask,
+    check_non_negative,
     check_per_sequence,
     check_positive,
 )
 from kl_kernels.schemas import ESTIMATORS, output_dtype
 
-SCORE_POSITIONS = ("last_token", "after_last")
+ScorePosition = Literal["last_token", "after_last"]
 UNBIASED_REWARDS = ("k1", "exact")
 
 
@@ -25,7 +28,7 @@ def compute_rewards(
     mask: Tensor,  # [B, T]
     kl_coef: float,
     *,
-    score_position: str | Tensor = "last_token",  # or [B]
+    score_position: ScorePosition | Tensor = "last_token",  # or [B]
     score_clip: float | None = None,
     kl_clip: float | None = None,
 ) -> Tensor:
@@ -35,15 +38,19 @@ def compute_rewards(
     correction or a KL in the loss besides (see `kl_rewards`); k2, k3 and abs bias the policy
     gradient. Ziegler et al. (2019), arXiv 1909.08593, equation 2, token by token.
 
+    Each row is one sequence with one score. Packed rows, [1, N] with several responses one after
+    the other, must be unpacked to [B, T] first: otherwise one score alone finds a place.
+
     Args:
-        scores: one score per sequence, any float dtype.
-        kl: per-token KL(policy || reference) in nats, an estimate or exact.
-        mask: bool or numeric, non-zero at response tokens; may have holes (tool output), which
-            change nothing. NaN where it is 0 changes nothing either.
-        kl_coef: beta, finite.
+        scores: [B] one score per sequence, any dtype; a NaN stays in its sequence.
+        kl: [B, T] per-token KL(policy || reference) in nats, an estimate or exact.
+        mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone); 1 at response
+            tokens. It may have holes (tool output), which change nothing; NaN where it is 0 changes
+            nothing either.
+        kl_coef: beta, finite, 0 or above; 0 leaves the score alone.
         score_position: "last_token" (last set position of the mask), "after_last" (one later, as
-            TRL does; the last column where there is no later one) or an integer index per
-            sequence, -1 for nowhere. A response without tokens gets no reward anywhere.
+            TRL does; the last column where there is no later one) or a tensor, [B] integers: an
+            index per sequence, -1 for nowhere. A response without tokens gets no reward anywhere.
         score_clip: scores are clamped to [-score_clip, score_clip].
         kl_clip: each token's KL is clamped to [-kl_clip, kl_clip] before kl_coef, so that one token
             cannot outweigh the score; the tokens it clips feel no further pull.
@@ -54,18 +61,25 @@ def compute_rewards(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range; on the CPU
             also an index outside [-1, T).
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> scores, kl = torch.tensor([2.0]), torch.tensor([[0.5, 1.0, 0.0]])
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> kl_kernels.compute_rewards(scores, kl, mask, kl_coef=1.0)
+        tensor([[-0.5000,  1.0000,  0.0000]])
     """
     check_batch("kl", kl)
     check_like("mask", mask, "kl", kl)
     check_per_sequence("scores", scores, "kl", kl)
-    check_finite("kl_coef", kl_coef)
-    mask = mask.bool()
+    mask = check_mask("mask", mask)
+    kl_coef = check_non_negative("kl_coef", kl_coef)
     dtype = output_dtype(kl)
     scores = clip_scores(scores.detach().to(dtype), score_clip)
     index = score_indices(score_position, mask)
     kl = kl.detach().to(dtype)
     if kl_clip is not None:
-        check_positive("kl_clip", kl_clip)
+        kl_clip = check_positive("kl_clip", kl_clip)
         kl = kl.clamp(-kl_clip, kl_clip)
     at_score = torch.arange(mask.shape[1], device=mask.device) == index[:, None]
     # Selected: without a penalty an infinite KL is nobody's business, and 0 * inf would be NaN.
@@ -85,7 +99,7 @@ def check_reward_estimator(kl_estimator: str, *, biased: bool) -> None:
 def clip_scores(scores: Tensor, score_clip: float | None) -> Tensor:  # [B]
     if score_clip is None:
         return scores
-    check_positive("score_clip", score_clip)
+    score_clip = check_positive("score_clip", score_clip)
     return scores.clamp(-score_clip, score_clip)
 
 
@@ -102,7 +116,7 @@ def score_indices(score_position: str | Tensor, mask: Tensor) -> Tensor:  # [B, 
         _check_indices(score_position, mask)
         wanted = score_position.long()
     else:
-        check_choice("score_position", score_position, SCORE_POSITIONS)
+        check_choice("score_position", score_position, get_args(ScorePosition))
         wanted = last if score_position == "last_token" else (last + 1).clamp_max(n_tokens - 1)
     return torch.where(last >= 0, wanted, nowhere)
 

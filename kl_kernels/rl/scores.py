@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from kl_kernels.checks import (
     check_batch,
     check_choice,
     check_finite,
+    check_mask,
     check_non_negative,
     check_number,
     check_per_sequence,
@@ -17,7 +20,7 @@ from kl_kernels.checks import (
 )
 from kl_kernels.schemas import output_dtype
 
-MISSING_EOS = ("subtract", "replace")
+MissingEOS = Literal["subtract", "replace"]
 
 
 def missing_eos_penalty(
@@ -25,7 +28,7 @@ def missing_eos_penalty(
     ended: Tensor,  # [B]
     penalty: float,
     *,
-    mode: str = "subtract",
+    mode: MissingEOS = "subtract",
 ) -> Tensor:
     """Scores of sequences that were cut off instead of ending, lowered or replaced.
 
@@ -34,9 +37,9 @@ def missing_eos_penalty(
     OpenAI's summarisation work (Stiennon et al. 2020; 1 there) and torchtune (3).
 
     Args:
-        scores: any float dtype.
-        ended: bool or numeric, non-zero where the sequence holds its EOS, or any other token or
-            text that ends it: the caller knows which count.
+        scores: [B] any float dtype.
+        ended: [B] bool, or numbers that are 0 or 1; 1 where the sequence holds its EOS, or any
+            other token or text that ends it: the caller knows which count.
         penalty: in units of the score, 0 or above.
         mode: "subtract" or "replace".
 
@@ -45,20 +48,27 @@ def missing_eos_penalty(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> scores, ended = torch.tensor([2.0, 2.0]), torch.tensor([True, False])
+        >>> kl_kernels.missing_eos_penalty(scores, ended, 1.0)
+        tensor([2., 1.])
     """
     _check_scores(scores)
     check_per_sequence("ended", ended, "scores", scores)
-    check_non_negative("penalty", penalty)
-    check_choice("mode", mode, MISSING_EOS)
+    ended = check_mask("ended", ended)
+    penalty = check_non_negative("penalty", penalty)
+    check_choice("mode", mode, get_args(MissingEOS))
     scores = scores.detach().to(output_dtype(scores))
-    cut_off = scores - float(penalty) if mode == "subtract" else torch.full_like(scores, -penalty)
-    return torch.where(ended.bool(), scores, cut_off)
+    cut_off = scores - penalty if mode == "subtract" else torch.full_like(scores, -penalty)
+    return torch.where(ended, scores, cut_off)
 
 
 def overlong_penalty(
     lengths: Tensor,  # [B]
-    max_length: int,
-    buffer: int,
+    max_length: float,
+    buffer: float,
     *,
     factor: float = 1.0,
 ) -> Tensor:
@@ -71,7 +81,7 @@ def overlong_penalty(
     DAPO's soft overlong punishment (Yu et al. 2025, arXiv 2503.14476, equation 13).
 
     Args:
-        lengths: tokens of each response, any real dtype; `mask.sum(1)`.
+        lengths: [B] tokens of each response, any real dtype; `mask.sum(1)`.
         max_length: the length from which the whole penalty is due, above 0.
         buffer: tokens before it over which the penalty grows, 1 to max_length.
         factor: the whole penalty, in units of the score, 0 or above.
@@ -81,13 +91,20 @@ def overlong_penalty(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> lengths = torch.tensor([300, 400, 600])
+        >>> penalty = kl_kernels.overlong_penalty(lengths, max_length=500, buffer=200)
+        >>> penalty.tolist()
+        [0.0, -0.5, -1.0]
     """
     _check_scores(lengths, "lengths")
-    check_positive("max_length", max_length)
-    check_number("buffer", buffer)
+    max_length = check_positive("max_length", max_length)
+    buffer = check_number("buffer", buffer)
     if not 1 <= buffer <= max_length:
-        raise ValueError(f"buffer is {buffer}; accepted: 1 to max_length, {max_length}")
-    check_non_negative("factor", factor)
+        raise ValueError(f"buffer is {buffer:g}; accepted: 1 to max_length, {max_length:g}")
+    factor = check_non_negative("factor", factor)
     over = (lengths.detach().float() - (max_length - buffer)) / buffer
     return -factor * over.clamp(0, 1)
 
@@ -104,8 +121,9 @@ def length_normalized_scores(
     arXiv 2405.14734); below 1 is beam search's milder form (Wu et al. 2016, arXiv 1609.08144).
 
     Args:
-        scores: any float dtype.
-        mask: bool or numeric, non-zero at response tokens. Without any, the score stays.
+        scores: [B] any float dtype.
+        mask: [B, T] bool, or numbers that are 0 or 1; 1 at response tokens. Without any, the
+            score stays.
         exponent: finite; 0 changes nothing.
 
     Returns:
@@ -113,12 +131,20 @@ def length_normalized_scores(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> scores = torch.tensor([6.0, 6.0])
+        >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+        >>> kl_kernels.length_normalized_scores(scores, mask)
+        tensor([2., 6.])
     """
     check_batch("mask", mask)
     check_per_sequence("scores", scores, "mask", mask)
-    check_finite("exponent", exponent)
+    mask = check_mask("mask", mask)
+    exponent = check_finite("exponent", exponent)
     dtype = output_dtype(scores)
-    lengths = mask.bool().sum(1).clamp_min(1).to(dtype)
+    lengths = mask.sum(1).clamp_min(1).to(dtype)
     return scores.detach().to(dtype) / lengths**exponent
 
 

@@ -30,7 +30,8 @@ def operators(logits: Tensor, ref_logits: Tensor, ids: Tensor, mask: Tensor) -> 
     assert_type(kl_kernels.selective_log_softmax(logits, ids), Tensor)
 
     kl_kernels.token_kl(logits, ref_logits)  # type: ignore[call-arg]
-    kl_kernels.token_kl(logits, ref_logits, ids, mask)  # type: ignore[call-arg]
+    kl_kernels.token_kl(logits, ref_logits, ids, mask)
+    kl_kernels.token_kl(logits, ref_logits, ids, mask, 0.7)  # type: ignore[call-arg]
     kl_kernels.token_kl(logits, ref_logits, ids, temperature="low")  # type: ignore[arg-type]
     kl_kernels.token_stats(logits, ids, temprature=0.7)  # type: ignore[call-arg]
     stats.kl  # type: ignore[attr-defined]  # noqa: B018

@@ -26,9 +26,9 @@ from kl_kernels.monitor.detectors import (
 from kl_kernels.monitor.events import Event, Sink
 from kl_kernels.monitor.level_shift import LevelShift
 from kl_kernels.monitor.limits import NEGATIVE_KL, START_KL, Limits
-from kl_kernels.rl.collectives import from_all_ranks, sum_over_ranks
+from kl_kernels.rl.collectives import from_all_ranks
 from kl_kernels.rl.masked import masked_mean
-from kl_kernels.rl.measure import UNITS, measure_kl
+from kl_kernels.rl.measure import UNITS, has_tokens, measure_kl
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -194,17 +194,15 @@ class KLMonitor:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, so it needs a mask like it")
         check_like("mask", mask, name, value)
         value = value.detach()
-        kept = mask.bool()
-        any_token = kept.any().double()
-        if not (any_token if group is None else sum_over_ranks(any_token, group)):
-            return None
         if name == "kl":
             return measure_kl(value, mask, self.unit, group)
+        if not has_tokens(mask, group):
+            return None
         if name == "entropy":
             return float(masked_mean(value.double(), mask, group=group))
         # NaN is the largest of all to amax, so it shows; a rank without tokens has no say.
         nothing = value.new_full((1,), -math.inf, dtype=torch.float64)
-        largest = torch.cat([nothing, value[kept].double()]).amax()
+        largest = torch.cat([nothing, value[mask.bool()].double()]).amax()
         return float(largest if group is None else from_all_ranks(largest, group).amax())
 
     def _detect(self, step: int, metrics: dict[str, float]) -> Iterator[Event]:

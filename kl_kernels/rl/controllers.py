@@ -18,10 +18,10 @@ if TYPE_CHECKING:  # not in every build of torch
 class KLUpdate(NamedTuple):
     """What an update saw and did."""
 
-    kl: float  # measured, in the controller's unit (nats)
+    kl: float  # measured, in the controller's unit (nats); NaN of a batch without tokens
     value: float  # the coefficient from now on
     error: float  # the clipped error that moved it; 0 for a fixed coefficient
-    applied: bool  # False: the KL was not finite, and the coefficient stayed as it was
+    applied: bool  # False: there was no finite KL, and the coefficient stayed as it was
 
 
 class KLController(Protocol):
@@ -74,7 +74,7 @@ class FixedKLController:
         group: ProcessGroup | None = None,
     ) -> KLUpdate:
         """Report the KL; the coefficient stays. See `AdaptiveKLController.update`."""
-        current = measure_kl(kl, mask, self.unit, group)
+        current = _measured(kl, mask, self.unit, group)
         return KLUpdate(current, self._value, 0.0, applied=math.isfinite(current))
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,13 +141,14 @@ class _SteeredKLController(ABC):
                 together, and all get the same update. A rank may have no token.
 
         Returns:
-            KLUpdate(kl, value, error, applied). A KL that is not finite is not applied.
+            KLUpdate(kl, value, error, applied). A KL that is not finite is not applied, nor is a
+            batch without tokens (on all ranks together), whose kl is NaN.
 
         Raises:
             TypeError, ValueError: shapes disagree, or n_steps is not accepted.
         """
         self._check_steps(n_steps)
-        current = measure_kl(kl, mask, self.unit, group)
+        current = _measured(kl, mask, self.unit, group)
         if not math.isfinite(current):
             return KLUpdate(current, self._value, 0.0, applied=False)
         error, factor = self._steer(current, n_steps)
@@ -363,3 +364,10 @@ class PIKLController(_SteeredKLController):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._previous = state["previous_error"]
+
+
+def _measured(
+    kl: Tensor | float, mask: Tensor | None, unit: str, group: ProcessGroup | None
+) -> float:
+    current = measure_kl(kl, mask, unit, group)
+    return math.nan if current is None else current

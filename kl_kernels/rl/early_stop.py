@@ -67,7 +67,8 @@ class KLEarlyStop:
 
         Args:
             kl: the minibatch's mean KL(old policy || policy) as a number, or [B, T] per token, to
-                be averaged over the tokens of `mask`. NaN stops.
+                be averaged over the tokens of `mask`. NaN stops. A minibatch without tokens stops
+                nothing, and is not what `after_epoch` looks at.
             mask: [B, T] bool or numeric, with per-token KL only.
             group: data-parallel ranks that each pass their own sequences; all get one answer.
                 Without it, and with numbers, pass what has been averaged over ranks: a rank that
@@ -76,7 +77,10 @@ class KLEarlyStop:
         Raises:
             TypeError, ValueError: shapes disagree.
         """
-        self._last = measure_kl(kl, mask, "token_mean", group)
+        measured = measure_kl(kl, mask, "token_mean", group)
+        if measured is None:  # whatever was measured last may be of the batch before
+            return False
+        self._last = measured
         return self.when == "before_step" and self._exceeded()
 
     def after_epoch(self) -> bool:

@@ -35,6 +35,10 @@ def compute_rewards(
     correction or a KL in the loss besides (see `kl_rewards`); k2, k3 and abs bias the policy
     gradient. Ziegler et al. (2019), arXiv 1909.08593, equation 2, token by token.
 
+    A KL of NaN at a response token is a reward of NaN there (unless kl_coef is 0), since nothing
+    tells what it should have been. Subtracting log-probabilities of -inf gives NaN, too: of a token
+    that both models rule out `kl_penalty` gives a KL of 0.
+
     Args:
         scores: one score per sequence, any float dtype.
         kl: per-token KL(policy || reference) in nats, an estimate or exact.

@@ -2,6 +2,8 @@
 // and device; kl_kernels/epilogues.py says the same in PyTorch.
 #pragma once
 
+#include <cfloat>
+
 #include "kl_math.h"
 
 namespace kl_kernels {
@@ -18,17 +20,34 @@ KL_HOST_DEVICE float clip(float value, float bound) {
   return value < -bound ? -bound : value > bound ? bound : value;  // NaN stays NaN
 }
 
+// Whether a token's probability is 0 on both sides.
+KL_HOST_DEVICE bool both_rule_out(float logprob, float other) {
+  return logprob == -INFINITY && other == -INFINITY;
+}
+
+// The difference, and 0 where both are -inf: a token that both sides rule out has a ratio of 1.
+KL_HOST_DEVICE float log_ratio_of(float logprob, float other) {
+  return both_rule_out(logprob, other) ? 0.0f : logprob - other;
+}
+
+// exp(-d) - 1 + d; +inf where d is infinite either way: -inf ends at a finite number, since the
+// sum would be inf - inf.
+KL_HOST_DEVICE float k3_of(float d) { return expm1f(-d) + (d < -FLT_MAX ? -FLT_MAX : d); }
+
 // Schulman (2020), "Approximating KL divergence"; kl_clip is +inf for none.
 KL_HOST_DEVICE ShapedReward reward_epilogue(const Finished<float>& f, float kl_coef,
                                             Estimator estimator, float kl_clip) {
-  const float k1 = f.logprob - f.ref_logprob;
+  const float k1 = log_ratio_of(f.logprob, f.ref_logprob);
   float estimate = k1;
   if (estimator == Estimator::exact) estimate = f.kl;
   if (estimator == Estimator::k2) estimate = k1 * k1 / 2;
-  if (estimator == Estimator::k3) estimate = expm1f(-k1) + k1;
+  if (estimator == Estimator::k3) estimate = k3_of(k1);
   if (estimator == Estimator::abs) estimate = fabsf(k1);
   estimate = clip(estimate, kl_clip);
-  const float shortfall = estimator == Estimator::exact ? clip(k1, kl_clip) - estimate : 0.0f;
+  const float clipped = clip(k1, kl_clip);
+  // Where the reference alone rules the token out, both are +inf.
+  const float shortfall =
+      estimator == Estimator::exact && clipped != estimate ? clipped - estimate : 0.0f;
   // Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
   if (kl_coef == 0) return {0.0f, 0.0f};
   return {-kl_coef * estimate, -kl_coef * shortfall};
@@ -51,11 +70,6 @@ struct PolicyLossShape {
 
 constexpr int kPolicyLossTerms = 8;  // POLICY_LOSS_TERMS in kl_kernels/schemas.py
 
-// 0 where both are equal, also to -inf: a token that was ruled out has a ratio of 1 to itself.
-KL_HOST_DEVICE float log_ratio_of(float logprob, float other, const PolicyLossShape& shape) {
-  return logprob == other ? 0.0f : clip(logprob - other, shape.log_ratio_clamp);
-}
-
 struct PolicyLoss {
   float terms[kPolicyLossTerms];
   Upstream<double> gradient;
@@ -67,11 +81,12 @@ struct PolicyLoss {
 //     loss = m (rho max(-A r, -A clip(r)) + kl_coef KL - entropy_coef H)
 //
 // and the maximum bounded by -A dual_clip where A < 0. Where a clip decides, the clipped loss is a
-// constant; the clamp of log r lets the gradient pass.
+// constant, as is r of a token that both policies rule out; the clamp of log r lets the gradient
+// pass.
 KL_HOST_DEVICE PolicyLoss policy_loss_epilogue(const Finished<float>& f,
                                                const PolicyLossInputs& row,
                                                const PolicyLossShape& shape) {
-  const float log_ratio = log_ratio_of(f.logprob, row.old_logprob, shape);
+  const float log_ratio = clip(log_ratio_of(f.logprob, row.old_logprob), shape.log_ratio_clamp);
   const float ratio = expf(log_ratio), lowest = 1 - shape.clip_low, highest = 1 + shape.clip_high;
   const float clipped_ratio = ratio < lowest ? lowest : ratio > highest ? highest : ratio;
   const float unclipped = -row.advantage * ratio, clipped = -row.advantage * clipped_ratio;
@@ -82,13 +97,15 @@ KL_HOST_DEVICE PolicyLoss policy_loss_epilogue(const Finished<float>& f,
   if (dual_clip_decides) loss = bound;
   loss *= row.importance_weight;
   // d r / d logprob = r, so the unclipped loss is its own derivative.
-  double slope = clip_decides || dual_clip_decides ? 0 : row.importance_weight * unclipped;
+  const bool constant =
+      clip_decides || dual_clip_decides || both_rule_out(f.logprob, row.old_logprob);
+  double slope = constant ? 0 : row.importance_weight * unclipped;
 
   float kl = f.kl, kl_slope = 0;
   if (shape.estimator != Estimator::exact) {
-    const float d = log_ratio_of(f.logprob, row.ref_logprob, shape);
+    const float d = clip(log_ratio_of(f.logprob, row.ref_logprob), shape.log_ratio_clamp);
     const bool k2 = shape.estimator == Estimator::k2;
-    kl = k2 ? d * d / 2 : expm1f(-d) + d;
+    kl = k2 ? d * d / 2 : k3_of(d);
     kl_slope = k2 ? d : -expm1f(-d);
   }
   if (shape.kl_coef != 0) {  // without a penalty an infinite KL is nobody's business
@@ -100,7 +117,7 @@ KL_HOST_DEVICE PolicyLoss policy_loss_epilogue(const Finished<float>& f,
   const double m = row.token_weight;
   const double kl_gradient = shape.estimator == Estimator::exact ? shape.kl_coef : 0.0f;
   return {{row.token_weight * loss, float(clip_decides), float(dual_clip_decides),
-           expm1f(log_ratio) - log_ratio, -log_ratio, ratio, kl, f.entropy},
+           k3_of(-log_ratio), -log_ratio, ratio, kl, f.entropy},
           {m * slope, m * kl_gradient, 0.0, -m * shape.entropy_coef}};
 }
 

@@ -17,6 +17,30 @@ from kl_kernels.schemas import ESTIMATORS
 K1, EXACT, K2, K3, ABS = range(len(ESTIMATORS))
 
 
+def both_rule_out(logprob: Tensor, other: Tensor) -> Tensor:  # [...]
+    """Whether a token's probability is 0 on both sides."""
+    return (logprob == -torch.inf) & (other == -torch.inf)
+
+
+def log_ratio_of(logprob: Tensor, other: Tensor) -> Tensor:  # [...]
+    """`logprob` - `other`, and 0 where both are -inf.
+
+    A token that both sides rule out is as likely on the one as on the other, so its ratio is 1. It
+    stays 1 whatever the other tokens' logits become: the gradient is 0 there. (A test of `logprob
+    == other` would also drop the gradient of every policy that has not moved yet.)
+    """
+    return torch.where(both_rule_out(logprob, other), 0.0, logprob - other)
+
+
+def k3_of(log_ratio: Tensor) -> Tensor:  # [...]
+    """exp(-d) - 1 + d of the log-ratio d, at least 0; +inf where d is infinite either way.
+
+    `expm1` keeps the digits of small d, where exp(-d) - 1 rounds to 0. At d = -inf the sum would be
+    inf - inf, so d ends at the smallest finite number; the gradient there is -inf.
+    """
+    return torch.expm1(-log_ratio) + log_ratio.clamp_min(torch.finfo(log_ratio.dtype).min)
+
+
 def reward_epilogue(
     f: Finished, kl_coef: float, estimator: int, kl_clip: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -26,12 +50,14 @@ def reward_epilogue(
     correction -kl_coef (k1 - exact) gives the token its own share of the policy gradient.
     Estimators after Schulman (2020), "Approximating KL divergence".
     """
-    k1 = f.logprob - f.ref_logprob
-    estimate = (k1, f.kl, k1 * k1 / 2, torch.expm1(-k1) + k1, k1.abs())[estimator]
+    k1 = log_ratio_of(f.logprob, f.ref_logprob)
+    estimate = (k1, f.kl, k1 * k1 / 2, k3_of(k1), k1.abs())[estimator]
     if kl_clip is not None:
         k1, estimate = k1.clamp(-kl_clip, kl_clip), estimate.clamp(-kl_clip, kl_clip)
+    shortfall = torch.zeros_like(k1)
+    if estimator == EXACT:  # where the reference alone rules the token out, both are +inf
+        shortfall = torch.where(k1 == estimate, 0.0, k1 - estimate)
     # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
-    shortfall = k1 - estimate if estimator == EXACT else torch.zeros_like(k1)
     if kl_coef == 0:
         return torch.zeros_like(estimate), torch.zeros_like(shortfall)
     return -kl_coef * estimate, -kl_coef * shortfall
@@ -86,9 +112,15 @@ def policy_loss_epilogue(
 
     and the maximum bounded by -A dual_clip where A < 0. Clipping, dual clipping and the clamp of
     log r (whose gradient passes) are those of `rl.losses.ppo_policy_loss`, k2 and k3 those of
-    `rl.estimators.kl_penalty`. Where a clip decides, the clipped loss is a constant.
+    `rl.estimators.kl_penalty`. Where a clip decides, the clipped loss is a constant; so is r of a
+    token that both policies rule out.
     """
-    log_ratio = _log_ratio(f.logprob, row.old_logprob, shape.log_ratio_clamp)
+
+    def clamped(log_ratio: Tensor) -> Tensor:
+        bound = shape.log_ratio_clamp
+        return log_ratio if bound is None else log_ratio.clamp(-bound, bound)
+
+    log_ratio = clamped(log_ratio_of(f.logprob, row.old_logprob))
     ratio = log_ratio.exp()
     unclipped = -row.advantage * ratio
     clipped = -row.advantage * ratio.clamp(1 - shape.clip_low, 1 + shape.clip_high)
@@ -101,14 +133,13 @@ def policy_loss_epilogue(
         loss = torch.where(dual_clip_decides, bound, loss)
     loss = row.importance_weight * loss
     # d r / d logprob = r, so the unclipped loss is its own derivative.
-    grad_logprob = torch.where(
-        clip_decides | dual_clip_decides, 0.0, row.importance_weight * unclipped
-    )
+    constant = clip_decides | dual_clip_decides | both_rule_out(f.logprob, row.old_logprob)
+    grad_logprob = torch.where(constant, 0.0, row.importance_weight * unclipped)
 
     kl, grad_kl = f.kl, torch.zeros_like(f.kl)
     if shape.estimator != EXACT:
-        d = _log_ratio(f.logprob, row.ref_logprob, shape.log_ratio_clamp)
-        kl = d * d / 2 if shape.estimator == K2 else torch.expm1(-d) + d
+        d = clamped(log_ratio_of(f.logprob, row.ref_logprob))
+        kl = d * d / 2 if shape.estimator == K2 else k3_of(d)
     if shape.kl_coef != 0:
         loss = loss + shape.kl_coef * kl
         if shape.estimator == EXACT:
@@ -124,16 +155,10 @@ def policy_loss_epilogue(
         m * loss,
         clip_decides.to(loss.dtype),
         dual_clip_decides.to(loss.dtype),
-        torch.expm1(log_ratio) - log_ratio,
+        k3_of(-log_ratio),
         -log_ratio,
         ratio,
         kl,
         f.entropy,
     )
     return terms, Upstream(m * grad_logprob, m * grad_kl, torch.zeros_like(m), m * grad_entropy)
-
-
-def _log_ratio(logprob: Tensor, other: Tensor, bound: float | None) -> Tensor:
-    """0 where both are equal, also to -inf: a token ruled out has a ratio of 1 to itself."""
-    log_ratio = torch.where(logprob == other, 0.0, logprob - other)
-    return log_ratio if bound is None else log_ratio.clamp(-bound, bound)

@@ -16,7 +16,7 @@ from kl_kernels.arguments import (
 )
 from kl_kernels.autograd import PolicyLoss
 from kl_kernels.functional import token_stats
-from kl_kernels.rl.losses import check_clipping, token_weights
+from kl_kernels.rl.losses import Aggregation, check_clipping, token_weights
 from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, BackendName, output_dtype
 
 LossEstimator = Literal["exact", "k2", "k3"]
@@ -40,7 +40,7 @@ def fused_policy_loss(
     dual_clip: float | None = None,
     weights: Tensor | None = None,  # [B, T]
     importance_sampling_level: ImportanceSamplingLevel = "token",
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
     log_ratio_clamp: float | None = 20.0,
     loss_scale: float | Tensor | None = None,

@@ -46,7 +46,7 @@ def topk_kl(
         topk_ids: [..., K] int64 or int32 in [0, V); distinct where their log-probability is finite.
         topk_logprobs: [..., K] of the reference, at most 0, in nats; must not require grad. -inf:
             there is no such entry (a list may be shorter than K), and its token belongs to the
-            tail.
+            tail. Rounding may lift one above 0, by 0.001 or 16 eps of the dtype; it counts as 0.
         mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
             give 0 and have no gradient. None: all rows count.
         beta: 0 is KL(reference || policy), 1 is KL(policy || reference), and between them the
@@ -60,11 +60,12 @@ def topk_kl(
     Returns:
         The divergence of each position, [...], in nats, differentiable; float32 (float64 for
         float64 logits). An event that only one of the two rules out makes the KL that weighs it
-        infinite.
+        infinite. NaN where a log-probability is NaN.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or (on
-            a CPU) an id of a row occurs twice.
+            a CPU) an id of a row occurs twice, or a log-probability is above 0: probabilities or
+            logits have been passed. On a GPU, where looking would synchronise, its row is NaN.
 
     Example:
         >>> import torch, kl_kernels
@@ -84,13 +85,15 @@ def topk_kl(
         raise ValueError("topk_logprobs requires grad, but the reference is a constant: detach it")
     kept = as_mask(mask, logits)
     ids, ref = as_rows(topk_ids).long(), as_rows(topk_logprobs).double().contiguous()
-    listed = ref > -torch.inf if kept is None else (ref > -torch.inf) & kept[..., None]
+    listed = ref != -torch.inf if kept is None else (ref != -torch.inf) & kept[..., None]
     checks.check_token_range(ids, listed, logits.shape[-1], "topk_ids")
     _check_distinct(ids, listed)
+    eps = torch.finfo(topk_logprobs.dtype).eps
+    ref = _at_most_0(ref.masked_fill(~listed, -torch.inf), max(1e-3, 16 * eps))
     events = _Events.apply(as_rows(logits), ids, listed, kept, temperature, softcap, backend)
-    q, has_tail = _with_tail(
-        ref.masked_fill(~listed, -torch.inf), torch.finfo(topk_logprobs.dtype).eps
-    )
+    if kept is not None:  # of a masked row none is known, and the gradient of all -inf is NaN
+        events = torch.where(kept[..., None], events, 0.0)
+    q, has_tail = _with_tail(ref, eps)
     # A list of the whole vocabulary leaves no tail, whatever the rounding of its sum says.
     has_tail &= listed.sum(-1, keepdim=True) < logits.shape[-1]
     # Where there is no entry, neither has any mass; nor in a tail without tokens.
@@ -107,7 +110,7 @@ def _check_distinct(ids: Tensor, listed: Tensor) -> None:  # [B, T, K]
     if not checks.values_are_at_hand(ids) or ids.shape[-1] == 1:
         return
     # Entries that are not there get ids of their own.
-    others = torch.arange(-ids.shape[-1], 0).expand_as(ids)
+    others = torch.arange(-ids.shape[-1], 0, device=ids.device).expand_as(ids)
     ordered = torch.where(listed, ids, others).sort(-1).values
     twice = ordered[..., 1:] == ordered[..., :-1]
     if twice.any():
@@ -115,6 +118,17 @@ def _check_distinct(ids: Tensor, listed: Tensor) -> None:  # [B, T, K]
             f"topk_ids holds {int(ordered[..., 1:][twice][0])} twice at one position; "
             "the ids of a position have to be distinct"
         )
+
+
+def _at_most_0(logprobs: Tensor, rounding: float) -> Tensor:  # [B, T, K]
+    """What is above 0 by no more than rounding as 0, and by more as NaN."""
+    above = logprobs > rounding
+    if checks.values_are_at_hand(logprobs) and above.any():
+        raise ValueError(
+            f"topk_logprobs holds {float(logprobs[above][0]):.6g} at an unmasked position; it must "
+            "hold log-probabilities, which are at most 0"
+        )
+    return logprobs.clamp_max(0.0).masked_fill(above, torch.nan)
 
 
 def _with_tail(logprobs: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # [B, T, K]

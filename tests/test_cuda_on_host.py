@@ -21,6 +21,8 @@ from careful_rows import careful_rows
 from host.cuda_on_host import Logits, Outputs, RewardShape, Rows, backend, compile_host, library
 from test_far_logits import SIZES as SIZES_OF_FAR_LOGITS
 from test_far_logits import assert_true_or_nan
+from test_ruled_out import OPTIONS as LOSSES
+from test_ruled_out import assert_policy_losses_are_right, assert_rewards_are_right
 
 import kl_kernels
 from kl_kernels import dispatch, reference
@@ -236,6 +238,16 @@ def test_rewards(estimator, kl_clip):
     got = dispatch.choose(NAME, [logits]).kl_rewards(*arguments)
     for value, true in zip(got, reference.kl_rewards(*arguments)):
         torch.testing.assert_close(value, true, rtol=1e-5, atol=2e-6)
+
+
+def test_rewards_of_tokens_that_are_ruled_out():
+    assert_rewards_are_right(NAME)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_policy_losses_of_tokens_that_are_ruled_out(name):
+    for sign, case in itertools.product((1.0, -1.0), ("both", "policy", "reference")):
+        assert_policy_losses_are_right(NAME, name, sign, case)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 31, 32, 33, 100])

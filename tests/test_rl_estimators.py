@@ -5,12 +5,14 @@ is checked on-policy and off-policy, against autograd through independent formul
 """
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from kl_kernels import kl_penalty
+from kl_kernels.rl.estimators import SAMPLED_ESTIMATORS, KLPenalty
 
 N = 7
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -195,6 +197,11 @@ def test_masked_positions_are_exactly_zero_whatever_they_hold(
         grad = torch.autograd.grad(result.sum(), dirty)[0]
         assert torch.equal(grad, torch.autograd.grad(expected.sum(), clean)[0])
         assert (grad[mask == 0] == 0).all()
+
+
+def test_every_name_that_is_accepted_has_its_estimator():
+    assert {name.removesuffix("+") for name in get_args(KLPenalty)} == set(SAMPLED_ESTIMATORS)
+    assert set(get_args(KLPenalty)) == {*SAMPLED_ESTIMATORS, *(f"{n}+" for n in SAMPLED_ESTIMATORS)}
 
 
 F = {

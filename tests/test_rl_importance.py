@@ -104,6 +104,43 @@ def test_equal_engines_weigh_1_and_masked_nan_reaches_nothing():
         assert metrics["k1"] == metrics["k3"] == 0
 
 
+@pytest.mark.parametrize("side", ["engine", "trainer", "both"])
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_an_unknown_log_probability_has_weight_0_in_both_modes(level, mode, side):
+    """At the level of sequences its whole sequence has; metrics are of what is known."""
+    logprobs, rollout = pair(spread=0.3)
+    expected, _ = importance_weights(logprobs, rollout, MASK, mode=mode, level=level)
+    for name, tensor in (("engine", rollout), ("trainer", logprobs)):
+        if side in (name, "both"):
+            tensor[0, 1] = math.nan
+    weights, metrics = importance_weights(logprobs, rollout, MASK, mode=mode, level=level)
+    unknown = torch.zeros(3, 4, dtype=torch.bool)
+    unknown[0, 1 if level == "token" else slice(None)] = True
+    assert torch.equal(weights, expected.masked_fill(unknown, 0.0))
+
+    known, known_token = MASK.clone(), MASK.clone()
+    known[unknown], known_token[0, 1] = 0, 0
+    _, of_known = importance_weights(logprobs, rollout, known, mode=mode, level=level)
+    _, of_tokens = importance_weights(logprobs, rollout, known_token, mode=mode)
+    n, n_known = MASK.sum(), known.sum()
+    outside = of_known["bounded_fraction"] * n_known + (n - n_known)
+    torch.testing.assert_close(metrics["bounded_fraction"], outside / n)
+    for name in ("weight_mean", "weight_max"):
+        assert torch.equal(metrics[name], of_known[name])
+    for name in ("k1", "k3"):
+        assert torch.equal(metrics[name], of_tokens[name])
+    assert all(value.isfinite() for value in metrics.values())
+
+
+def test_a_rollout_without_any_log_probability_trains_on_nothing_and_says_so():
+    logprobs, rollout = pair()
+    weights, metrics = importance_weights(logprobs, rollout * math.nan, MASK)
+    assert not weights.any()
+    assert metrics.pop("bounded_fraction") == 1
+    assert all(value == 0 for value in metrics.values())
+
+
 def test_weights_are_constants():
     logprobs, rollout = pair()
     weights, metrics = importance_weights(logprobs.requires_grad_(), rollout, MASK)

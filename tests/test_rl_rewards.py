@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kl_kernels import compute_rewards
+from kl_kernels import compute_rewards, kl_penalty
 
 MASK = torch.tensor(
     [
@@ -99,6 +99,17 @@ def test_a_score_of_nan_stays_in_its_sequence_and_out_of_an_empty_one():
     scores = torch.tensor([1.0, torch.nan, 3.0, torch.nan, 5.0])
     rewards = compute_rewards(scores, torch.zeros(MASK.shape), MASK, 1.0)
     assert rewards.isnan().nonzero().tolist() == [[1, 1]]
+
+
+def test_a_kl_of_nan_stays_at_its_token_and_kl_penalty_makes_none_of_a_ruled_out_one():
+    logprobs = torch.full(MASK.shape, -1.0)
+    logprobs[0, 1] = -torch.inf
+    rewards = compute_rewards(SCORES, logprobs - logprobs, MASK, 0.1)
+    assert rewards.isnan().nonzero().tolist() == [[0, 1]]
+    assert compute_rewards(SCORES, logprobs - logprobs, MASK, 0.0).isfinite().all()
+    of_none = compute_rewards(SCORES, torch.zeros(MASK.shape), MASK, 0.1)
+    kl = kl_penalty(logprobs, logprobs)
+    assert torch.equal(compute_rewards(SCORES, kl, MASK, 0.1), of_none)
 
 
 def test_rewards_carry_no_gradient_and_have_the_working_dtype():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kl_kernels
+from kl_kernels import topk
 
 BACKENDS = ("reference", "cpu", "triton")
 BETAS = (0.0, 0.3, 0.5, 1.0)
@@ -283,6 +284,66 @@ def test_bad_arguments_are_named(change, error, said):
     }
     with pytest.raises(error, match=said):
         kl_kernels.topk_kl(torch.zeros(2, 9), **(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 1e-3), (torch.float16, 2**-6), (torch.bfloat16, 2**-3)]
+)
+def test_rounding_above_0_counts_as_0_and_more_is_named(dtype, rounding):
+    logits, ids = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0]])
+
+    def found(logprob, mask=None):
+        logprobs = torch.tensor([[logprob]], dtype=dtype)
+        return kl_kernels.topk_kl(logits, ids, logprobs, mask=mask)
+
+    assert torch.equal(found(0.9 * rounding), found(0.0))
+    for wrong in (1.1 * rounding, 0.7, torch.inf):
+        with pytest.raises(ValueError, match=r"^topk_logprobs holds .* which are at most 0"):
+            found(wrong)
+        assert found(wrong, torch.tensor([0])) == 0  # nobody asks a masked row
+
+
+def test_above_0_is_nan_in_its_row_where_nobody_looks(monkeypatch):
+    logits, ids, logprobs = some(3, 9, 3)
+    expected = kl_kernels.topk_kl(logits, ids, logprobs)
+    logprobs[1, 2] = 0.7
+    monkeypatch.setattr(topk.checks, "values_are_at_hand", lambda tensor: False)
+    found = kl_kernels.topk_kl(logits, ids, logprobs)
+    assert found[1].isnan()
+    assert torch.equal(found[::2], expected[::2])
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_log_probability_that_is_nan_is_nan_in_its_row(beta):
+    logits, ids, logprobs = some(3, 9, 3)
+    expected = kl_kernels.topk_kl(logits, ids, logprobs, beta=beta)
+    logprobs[1, 2] = torch.nan
+    leaf = logits.requires_grad_()
+    found = kl_kernels.topk_kl(leaf, ids, logprobs, beta=beta)
+    found.sum().backward()
+    assert found[1].isnan()
+    assert torch.equal(found[::2], expected[::2])
+    assert leaf.grad[::2].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("beta", BETAS)
+def test_no_gradient_on_the_way_is_nan(beta):
+    """In anomaly mode torch ends at the first one, whether it counts or not."""
+    logits, ids, logprobs = some(7, 12, 4)
+    logits[0], logprobs[0], ids[0] = torch.nan, torch.nan, -100  # masked
+    logprobs[1, 2:] = -torch.inf
+    logprobs[2] = -torch.inf
+    logits[3, ids[3, 0]] = -torch.inf
+    logits[4] = logits[4].where(torch.isin(torch.arange(12), ids[4]), -torch.inf)
+    logits[5, ids[5]] = -torch.inf
+    mask = torch.arange(7) > 0
+    with torch.autograd.detect_anomaly(check_nan=True):
+        leaf = logits.requires_grad_()
+        found = kl_kernels.topk_kl(leaf, ids, logprobs, beta=beta, mask=mask)
+        found[found.isfinite()].sum().backward()
+    assert leaf.grad.isfinite().all()
+    assert not leaf.grad[0].any()
 
 
 def test_ids_that_occur_twice_are_found_wherever_they_are():

@@ -11,6 +11,7 @@ all come to be patched stands in docs/how-to/openrlhf.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from kl_kernels.functional import token_stats
 from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.rl.estimators import kl_penalty
+from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import masked_mean
 from kl_kernels.rl.rewards import compute_rewards
 from kl_kernels.rl.straight_through import clamp_value, with_value
@@ -26,7 +28,7 @@ from kl_kernels.schemas import BackendName
 
 __all__ = ["patch"]
 
-ESTIMATORS = ("k1", "k2", "k3")
+Estimator = Literal["k1", "k2", "k3"]
 KL_CLAMP = 10.0
 # OpenRLHF's is -10, from below alone. This is the least that leaves all of its values, clamped at
 # 10, as they are: at d = 11, k3 is 10 as well.
@@ -48,7 +50,8 @@ def patch(*, backend: BackendName | None = None) -> Patch:
     - -inf logits have the entropy they have, not NaN.
     - The KL has OpenRLHF's values, clamped at 10 nats, but not a gradient of 0 where they are
       clamped: k1's stays 1, k2's the log-ratio, and k3's 1 - reference / policy, with their
-      log-ratio clamped to 11. The reference never gets a gradient.
+      log-ratio clamped to 11. The reference never gets a gradient. A token that both sides rule
+      out (log-probability -inf) has a KL of 0, not NaN.
     - Rewards are 0 where masked, and a response without tokens gets no reward, where OpenRLHF puts
       its score in the last column.
     - A coefficient below 0 is refused, where OpenRLHF takes it for 0, and so is a mask that is not
@@ -71,14 +74,14 @@ def _compute_approx_kl(
     log_probs: Tensor,  # [...]
     log_probs_base: Tensor,  # [...]
     log_probs_old: Tensor | None = None,  # [...]
-    kl_estimator: str = "k1",
+    kl_estimator: Estimator = "k1",
     unbiased_gradient: bool = False,
 ) -> Tensor:
-    check_choice("kl_estimator", kl_estimator, ESTIMATORS)
+    check_choice("kl_estimator", kl_estimator, get_args(Estimator))
     log_probs = log_probs.float()
     if kl_estimator == "k1" and not unbiased_gradient:
         # Not refused where it is a loss: OpenRLHF warns of it, and it is its default.
-        return clamp_value(log_probs - log_probs_base.detach().float(), KL_CLAMP)
+        return clamp_value(masked_log_ratio(log_probs, log_probs_base), KL_CLAMP)
     kl = kl_penalty(
         log_probs, log_probs_base, kl_estimator,
         gradient="detach" if unbiased_gradient else "pathwise",
@@ -86,11 +89,13 @@ def _compute_approx_kl(
     )  # fmt: skip
     if not unbiased_gradient:
         return kl
-    surrogate = kl_penalty(log_probs, log_probs_base, "k2")
-    if log_probs_old is not None:
-        log_weight = (log_probs - log_probs_old.float()).detach()
-        surrogate = surrogate * log_weight.exp().clamp_max(MAX_IMPORTANCE_WEIGHT)
-    return with_value(surrogate, kl)
+    if log_probs_old is None:
+        return with_value(kl_penalty(log_probs, log_probs_base, "k2"), kl)
+    weight = masked_log_ratio(log_probs, log_probs_old).detach().exp()
+    weight = weight.clamp_max(MAX_IMPORTANCE_WEIGHT)
+    # Without those of weight 0, which the policy rules out: their log-ratio may be infinite.
+    surrogate = kl_penalty(log_probs, log_probs_base, "k2", mask=weight != 0)
+    return with_value(weight * surrogate, kl)
 
 
 def _compute_reward(

@@ -121,8 +121,9 @@ def _generalized_jsd_loss(
         student_logits, teacher_logits.detach(), beta=beta, mask=mask, temperature=temperature,
         backend=backend,
     ).sum()  # fmt: skip
-    if num_items_in_batch is not None:
-        return total / num_items_in_batch
+    if num_items_in_batch is not None:  # 0 of a batch without tokens, whose loss is 0
+        count = num_items_in_batch
+        return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
     if reduction == "sum":
         return total
     return total / (max(len(student_logits), 1) if mask is None else mask.sum().clamp(min=1))

@@ -11,7 +11,7 @@ come to be patched stands in docs/how-to/verl.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.integrations.verl_losses import policy_loss
 from kl_kernels.rl.advantages import compute_gae
+from kl_kernels.rl.estimators import KLPenalty
 from kl_kernels.rl.estimators import kl_penalty as sampled_kl
+from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import masked_mean, masked_whiten
-from kl_kernels.schemas import BackendName, output_dtype
+from kl_kernels.schemas import BackendName
 
 __all__ = ["patch"]
 
@@ -60,6 +62,8 @@ def patch(*, backend: BackendName | None = None) -> Patch:
       are clamped: it is 1 - reference / policy, with their log-ratio clamped to 11. It may be very
       large; "k3+" has a gradient of at most the log-ratio and, unlike k3, the KL's in expectation.
     - The reference never gets a gradient.
+    - A token that both sides rule out (log-probability -inf) has a KL of 0, not NaN.
+    - A batch without tokens leaves the KL coefficient as it is.
     - A mask that leaves one position or none whitens to 0, where verl raises ValueError.
     - A coefficient below 0, which would pay for KL, and masks that are not of 0 and 1 are refused.
     - "kl_kernels" pulls a token back whose log-ratio is beyond 20 with A < 0 (unless clip_ratio_c
@@ -88,15 +92,14 @@ def _kl_penalty(backend: BackendName | None) -> Callable[..., Tensor]:
     def kl_penalty(
         logprob: Tensor,  # [...], or [B, T, V] logits for "full"
         ref_logprob: Tensor,  # the same
-        kl_penalty: str,
+        kl_penalty: KLPenalty | Literal["full"],
     ) -> Tensor:
         if kl_penalty == "full":
             return _full_kl(logprob, ref_logprob, backend)
         name = kl_penalty.removesuffix("+")
         if name in ("k1", "kl") and name == kl_penalty:
             # Without refusing a gradient: verl takes this for a value and drops its graph later.
-            dtype = output_dtype(logprob)
-            return logprob.to(dtype) - ref_logprob.detach().to(dtype)
+            return masked_log_ratio(logprob, ref_logprob)
         is_k3 = name in ("k3", "low_var_kl")
         return sampled_kl(
             logprob,
@@ -125,7 +128,7 @@ def _full_kl(
 def _apply_kl_penalty(
     data: Any,  # a DataProto
     kl_ctrl: Any,
-    kl_penalty: str = "kl",
+    kl_penalty: KLPenalty | Literal["full"] = "kl",
 ) -> tuple[Any, dict[str, float]]:
     """From scores to rewards, token_level_scores - beta KL, and one step of the controller."""
     batch = data.batch
@@ -140,7 +143,8 @@ def _apply_kl_penalty(
     beta = check_non_negative("kl_ctrl.value", kl_ctrl.value)
     penalty = torch.where(mask & (beta != 0), beta * kl, 0.0)
     current_kl = masked_mean(kl, mask, dim=-1).mean().item()
-    kl_ctrl.update(current_kl=current_kl, n_steps=batch.batch_size[0])
+    if mask.any():  # a batch without tokens has no KL that beta could be steered by
+        kl_ctrl.update(current_kl=current_kl, n_steps=batch.batch_size[0])
     batch["token_level_rewards"] = batch["token_level_scores"] - penalty
     return data, {
         "actor/reward_kl_penalty": current_kl,

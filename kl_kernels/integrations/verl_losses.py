@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from kl_kernels.checks import check_choice
-from kl_kernels.rl.losses import AGGREGATIONS, ppo_policy_loss
+from kl_kernels.rl.losses import AGGREGATIONS, Aggregation, ppo_policy_loss
 
-LOSS_AGG_MODES = ("token-sum", *AGGREGATIONS)
+LossAggMode = Literal["token-sum"] | Aggregation
+LOSS_AGG_MODES: tuple[LossAggMode, ...] = ("token-sum", *AGGREGATIONS)
 
 
 def policy_loss(
@@ -17,7 +18,7 @@ def policy_loss(
     log_prob: Tensor,  # [B, T]
     advantages: Tensor,  # [B, T]
     response_mask: Tensor,  # [B, T]
-    loss_agg_mode: str = "token-mean",
+    loss_agg_mode: LossAggMode = "token-mean",
     config: Any = None,
     rollout_is_weights: Tensor | None = None,  # [B, T]
 ) -> tuple[Tensor, dict[str, float]]:
@@ -72,13 +73,13 @@ def policy_loss(
 
 
 def _aggregation(
-    mode: str,
+    mode: LossAggMode,
     mask: Tensor,  # [B, T]
     dp_size: int = 1,
     batch_num_tokens: int | Tensor | None = None,
     global_batch_size: int | Tensor | None = None,
     loss_scale_factor: int | None = None,
-) -> tuple[str, float | Tensor | None]:
+) -> tuple[Aggregation, float | Tensor | None]:
     """What verl's `agg_loss` does, as an aggregation of `aggregate` and its denominator."""
     check_choice("loss_agg_mode", mode, LOSS_AGG_MODES)
     if mode == "token-sum":

@@ -92,7 +92,7 @@ def summarize_drift(
 
     names = list(dict.fromkeys(keys))
     index_of = {key: i for i, key in enumerate(names)}
-    prompt_of_row = torch.tensor([index_of[key] for key in keys], dtype=torch.int64)
+    prompt_of_row = torch.tensor([index_of[key] for key in keys], dtype=torch.int64, device="cpu")
     prompts = _parts(values, prompt_of_row[rows], names, total)
     positions = _parts(values, columns, range(kl.shape[1]), total)
     unique, token_of = ids.unique(return_inverse=True)
@@ -130,7 +130,7 @@ def _parts(
     finite = values.isfinite()
 
     def sums(x: Tensor) -> list[float]:
-        zeros = torch.zeros(len(keys), dtype=torch.float64)
+        zeros = torch.zeros(len(keys), dtype=torch.float64, device="cpu")
         return zeros.index_add(0, part_of, x).tolist()
 
     zero = torch.zeros_like(values)

@@ -34,9 +34,9 @@ from kl_kernels.monitor.detectors import (
 from kl_kernels.monitor.events import Event, Sink
 from kl_kernels.monitor.level_shift import LevelShift
 from kl_kernels.monitor.limits import NEGATIVE_KL, START_KL, Limits
-from kl_kernels.rl.collectives import from_all_ranks, sum_over_ranks
+from kl_kernels.rl.collectives import from_all_ranks
 from kl_kernels.rl.masked import masked_mean
-from kl_kernels.rl.measure import UNITS, Unit, measure_kl
+from kl_kernels.rl.measure import UNITS, Unit, has_tokens, measure_kl
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -204,11 +204,10 @@ class KLMonitor:
         check_like("mask", mask, name, value)
         value = value.detach()
         kept = check_mask("mask", mask)
-        any_token = kept.any().double()
-        if not (any_token if group is None else sum_over_ranks(any_token, group)):
-            return None
         if name == "kl":
             return measure_kl(value, kept, self.unit, group)
+        if not has_tokens(kept, group):
+            return None
         if name == "entropy":
             return float(masked_mean(value.double(), kept, group=group))
         # NaN is the largest of all to amax, so it shows; a rank without tokens has no say.

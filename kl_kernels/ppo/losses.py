@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from kl_kernels import fused_policy_loss, ppo_value_loss, token_stats
+from kl_kernels.epilogues import k3_of
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.policy import Policy
 from kl_kernels.ppo.ranks import Ranks
 from kl_kernels.ppo.reference import Reference
 from kl_kernels.ppo.rollout import Batch
+from kl_kernels.rl.log_ratio import masked_log_ratio
 
 # Rounding moves a log-probability by 1e-5 or so when the same row is computed in another batch;
 # dropout, a wrong position or an unmasked pad move it by 0.1 and more.
@@ -60,7 +62,8 @@ def ppo_loss(
         clip_range=config.value_clip,
         denominator=n_tokens / ranks.n,
     )
-    share = samples.mask.sum() / n_tokens  # of this rank in what is averaged over tokens
+    # Of this rank in what is averaged over tokens.
+    share = samples.mask.sum() / n_tokens.clamp_min(1)
     kl = metrics.get("kl", torch.zeros_like(loss))
     of_tokens = share * torch.stack([kl, metrics["approx_kl"], metrics["clip_fraction"]])
     of_ranks = torch.stack([loss.detach(), value_loss.detach()]) / ranks.n
@@ -87,8 +90,8 @@ def moved(config: PPOConfig, policy: Policy, batch: Batch, ranks: Ranks) -> tupl
         samples = part.samples
         logits, _ = policy(samples.ids, samples.attention_mask, samples.mask.shape[1])
         logprob = token_stats(logits, samples.answers, mask=samples.mask).logprob
-        log_ratio = torch.where(samples.mask, logprob - part.logprobs, 0.0)
-        total = total + (torch.expm1(log_ratio) - log_ratio).double().sum()
+        log_ratio = masked_log_ratio(logprob, part.logprobs, samples.mask)
+        total = total + k3_of(-log_ratio).double().sum()
         largest = torch.maximum(largest, log_ratio.exp().amax())
     kl = ranks.total(total) / batch.samples.mask.sum().clamp_min(1)
     return kl.item(), ranks.largest(largest).item()

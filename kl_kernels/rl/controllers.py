@@ -24,10 +24,10 @@ if TYPE_CHECKING:  # not in every build of torch
 class KLUpdate(NamedTuple):
     """What an update saw and did."""
 
-    kl: float  # measured, in the controller's unit (nats)
+    kl: float  # measured, in the controller's unit (nats); NaN of a batch without tokens
     value: float  # the coefficient from now on
     error: float  # the clipped error that moved it; 0 for a fixed coefficient
-    applied: bool  # False: the KL was not finite, and the coefficient stayed as it was
+    applied: bool  # False: there was no finite KL, and the coefficient stayed as it was
 
 
 class KLController(Protocol):
@@ -98,13 +98,14 @@ class FixedKLController:
             group: data-parallel ranks that each pass their own sequences.
 
         Returns:
-            KLUpdate(kl, value, error=0, applied); applied is False where the KL is not finite.
+            KLUpdate(kl, value, error=0, applied); applied is False where the KL is not finite, and
+            where no token is left, whose kl is NaN.
 
         Raises:
             TypeError, ValueError: shapes disagree, or n_steps is not accepted.
         """
         check_positive("n_steps", n_steps)
-        current = measure_kl(kl, mask, self.unit, group)
+        current = _measured(kl, mask, self.unit, group)
         return KLUpdate(current, self._value, 0.0, applied=math.isfinite(current))
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,13 +178,14 @@ class SteeredKLController(ABC):
                 together, and all get the same update. A rank may have no token.
 
         Returns:
-            KLUpdate(kl, value, error, applied). A KL that is not finite is not applied.
+            KLUpdate(kl, value, error, applied). A KL that is not finite is not applied, nor is a
+            batch without tokens (on all ranks together), whose kl is NaN.
 
         Raises:
             TypeError, ValueError: shapes disagree, or n_steps is not accepted.
         """
         steps = self._checked_steps(n_steps)
-        current = measure_kl(kl, mask, self.unit, group)
+        current = _measured(kl, mask, self.unit, group)
         if not math.isfinite(current):
             return KLUpdate(current, self._value, 0.0, applied=False)
         error, factor = self._steer(current, steps)
@@ -215,3 +217,10 @@ class SteeredKLController(ABC):
     @abstractmethod
     def _steer(self, kl: float, n_steps: float) -> tuple[float, float]:
         """The error, and the factor it moves the coefficient by."""
+
+
+def _measured(
+    kl: Tensor | float, mask: Tensor | None, unit: Unit, group: ProcessGroup | None
+) -> float:
+    current = measure_kl(kl, mask, unit, group)
+    return math.nan if current is None else current

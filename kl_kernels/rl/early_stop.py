@@ -75,7 +75,8 @@ class KLEarlyStop:
 
         Args:
             kl: [B, T] KL(old policy || policy) per token in nats, to be averaged over the tokens of
-                `mask`; or a number, the minibatch's mean. NaN stops.
+                `mask`; or a number, the minibatch's mean. NaN stops. A minibatch without tokens
+                stops nothing, and is not what `after_epoch` looks at.
             mask: [B, T] bool, or numbers that are 0 or 1, with per-token KL only.
             group: data-parallel ranks that each pass their own sequences; all get one answer.
                 Without it, and with numbers, pass what has been averaged over ranks: a rank that
@@ -84,7 +85,10 @@ class KLEarlyStop:
         Raises:
             TypeError, ValueError: shapes disagree, or an argument has the wrong type.
         """
-        self._last = measure_kl(kl, mask, "token_mean", group)
+        measured = measure_kl(kl, mask, "token_mean", group)
+        if measured is None:  # whatever was measured last may be of the batch before
+            return False
+        self._last = measured
         return self.when == "before_step" and self._exceeded()
 
     def after_epoch(self) -> bool:

@@ -25,19 +25,33 @@ without `old_logprobs` give another, biased, gradient in every row.
 
 All this is per token. The KL of a sequence also depends on a token through the tokens after it,
 which a loss cannot see: there the KL belongs in the reward, or in both (`kl_rewards`).
+
+A model that filters its logits (top-k, top-p) rules tokens out: their log-probability is -inf. A
+token that both sides rule out has d = 0 and a ratio of 1, and both are constants. A token that the
+policy alone rules out has d = -inf, so k2, k3 and abs are +inf; one that the reference alone rules
+out has d = +inf, and all four are +inf. Clamps clamp these as they do any value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kl_kernels.checks import check_choice, check_like, check_mask, check_positive
+from kl_kernels.epilogues import k3_of
+from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import select
 from kl_kernels.rl.straight_through import clamp_value, with_value
 from kl_kernels.schemas import output_dtype
+
+KLPenalty = Literal[
+    "k1", "kl", "k2", "mse", "k3", "low_var_kl", "abs",
+    "k1+", "kl+", "k2+", "mse+", "k3+", "low_var_kl+", "abs+",
+]  # fmt: skip
+Gradient = Literal["pathwise", "straight_through", "score_function", "detach"]
 
 
 def _k1(d: Tensor) -> Tensor:
@@ -48,29 +62,23 @@ def _k2(d: Tensor) -> Tensor:
     return d.square() / 2
 
 
-def _k3(d: Tensor) -> Tensor:
-    # exp(-d) - 1 rounds to 0 for small d, where expm1 keeps all its digits.
-    return torch.expm1(-d) + d
-
-
 SAMPLED_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": _k1,
     "kl": _k1,
     "k2": _k2,
     "mse": _k2,
-    "k3": _k3,
-    "low_var_kl": _k3,
+    "k3": k3_of,
+    "low_var_kl": k3_of,
     "abs": torch.abs,
 }
-GRADIENTS = ("pathwise", "straight_through", "score_function", "detach")
 
 
 def kl_penalty(
     logprobs: Tensor,  # [...]
     ref_logprobs: Tensor,  # [...]
-    kl_penalty: str = "k1",
+    kl_penalty: KLPenalty = "k1",
     *,
-    gradient: str = "pathwise",
+    gradient: Gradient = "pathwise",
     old_logprobs: Tensor | None = None,  # [...]
     mask: Tensor | None = None,  # [...]
     log_ratio_clamp: float | None = None,
@@ -92,19 +100,25 @@ def kl_penalty(
     Clamps bound values and leave the gradient alive: a token far from the reference keeps its
     pull-back, where a plain clamp would make it exactly 0.
 
+    A token that both sides rule out (log-probability -inf) has d = 0 and no gradient. One that the
+    policy alone rules out has d = -inf: k2, k3 and abs are +inf and k1 is -inf, until a clamp
+    bounds them. A token of weight w = 0 adds nothing, however far off it is.
+
     Args:
-        logprobs: log-probability of the sampled token under the policy, in nats; any float dtype.
-        ref_logprobs: the same under the reference. A constant: it never gets a gradient.
+        logprobs: [...] log-probability of the sampled token under the policy, in nats; any float
+            dtype.
+        ref_logprobs: [...] the same under the reference. A constant: it never gets a gradient.
         kl_penalty: "k1" or "kl", "k2" or "mse", "k3" or "low_var_kl", "abs". A "+" at the end
             ("k3+") stands for gradient="straight_through", as in verl.
         gradient: "pathwise", "straight_through", "score_function" or "detach".
-        old_logprobs: log-probability under the policy that sampled the token, a constant; None:
-            the policy itself sampled it.
-        mask: bool, or numbers that are 0 or 1; where it is 0 the result and gradient are exactly 0,
-            even if the inputs are NaN. None: every position counts.
+        old_logprobs: [...] log-probability under the policy that sampled the token, a constant.
+            None: the policy itself sampled it.
+        mask: [...] bool, or numbers that are 0 or 1; where it is 0 the result and gradient are
+            exactly 0, even if the inputs are NaN. None: every position counts.
         log_ratio_clamp: d is taken as clamped to [-log_ratio_clamp, log_ratio_clamp], in value and
-            in f'; the importance ratio is not clamped. k3 overflows at d = -88 without it.
-        kl_clamp: f(d) is clamped to [-kl_clamp, kl_clamp], before w; f'(d) is not. With
+            in f', in nats; the importance ratio is not clamped. k3 overflows at d = -88 without it,
+            and the gradient of an infinite d is infinite.
+        kl_clamp: f(d) is clamped to [-kl_clamp, kl_clamp] nats, before w; f'(d) is not. With
             "score_function" the clamped f(d) is in the gradient, so there it biases.
 
     Returns:
@@ -114,10 +128,16 @@ def kl_penalty(
         TypeError, ValueError: an argument has the wrong type, shape, device or range; "+" is
             combined with another gradient; "k1" with gradient "pathwise" where logprobs requires
             grad: as a loss its expected gradient is 0, and no token's depends on the reference.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> policy, reference = torch.tensor([0.5, 0.25, 0.0]), torch.tensor([0.25, 0.5, 0.0])
+        >>> kl_kernels.kl_penalty(policy.log(), reference.log(), "k3")
+        tensor([0.1931, 0.3069, 0.0000])
     """
-    name = kl_penalty.removesuffix("+") if isinstance(kl_penalty, str) else kl_penalty
-    check_choice("kl_penalty", name, tuple(SAMPLED_ESTIMATORS))
-    check_choice("gradient", gradient, GRADIENTS)
+    check_choice("kl_penalty", kl_penalty, get_args(KLPenalty))
+    check_choice("gradient", gradient, get_args(Gradient))
+    name = kl_penalty.removesuffix("+")
     if name != kl_penalty:
         if gradient not in ("pathwise", "straight_through"):
             raise ValueError(
@@ -139,14 +159,18 @@ def kl_penalty(
             "gradient='score_function'; for a value pass gradient='detach'"
         )
 
-    d = clamp_value(_log_ratio(logprobs, ref_logprobs, mask), log_ratio_clamp)
+    d = clamp_value(masked_log_ratio(logprobs, ref_logprobs, mask), log_ratio_clamp)
+    weight = None
+    if old_logprobs is not None:
+        weight = masked_log_ratio(logprobs, old_logprobs, mask).exp()
+        d = torch.where(weight == 0, 0.0, d)  # f and f' may be infinite there, and 0 * inf is NaN
+    elif gradient == "score_function":
+        weight = _one(logprobs, mask)
     kl = clamp_value(estimator(d), kl_clamp)
     if gradient == "straight_through":
         kl = with_value(_k2(d), kl)
-    if old_logprobs is not None or gradient == "score_function":
-        sampled_from = logprobs if old_logprobs is None else old_logprobs
-        ratio = _log_ratio(logprobs, sampled_from, mask).exp()
-        kl = kl * (ratio if gradient == "score_function" else ratio.detach())
+    if weight is not None:
+        kl = kl * (weight if gradient == "score_function" else weight.detach())
     return kl.detach() if gradient == "detach" else kl
 
 
@@ -167,7 +191,7 @@ def _needs_gradient(logprobs: Tensor) -> bool:
     return torch.is_grad_enabled() and logprobs.requires_grad
 
 
-def _log_ratio(logprobs: Tensor, constant: Tensor, mask: Tensor | None) -> Tensor:
-    """`logprobs` - `constant` in the working dtype, 0 where masked."""
-    dtype = output_dtype(logprobs)
-    return select(logprobs.to(dtype) - constant.detach().to(dtype), mask, dtype)
+def _one(logprobs: Tensor, mask: Tensor | None) -> Tensor:
+    """The ratio of the policy to itself: 1, whose gradient is that of its logarithm."""
+    log = select(logprobs, mask, output_dtype(logprobs))
+    return with_value(log, torch.ones_like(log))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -14,22 +17,27 @@ from kl_kernels.checks import (
     check_non_negative,
     check_number,
     check_positive,
+    check_same_device,
+    values_are_at_hand,
 )
+from kl_kernels.epilogues import k3_of
+from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import masked_mean, masked_var, select
 from kl_kernels.rl.straight_through import clamp_value
 from kl_kernels.schemas import output_dtype
 
-AGGREGATIONS = (
+Aggregation = Literal[
     "token-mean",
     "seq-mean-token-sum",
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
-)
+]
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 
 def token_weights(
     mask: Tensor,  # [B, T]
-    aggregation: str,
+    aggregation: Aggregation,
     denominator: float | Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -58,9 +66,10 @@ def token_weights(
     if denominator is None:
         count = mask.sum() if aggregation == "token-mean" else (lengths > 0).sum()
         denominator = count.clamp_min(1)
-    elif not isinstance(denominator, Tensor):
-        check_positive("denominator", denominator)
-    weights = mask.to(dtype) / denominator
+    else:
+        _check_denominator(denominator, mask)
+    # Selected, as the count of a batch without tokens is 0, and so would be 0 / 0.
+    weights = torch.where(mask, mask.to(dtype) / denominator, 0.0)
     if aggregation == "seq-mean-token-mean":
         weights = weights / lengths.clamp_min(1)
     if aggregation == "seq-mean-token-sum-norm":
@@ -68,22 +77,51 @@ def token_weights(
     return weights
 
 
+def _check_denominator(denominator: float | Tensor, mask: Tensor) -> None:  # [], [B, T] bool
+    """A count of tokens or sequences: above 0, or 0 where the mask has none either.
+
+    On a GPU, looking at the values would wait for it; tokens over a count of 0 are infinite there.
+    """
+    value = denominator
+    if isinstance(denominator, Tensor):
+        if denominator.ndim != 0:
+            shape = tuple(denominator.shape)
+            raise ValueError(f"denominator has shape {shape}; it must be a number or 0-dim")
+        if denominator.device.type != "cpu":
+            check_same_device("denominator", denominator, "mask", mask)
+        if not values_are_at_hand(denominator):
+            return
+        value = denominator.item()
+    else:
+        check_number("denominator", denominator)
+    if 0 < value < math.inf:
+        return
+    if value == 0 and not (values_are_at_hand(mask) and mask.any()):
+        return
+    raise ValueError(
+        f"denominator is {value}; it must be a finite number above 0, or 0 with a mask that has no "
+        "token"
+    )
+
+
 def aggregate(
     loss_per_token: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """The per-token losses as one number: the sum of them times their `token_weights`.
+    """Sum of the per-token losses, each times its weight: one number to call `backward` on.
 
     Args:
-        loss_per_token: any float dtype.
-        mask: bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither result nor
+        loss_per_token: [B, T] any float dtype.
+        mask: [B, T] bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither result nor
             gradient.
-        aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or
-            "seq-mean-token-sum-norm", as verl names them; see `token_weights`.
+        aggregation: "token-mean" (mean over all tokens), "seq-mean-token-sum" (sum of each
+            sequence, mean over sequences), "seq-mean-token-mean" (mean of each sequence, mean over
+            sequences) or "seq-mean-token-sum-norm" (the second divided by T), as verl names them.
         denominator: the number of tokens ("token-mean") or of sequences (the others) in the whole
-            batch this one is a part of, a number or 0-dim tensor above 0. Then the losses of
+            batch this one is a part of, a number or 0-dim tensor above 0; or 0, where the batch
+            has no token and the loss is 0. Then the losses of
             micro-batches, and of data-parallel ranks, add up to the loss of the whole; where
             gradients are averaged over ranks (DDP), pass the global count over the number of
             ranks. None: the count of this batch.
@@ -92,7 +130,16 @@ def aggregate(
         0-dim float32 (float64 for float64 losses); 0 where nothing is unmasked.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape, device or range.
+        TypeError, ValueError: an argument has the wrong type, shape, device or range; on a CPU
+            also a denominator of 0 beside tokens.
+
+    Example:
+        >>> import torch
+        >>> from kl_kernels.rl.losses import aggregate
+        >>> loss = torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
+        >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+        >>> aggregate(loss, mask), aggregate(loss, mask, "seq-mean-token-mean")
+        (tensor(3.), tensor(4.))
     """
     check_batch("loss_per_token", loss_per_token)
     check_like("mask", mask, "loss_per_token", loss_per_token)
@@ -112,32 +159,38 @@ def ppo_policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     weights: Tensor | None = None,  # [B, T]
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
     log_ratio_clamp: float | None = 20.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped policy loss. With r = exp(logprobs - old_logprobs) and A the advantage,
+    """Clipped policy loss of PPO. With r = exp(logprobs - old_logprobs) and A the advantage,
 
         loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
         loss = min(loss, -A dual_clip)      where A < 0, if dual_clip is set
 
     (Schulman et al. 2017, arXiv 1707.06347, equation 7; clip_low != clip_high: DAPO, Yu et al.
     2025, arXiv 2503.14476; dual clip: Ye et al. 2020, arXiv 1912.09729.) Where a clip decides, the
-    token's gradient is 0.
+    token's gradient is 0. So it is of a token that both policies rule out (log-probability -inf):
+    its ratio is 1, and stays 1.
 
     Args:
-        logprobs: log-probability of each token under the policy; any float dtype. The only argument
-            that gets a gradient.
-        old_logprobs: the same under the policy that sampled the tokens.
-        advantages: as `compute_gae` makes them, usually whitened.
-        mask: bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither loss nor gradient.
+        logprobs: [B, T] log-probability of each token under the policy, in nats; any float dtype.
+            The only argument that gets a gradient.
+        old_logprobs: [B, T] the same under the policy that sampled the tokens.
+        advantages: [B, T] as `compute_gae` makes them, usually whitened.
+        mask: [B, T] bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither loss nor
+            gradient.
         clip_low: the ratio is clipped below at 1 - clip_low; 0 or above.
         clip_high: the ratio is clipped above at 1 + clip_high; 0 or above.
         dual_clip: bound of the ratio where A < 0, above 1; 3 is usual. None: no bound.
-        weights: importance weights that correct for the engine that sampled (TIS, Yao et al. 2025),
-            constants that multiply each token's loss after clipping.
-        aggregation: see `aggregate`.
-        denominator: the count of the whole batch, see `aggregate`.
+        weights: [B, T] importance weights that correct for the engine that sampled (TIS, Yao et al.
+            2025), constants that multiply each token's loss after clipping.
+        aggregation: "token-mean" (mean over all tokens), "seq-mean-token-sum" (sum of each
+            sequence, mean over sequences), "seq-mean-token-mean" (mean of each sequence, mean over
+            sequences) or "seq-mean-token-sum-norm" (the second divided by T).
+        denominator: the number of tokens ("token-mean") or sequences of the whole batch that this
+            one is a part of, a number or 0-dim tensor; 0 where there are none, which is a loss of
+            0. None: the count of this batch.
         log_ratio_clamp: log r is clamped to [-log_ratio_clamp, log_ratio_clamp] so that r stays
             finite. The gradient passes, as r at the clamp: without `dual_clip` a token that became
             far too likely with A < 0 keeps being pulled back. None: no clamp.
@@ -151,6 +204,14 @@ def ppo_policy_loss(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> old = torch.tensor([[0.5, 0.5]]).log()
+        >>> new = torch.tensor([[0.75, 0.5]]).log()  # ratios 1.5, which is clipped at 1.2, and 1
+        >>> loss, metrics = kl_kernels.ppo_policy_loss(new, old, torch.ones(1, 2), torch.ones(1, 2))
+        >>> loss, metrics["clip_fraction"]
+        (tensor(-1.1000), tensor(0.5000))
     """
     check_batch("logprobs", logprobs)
     check_like("old_logprobs", old_logprobs, "logprobs", logprobs)
@@ -161,28 +222,31 @@ def ppo_policy_loss(
         clip_low, clip_high, dual_clip, log_ratio_clamp
     )
     dtype = output_dtype(logprobs)
-    log_ratio = select(logprobs.to(dtype) - old_logprobs.detach().to(dtype), mask, dtype)
-    log_ratio = clamp_value(log_ratio, log_ratio_clamp)
-    ratio = log_ratio.exp()
+    log_ratio = clamp_value(masked_log_ratio(logprobs, old_logprobs, mask), log_ratio_clamp)
+    ratio = log_ratio.detach().exp()
     advantages = select(advantages.detach(), mask, dtype)
 
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(unclipped, clipped)
+    clip_decides = clipped > unclipped
+    loss = torch.where(clip_decides, clipped, unclipped)
     dual_clipped = torch.zeros_like(mask, dtype=torch.bool)
     if dual_clip is not None:
         bound = -advantages * dual_clip
         dual_clipped = (advantages < 0) & (loss > bound)
         loss = torch.where(dual_clipped, bound, loss)
+    # The log-ratio is selected before exp, whose gradient would be 0 * inf where it overflows.
+    constant = clip_decides | dual_clipped
+    loss = torch.where(constant, loss, -advantages * log_ratio.masked_fill(constant, 0.0).exp())
     if weights is not None:
         check_like("weights", weights, "logprobs", logprobs)
         loss = loss * select(weights.detach(), mask, dtype)
 
     with torch.no_grad():
         metrics = {
-            "clip_fraction": masked_mean((clipped > unclipped).to(dtype), mask),
+            "clip_fraction": masked_mean(clip_decides.to(dtype), mask),
             "clip_fraction_dual": masked_mean(dual_clipped.to(dtype), mask),
-            "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
+            "approx_kl": masked_mean(k3_of(-log_ratio), mask),
             "approx_kl_k1": masked_mean(-log_ratio, mask),
             "ratio_mean": masked_mean(ratio, mask),
             "ratio_max": _masked_max(ratio, mask),
@@ -197,23 +261,29 @@ def ppo_value_loss(
     mask: Tensor,  # [B, T]
     *,
     clip_range: float | None = 0.2,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped value loss, max((v - R)^2, (v_clipped - R)^2) / 2 per token.
+    """Clipped value loss of PPO, max((v - R)^2, (v_clipped - R)^2) / 2 per token.
 
     v_clipped = clip(v, old_values - clip_range, old_values + clip_range), as in OpenAI's baselines
     (ppo2) and TRL; where the clipped error is the larger, the token's gradient is 0.
 
     Args:
-        values: the value function's estimates; any float dtype. The only argument that gets a
+        values: [B, T] the value function's estimates; any float dtype. The only argument that gets
+            a gradient.
+        old_values: [B, T] its estimates at the time of the rollout; may be None without
+            `clip_range`.
+        returns: [B, T] as `compute_gae` makes them.
+        mask: [B, T] bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither loss nor
             gradient.
-        old_values: its estimates at the time of the rollout; may be None without `clip_range`.
-        returns: as `compute_gae` makes them.
-        mask: bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither loss nor gradient.
         clip_range: how far a value may move, in units of reward, above 0. None: no clipping.
-        aggregation: see `aggregate`.
-        denominator: the count of the whole batch, see `aggregate`.
+        aggregation: "token-mean" (mean over all tokens), "seq-mean-token-sum" (sum of each
+            sequence, mean over sequences), "seq-mean-token-mean" (mean of each sequence, mean over
+            sequences) or "seq-mean-token-sum-norm" (the second divided by T).
+        denominator: the number of tokens ("token-mean") or sequences of the whole batch that this
+            one is a part of, a number or 0-dim tensor; 0 where there are none, which is a loss of
+            0. None: the count of this batch.
 
     Returns:
         (loss, metrics): a 0-dim float32 loss (float64 for float64 values), and 0-dim detached
@@ -223,6 +293,13 @@ def ppo_value_loss(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> values, returns = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]])
+        >>> loss, _ = kl_kernels.ppo_value_loss(values, values, returns, torch.ones(1, 2))
+        >>> loss
+        tensor(0.2500)
     """
     check_batch("values", values)
     check_like("returns", returns, "values", values)

@@ -23,8 +23,8 @@ def measure_kl(
     mask: Tensor | None,
     unit: str,
     group: ProcessGroup | None = None,
-) -> float:
-    """The KL of a batch in nats: "sequence_sum" or "token_mean".
+) -> float | None:
+    """The KL of a batch in nats: "sequence_sum" or "token_mean"; None where no token has one.
 
     A [B, T] tensor of per-token KL is reduced here: "sequence_sum" sums each sequence and averages
     over sequences that have tokens, "token_mean" averages over all tokens. A plain number (or 0-dim
@@ -52,4 +52,12 @@ def measure_kl(
     if group is not None:
         sums = sum_over_ranks(sums.detach(), group)
     total, n_tokens, n_sequences = sums.tolist()
-    return total / max(1, n_tokens if unit == "token_mean" else n_sequences)
+    if n_tokens == 0:
+        return None  # and not 0, which would be a policy that has not moved
+    return float(total / (n_tokens if unit == "token_mean" else n_sequences))
+
+
+def has_tokens(mask: Tensor, group: ProcessGroup | None) -> bool:  # [B, T]
+    """Whether the mask, or with `group` that of any of its ranks, leaves a token to measure."""
+    found = mask.bool().any().double()
+    return bool(found if group is None else sum_over_ranks(found, group))

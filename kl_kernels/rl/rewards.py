@@ -41,6 +41,10 @@ def compute_rewards(
     Each row is one sequence with one score. Packed rows, [1, N] with several responses one after
     the other, must be unpacked to [B, T] first: otherwise one score alone finds a place.
 
+    A KL of NaN at a response token is a reward of NaN there (unless kl_coef is 0), since nothing
+    tells what it should have been. Subtracting log-probabilities of -inf gives NaN, too: of a token
+    that both models rule out `kl_penalty` gives a KL of 0.
+
     Args:
         scores: [B] one score per sequence, any dtype; a NaN stays in its sequence.
         kl: [B, T] per-token KL(policy || reference) in nats, an estimate or exact.

@@ -29,7 +29,8 @@ def with_value(carrier: Tensor, value: Tensor) -> Tensor:  # [...], [...]
 
     The usual `carrier + (value - carrier).detach()` rounds, and is NaN where a carrier is infinite.
     """
-    result: Tensor = _WithValue.apply(carrier, value)
+    # Detached, since torch sends zeros where there is no gradient: 0 * inf on the way is NaN.
+    result: Tensor = _WithValue.apply(carrier, value.detach())
     return result
 
 

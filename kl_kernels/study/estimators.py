@@ -8,7 +8,7 @@ has not. What differs is how far single answers scatter around it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from kl_kernels.ppo.policy import causal_lm, load_model, sample
 from kl_kernels.study.plan import Plan, StudyFolder
 from kl_kernels.study.statistics import Array, mean_interval, variance_ratio
 
-SAMPLED = ("k1", "k2", "k3")
+SAMPLED: tuple[Literal["k1", "k2", "k3"], ...] = ("k1", "k2", "k3")
 
 
 def measure_all(

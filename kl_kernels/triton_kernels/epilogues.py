@@ -14,7 +14,7 @@ from kl_kernels.triton_kernels.math import KEEP_NAN
 @triton.jit
 def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
     """The KL reward without the score, and what to add to the advantage."""
-    k1 = f.logprob - f.ref_logprob
+    k1 = log_ratio_of(f.logprob, f.ref_logprob)
     if ESTIMATOR == 0:
         estimate = k1
     elif ESTIMATOR == 1:
@@ -28,7 +28,8 @@ def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
     k1, estimate = clamp(k1, kl_clip), clamp(estimate, kl_clip)
     correction = tl.zeros_like(k1)
     if ESTIMATOR == 1:
-        correction = (k1 - estimate) * -kl_coef
+        # Where the reference alone rules the token out, both are +inf.
+        correction = tl.where(k1 == estimate, 0.0, (k1 - estimate) * -kl_coef)
     # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
     reward = tl.where(kl_coef == 0.0, 0.0, estimate * -kl_coef)
     return reward, tl.where(kl_coef == 0.0, 0.0, correction)
@@ -66,14 +67,15 @@ def policy_loss_epilogue(
 
     If not they are left out: 0 * inf would be NaN.
     """
-    log_ratio = log_ratio_of(f.logprob, old_logprob, log_ratio_clamp)
+    log_ratio = clamp(log_ratio_of(f.logprob, old_logprob), log_ratio_clamp)
     ratio = tl.exp(log_ratio)
     unclipped = -advantage * ratio
     within = tl.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high, KEEP_NAN)
     clipped = -advantage * within
     clip_decides = clipped > unclipped
     loss = tl.where(clip_decides, clipped, unclipped)
-    constant, clip_fraction_dual = clip_decides, 0.0
+    # The ratio of a token that both policies rule out is a constant, too.
+    constant, clip_fraction_dual = clip_decides | both_rule_out(f.logprob, old_logprob), 0.0
     if dual_clip is not None:
         bound = -advantage * dual_clip
         dual_clip_decides = (advantage < 0.0) & (loss > bound)
@@ -86,7 +88,7 @@ def policy_loss_epilogue(
 
     kl = f.kl
     if ESTIMATOR != 1:
-        d = log_ratio_of(f.logprob, ref_logprob, log_ratio_clamp)
+        d = clamp(log_ratio_of(f.logprob, ref_logprob), log_ratio_clamp)
         kl, slope = exp_minus_linear(-d), -expm1(-d)
         if ESTIMATOR == 2:
             kl, slope = 0.5 * d * d, d
@@ -109,9 +111,15 @@ def policy_loss_epilogue(
 
 
 @triton.jit
-def log_ratio_of(logprob, other, bound):
-    """0 where both are equal, also to -inf: a token ruled out has a ratio of 1 to itself."""
-    return clamp(tl.where(logprob == other, 0.0, logprob - other), bound)
+def both_rule_out(logprob, other):
+    """Whether a token's probability is 0 on both sides."""
+    return (logprob == float("-inf")) & (other == float("-inf"))
+
+
+@triton.jit
+def log_ratio_of(logprob, other):
+    """The difference, and 0 where both are -inf: what both sides rule out has a ratio of 1."""
+    return tl.where(both_rule_out(logprob, other), 0.0, logprob - other)
 
 
 @triton.jit
@@ -123,15 +131,17 @@ def clamp(x, bound):
 
 # Below this exp(d) - 1 cancels, and the series below has converged.
 SMALL = tl.constexpr(0.35)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
 @triton.jit
 def exp_minus_linear(d):
-    """exp(d) - 1 - d."""
+    """exp(d) - 1 - d, +inf where d is infinite either way."""
     series = d * d * (
         1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))))
     )  # fmt: skip
-    return tl.where(tl.abs(d) < SMALL, series, tl.exp(d) - 1.0 - d)
+    # exp(inf) - inf would be NaN. (NaN is no minimum here, but exp(d) is NaN then.)
+    return tl.where(tl.abs(d) < SMALL, series, tl.exp(d) - 1.0 - tl.minimum(d, LARGEST))
 
 
 @triton.jit

@@ -94,7 +94,8 @@ def fused_policy_loss(
         ref_softcap: of the reference.
         inplace_backward: write the gradient over the logits, in this very call. They are gone
             then, and whoever else needs them for a backward gets torch's error. A row that is not
-            under the mask becomes 0.
+            under the mask becomes 0. Where no gradient is asked for (`torch.no_grad()`, or logits
+            that do not require grad) none is made, and the logits stay as they are.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -141,6 +142,9 @@ def fused_policy_loss(
     scaled_weights = token_weights(mask, aggregation, denominator, dtype=output_dtype(logits))
     if loss_scale is not None:
         scaled_weights = scaled_weights * loss_scale
+    if not needs_gradient(logits):
+        # The function is told of requires_grad alone, not of no_grad, and would make a gradient.
+        logits = logits.detach()
     loss, terms = PolicyLoss.apply(
         logits, inplace_backward, backend,
         ref_logits, token_ids.long(), mask,

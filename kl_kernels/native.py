@@ -7,12 +7,14 @@ A compiled backend is the namespace `torch.ops.kl_kernels_<name>`: the schemas a
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from kl_kernels.forks import held_across_forks
 from kl_kernels.schemas import KERNELS
 
 DIRECTORY = Path(__file__).parent
@@ -36,9 +38,17 @@ def unavailable_reason(name: str) -> str | None:
     return None
 
 
-@functools.cache
+_lock = held_across_forks()  # torch takes a namespace once, from whichever thread
+
+
 def _load(name: str) -> SimpleNamespace | str:
     """The operators, or the reason why there are none."""
+    with _lock:
+        return _loaded(name)
+
+
+@functools.cache
+def _loaded(name: str) -> SimpleNamespace | str:
     path = library_path(name)
     if not path.exists():
         reason = path.with_name(f"_C_{name}.unavailable")  # written by setup.py
@@ -61,3 +71,8 @@ def _load(name: str) -> SimpleNamespace | str:
 
 def library_path(name: str) -> Path:
     return DIRECTORY / f"_C_{name}.abi3.so"
+
+
+if hasattr(os, "register_at_fork"):
+    # A child knows by its parent's library that torch's threads are gone (csrc/cpu/parallel.h).
+    os.register_at_fork(before=lambda: _load("cpu"))

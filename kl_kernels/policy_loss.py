@@ -114,7 +114,9 @@ def fused_policy_loss(
         ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
         inplace_backward: write the gradient over the logits, in this very call. They are gone then,
             and another backward that needs them raises torch's error about tensors modified in
-            place. Rows outside the mask become 0.
+            place. Rows outside the mask become 0. Where no gradient is asked for
+            (`torch.no_grad()`, or logits that do not require grad) none is made, and the logits
+            stay as they are.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
@@ -179,6 +181,9 @@ def fused_policy_loss(
     scaled_weights = token_weights(mask, aggregation, denominator, dtype=output_dtype(logits))
     if loss_scale is not None:
         scaled_weights = scaled_weights * loss_scale
+    if not needs_gradient(logits):
+        # The function is told of requires_grad alone, not of no_grad, and would make a gradient.
+        logits = logits.detach()
     loss, terms = PolicyLoss.apply(
         logits, inplace_backward, backend,
         ref_logits, token_ids.long(), mask,

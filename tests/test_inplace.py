@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import kl_kernels
 from kl_kernels.validate.cases import DIFFICULTIES, Case
@@ -117,3 +119,76 @@ def test_logits_that_had_to_be_copied_are_left_alone(backend):
     (expected,) = torch.autograd.grad(token_kl(leaf, inputs, backend=backend), leaf)
     assert torch.equal(got, expected)
     assert torch.equal(strided.detach(), before)
+
+
+WITHOUT_A_GRADIENT = {
+    "no_grad": lambda x: (torch.no_grad(), x.requires_grad_()),
+    "inference_mode": lambda x: (torch.inference_mode(), x.requires_grad_()),
+    "logits that do not require grad": lambda x: (torch.enable_grad(), x),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("way", WITHOUT_A_GRADIENT)
+def test_logits_stay_as_they_are_where_no_gradient_is_asked_for(way, loss, backend):
+    inputs = inputs_of()
+    mode, logits = WITHOUT_A_GRADIENT[way](inputs.logits.clone())
+    version = logits._version
+    with mode:
+        value = loss(logits, inputs, backend=backend, inplace_backward=True)
+    assert not value.requires_grad
+    assert (logits._version, torch.equal(logits.detach(), inputs.logits)) == (version, True)
+    # They may be trained on afterwards.
+    leaf = inputs.logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, inputs, backend=backend), leaf)
+    logits.requires_grad_()
+    assert float(loss(logits, inputs, backend=backend).detach()) == float(value)
+    (got,) = torch.autograd.grad(loss(logits, inputs, backend=backend), logits)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_compiled_call_without_a_gradient_leaves_the_logits_too(loss):
+    inputs = inputs_of()
+    logits = inputs.logits.clone().requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: loss(x, inputs, inplace_backward=True), fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        compiled(logits)
+    assert torch.equal(logits.detach(), inputs.logits)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_first_pass_of_a_reentrant_checkpoint_has_no_gradient_either(loss):
+    """It runs under no_grad; the second pass, in backward, reads the same logits again."""
+    inputs = inputs_of()
+    leaf = inputs.logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, inputs), leaf)
+    logits = inputs.logits.clone().requires_grad_()
+    value = checkpoint(lambda x: loss(x, inputs, inplace_backward=True), logits, use_reentrant=True)
+    assert torch.equal(logits.detach(), inputs.logits)
+    value.backward()
+    assert torch.equal(logits.grad, expected)
+
+
+def sharded_without_a_gradient(group, inputs):
+    width = V // dist.get_world_size(group)
+    here = slice(dist.get_rank(group) * width, (dist.get_rank(group) + 1) * width)
+    logits, ref_logits = inputs.logits[..., here].clone(), inputs.ref_logits[..., here]
+    before, ids = logits.clone(), inputs.token_ids
+    scores, mask = torch.zeros(len(ids)), torch.ones(ids.shape)
+    how = {"group": group, "inplace_backward": True}
+    with torch.no_grad():
+        logits.requires_grad_()
+        kl_kernels.token_stats(logits, ids, **how)
+        kl_kernels.token_kl(logits, ref_logits, ids, **how)
+        kl_kernels.token_jsd(logits, ref_logits, **how)
+        kl_kernels.kl_rewards(logits, ref_logits, ids, scores, mask, kl_coef=0.1, **how)
+    return torch.equal(logits.detach(), before)
+
+
+def test_shards_stay_as_they_are_where_no_gradient_is_asked_for(ranks):
+    assert ranks(sharded_without_a_gradient, inputs_of(), n=3) == [True] * 3

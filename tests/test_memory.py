@@ -93,6 +93,34 @@ def test_a_fused_loss_takes_one_gradient_in_all(models):
     assert LOGITS <= peak(step) + SMALL < LOGITS + 2 * SMALL
 
 
+@pytest.mark.parametrize("inplace_backward", [False, True])
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_a_fused_loss_takes_nothing_where_no_gradient_is_asked_for(
+    grad_mode, inplace_backward, models
+):
+    """Under no_grad, and of logits that do not require grad."""
+    x = models[0].clone().requires_grad_(not grad_mode)
+    ones = torch.ones(1, T)
+
+    def step():
+        with torch.set_grad_enabled(grad_mode):
+            kl_kernels.fused_policy_loss(
+                x,
+                models[2],
+                -ones,
+                ones,
+                ones,
+                ref_logits=models[1],
+                kl_loss_coef=0.1,
+                inplace_backward=inplace_backward,
+                backend="cpu",
+            )
+
+    step()  # what libraries allocate once
+    assert peak(step) < SMALL
+    assert torch.equal(x.detach(), models[0])
+
+
 def test_a_linear_head_takes_what_it_was_allowed(models):
     hidden, weight = torch.randn(1, T, 8), torch.randn(V, 8)
     budget = 8 << 20

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -98,6 +100,49 @@ def test_workers_give_what_their_parent_did(way, two_threads):
     with mp.get_context(way).Pool(2) as workers:
         assert workers.map_async(threaded_kl, range(3)).get(timeout=300) == expected
     assert threaded_kl(0) == expected[0]
+
+
+# The parent's own work needs no kernel of ours, and leaves OpenMP's threads behind.
+OF_TORCH_ALONE = """
+import os, signal, torch, kl_kernels
+torch.set_num_threads(2)
+torch.randn(3_000_000).exp().sum()
+x, ids = torch.randn(8, 7, 512), torch.zeros(8, 7, dtype=torch.long)
+if (child := os.fork()) == 0:
+    signal.alarm(60)  # it would wait for ever
+    kl_kernels.token_stats(x, ids, backend="cpu")
+    os._exit(0)
+print(os.waitpid(child, 0)[1], kl_kernels.token_stats(x, ids, backend="cpu").logprob.shape)
+"""
+
+
+def test_a_worker_does_not_wait_for_threads_that_torch_alone_had_used():
+    command = [sys.executable, "-c", OF_TORCH_ALONE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "0 torch.Size([8, 7])\n", done.stderr
+
+
+FIRST_CALLS = """
+import sys, threading, torch, kl_kernels
+sys.setswitchinterval(1e-6)
+x, ids = torch.randn(1, 1, 9), torch.zeros(1, 1, dtype=torch.long)
+start, results = threading.Barrier(8), []
+def call():
+    start.wait()
+    results.append(kl_kernels.token_stats(x, ids, backend="cpu").logprob.item())
+threads = [threading.Thread(target=call) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(results), len(set(results)))
+"""
+
+
+def test_the_first_calls_may_come_from_several_threads_at_once():
+    """Each would load the library, which torch takes once."""
+    for _ in range(3):  # more often than not it went wrong
+        command = [sys.executable, "-c", FIRST_CALLS]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.stdout == "8 1\n", done.stderr
 
 
 CONTROLLERS = {

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
+#include <pthread.h>
 #endif
 
 #include <algorithm>
@@ -13,18 +13,13 @@
 
 namespace kl_kernels {
 
-// Whether this process may use torch's threads. OpenMP's are not there after a fork, and a child of
-// a process that had used them would wait for them for ever.
-inline bool may_use_threads() {
+// Whether this process was forked from one that had this library. OpenMP's threads are not there
+// after a fork, and a child of a process that had used them, be it for torch itself, would wait for
+// them for ever. (native.py loads this library before a fork, if nothing has loaded it yet.)
+inline std::atomic<bool> is_forked{false};
 #if defined(__unix__) || defined(__APPLE__)
-  static std::atomic<pid_t> user{0};  // the process that was first to use them
-  const pid_t process = getpid();
-  pid_t first = 0;
-  return user.compare_exchange_strong(first, process) || first == process;
-#else
-  return true;
+inline const int kForkHandler = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
 #endif
-}
 
 // Calls `work(row)` for every row. Rows are handed out one after the other, because rows under a
 // mask take no time; small rows in batches, so that the counter is not fought over. `work` must not
@@ -42,7 +37,7 @@ void for_each_row(int64_t n_rows, int64_t vocab_size, const Work& work) {
     }
   };
   const int64_t n_workers = std::min<int64_t>(torch::stable::get_num_threads(), n_batches);
-  if (n_workers <= 1 || !may_use_threads())
+  if (n_workers <= 1 || is_forked)
     drain(0, 1);
   else
     torch::stable::parallel_for(0, n_workers, 1, drain);

@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from types import TracebackType
 from typing import Any
+
+from kl_kernels.forks import held_across_forks
 
 
 class UnsupportedVersionError(RuntimeError):
@@ -172,7 +173,7 @@ def _replace_in(names: dict[str, Any], before: Any, after: Any) -> None:
             names[name] = after
 
 
-_lock = threading.RLock()
+_lock = held_across_forks()  # a child would have half of a patch
 _targets: dict[tuple[str, str], _Target] = {}
 
 

@@ -6,8 +6,8 @@
         trainer.train()
 
 TRL 1.16 computes GRPO's, RLOO's, KTO's, DPO's and SFT's log-probabilities from hidden states and
-the output layer, and distillation losses likewise: there the linear heads take over. Where it, or
-an earlier version, has logits, `selective_log_softmax` and its relatives do.
+the output layer, and distillation losses likewise: there the linear heads take over, on CPUs. Where
+it, or an earlier version, has logits, `selective_log_softmax` and its relatives do.
 """
 
 from __future__ import annotations
@@ -42,18 +42,30 @@ def patch(*, backend: BackendName | None = None, memory_budget: int | None = Non
     two, everywhere, PPO included. With 0.11: `logprobs_from_logits` and `entropy_from_logits`.
 
     What the fused functions do not compute stays TRL's: an output layer whose parameters DeepSpeed
-    ZeRO-3 shards or whose caller asks for more than log-probabilities and entropy, and a loss that
-    is not reduced.
+    ZeRO-3 shards or whose caller asks for more than log-probabilities and entropy (as SFT and the
+    policies of DPO and KTO do), and a loss that is not reduced.
+
+    On a GPU the output layer and the divergence of `DistillationTrainer` stay TRL's as well: the
+    backward of `linear_token_stats` multiplies in float32 there, which is predicted (not measured)
+    to make a head 7 times slower than TRL's. What starts from logits is replaced on any device.
 
     Args:
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
-        memory_budget: bytes for the logits of an output layer; see `linear_token_stats`.
+        memory_budget: bytes for the tiles of an output layer's logits, above 0. None: 64 MiB on a
+            CPU, 512 MiB elsewhere.
 
     Returns:
         The patch, in force: a context manager that undoes it, with `undo()` for other places.
 
     Raises:
-        UnsupportedVersionError: the installed TRL is not 1.16, 1.12 or 0.11, or not as they were.
+        UnsupportedVersionError: TRL is not installed, or is not 1.16, 1.12 or 0.11, or its
+            functions have other parameters than those releases had.
+
+    Example:
+        from kl_kernels.integrations import trl
+
+        with trl.patch():
+            trainer.train()
     """
     replacements = replacements_of(_BY_VERSION, "trl", backend=backend, memory_budget=memory_budget)
     return Patch(replacements)

@@ -45,7 +45,7 @@ class LogprobHead(_Head):
     ) -> tuple[Tensor | None, ...]:
         """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), [N] each or None."""
         others = set(outputs) - {"log_probs", "entropy"}
-        if others or logit_scale <= 0 or _is_partitioned(weight):
+        if others or logit_scale <= 0 or _stays_theirs(weight):
             theirs: tuple[Tensor | None, ...] = self._original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size,
                 final_logit_softcapping, logit_scale, outputs,
@@ -87,7 +87,7 @@ class DivergenceHead(_Head):
         """(divergence, the student's entropy without gradient), [N] each."""
         weights = student_weight, teacher_weight
         scales = student_logit_scale, teacher_logit_scale
-        if min(scales) <= 0 or any(map(_is_partitioned, weights)):
+        if min(scales) <= 0 or any(map(_stays_theirs, weights)):
             theirs: tuple[Tensor, Tensor] = self._original.apply(
                 student_hidden, student_weight, student_bias,
                 teacher_hidden, teacher_weight, teacher_bias, beta, temperature,
@@ -110,9 +110,16 @@ def _constant(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _is_partitioned(weight: Tensor) -> bool:
-    """By DeepSpeed's ZeRO-3, whose parameters are whole only while TRL gathers them."""
-    return hasattr(weight, "ds_id")
+def _stays_theirs(weight: Tensor) -> bool:
+    """Whether TRL's own code is to multiply by this weight.
+
+    DeepSpeed's ZeRO-3 (`ds_id`) has parameters that are whole only while TRL gathers them. On a
+    GPU our backward multiplies in float32, which is predicted to take 5 to 7 times as long as
+    TRL's products of bfloat16. Calls without a gradient go to TRL as well there: it rounds logits
+    to bfloat16, so the old and the reference's log-probabilities of one head beside the policy's
+    of the other would put that rounding into every ratio and KL (2 % of a ratio is usual).
+    """
+    return hasattr(weight, "ds_id") or weight.is_cuda
 
 
 def _as_autocast(*factors: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from kl_kernels.files import opener, sync_folder
+from kl_kernels.forks import Owner
 from kl_kernels.monitor.chain import FORMAT, Head, encode, head_path
 from kl_kernels.monitor.events import Event
 from kl_kernels.monitor.verify import verify_log
@@ -26,14 +28,18 @@ class AuditLog:
     """A hash-chained JSON lines file that outlives crashes, and shows when it was changed.
 
     Each record holds the hash of the one before, and the file beside it, `path + ".head"`, the
-    number of records and the last hash. A record is on the disk when `append` returns. A crash
-    loses the record being written and no other. It is a `Sink`: metrics become records of kind
-    "metrics", events of kind "event".
+    number of records and the last hash. A record is on the disk when `append` returns, which takes
+    a few milliseconds. A crash loses the record being written and no other. It is a `Sink`: metrics
+    become records of kind "metrics", events of kind "event".
 
     It proves nothing against somebody who rewrites the log and the sidecar together. For that,
-    keep `head` elsewhere now and then; see docs/audit.md.
+    keep `head` elsewhere now and then.
 
     Opening a log that exists checks it and goes on behind it, with a record of kind "resumed".
+
+    A log has one writer, the process that opened it. A child that is forked from it (a worker of a
+    `DataLoader` or of `multiprocessing`) holds none of its files and no lock, and its `append` is
+    refused.
 
     Args:
         path: the log; ".head" and ".lock" are added for the two files beside it.
@@ -46,14 +52,27 @@ class AuditLog:
             for writing elsewhere.
         TypeError: `header` holds something JSON has no place for.
         OSError: the folder is missing, or cannot be written.
+
+    Example:
+        >>> import tempfile, kl_kernels
+        >>> from kl_kernels.monitor.verify import verify_log
+        >>> path = tempfile.mkdtemp() + "/audit.jsonl"
+        >>> with kl_kernels.AuditLog(path, header={"seed": 0}) as log:
+        ...     log.append("checkpoint", {"step": 100})
+        ...     head = log.head
+        >>> verify_log(path, head=head).message
+        '2 records, each as it was written; line 2 has the given hash'
     """
 
     def __init__(self, path: str | Path, *, header: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
         self._guard = threading.Lock()
         self._head = Head()
+        self._owner = Owner()
         self._file: FileIO | None = None
-        self._lock: int | None = _lock(self.path)
+        self._lock: int | None = None
+        _open.add(self)
+        self._lock = _lock(self.path)
         try:
             facts = {"format": FORMAT, "versions": versions(), "header": header or {}}
             encode(Head(), "header", "", facts)  # refuses a bad header before there is a file
@@ -70,7 +89,7 @@ class AuditLog:
 
     @property
     def head(self) -> str:
-        """Hash of the last record: it fixes every byte of the log so far."""
+        """Hash of the last record, 64 hexadecimal digits: it fixes every byte of the log so far."""
         return self._head.hash
 
     def append(self, kind: str, data: Mapping[str, Any]) -> None:
@@ -83,8 +102,9 @@ class AuditLog:
 
         Raises:
             TypeError: `data` holds something else; the message says where.
-            ValueError: `kind` is not a name of yours, the record is longer than 16 MiB, or the log
-                is closed, be it because an earlier write failed.
+            ValueError: `kind` is not a name of yours, the record is longer than 16 MiB, the log is
+                closed, be it because an earlier write failed, or this is another process than the
+                one that opened it.
             OSError: the disk refused; the log is closed then, and can be opened again.
         """
         if not isinstance(kind, str) or not kind or kind in OWN_KINDS:
@@ -92,13 +112,21 @@ class AuditLog:
         self._append(kind, data)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a record of kind "metrics"; errors are those of `append`."""
         self.append("metrics", {"step": step, "metrics": metrics})
 
     def alert(self, event: Event) -> None:
+        """Add a record of kind "event"; errors are those of `append`."""
         self.append("event", asdict(event))
 
     def close(self) -> None:
-        """Let others write. Closing twice is closing once."""
+        """Let others write. Closing twice is closing once, and closing in a child nothing."""
+        if self._lock is not None and self._owner.is_here:
+            # A child that was forked unknown to Python shares the lock, and would keep it.
+            _unlock(self._lock)
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -147,6 +175,7 @@ class AuditLog:
         return torn_bytes
 
     def _append(self, kind: str, data: Mapping[str, Any]) -> None:
+        self._owner.check(f"'{self.path}'")
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         with self._guard:
             if self._file is None:
@@ -164,6 +193,19 @@ class AuditLog:
                 self.close()
                 raise
             self._head = head
+
+
+_open: weakref.WeakSet[AuditLog] = weakref.WeakSet()  # and those that were closed
+
+
+def _leave_to_parent() -> None:
+    """In a forked child, whose descriptors would keep the locks of a parent that dies."""
+    for log in _open:
+        log._close_descriptors()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _lock(path: Path) -> int:
@@ -189,3 +231,10 @@ def _lock(path: Path) -> int:
             f"'{path}' is open for writing, here or in another process; a log has one writer"
         ) from error
     return descriptor
+
+
+def _unlock(descriptor: int) -> None:
+    if sys.platform != "win32":  # there, children are not forked
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -134,6 +134,11 @@ class KLMonitor:
             meaning = "raise kl_coef, stop, or go back to an earlier checkpoint"
             self._watching.append(("kl", Ceiling("kl_budget", kl, kl_budget, meaning)))
 
+    @property
+    def step(self) -> int | None:
+        """The last step that was observed; None before the first."""
+        return self._step
+
     def observe(
         self,
         step: int,
@@ -271,9 +276,22 @@ class KLMonitor:
         """Go on from a saved state; events are then those of a run that was never interrupted.
 
         Raises:
-            ValueError: the state is not a KLMonitor's, in another unit, or by other detectors.
+            ValueError: the state is not a KLMonitor's, or was saved in another unit or by other
+                detectors; the monitor is as it was then.
         """
         check_state(state, type(self).__name__, ("step", "unit", "detectors"))
+        before = self.state_dict()
+        try:
+            self._load(state)
+        except (KeyError, TypeError, ValueError) as error:
+            self._load(before)
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"state is {state!r:.80}; it must be what KLMonitor.state_dict() returned"
+            ) from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         if state["unit"] != self.unit:
             raise ValueError(f"state is in {state['unit']!r}, the monitor in {self.unit!r}")
         detectors = self._detectors()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kl_kernels.checks import check_choice
+from kl_kernels.forks import Owner
 from kl_kernels.monitor.events import Event
 from kl_kernels.monitor.names import NAMES, rename
 
@@ -37,21 +38,29 @@ class TensorBoardSink:
         if self._owns:
             tensorboard = library("torch.utils.tensorboard", "tensorboard")
             writer = tensorboard.SummaryWriter(os.fspath(writer))
-        self._writer = writer
+        self._writer, self._owner = writer, Owner()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._check_owner()
         for name, value in rename(metrics, self._names, self._prefix).items():
             self._writer.add_scalar(name, value, step)
 
     def alert(self, event: Event) -> None:
+        self._check_owner()
         self._writer.add_text(f"{self._prefix}events/{event.kind}", str(event), event.step)
         self._writer.flush()  # it would stay in memory for two minutes
 
     def close(self) -> None:
+        if not self._owner.is_here:
+            return
         if self._owns:
             self._writer.close()
         else:
             self._writer.flush()
+
+    def _check_owner(self) -> None:
+        """A child has none of the thread that takes what is queued, and would wait for it."""
+        self._owner.check("a TensorBoardSink")
 
 
 class WandbSink:

@@ -81,7 +81,8 @@ class AR1Sums:
         square = max(self.xx - n * mean * mean, 0.0)
         product = self.xy - mean * (2 * self.x - self.last) + (n - 1) * mean * mean
         phi = shrunk_phi(product / square if square > 0 else 0.0, n)
-        later, earlier = square - mean * mean, square - (self.last - mean) ** 2
+        deviation = self.last - mean  # multiplied: ** raises where a product is infinite
+        later, earlier = square - mean * mean, square - deviation * deviation
         residuals = later - 2 * phi * product + phi * phi * earlier
         return AR1(self.anchor + mean, phi, math.sqrt(max(residuals, 0.0) / (n - 3)))
 

@@ -1,7 +1,9 @@
 """Replacing functions of a package that is made here, with modules that import by name."""
 
 import importlib
+import os
 import random
+import signal
 import sys
 import threading
 from importlib import metadata
@@ -161,3 +163,29 @@ def test_an_unknown_version_names_the_known_ones(monkeypatch):
 def test_a_package_that_is_not_there_is_named():
     with pytest.raises(UnsupportedVersionError, match="someones_trainer is not installed"):
         patching.supported_version("someones_trainer", ("1.16",))
+
+
+def test_a_fork_waits_for_a_patch_that_another_thread_is_making(package):
+    """Otherwise the child has half of the patch, and a lock that nobody will release."""
+    making, go_on = threading.Event(), threading.Event()
+
+    def slowly(original):
+        making.set()
+        go_on.wait(30)
+        return lambda x: 10 * x
+
+    slow = Replacement("someones_trainer.utils", "double", ("x", "scale"), slowly)
+    patches = []
+    thread = threading.Thread(target=lambda: patches.append(Patch([slow])))
+    thread.start()
+    making.wait(30)
+    threading.Timer(0.2, go_on.set).start()
+    if (child := os.fork()) == 0:
+        signal.alarm(60)  # it would wait for ever
+        seen = package("early").use(1)
+        Patch([double_becomes(7)]).undo()
+        os._exit(seen)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 10
+    patches[0].undo()
+    assert package("early").use(1) == 2

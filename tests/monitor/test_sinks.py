@@ -4,6 +4,7 @@ The fakes take what wandb 0.31 and mlflow 3.17 take, and refuse what these refus
 """
 
 import math
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -50,6 +51,25 @@ def test_an_event_is_on_the_disk_before_the_sink_is_closed(tmp_path):
     sink.alert(EVENT)
     assert event_files(tmp_path).Tags()["tensors"] == ["events/kl_jump/text_summary"]
     sink.close()
+
+
+def test_a_forked_child_is_refused_where_it_would_wait_for_ever(tmp_path):
+    """TensorBoard's writer queues what a thread takes, and a child has none of its threads."""
+    sink = TensorBoardSink(tmp_path)
+    sink.log(1, {"entropy": 2.0})
+    if (child := os.fork()) == 0:
+        told = 0
+        for write in (lambda: sink.log(2, {"entropy": 9.0}), lambda: sink.alert(EVENT)):
+            try:
+                write()
+            except ValueError as error:
+                told += "a TensorBoardSink belongs to process" in str(error)
+        sink.close()  # of the child's copy: nothing
+        os._exit(told)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    sink.log(3, {"entropy": 4.0})
+    sink.close()
+    assert scalars(tmp_path, "entropy") == [(1, 2.0), (3, 4.0)]
 
 
 def test_a_writer_of_the_callers_stays_open(tmp_path):

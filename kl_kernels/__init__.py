@@ -91,3 +91,8 @@ else:
         if name not in LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{__name__}.{LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and `dir()`: those that are imported later, too."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

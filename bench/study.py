@@ -15,7 +15,7 @@ from typing import Any
 
 from machine import record
 
-from kl_kernels.study import command
+from kl_kernels.study import arguments, command
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +33,7 @@ def published(data: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    command.add_arguments(parser)
+    arguments.add_arguments(parser)
     facts = record()
     status, study = command.conduct(parser.parse_args())
     if status:

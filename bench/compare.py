@@ -88,6 +88,17 @@ def cases(full: bool) -> Iterator[Case]:
             yield from (Case(operation, size, half) for size in MORE)
 
 
+def benchmarks(full: bool, only: str = "") -> list[tuple[Case, Contender]]:
+    """Every case with every contender, those whose name contains `only`."""
+    pairs = [(case, c) for case in cases(full) for c in contenders(case.operation.name)]
+    return [(case, c) for case, c in pairs if only in name_of(str(case), c.name)]
+
+
+def name_of(case: str, contender: str) -> str:
+    """What a benchmark is listed, chosen and reported by."""
+    return f"{case}, {contender}"
+
+
 def too_large(size: Size, free: int) -> str:
     """Why a case is left out; "" if it fits."""
     needed = COPIES * 4 * size.rows * size.vocab_size

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ceilings import ceilings
-from compare import DEVICE
+from compare import DEVICE, benchmarks, name_of
 from machine import chip_name, gpu_record, record
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,11 +26,18 @@ PACKAGES = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all sizes: hours on a CPU")
+    parser.addoption("--only", default="", help="those whose name contains this text")
     parser.addoption("--save", action="store_true", help="write bench/results/peers.json")
     parser.addoption("--results", type=Path, default=RESULTS, help="directory that is written to")
     parser.addoption("--seconds", type=float, default=math.inf, help="nothing starts later")
     parser.addoption("--commit", help="where the files are not in a git repository")
     parser.addoption("--threads", type=int, default=2, help="of the CPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    only = config.getoption("--only")
+    if not benchmarks(config.getoption("--full"), only):
+        raise pytest.UsageError(f"only is {only!r}, which no benchmark's name contains; see --list")
 
 
 class Collected:
@@ -100,16 +107,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write = terminalreporter.write_line
     found = made.results
     write(f"{found['device']}, reads {found['read_gb_per_s']} GB/s, torch {torch.__version__}")
+    names = [
+        name_of(f"{m['operation']}, {m['size']}, {m['dtype']}", m["contender"])
+        for m in found["measurements"]
+    ]
+    width = max(map(len, names), default=0)
     write(
-        f"{'operation':28}{'size':>20} {'dtype':9}{'contender':32}{'ms':>9}{'x ours':>8}{'GB/s':>7}"
-        f"{'of read':>8}{'MB':>7}{'faults':>8}{'error':>9}"
+        f"{'':{width}}{'ms':>9}{'x ours':>8}{'GB/s':>7}{'of read':>8}{'MB':>7}{'faults':>8}"
+        f"{'error':>9}"
     )
-    for m in found["measurements"]:
+    for name, m in zip(names, found["measurements"]):
         rate = f"{m['gb_per_s']:7.1f}{m['share']:8.0%}" if m["share"] else f"{'':15}"
         error = m.get("gradient_error", m["value_error"])
         write(
-            f"{m['operation']:28}{m['size']:>20} {m['dtype']:9}{m['contender']:32}"
-            f"{m['median_ms']:9.2f}{m['ratio']:8.2f}{rate}{m['extra_mb']:7.0f}"
+            f"{name:{width}}{m['median_ms']:9.2f}{m['ratio']:8.2f}{rate}{m['extra_mb']:7.0f}"
             f"{m['page_faults']:8.0f}{error:9.1e}"
         )
     for entry in found["not_measured"]:

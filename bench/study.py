@@ -15,7 +15,7 @@ from typing import Any
 
 from machine import record
 
-from kl_kernels.study import command
+from kl_kernels.study import arguments, command
 from kl_kernels.study.report import draw
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def publish_pictures(results: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draw", action="store_true", help="only draw what is published")
-    command.add_arguments(parser)
+    arguments.add_arguments(parser)
     args = parser.parse_args()
     if args.draw:
         publish_pictures(json.loads(RESULTS.read_text()))

@@ -18,11 +18,12 @@ from compare import (
     DEVICE,
     Case,
     Wrong,
-    cases,
+    benchmarks,
     check,
     extra_bytes,
     free_memory,
     memory_of,
+    name_of,
     too_large,
 )
 from conftest import Collected, median_of_pairs
@@ -34,11 +35,9 @@ SECONDS, FEWEST, MOST = 0.7, 7, 40  # of a contender's rounds, and how many
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    chosen = list(cases(metafunc.config.getoption("--full")))
-    pairs = [(case, c) for case in chosen for c in contenders(case.operation.name)]
-    metafunc.parametrize(
-        ("case", "contender"), pairs, ids=[f"{case}, {c.name}" for case, c in pairs]
-    )
+    pairs = benchmarks(*map(metafunc.config.getoption, ("--full", "--only")))
+    names = [name_of(str(case), contender.name) for case, contender in pairs]
+    metafunc.parametrize(("case", "contender"), pairs, ids=names)
 
 
 class Ours:

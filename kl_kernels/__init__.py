@@ -1,7 +1,19 @@
 """Fused log-softmax, exact per-token KL, entropy and shaped reward: each logit is read once."""
 
 import importlib
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
+
+# `python -m kl_kernels` imports the package first, for seconds, and only then what could catch a
+# Ctrl-C. Until `__main__` takes this back, one ends the process without a traceback.
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from kl_kernels._version import __version__
 from kl_kernels.divergence import token_jsd
@@ -91,3 +103,8 @@ else:
         if name not in LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{__name__}.{LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and `dir()`: those that are imported later, too."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -3,35 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from kl_kernels import extras
+
+USAGE_ERROR = 4  # pytest's exit code for arguments that it refuses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--full", action="store_true", help="all sizes: hours on a CPU")
+    parser.add_argument(
+        "--list", action="store_true", help="print the benchmarks' names instead of running them"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="TEXT",
+        help='run the benchmarks whose name contains this, such as "exact KL" or "GAE, 65536"',
+    )
+    parser.add_argument("--full", action="store_true", help="all sizes, which takes hours on a CPU")
     parser.add_argument(
         "--save", action="store_true", help="write bench/results/peers.json, or peers_<chip>.json"
     )
-    parser.add_argument("--results", type=Path, help="another directory for it")
-    parser.add_argument("--commit", help="where the checkout is no git repository")
-    parser.add_argument("--seconds", type=float, help="start nothing after that many")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
     parser.add_argument(
-        "--only", metavar="WORDS", help="cases that fit this expression (pytest -k)"
+        "--results", type=Path, metavar="DIR", help="write it to this folder instead"
+    )
+    parser.add_argument(
+        "--commit", metavar="HASH", help="the commit to record, where git cannot tell it"
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="start no benchmark later than this"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, metavar="N", help="threads on the CPU (default: 2)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    if not (ROOT / "bench" / "test_bench_ops.py").is_file():
-        raise ValueError("the benchmarks are no part of the package: this needs a checkout of it")
-    options = [f"--threads={args.threads}", *(["-k", args.only] if args.only else [])]
-    options += [f"--{name}" for name in ("full", "save") if getattr(args, name)]
+    root = _checkout()
+    chosen = [f"--only={args.only}"] if args.only else []
+    chosen += ["--full"] if args.full else []
+    if args.list:
+        return _python(root, "names.py", *chosen)
+    extras.need("bench", *extras.of_extra("bench"))
+    options = [f"--threads={args.threads}", *(["--save"] if args.save else [])]
     options += [f"--results={args.results.resolve()}"] if args.results else []
     given = {name: getattr(args, name) for name in ("seconds", "commit")}
     options += [f"--{name}={value}" for name, value in given.items() if value is not None]
-    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", *options]
     columns = ["--benchmark-columns=median,iqr,min,max,rounds", "--benchmark-warmup=off", "-q"]
-    return subprocess.run([*command, *columns], cwd=ROOT, check=False).returncode
+    code = _python(root, "-m", "pytest", ".", "--benchmark-only", *chosen, *options, *columns)
+    return 2 if code == USAGE_ERROR else code
+
+
+def _checkout() -> Path:
+    """The repository that this package is in, or that the current folder is in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    here = Path.cwd()
+    for folder in (extras.ROOT, here, *here.parents):
+        if (folder / "bench" / "test_bench_ops.py").is_file():
+            return folder
+    raise ValueError(
+        "bench is no part of the installed package; run it in a checkout of the repository"
+    )
+
+
+def _python(root: Path, *arguments: str) -> int:
+    """Run Python in the folder of the benchmarks, on the package that runs here."""
+    paths = [str(extras.ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=root / "bench", env=environment, check=False).returncode

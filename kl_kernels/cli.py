@@ -1,36 +1,89 @@
-"""The command line: each command is a module with `add_arguments(parser)` and `run(args)`."""
+"""`python -m kl_kernels`: each command is a module with `add_arguments(parser)` and `run(args)`.
+
+These modules are imported by whoever asks for a command's help, so they import no package of an
+extra: what a run needs is imported in `run`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from kl_kernels import __version__
 
 COMMANDS = {
-    "ppo": ("kl_kernels.ppo.command", "train a language model with PPO through the fused ops"),
-    "study": ("kl_kernels.study.command", "PPO over many beta and seeds: what the KL penalty does"),
-    "validate": ("kl_kernels.validate.command", "check every backend here against float64"),
-    "bench": ("kl_kernels.bench", "measure the ops beside other packages (needs a checkout)"),
-    "codegen": ("kl_kernels.codegen.command", "compile the Triton kernels, count, predict times"),
-    "audit": ("kl_kernels.monitor.audit_command", "check an audit log, or show its records"),
-    "info": ("kl_kernels.info", "versions, devices, backends and why the others are not there"),
+    "ppo": ("kl_kernels.ppo.arguments", "train a language model with PPO and a KL penalty"),
+    "study": ("kl_kernels.study.arguments", "run PPO with many KL penalties and seeds, and report"),
+    "validate": ("kl_kernels.validate.command", "check every available backend against float64"),
+    "bench": ("kl_kernels.bench", "measure speed beside other packages (in a checkout)"),
+    "codegen": (
+        "kl_kernels.codegen.command",
+        "compile the Triton kernels, count instructions, predict times; no GPU is needed",
+    ),
+    "audit": ("kl_kernels.monitor.audit_command", "verify an audit log, or show its records"),
+    "info": ("kl_kernels.info", "show versions, devices and which backends are available"),
 }
+# What a shell reports of a process that a signal ended: 128 and the signal's number.
+INTERRUPTED = 130
+CLOSED_PIPE = 141
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, and the commands' parsers, that take an option by its full name alone."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a bad argument is one sentence on stderr and exit code 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m kl_kernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    """Run a command; a bad argument is one sentence on stderr and exit code 2.
+
+    Whoever reads the output may stop reading (`| head`) and a Ctrl-C may come at any time: neither
+    is an error to be explained.
+    """
+    code = CLOSED_PIPE
+    try:
+        code = _run(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()  # Python would do so at its end, and complain of a closed pipe
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code
+
+
+def _run(argv: list[str]) -> int:
     wanted = argv[0] if argv else None
+    parser = Parser(
+        prog="python -m kl_kernels",
+        description="Fused kernels for RLHF: the commands that try, check and measure them.",
+        epilog="python -m kl_kernels COMMAND --help has a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"kl_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(name, help=summary, description=f"{_sentence(summary)}.")
         if name == wanted:  # the others' imports are not worth waiting for
             importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as end:  # after --help and --version, and after what is refused
+        return int(end.code or 0)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -7,6 +7,8 @@ package `triton_kernels`, or the operators of a compiled library.
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -66,7 +68,10 @@ def _choose(requested: str | None, device_type: str, float64: bool) -> Any:
     if requested is None:
         candidates = [n for n in BACKENDS if (n, device_type) not in ONLY_ON_REQUEST]
         usable = (n for n in candidates if refusal(n, device_type, float64=float64) is None)
-        return BACKENDS[next(usable)].kernels()
+        name = next(usable)
+        if name == "reference":
+            _warn_of_reference(device_type, float64)
+        return BACKENDS[name].kernels()
     check_choice("backend", requested, tuple(BACKENDS))
     refusals = {n: refusal(n, device_type, float64=float64) for n in BACKENDS}
     if refusals[requested] is not None:
@@ -74,6 +79,47 @@ def _choose(requested: str | None, device_type: str, float64: bool) -> Any:
         others = "; ".join(f"{n!r} {reason}" for n, reason in refusals.items() if reason)
         raise ValueError(f"backend {requested!r} cannot run here; possible: {possible}; {others}")
     return BACKENDS[requested].kernels()
+
+
+def _warn_of_reference(device_type: str, float64: bool) -> None:
+    if float64:
+        _warn(
+            "float64 tensors run in plain PyTorch, 14 times slower or more: the compiled backends "
+            "take float32, bfloat16 and float16"
+        )
+        return
+    reasons = {
+        name: refusal(name, device_type, float64=False)
+        for name, backend in BACKENDS.items()
+        if device_type in backend.device_types and (name, device_type) not in ONLY_ON_REQUEST
+    }
+    why = "; ".join(f"backend {name!r} {reason}" for name, reason in reasons.items())
+    _warn(
+        f"{device_type} tensors run in plain PyTorch in float64, 14 times slower or more: "
+        f"{why or 'no other backend takes them'}; imported from {native.DIRECTORY}"
+    )
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Say once per process what is slow, at the line that called this package."""
+    silence = 'backend="reference" asks for this, without a warning'
+    warnings.warn(f"kl_kernels: {reason}; {silence}", stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Which `stacklevel`, in `_warn`, is the nearest line outside of this package and torch.
+
+    Between the two may lie the dispatcher, autograd, or code that torch.compile has generated.
+    """
+    frame, level = sys._getframe(1), 1
+    while (outer := frame.f_back) is not None and _is_inner(frame.f_globals.get("__name__")):
+        frame, level = outer, level + 1
+    return level
+
+
+def _is_inner(module: str | None) -> bool:
+    return module is None or module.partition(".")[0] in ("kl_kernels", "torch")
 
 
 def choose(requested: str | None, tensors: Sequence[Tensor]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, value in facts().items():
-        print(f"{name:14}{value}")
+    with suppress(BrokenPipeError):  # whoever reads on has seen enough, as `| head` has
+        for name, value in facts().items():
+            print(f"{name:14}{value}")
     return 0
 
 

@@ -18,6 +18,7 @@ from kl_kernels.forks import held_across_forks
 from kl_kernels.schemas import KERNELS
 
 DIRECTORY = Path(__file__).parent
+REMEDY = "in a checkout: pip install --no-build-isolation -e ."
 
 
 def namespace(name: str) -> Any:
@@ -52,13 +53,12 @@ def _loaded(name: str) -> SimpleNamespace | str:
     path = library_path(name)
     if not path.exists():
         reason = path.with_name(f"_C_{name}.unavailable")  # written by setup.py
-        if reason.exists():
-            return reason.read_text().strip()
-        return "is not built (python setup.py build_ext --inplace)"
+        told = reason.read_text().strip() if reason.exists() else "is not built"
+        return f"{told} ({REMEDY})"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"does not load: {error}"
+        return f"does not load: {error} (to build it again, {REMEDY})"
     library = torch.library.Library(f"kl_kernels_{name}", "DEF")
     for kernel, schema in KERNELS.items():
         library.define(kernel + schema)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -225,18 +226,73 @@ def test_a_picture_of_other_results_is_stale(bench, monkeypatch, tmp_path):
 def test_the_command_needs_a_checkout(monkeypatch, tmp_path, capsys):
     from kl_kernels import bench, cli
 
-    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(bench.extras, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["bench"]) == 2
-    assert "needs a checkout" in capsys.readouterr().err
+    assert "run it in a checkout" in capsys.readouterr().err
 
 
-def test_the_command_passes_its_options_on(monkeypatch):
-    from kl_kernels import bench, cli
+@pytest.fixture
+def calls(monkeypatch):
+    """What the command runs, without running it."""
+    from kl_kernels import bench
 
     ran = []
-    monkeypatch.setattr(
-        bench.subprocess, "run", lambda c, **_: ran.append(c) or type("", (), {"returncode": 3})
-    )
+
+    def run(command, **options):
+        ran.append((command, options))
+        return type("", (), {"returncode": 3})
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    return ran
+
+
+def test_the_command_passes_its_options_on(calls):
+    from kl_kernels import cli
+
     assert cli.main(["bench", "--save", "--threads", "1", "--only", "GAE"]) == 3
-    assert {"--save", "--threads=1", "-k", "GAE", "--benchmark-only"} <= set(ran[0])
-    assert "--full" not in ran[0]
+    ((command, options),) = calls
+    assert {"--save", "--threads=1", "--only=GAE", "--benchmark-only"} <= set(command)
+    assert "--full" not in command
+    assert options["cwd"] == BENCH
+
+
+@pytest.mark.parametrize("folder", [".", "bench", "docs/how-to"])
+def test_the_command_finds_the_checkout_that_it_is_called_in(calls, folder, monkeypatch, tmp_path):
+    """An installed package measures itself: it is what PYTHONPATH begins with."""
+    from kl_kernels import bench, cli
+
+    monkeypatch.setattr(bench.extras, "ROOT", tmp_path)  # as if it were installed there
+    monkeypatch.chdir(BENCH.parent / folder)
+    assert cli.main(["bench"]) == 3
+    ((_, options),) = calls
+    assert options["cwd"] == BENCH
+    assert options["env"]["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+
+
+def test_listed_names_are_what_only_takes_and_what_results_are_told_under(capfd, bench):
+    from compare import benchmarks, name_of
+
+    from kl_kernels import cli
+
+    assert cli.main(["bench", "--list"]) == 0
+    names = capfd.readouterr().out.splitlines()
+    assert names == [name_of(str(case), c.name) for case, c in benchmarks(full=False)]
+    for name in names:
+        assert name in [name_of(str(case), c.name) for case, c in benchmarks(False, only=name)]
+    assert cli.main(["bench", "--list", "--only", "GAE"]) == 0
+    only = capfd.readouterr().out.splitlines()
+    assert only == [name for name in names if name.startswith("GAE, ")]
+
+    small = name_of("GAE, 65536, float32", "kl_kernels")
+    assert small in only
+    assert cli.main(["bench", "--only", small]) == 0
+    (row,) = [x for x in capfd.readouterr().out.splitlines() if x.startswith(small)]
+    assert float(row.removeprefix(small).split()[0]) > 0  # milliseconds
+
+
+def test_a_name_that_no_benchmark_has_is_refused(capfd):
+    from kl_kernels import cli
+
+    assert cli.main(["bench", "--only", "GEA"]) == 2
+    assert "only is 'GEA', which no benchmark's name contains; see --list" in capfd.readouterr().err

@@ -13,7 +13,7 @@ from kl_kernels.cli import main
 from kl_kernels.codegen import sass
 from kl_kernels.codegen.budgets import BUDGETS, excesses
 from kl_kernels.codegen.chips import Chip, limits, occupancy, second_look_hits, visit
-from kl_kernels.codegen.command import ARCHS
+from kl_kernels.codegen.command import ARCHS, _target
 
 NVIDIA = [arch for arch in ARCHS if arch.startswith("sm_")]
 
@@ -208,11 +208,27 @@ def test_occupancy_is_set_by_the_scarcest_resource(registers, shared, num_warps,
 
 
 @pytest.mark.parametrize(
+    ("arch", "chip", "compiled_for", "predicted"),
+    [
+        (None, None, "sm_90", "sm_90"),
+        (None, "a100", "sm_80", "sm_80"),
+        (None, "b200", "sm_100", "sm_100"),
+        ("sm_90", "h100", "sm_90", "sm_90"),
+        ("gfx942", None, "gfx942", None),
+    ],
+)
+def test_a_chip_says_which_architecture_it_is(arch, chip, compiled_for, predicted):
+    found, of = _target(arch, chip)
+    assert found == compiled_for
+    assert (of and of.arch) == predicted
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--arch", "sm_70"], "arch is 'sm_70'; accepted: 'sm_80', 'sm_90', 'sm_100', 'gfx942'"),
         (["--chip", "h20"], "chip is 'h20'; accepted: 'a100', 'h100', 'h200', 'b200'"),
-        (["--chip", "a100"], "chip is 'a100', an sm_80; arch is 'sm_90'"),
+        (["--chip", "a100", "--arch", "sm_90"], "chip is 'a100', an sm_80; arch is 'sm_90'"),
         (["--rows", "0"], "rows is 0; it has to be at least 1"),
         (["--vocab-size", "1"], "vocab-size is 1; it has to be at least 2"),
         (["--out", __file__], f"out is {__file__!r}; it cannot be made: File exists"),

@@ -34,20 +34,39 @@ VISIT_COLUMNS = ("both looks in one visit", "L2 hits", "memory ms", "ms if all h
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", default="sm_90", help=f"{', '.join(ARCHS)} (default: sm_90)")
     chips = ", ".join(f"{name} ({chip.arch})" for name, chip in CHIPS.items())
-    parser.add_argument("--chip", help=f"to predict times for: {chips} (default: h200 for sm_90)")
-    parser.add_argument("--rows", type=int, default=8192, help="default: %(default)s")
+    defaults = ", ".join(f"{chip} for {arch}" for arch, chip in CHIP_OF.items())
     parser.add_argument(
-        "--vocab-size", type=int, default=128256, metavar="V", help="default: %(default)s"
+        "--arch",
+        metavar="ARCH",
+        help=f"architecture to compile for: {', '.join(ARCHS)} (default: the chip's, or sm_90)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write PTX, cubin and SASS there")
+    parser.add_argument(
+        "--chip",
+        metavar="NAME",
+        help=f"chip to predict times for: {chips} (default: {defaults})",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=8192, metavar="N", help="rows of logits (default: 8192)"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=128256,
+        metavar="V",
+        help="logits per row (default: 128256)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write each kernel's PTX, cubin and SASS to this folder",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1: a kernel costs more than its budget."""
-    check_choice("arch", args.arch, ARCHS)
-    chip = _chip(args.arch, args.chip)
+    arch, chip = _target(args.arch, args.chip)
     # One logit would be compiled in, and the loops be gone.
     for name, value, least in (("rows", args.rows, 1), ("vocab-size", args.vocab_size, 2)):
         if value < least:
@@ -68,24 +87,24 @@ def run(args: argparse.Namespace) -> int:
     over: list[str] = []
     with empty_cache():
         for variant in variants(shape):
-            kernel, files = compile_for(args.arch, variant)
+            kernel, files = compile_for(arch, variant)
             for suffix, content in files.items() if args.out else ():
                 (args.out / f"{_slug(kernel.name)}.{suffix}").write_bytes(content)
-            kernels.append(_kernel_row(args.arch, kernel, chip, budgeted))
+            kernels.append(_kernel_row(arch, kernel, chip, budgeted))
             if chip:
                 units = args.rows * args.vocab_size
                 loops += _loop_rows(kernel, variant.unit, units, chip, budgeted)
                 if "gradient" in kernel.loops:
                     visits.append(_visit_row(kernel, args.vocab_size, units, chip))
             if budgeted:
-                over += excesses(args.arch, kernel)
+                over += excesses(arch, kernel)
 
     compiler = f"Triton {importlib.metadata.version('triton')}"
-    print(f"{compiler} for {args.arch}, bfloat16 logits{', a / budget' * budgeted}\n")
+    print(f"{compiler} for {arch}, bfloat16 logits{', a / budget' * budgeted}\n")
     _print(kernels)
     if chip:
         print(f"\nLoops over the vocabulary, and their least time for {args.rows} x", end=" ")
-        print(f"{args.vocab_size} on {args.chip or CHIP_OF[args.arch]}\n")
+        print(f"{args.vocab_size} on {args.chip or CHIP_OF[arch]}\n")
         _print(loops)
         print("\nThe second look at a row, from its end, where the L2 still holds some of it\n")
         _print(visits)
@@ -94,15 +113,19 @@ def run(args: argparse.Namespace) -> int:
     return 1 if over else 0
 
 
-def _chip(arch: str, name: str | None) -> Chip | None:
-    """None: no chip of this architecture is known."""
+def _target(arch: str | None, name: str | None) -> tuple[str, Chip | None]:
+    """The architecture, and the chip; None: no chip of this architecture is known."""
+    if arch is not None:
+        check_choice("arch", arch, ARCHS)
     if name is None:
-        name = CHIP_OF.get(arch)
-        return CHIPS[name] if name else None
+        arch = arch or "sm_90"
+        known = CHIP_OF.get(arch)
+        return arch, CHIPS[known] if known else None
     check_choice("chip", name, tuple(CHIPS))
-    if CHIPS[name].arch != arch:
-        raise ValueError(f"chip is {name!r}, an {CHIPS[name].arch}; arch is {arch!r}")
-    return CHIPS[name]
+    chip = CHIPS[name]
+    if arch not in (None, chip.arch):
+        raise ValueError(f"chip is {name!r}, an {chip.arch}; arch is {arch!r}")
+    return chip.arch, chip
 
 
 def _make_writable(out: Path) -> None:
@@ -116,7 +139,9 @@ def _make_writable(out: Path) -> None:
 
 def _check_triton() -> None:
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("codegen compiles Triton kernels, and triton is not installed")
+        raise ValueError(
+            "codegen compiles Triton kernels, and triton is not installed: pip install triton"
+        )
     import triton
 
     if triton.knobs.runtime.interpret:

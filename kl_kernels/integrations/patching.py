@@ -38,7 +38,8 @@ def supported_version(package: str, supported: Sequence[str]) -> str:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError:
         raise UnsupportedVersionError(
-            f"{package} is not installed; supported: {accepted}"
+            f'{package} is not installed: pip install "{package}=={supported[0]}.*"; '
+            f"supported: {accepted}"
         ) from None
     for version in supported:
         if f"{installed}.".startswith(f"{version}."):

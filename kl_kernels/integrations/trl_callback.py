@@ -6,10 +6,16 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
+from kl_kernels import extras
 from kl_kernels.monitor.monitor import KLMonitor
 from kl_kernels.monitor.names import NAMES
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise extras.MissingPackageError(
+        extras.sentence("kl_kernels.integrations.trl", "transformers")
+    ) from error
 
 # Where the monitor's state is kept in a checkpoint's trainer_state.json.
 STATE_KEY = "kl_kernels.KLMonitor"

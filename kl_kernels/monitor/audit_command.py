@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,23 @@ TEXT_WIDTH = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     verify = actions.add_parser(
         "verify",
-        help="exit 0 if the log is as it was written; else 1, and the first bad line",
-        description="Check the hash chain of a log and the sidecar beside it.",
+        help="whether a log is as it was written: exit code 0, or 1 and the first bad line",
+        description="Check the hash chain of a log and the sidecar beside it. Exit code 1: the log "
+        "is not as it was written.",
     )
-    verify.add_argument("--head", metavar="HASH", help="the log has to hold this record's hash")
-    verify.add_argument("--json", action="store_true", help="the verdict as one JSON object")
+    verify.add_argument(
+        "--head", metavar="HASH", help="also require that the log has a record with this hash"
+    )
+    verify.add_argument("--json", action="store_true", help="print the verdict as a JSON object")
     show = actions.add_parser(
         "show",
-        help="a line per record; does not check the chain",
+        help="show one line per record, without checking the chain",
         description="Show a log's records: line, time, kind, step and data.",
     )
-    show.add_argument("--kind", help="only records of this kind")
+    show.add_argument("--kind", help="only records of this kind, such as event or update")
     for action in (verify, show):
         action.add_argument("file", type=Path, help="the log, such as audit.jsonl")
 
@@ -51,11 +53,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    try:
+    with suppress(BrokenPipeError):  # whoever reads on has seen enough, as `| head` has
         _print_records(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; Python would flush once more, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -5,12 +5,12 @@ Each library is imported when its sink is made, not before. (`AuditLog` is a sin
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from kl_kernels import extras
 from kl_kernels.checks import check_choice
 from kl_kernels.forks import Owner
 from kl_kernels.monitor.events import Event
@@ -36,7 +36,7 @@ class TensorBoardSink:
         self._names, self._prefix = names, prefix
         self._owns = isinstance(writer, (str, os.PathLike))
         if self._owns:
-            tensorboard = library("torch.utils.tensorboard", "tensorboard")
+            tensorboard = library("tensorboard", "torch.utils.tensorboard")
             writer = tensorboard.SummaryWriter(os.fspath(writer))
         self._writer, self._owner = writer, Owner()
 
@@ -94,7 +94,7 @@ class WandbSink:
     ) -> None:
         check_choice("names", names, tuple(NAMES))
         check_choice("level", level, ("INFO", "WARN", "ERROR"))
-        self._run = run if run is not None else library("wandb", "wandb").run
+        self._run = run if run is not None else library("wandb").run
         if self._run is None:
             raise ValueError("run is None and no run is active; call wandb.init first")
         self._names, self._prefix, self._step_metric = names, prefix, step_metric
@@ -150,7 +150,7 @@ class MLflowSink:
         tracking_uri: str | None = None,
     ) -> None:
         check_choice("names", names, tuple(NAMES))
-        mlflow = library("mlflow", "mlflow")
+        mlflow = library("mlflow")
         if run_id is None:
             active = mlflow.active_run()
             if active is None:
@@ -177,10 +177,6 @@ class MLflowSink:
         """Nothing: the run is the caller's."""
 
 
-def library(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{package} is not installed: pip install {package}, or kl_kernels[monitor]"
-        ) from error
+def library(package: str, module: str = "") -> Any:
+    """The dashboard's library; MissingPackageError, an ImportError, if it is not installed."""
+    return extras.load(f"a run's record on {package}", package, module or package)

@@ -7,11 +7,10 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl_kernels.files import (
     FILE_MODE,
@@ -23,6 +22,9 @@ from kl_kernels.files import (
     write_text,
 )
 from kl_kernels.ppo.config import PPOConfig
+
+if TYPE_CHECKING:  # `ppo --help` and `study --help` are for those who lack transformers, too
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

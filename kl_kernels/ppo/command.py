@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from kl_kernels.files import write_text
-from kl_kernels.ppo import config as ppo_config
 from kl_kernels.ppo.checkpoint import (
     RunFolder,
     create_run,
@@ -28,18 +27,13 @@ from kl_kernels.ppo.loop import train
 from kl_kernels.ppo.policy import check_model_folder, load_model
 from kl_kernels.ppo.pretrain import pretrain
 from kl_kernels.ppo.ranks import Ranks, launch
+from kl_kernels.ppo.reference import check_peft
 from kl_kernels.ppo.report import draw, read_metrics, summary, table
 from kl_kernels.ppo.reward import RewardFunction, TokenReward, fit_reward_model, load_reward
 from kl_kernels.ppo.task import GoldScore, load_corpus
 from kl_kernels.ppo.watch import check_library
 
 INTERRUPTED = 130  # the shell's status for a process ended by Ctrl-C
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", help="new run folder (default: runs/ppo-<time>)")
-    parser.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
-    ppo_config.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,6 +94,8 @@ class Inputs:
 
     def __init__(self, config: PPOConfig) -> None:
         check_library(config.log_to)
+        if config.reference == "adapter":
+            check_peft()
         self.reward = load_reward(config.reward) if config.reward else None
         self.prompts = _read_prompts(config.prompts) if config.prompts else None
         if config.model:

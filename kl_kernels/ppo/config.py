@@ -1,12 +1,11 @@
 """Every constant of the PPO run: its default, where that comes from, and what it accepts.
 
-The command line is derived from these fields (`add_arguments`), a run folder keeps them as
+The command line is derived from these fields (`arguments.py`), a run folder keeps them as
 config.json (`to_json`), and nothing else in this package holds a constant of its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -18,14 +17,6 @@ from kl_kernels.monitor.constraint import ACTIONS, UpdateConstraint
 from kl_kernels.monitor.names import NAMES
 from kl_kernels.rl.early_stop import When
 from kl_kernels.rl.scores import MissingEOS
-
-LITERATURE = """
-[GAE] Schulman et al. (2016), High-dimensional continuous control using generalized advantage
-estimation. [PPO] Schulman et al. (2017), Proximal policy optimization algorithms. [Ziegler] Ziegler
-et al. (2019), Fine-tuning language models from human preferences. [37 details] Huang et al. (2022),
-The 37 implementation details of proximal policy optimization. [GRPO] Shao et al. (2024),
-DeepSeekMath. [DAPO] Yu et al. (2025), DAPO: an open-source LLM reinforcement learning system.
-"""
 
 
 def option(
@@ -68,143 +59,200 @@ class PPOConfig:
     # What is trained, on what, towards what. Empty: the embedded task.
     model: str = option(
         "",
-        "folder of a Hugging Face causal LM with its tokenizer; default: pretrain a tiny one",
+        "folder of a Hugging Face causal language model with its tokenizer; without it, a tiny "
+        "Llama is pretrained first",
         metavar="DIR",
     )
     prompts: str = option(
         "",
-        "text file with one prompt per line; default: starts of the corpus's paragraphs",
+        "text file with one prompt per line; without it, prompts are the starts of paragraphs "
+        "of the built-in corpus",
         metavar="FILE",
     )
     reward: str = option(
         "",
-        "a function (prompts, answers) -> scores, all lists; default: fit a reward model",
+        "a function that takes (prompts, answers), two lists of texts, and returns a list of "
+        "scores; without it, a small reward model is fitted first",
         metavar="MODULE:FUNCTION",
     )
     seed: int = option(0, "seed of every random choice", at_least=0)
 
     # The tiny language model: as much as two cores can pretrain in a minute.
     vocab_size: int = option(
-        2048, "BPE tokens; more would not repeat often enough to be learned", at_least=300
+        2048,
+        "tokens of the byte-pair vocabulary that is fitted to the corpus; of a larger one, many "
+        "would be too rare to be learned",
+        at_least=300,
     )
-    hidden_size: int = option(128, "width of the tiny Llama, four heads", at_least=8)
-    layers: int = option(4, "layers of the tiny Llama: 1.07M parameters in all", at_least=1)
-    pretrain_steps: int = option(300, "enough for samples that look like the corpus", at_least=1)
+    hidden_size: int = option(
+        128, "width of the tiny Llama, a multiple of 8; it has four heads", at_least=8
+    )
+    layers: int = option(4, "layers of the tiny Llama; with 4 it has 1.07M parameters", at_least=1)
+    pretrain_steps: int = option(
+        300, "pretraining steps; after 300, samples look like the corpus", at_least=1
+    )
     pretrain_batch: int = option(32, "windows of text per pretraining step", at_least=1)
-    pretrain_lr: float = option(3e-3, "peak of the cosine; high, as the model is small", above=0)
-    context: int = option(64, "tokens per window; prompt and answer fit in", at_least=2)
+    pretrain_lr: float = option(
+        3e-3,
+        "highest learning rate of pretraining, which then follows a cosine down; small models "
+        "can take a high one",
+        above=0,
+    )
+    context: int = option(
+        64, "tokens of a window of text; a prompt and its answer must fit in", at_least=2
+    )
 
     # The reward model: few and noisy preferences, so that it has a blind spot to be exploited.
-    reward_pairs: int = option(2048, "pairs of reference answers it is fitted to", at_least=10)
+    reward_pairs: int = option(2048, "pairs of answers the reward model is fitted to", at_least=10)
     label_sharpness: float = option(
-        2.0, "the better answer wins with probability sigmoid(this x gold difference)", above=0
+        2.0,
+        "how reliable the labels of those pairs are: the better answer wins with probability "
+        "sigmoid(this x difference of gold scores)",
+        above=0,
     )
     reward_epochs: int = option(10, "passes over the pairs", at_least=1)
-    reward_lr: float = option(2e-2, "AdamW's rate for the reward model", above=0)
-    reward_weight_decay: float = option(0.05, "AdamW's weight decay for it", at_least=0)
+    reward_lr: float = option(2e-2, "AdamW's learning rate for the reward model", above=0)
+    reward_weight_decay: float = option(
+        0.05, "AdamW's weight decay for the reward model", at_least=0
+    )
 
     # Rollouts.
-    updates: int = option(60, "PPO updates; the KL has settled after about 40", at_least=1)
-    batch_size: int = option(64, "answers sampled per update", at_least=2)
-    prompt_tokens: int = option(8, "tokens of a paragraph that make a prompt", at_least=1)
-    answer_tokens: int = option(40, "longest answer", at_least=1)
+    updates: int = option(
+        60, "PPO updates; by default, the KL has settled after about 40", at_least=1
+    )
+    batch_size: int = option(
+        64, "answers sampled per update, a multiple of minibatches", at_least=2
+    )
+    prompt_tokens: int = option(
+        8, "tokens at the start of a paragraph that make a prompt", at_least=1
+    )
+    answer_tokens: int = option(40, "most tokens of an answer", at_least=1)
 
     # The KL to the reference model.
     reference: str = option(
         "copy",
-        "what the policy is held to: a frozen copy, or itself without its LoRA adapter, which then "
-        "is all that is trained",
+        "the reference model: copy, a frozen copy of the model; or adapter, the model itself "
+        "without its LoRA adapter, which is then all that is trained",
         choices=("copy", "adapter"),
     )
-    lora_rank: int = option(16, "rank of the adapter", at_least=1)
+    lora_rank: int = option(16, "rank of the LoRA adapter", at_least=1)
     kl_coef: float = option(
         0.1,
-        "beta, score per nat; the start of an adaptive one: fixed, it holds 18 nats",
+        "weight of the KL penalty (beta), in units of the score per nat; where it adapts, the "
+        "value it starts from; a fixed 0.1 keeps the KL near 18 nats per answer",
         at_least=0,
     )
     kl_in: str = option(
         "reward",
-        "where the penalty is: the reward, which credits every token with the KL that follows it "
-        "[Ziegler], or the loss alone, which sees a token's own [GRPO]",
+        "where the penalty is: in the reward, where a token is charged for the KL of all that "
+        "follow it [Ziegler], or in the loss, where it is charged for its own alone [GRPO]",
         choices=("reward", "loss"),
     )
     kl_estimator: str = option(
         "exact",
-        "per-token KL: over the vocabulary; sampled, k1 for the reward or k2 for the loss, which "
-        "need the reference's log-probabilities once per rollout",
+        "KL per token: exact, over the whole vocabulary; or from the sampled token: k1 (in the "
+        "reward) or k2 (in the loss)",
         choices=("exact", "k1", "k2"),
     )
     exact_kl_gradient: str = option(
         "loss",
-        "how the sampled token feels the exact KL, which as a reward does not depend on it: "
-        "differentiated in the loss (stable at any beta) or as a correction of its advantage",
+        "an exact KL in the reward does not depend on the sampled token, so its gradient needs "
+        "one more term: in the loss (stable at any beta), or as a correction of the advantage",
         choices=("loss", "advantage"),
     )
     kl_clip: float = option(
         0.0,
-        "bound of a token's KL in the reward, nats; 0: none, it would blunt the pull-back",
+        "limit of a token's KL in the reward, in nats; 0: none; tokens beyond it are held back "
+        "less than they should be",
         at_least=0,
     )
     controller: str = option(
         "pi",
-        "beta stays, or follows the KL: adaptive [Ziegler, 2.2], threshold [PPO, 4], or pi, which "
-        "settles soonest",
+        "how beta changes: adaptive [Ziegler, 2.2], threshold [PPO, 4], pi (settles soonest), "
+        "or fixed (not at all)",
         choices=("adaptive", "fixed", "threshold", "pi"),
     )
     kl_target: float = option(
         20.0,
-        "where beta steers to: nats per answer, where the proxy still tells good from bad",
+        "KL that beta is steered towards, in nats per answer; at 20, the reward model still "
+        "tells good answers from bad",
         above=0,
     )
     kl_horizon: int = option(
         192,
-        "adaptive: answers to adapt over; the KL follows beta by ten updates, so that faster "
-        "overshoots, and 10000 [Ziegler] outlasts the run",
+        "for adaptive: answers over which beta adapts, at least batch_size; with fewer, beta "
+        "overshoots, and the 10000 of [Ziegler] are more than a run has",
         at_least=1,
     )
-    kl_gain: float = option(0.2, "pi: share of the error that log beta moves per update", above=0)
-    kl_lag: float = option(8.0, "pi: updates by which the KL is taken to follow beta", at_least=0)
+    kl_gain: float = option(
+        0.2, "for pi: share of the error that log beta moves by in an update", above=0
+    )
+    kl_lag: float = option(
+        8.0, "for pi: updates by which the KL is expected to lag behind beta", at_least=0
+    )
 
     # What an answer is paid.
-    score_clip: float = option(0.0, "bound of the score; 0: none", at_least=0)
+    score_clip: float = option(0.0, "limit of a score's absolute value; 0: none", at_least=0)
     length_exponent: float = option(
-        0.0, "scores are divided by tokens to this power; 1: a score per token", at_least=0
+        0.0,
+        "scores are divided by the number of tokens to this power; 0: not at all, 1: a score "
+        "per token",
+        at_least=0,
     )
     missing_eos_penalty: float = option(
-        0.0, "price of an answer that was cut off, in units of the score", at_least=0
+        0.0,
+        "penalty for an answer that was cut off before its end token, in units of the score",
+        at_least=0,
     )
     missing_eos: MissingEOS = option(
         "subtract",
-        "the price is subtracted from the score, or takes its place [37 details]",
+        "whether that penalty is subtracted from the score or replaces it [37 details]",
         choices=get_args(MissingEOS),
     )
     overlong_buffer: int = option(
-        0, "last tokens over which a price for length grows [DAPO]; 0: none", at_least=0
+        0, "number of last tokens over which a penalty for length grows [DAPO]; 0: none", at_least=0
     )
-    overlong_factor: float = option(1.0, "that price in full, in units of the score", at_least=0)
+    overlong_factor: float = option(
+        1.0, "that penalty at full length, in units of the score", at_least=0
+    )
     whiten_rewards: bool = option(
-        False, "rewards in standard deviations, their mean kept [Ziegler]; the score does already"
+        False, "divide the rewards by their standard deviation, keeping their mean [Ziegler]"
     )
 
     # Advantages and losses.
-    gamma: float = option(1.0, "no discount: answers end [Ziegler]", above=0, at_most=1)
-    lam: float = option(0.95, "GAE's lambda [GAE; Ziegler]", at_least=0, at_most=1)
-    clip: float = option(0.2, "policy ratios beyond 1 +- this earn nothing [PPO, table 3]", above=0)
-    value_clip: float = option(0.2, "as far as a value may move per update [37 details]", above=0)
-    value_coef: float = option(0.1, "weight of the value loss in the sum [Ziegler]", at_least=0)
+    gamma: float = option(
+        1.0, "discount per token; 1: none, as answers end [Ziegler]", above=0, at_most=1
+    )
+    lam: float = option(
+        0.95, "lambda of generalized advantage estimation [GAE; Ziegler]", at_least=0, at_most=1
+    )
+    clip: float = option(0.2, "policy ratios are clipped to 1 +- this [PPO, table 3]", above=0)
+    value_clip: float = option(
+        0.2,
+        "most that a value may change per update before its loss is clipped [37 details]",
+        above=0,
+    )
+    value_coef: float = option(0.1, "weight of the value loss [Ziegler]", at_least=0)
 
     # Optimisation.
-    epochs: int = option(2, "passes over each batch; more only clips more", at_least=1)
+    epochs: int = option(2, "passes over each batch; further ones are mostly clipped", at_least=1)
     minibatches: int = option(4, "optimizer steps per pass [37 details]", at_least=1)
     learning_rate: float = option(
-        3e-4, "Adam's rate for the policy [37 details]; 1e-3 runs past the gold peak", above=0
+        3e-4,
+        "Adam's learning rate for the policy [37 details]; with 1e-3 the policy soon loses the "
+        "gold score it had gained",
+        above=0,
     )
     value_lr: float = option(
-        2e-3, "its rate for the value head, which starts from nothing", above=0
+        2e-3, "Adam's learning rate for the value head, which starts at 0", above=0
     )
-    adam_beta1: float = option(0.9, "Adam's usual", at_least=0, below=1)
+    adam_beta1: float = option(0.9, "Adam's decay of the mean gradient", at_least=0, below=1)
     adam_beta2: float = option(
-        0.95, "short memory: the objective moves with the policy", at_least=0, below=1
+        0.95,
+        "Adam's decay of the mean squared gradient; lower than usual, as the objective changes "
+        "with the policy",
+        at_least=0,
+        below=1,
     )
     adam_eps: float = option(1e-5, "Adam's epsilon [37 details]", above=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
@@ -212,31 +260,39 @@ class PPOConfig:
     # Limits, and who watches them.
     target_kl: float = option(
         0.0,
-        "leave a batch early once KL(old policy || policy) is beyond, nats per token; 0: never",
+        "stop passing over a batch once KL(old policy || policy) exceeds this, in nats per "
+        "token; 0: never",
         at_least=0,
     )
     early_stop: When = option(
         "before_step",
-        "measured before each step, with a tolerance of 1.5 (Stable-Baselines3), or after each "
-        "pass (CleanRL)",
+        "when that is measured: before each step, with a tolerance of 1.5 (as "
+        "Stable-Baselines3 does), or after each pass (as CleanRL does)",
         choices=get_args(When),
     )
     max_update_kl: float = option(
-        0.0, "limit of an update's KL(old policy || policy), nats per token; 0: none", at_least=0
+        0.0,
+        "limit of KL(old policy || policy) in an update, in nats per token; 0: none",
+        at_least=0,
     )
     max_ratio: float = option(
         0.0, "limit of any token's policy ratio in an update, above 1; 0: none", at_least=0
     )
-    constraint: str = option("skip", "what happens to an update beyond a limit", choices=ACTIONS)
+    constraint: str = option(
+        "skip", "what happens to an update beyond one of these two limits", choices=ACTIONS
+    )
     kl_budget: float = option(
-        0.0, "nats per answer beyond which the monitor speaks up; 0: none", at_least=0
+        0.0, "KL beyond which the monitor warns, in nats per answer; 0: none", at_least=0
     )
     log_to: str = option(
         "none",
-        "a dashboard beside metrics.jsonl and audit.jsonl; its library has to be installed",
+        "a dashboard to write to, beside metrics.jsonl and audit.jsonl; its package must be "
+        "installed",
         choices=("none", "tensorboard", "wandb", "mlflow"),
     )
-    metric_names: str = option("kl_kernels", "whose names metrics get on it", choices=tuple(NAMES))
+    metric_names: str = option(
+        "kl_kernels", "whose names the metrics have there", choices=tuple(NAMES)
+    )
 
     checkpoint_every: int = option(1, "updates between checkpoints", at_least=1)
 
@@ -301,27 +357,6 @@ class PPOConfig:
     @classmethod
     def from_json(cls, text: str) -> PPOConfig:
         return cls(**json.loads(text))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option per field; only those that are given appear in the parsed namespace.
-
-    Ranges and choices are left to `PPOConfig`, so that each is checked, and put in words, once.
-    """
-    parser.epilog = LITERATURE
-    for f in dataclasses.fields(PPOConfig):
-        default = "" if f.default == "" else f" (default: {f.default})"
-        form: dict[str, Any] = (
-            {"action": argparse.BooleanOptionalAction}
-            if isinstance(f.default, bool)
-            else {"type": type(f.default), "metavar": f.metadata["metavar"]}
-        )
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            help=f.metadata["reason"] + default,
-            **form,
-        )
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kl_kernels import extras
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.policy import causal_lm
 
@@ -47,15 +48,18 @@ def with_adapter(lm: PreTrainedModel, rank: int) -> PreTrainedModel:
     """`lm` with a fresh LoRA adapter (Hu et al. 2021) on every linear layer; the rest is frozen.
 
     Raises:
-        ValueError: peft is not installed.
+        MissingPackageError: peft is not installed; `check_peft` tells beforehand.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("reference is 'adapter', which needs peft: pip install peft") from error
+    check_peft()
+    from peft import LoraConfig, get_peft_model
+
     adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     adapted: PreTrainedModel = get_peft_model(lm, adapter)
     return adapted
+
+
+def check_peft() -> None:
+    extras.need("reference 'adapter'", "peft")
 
 
 def disabled_adapter(lm: Any) -> Reference:

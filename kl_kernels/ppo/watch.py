@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from kl_kernels import extras
 from kl_kernels.files import write_text
 from kl_kernels.monitor.audit import AuditLog
 from kl_kernels.monitor.drift import summarize_drift
@@ -105,12 +105,9 @@ class Watch:
 
 
 def check_library(log_to: str) -> None:
-    """ValueError if the dashboard's library is not installed."""
-    if log_to != "none" and find_spec(log_to) is None:
-        raise ValueError(
-            f"log_to is {log_to!r}, which is not installed: pip install {log_to}, or "
-            "kl_kernels[monitor]"
-        )
+    """MissingPackageError, a ValueError, if the dashboard's library is not installed."""
+    if log_to != "none":
+        extras.need(f"log_to {log_to!r}", log_to)
 
 
 def make_sink(config: PPOConfig, run: RunFolder) -> Sink:
@@ -123,11 +120,11 @@ def make_sink(config: PPOConfig, run: RunFolder) -> Sink:
     if config.log_to == "tensorboard":
         return TensorBoardSink(run.path / "tensorboard", names=names)
     if config.log_to == "wandb":
-        dashboard: Any = library("wandb", "wandb")
+        dashboard: Any = library("wandb")
         name = run.path.name
         started = dashboard.init(project="kl_kernels", name=name, dir=run.path, config=constants)
         return WandbSink(started, names=names)
-    dashboard = library("mlflow", "mlflow")
+    dashboard = library("mlflow")
     dashboard.start_run(run_name=run.path.name)
     dashboard.log_params(constants)
     return MLflowSink(names=names)

@@ -10,45 +10,11 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from kl_kernels.ppo import config as ppo_config
 from kl_kernels.ppo.command import INTERRUPTED, Inputs
 from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.study.plan import (
-    BETAS,
-    N_SEEDS,
-    N_SEQUENCES,
-    Plan,
-    StudyFolder,
-    create_study,
-    open_study,
-)
+from kl_kernels.study.plan import Plan, StudyFolder, create_study, open_study
 from kl_kernels.study.report import write_report
 from kl_kernels.study.runs import ChildFailed, n_cores, run_all
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", help="new folder (default: runs/study-<time>)")
-    parser.add_argument(
-        "--resume", metavar="DIR", help="run what the study in this folder lacks, and report"
-    )
-    parser.add_argument(
-        "--betas",
-        metavar="LIST",
-        help=f"KL penalties, with commas between (default: {','.join(BETAS)})",
-    )
-    parser.add_argument(
-        "--seeds", type=int, metavar="N", help=f"runs of each beta (default: {N_SEEDS})"
-    )
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (default: one per core)"
-    )
-    parser.add_argument(
-        "--sequences",
-        type=int,
-        metavar="N",
-        help=f"answers sampled per policy to compare estimators (default: {N_SEQUENCES})",
-    )
-    ppo_config.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

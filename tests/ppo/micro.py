@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from kl_kernels.ppo import command, loop
+from kl_kernels.ppo.arguments import add_arguments
 from kl_kernels.ppo.checkpoint import RunFolder, create_run
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.policy import load_model
@@ -18,7 +19,7 @@ MICRO = [
 
 def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args(arguments)
 
 

@@ -15,6 +15,7 @@ import pytest
 from kl_kernels.ppo.checkpoint import RunFolder
 from kl_kernels.ppo.report import read_metrics
 from kl_kernels.study import command, runs
+from kl_kernels.study.arguments import add_arguments
 from kl_kernels.study.plan import Plan, StudyFolder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,7 +33,7 @@ def study(*arguments: str | Path) -> int:
 
 def parse(*arguments: str | Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args(list(map(str, arguments)))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kl_kernels import extras
 from kl_kernels.files import write_bytes, write_text
 from kl_kernels.info import device_name, facts
 from kl_kernels.validate.report.gate import breaches
@@ -54,15 +55,18 @@ def run(backends: Sequence[str], grid: NumericsGrid, folder: Path, ran: str | No
     text = json.dumps(results, indent=1, allow_nan=False)
     write_text(folder / "report.json", text + "\n")
     write_text(folder / "report.md", page(results))
-    try:
+    if extras.is_installed("matplotlib"):
         from kl_kernels.validate.report.figure import png
-    except ImportError as error:
-        print(f"no picture: {error.name} is not installed")
-    else:
+
         write_bytes(folder / "numerics.png", png(results))
+    else:
+        print(f"no picture: {extras.sentence('it', 'matplotlib')}")
     for breach in found:
         print(f"GATE BROKEN {breach}")
-    print(f"{len(results['cells'])} cells, {len(found)} breaches: {folder / 'report.md'}")
+    n = len(results["cells"])
+    passed = f"all {n} cells passed on {', '.join(backends)}"
+    verdict = f"{len(found)} checks of {n} cells failed" if found else passed
+    print(f"{verdict}: {folder / 'report.md'}")
     return not found
 
 

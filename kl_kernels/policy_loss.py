@@ -14,7 +14,7 @@ from kl_kernels.arguments import (
 )
 from kl_kernels.autograd import PolicyLoss
 from kl_kernels.functional import token_stats
-from kl_kernels.rl.losses import check_clipping, token_weights
+from kl_kernels.rl.losses import Aggregation, check_clipping, token_weights
 from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, output_dtype
 
 LOSS_ESTIMATORS = ("exact", "k2", "k3")
@@ -37,7 +37,7 @@ def fused_policy_loss(
     dual_clip: float | None = None,
     weights: Tensor | None = None,  # [B, T]
     importance_sampling_level: str = "token",
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
     log_ratio_clamp: float | None = 20.0,
     loss_scale: float | Tensor | None = None,
@@ -83,7 +83,8 @@ def fused_policy_loss(
         importance_sampling_level: "token". "sequence" (GSPO) is refused: its ratio needs every
             token of a sequence before the gradient of any; see Raises.
         aggregation: see `aggregate`.
-        denominator: see `aggregate`.
+        denominator: with micro-batches or ranks, what `global_denominator` returns; see
+            `aggregate`.
         log_ratio_clamp: see `ppo_policy_loss`; bounds the log-ratio of k2 and k3 as well.
         loss_scale: what the loss is going to be multiplied by before `backward`, a number or a
             0-dim tensor above 0, as of a gradient scaler. The gradient is stored multiplied by it.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from kl_kernels.checks import check_choice
-from kl_kernels.rl.losses import AGGREGATIONS, ppo_policy_loss
+from kl_kernels.rl.losses import AGGREGATIONS, Aggregation, ppo_policy_loss
 
 LOSS_AGG_MODES = ("token-sum", *AGGREGATIONS)
 
@@ -78,20 +78,21 @@ def _aggregation(
     batch_num_tokens: int | Tensor | None = None,
     global_batch_size: int | Tensor | None = None,
     loss_scale_factor: int | None = None,
-) -> tuple[str, float | Tensor | None]:
+) -> tuple[Aggregation, float | Tensor | None]:
     """What verl's `agg_loss` does, as an aggregation of `aggregate` and its denominator."""
     check_choice("loss_agg_mode", mode, LOSS_AGG_MODES)
     if mode == "token-sum":
         return "token-mean", 1 / dp_size
+    aggregation = cast(Aggregation, mode)
     name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
     count: Any = batch_num_tokens if mode == "token-mean" else global_batch_size
     if count is None:
         if dp_size > 1:
             raise ValueError(f"{name} is None; with dp_size {dp_size} the whole batch's is needed")
         if mode != "seq-mean-token-sum-norm" or loss_scale_factor is None:
-            return mode, None
+            return aggregation, None
         count = mask.bool().any(1).sum().clamp_min(1)
     count = count / dp_size
     if mode == "seq-mean-token-sum-norm" and loss_scale_factor is not None:
         return "seq-mean-token-sum", count * loss_scale_factor
-    return mode, count
+    return aggregation, count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -17,17 +19,18 @@ from kl_kernels.rl.masked import masked_mean, masked_var, select
 from kl_kernels.rl.straight_through import clamp_value
 from kl_kernels.schemas import output_dtype
 
-AGGREGATIONS = (
+Aggregation = Literal[
     "token-mean",
     "seq-mean-token-sum",
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
-)
+]
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 
 def token_weights(
     mask: Tensor,  # [B, T]
-    aggregation: str,
+    aggregation: Aggregation,
     denominator: float | Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -42,7 +45,8 @@ def token_weights(
         "seq-mean-token-mean"      1 / (S L)
         "seq-mean-token-sum-norm"  1 / (S T)     T = mask.shape[1], padding included
 
-    `denominator` takes the place of N in the first, of S in the others. The last is Dr. GRPO's
+    `denominator` takes the place of N in the first, of S in the others: with several ranks or
+    micro-batches, what `global_denominator` makes of their masks. The last is Dr. GRPO's
     (Liu et al. 2025, arXiv 2503.20783): T stands for a constant generation budget, so it is only
     constant if every batch is padded to the same T; otherwise use "seq-mean-token-sum" with
     denominator = sequences * budget.
@@ -52,8 +56,7 @@ def token_weights(
     mask = mask.bool()
     lengths = mask.sum(1, keepdim=True)
     if denominator is None:
-        count = mask.sum() if aggregation == "token-mean" else (lengths > 0).sum()
-        denominator = count.clamp_min(1)
+        denominator = count(mask, aggregation).clamp_min(1)
     elif not isinstance(denominator, Tensor):
         check_positive("denominator", denominator)
     weights = mask.to(dtype) / denominator
@@ -64,10 +67,15 @@ def token_weights(
     return weights
 
 
+def count(mask: Tensor, aggregation: Aggregation) -> Tensor:  # [B, T] bool -> []
+    """What an aggregation is a mean over: tokens, or sequences that have any."""
+    return mask.sum() if aggregation == "token-mean" else mask.any(1).sum()
+
+
 def aggregate(
     loss_per_token: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
 ) -> Tensor:
     """The per-token losses as one number: the sum of them times their `token_weights`.
@@ -77,11 +85,11 @@ def aggregate(
         mask: bool or numeric (non-zero counts); NaN elsewhere reaches neither result nor gradient.
         aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or
             "seq-mean-token-sum-norm", as verl names them; see `token_weights`.
-        denominator: the number of tokens ("token-mean") or of sequences (the others) in the whole
-            batch this one is a part of, a number or 0-dim tensor above 0. Then the losses of
-            micro-batches, and of data-parallel ranks, add up to the loss of the whole; where
-            gradients are averaged over ranks (DDP), pass the global count over the number of
-            ranks. None: the count of this batch.
+        denominator: what the losses of a batch's parts are divided by, a number or 0-dim tensor
+            above 0, so that their gradients are those of the whole batch. Micro-batches of one
+            process: the batch's number of tokens ("token-mean") or of sequences (the others).
+            Data-parallel ranks: that of all ranks over the number of ranks, as DDP and FSDP
+            average gradients; `global_denominator` makes both. None: the count of this batch.
 
     Returns:
         0-dim float32 (float64 for float64 losses); 0 where nothing is unmasked.
@@ -106,7 +114,7 @@ def ppo_policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     weights: Tensor | None = None,  # [B, T]
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
     log_ratio_clamp: float | None = 20.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,7 +139,8 @@ def ppo_policy_loss(
         weights: importance weights that correct for the engine that sampled (TIS, Yao et al. 2025),
             constants that multiply each token's loss after clipping.
         aggregation: see `aggregate`.
-        denominator: the count of the whole batch, see `aggregate`.
+        denominator: with micro-batches or ranks, what `global_denominator` returns; see
+            `aggregate`.
         log_ratio_clamp: log r is clamped to [-log_ratio_clamp, log_ratio_clamp] so that r stays
             finite. The gradient passes, as r at the clamp: without `dual_clip` a token that became
             far too likely with A < 0 keeps being pulled back. None: no clamp.
@@ -188,7 +197,7 @@ def ppo_value_loss(
     mask: Tensor,  # [B, T]
     *,
     clip_range: float | None = 0.2,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped value loss, max((v - R)^2, (v_clipped - R)^2) / 2 per token.
@@ -204,7 +213,8 @@ def ppo_value_loss(
         mask: bool or numeric (non-zero counts); NaN elsewhere reaches neither loss nor gradient.
         clip_range: how far a value may move, in units of reward, above 0. None: no clipping.
         aggregation: see `aggregate`.
-        denominator: the count of the whole batch, see `aggregate`.
+        denominator: with micro-batches or ranks, what `global_denominator` returns; see
+            `aggregate`.
 
     Returns:
         (loss, metrics): a 0-dim float32 loss (float64 for float64 values), and 0-dim detached

@@ -53,6 +53,7 @@ def check_reference(
     ref_logits: Tensor, logits: Tensor, temperature: float, softcap: float | None
 ) -> None:
     check_scaled_logits("ref_", ref_logits, temperature, softcap, stacklevel=6)
+    checks.check_same_kind("ref_logits", ref_logits, "logits", logits)
     if ref_logits.shape != logits.shape:
         raise ValueError(
             f"ref_logits has shape {tuple(ref_logits.shape)}, logits {tuple(logits.shape)}; "

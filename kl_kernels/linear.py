@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.arguments import as_rows, as_tokens, shaped
+from kl_kernels.dtensor_heads import takes_dtensor_heads
 from kl_kernels.functional import TokenKL, TokenStats
 from kl_kernels.linear_arguments import (
     as_mask,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # not in every build of torch
 
 
 @untraced
+@takes_dtensor_heads
 def linear_token_stats(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]
@@ -98,6 +100,7 @@ def linear_token_stats(
 
 
 @untraced
+@takes_dtensor_heads
 def linear_token_kl(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]

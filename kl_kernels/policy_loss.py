@@ -13,6 +13,7 @@ from kl_kernels.arguments import (
     needs_gradient,
 )
 from kl_kernels.autograd import PolicyLoss
+from kl_kernels.dtensors import loss_takes_dtensors
 from kl_kernels.functional import token_stats
 from kl_kernels.rl.losses import Aggregation, check_clipping, token_weights
 from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, output_dtype
@@ -20,6 +21,7 @@ from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, output_dtype
 LOSS_ESTIMATORS = ("exact", "k2", "k3")
 
 
+@loss_takes_dtensors
 def fused_policy_loss(
     logits: Tensor,  # [B, T, V]
     token_ids: Tensor,  # [B, T]

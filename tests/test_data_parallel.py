@@ -1,11 +1,9 @@
 """The how-to page's loop, run by ranks on parts of a batch, trains as one process on all of it."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-from markdown_it import MarkdownIt
+from pages import blocks_of
 from tiny_lm import policy_and_reference
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,15 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 import kl_kernels
 from kl_kernels.rl.losses import AGGREGATIONS
 
-PAGE = Path(__file__).parent.parent / "docs/how-to/any-trainer.md"
 B, PROMPT, T, V, N_RANKS, STEPS = 16, 3, 6, 24, 4, 3
 BEFORE = slice(PROMPT - 1, -1)
-
-
-def loop_of_the_page():
-    fences = [t for t in MarkdownIt().parse(PAGE.read_text()) if t.type == "fence"]
-    (loop,) = (t.content for t in fences if "global_denominator" in t.content)
-    return compile(loop, str(PAGE), "exec")
 
 
 def batch(reference, step):
@@ -64,7 +55,7 @@ def by_ranks(group, wrapper, aggregation):
         "torch": torch, "kl_kernels": kl_kernels, "policy": model, "aggregation": aggregation,
         "optimizer": torch.optim.SGD(policy.parameters(), lr=1.0), "beta": 0.1, "before": BEFORE,
     }  # fmt: skip
-    loop = loop_of_the_page()
+    (loop,) = blocks_of("how-to/any-trainer.md", "python", containing="global_denominator")
     own = torch.arange(B).chunk(N_RANKS)[dist.get_rank()]
     gradients = []
     for step in range(STEPS):
@@ -124,6 +115,9 @@ def test_the_denominator_is_the_count_of_all_ranks_over_their_number(ranks, aggr
             assert denominator.shape == ()
             assert denominator.dtype == torch.float32
             assert denominator == count / 4
+    twice = [MASKS[0], MASKS[0], MASKS[1], MASKS[1]]  # as where two ranks share their data
+    for of_both in ranks(denominators, twice, aggregation, n=4):
+        assert of_both == (count / 2, count / 2)
     alone = kl_kernels.global_denominator(torch.cat([m.double() for m in MASKS]), aggregation)
     assert alone == count
 

@@ -76,6 +76,15 @@ def check_same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -
         )
 
 
+def check_plain(name: str, tensor: Tensor) -> None:
+    """For what looks at a rank's own sequences, or at their number."""
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}; it must be a plain tensor, of this rank's own "
+            "sequences: pass its to_local()"
+        )
+
+
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """`tensor` has to be a tensor with the shape and device of `like`."""
     check_tensor(like_name, like)

@@ -4,6 +4,8 @@ The output layer of a language model makes [tokens, vocabulary] logits of [token
 states. Here they exist a tile at a time: a tile is multiplied, read by the kernels and overwritten
 by the next one; backward multiplies it again. Hidden states are [..., d], everything per token is
 [...], and V is the vocabulary. Outputs are float32 (float64 for float64 heads).
+
+Weights that are DTensors (FSDP2, tensor parallelism) are taken as they are: `dtensor_heads.py`.
 """
 
 from __future__ import annotations

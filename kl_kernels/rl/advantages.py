@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from kl_kernels import ops as _ops  # noqa: F401  registers torch.ops.kl_kernels
-from kl_kernels.checks import check_batch, check_choice, check_like, check_unit_interval
+from kl_kernels.checks import (
+    check_batch,
+    check_choice,
+    check_like,
+    check_plain,
+    check_unit_interval,
+)
 from kl_kernels.schemas import output_dtype
 
 MASKED = ("skip", "zero")
@@ -56,6 +62,7 @@ def compute_gae(
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
     """
     check_batch("rewards", rewards)
+    check_plain("rewards", rewards)
     check_like("values", values, "rewards", rewards)
     check_like("mask", mask, "rewards", rewards)
     check_unit_interval("gamma", gamma)

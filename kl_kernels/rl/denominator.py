@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kl_kernels.checks import check_batch, check_choice
+from kl_kernels.checks import check_batch, check_choice, check_plain
 from kl_kernels.rl.losses import AGGREGATIONS, Aggregation, count
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -60,6 +60,7 @@ def global_denominator(
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_batch("mask", mask)
+    check_plain("mask", mask)
     total = count(mask.bool(), aggregation)
     n_ranks = 1
     if group is not None or (dist.is_available() and dist.is_initialized()):

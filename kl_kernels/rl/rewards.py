@@ -11,6 +11,7 @@ from kl_kernels.checks import (
     check_finite,
     check_like,
     check_per_sequence,
+    check_plain,
     check_positive,
 )
 from kl_kernels.schemas import ESTIMATORS, output_dtype
@@ -56,6 +57,7 @@ def compute_rewards(
             also an index outside [-1, T).
     """
     check_batch("kl", kl)
+    check_plain("kl", kl)
     check_like("mask", mask, "kl", kl)
     check_per_sequence("scores", scores, "kl", kl)
     check_finite("kl_coef", kl_coef)

@@ -36,10 +36,11 @@ from kl_kernels.rl.adaptive_controllers import (
 )
 from kl_kernels.rl.advantages import compute_gae
 from kl_kernels.rl.controllers import FixedKLController
+from kl_kernels.rl.denominator import global_denominator
 from kl_kernels.rl.early_stop import KLEarlyStop
 from kl_kernels.rl.estimators import kl_penalty
 from kl_kernels.rl.importance import importance_weights
-from kl_kernels.rl.losses import ppo_policy_loss, ppo_value_loss
+from kl_kernels.rl.losses import aggregate, ppo_policy_loss, ppo_value_loss
 from kl_kernels.rl.masked import masked_mean, masked_var, masked_whiten
 from kl_kernels.rl.rewards import compute_rewards
 from kl_kernels.rl.scores import (
@@ -63,9 +64,11 @@ __all__ = [
     "TokenStats",
     "UpdateConstraint",
     "__version__",
+    "aggregate",
     "compute_gae",
     "compute_rewards",
     "fused_policy_loss",
+    "global_denominator",
     "importance_weights",
     "kl_penalty",
     "kl_rewards",

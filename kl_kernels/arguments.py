@@ -56,6 +56,7 @@ def check_reference(
 ) -> tuple[float, float | None]:
     """The reference's temperature and softcap, as Python floats."""
     scale = check_scaled_logits("ref_", ref_logits, temperature, softcap, stacklevel=6)
+    checks.check_same_kind("ref_logits", ref_logits, "logits", logits)
     if ref_logits.shape != logits.shape:
         raise ValueError(
             f"ref_logits has shape {tuple(ref_logits.shape)}, logits {tuple(logits.shape)}; "

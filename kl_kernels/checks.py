@@ -115,10 +115,34 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}; it has to be real")
 
 
+def is_dtensor(value: object) -> bool:
+    """Whether it is a `torch.distributed.tensor.DTensor`, which is not imported to find out."""
+    return isinstance(value, Tensor) and type(value) is not Tensor and hasattr(value, "device_mesh")
+
+
+def check_same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """DTensors and plain tensors do not mix: torch's operators refuse that and name neither."""
+    if is_dtensor(tensor) != is_dtensor(other):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}, {other_name} a {type(other).__name__}; both "
+            "must be DTensors, or both plain tensors"
+        )
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """For what looks at a rank's own sequences, or at their number."""
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}; it must be a plain tensor, of this rank's own "
+            "sequences: pass its to_local()"
+        )
+
+
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """`tensor` has to be a tensor with the shape and device of `like`."""
     check_tensor(like_name, like)
     check_tensor(name, tensor)
+    check_same_kind(name, tensor, like_name, like)
     if tensor.shape != like.shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, {like_name} {tuple(like.shape)}; "
@@ -167,6 +191,7 @@ def check_batch(name: str, tensor: Tensor) -> None:
 def check_per_sequence(name: str, tensor: Tensor, batch_name: str, batch: Tensor) -> None:
     """`tensor` has to be [B] where `batch` is [B, T], on the same device."""
     check_tensor(name, tensor)
+    check_same_kind(name, tensor, batch_name, batch)
     if tensor.shape != batch.shape[:1]:
         packed = batch.shape[0] == 1 and tensor.ndim == 1 and len(tensor) > 1
         raise ValueError(
@@ -205,6 +230,7 @@ def check_logits(name: str, logits: Tensor) -> None:
 def check_per_token(name: str, tensor: Tensor, logits: Tensor) -> None:
     """`tensor` has to be [...] where `logits` is [..., V], on the same device."""
     check_tensor(name, tensor)
+    check_same_kind(name, tensor, "logits", logits)
     if tensor.shape != logits.shape[:-1]:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; logits of shape {tuple(logits.shape)} "

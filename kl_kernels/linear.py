@@ -4,6 +4,8 @@ The output layer of a language model makes [tokens, vocabulary] logits of [token
 states. Here they exist a tile at a time: a tile is multiplied, read by the kernels and overwritten
 by the next one; backward multiplies it again. Hidden states are [..., d], everything per token is
 [...], and V is the vocabulary. Outputs are float32 (float64 for float64 heads).
+
+Weights that are DTensors (FSDP2, tensor parallelism) are taken as they are: `dtensor_heads.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.arguments import as_rows, as_tokens, shaped
+from kl_kernels.dtensor_heads import takes_dtensor_heads
 from kl_kernels.functional import TokenKL, TokenStats
 from kl_kernels.linear_arguments import (
     as_mask,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:  # not in every build of torch
 
 
 @untraced
+@takes_dtensor_heads
 def linear_token_stats(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]
@@ -118,6 +122,7 @@ def linear_token_stats(
 
 
 @untraced
+@takes_dtensor_heads
 def linear_token_kl(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_tokens, needs_gradient
+from kl_kernels.dtensor_heads import check_reduced
 from kl_kernels.linear_autograd import Options
 from kl_kernels.parallel import Shard, check_no_vocab_start, shard_of
 from kl_kernels.schemas import BackendName
@@ -95,7 +96,10 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
     names = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
     for name, tensor in zip(names, (hidden, weight) if bias is None else (hidden, weight, bias)):
         checks.check_floating(name, tensor)
+        checks.check_same_kind(name, tensor, names[0], hidden)
         checks.check_same_device(name, tensor, names[0], hidden)
+        if tensor is not hidden:
+            check_reduced(name, tensor)
     if hidden.ndim == 0:
         raise ValueError(f"{names[0]} has shape (); it has to be [..., d]")
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
@@ -134,6 +138,7 @@ def check_reference(
             f"ref_weight has {ref_weight.shape[0]} rows, weight {weight.shape[0]}; "
             "they have to be equal (slice both to the vocabulary they share)"
         )
+    checks.check_same_kind("ref_hidden", ref_hidden, "hidden", hidden)
     checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
     for name, tensor in (
         ("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)
@@ -147,6 +152,7 @@ def check_reference(
 
 def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> None:
     checks.check_tensor(name, tensor)
+    checks.check_same_kind(name, tensor, "hidden", hidden)
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; hidden of shape {tuple(hidden.shape)} "

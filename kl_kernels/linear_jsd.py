@@ -10,6 +10,7 @@ from torch import Tensor
 from kl_kernels import checks
 from kl_kernels.arguments import any_token, as_rows, shaped
 from kl_kernels.autograd import once
+from kl_kernels.dtensor_heads import takes_dtensor_heads
 from kl_kernels.linear import linear_token_kl
 from kl_kernels.linear_arguments import as_mask, reference_options
 from kl_kernels.linear_autograd import (
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # not in every build of torch
 
 
 @untraced
+@takes_dtensor_heads
 def linear_token_jsd(
     hidden: Tensor,  # [..., d]
     weight: Tensor,  # [V, d]

@@ -15,6 +15,7 @@ from kl_kernels.arguments import (
     needs_gradient,
 )
 from kl_kernels.autograd import PolicyLoss
+from kl_kernels.dtensors import loss_takes_dtensors
 from kl_kernels.functional import token_stats
 from kl_kernels.rl.losses import Aggregation, check_clipping, token_weights
 from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, BackendName, output_dtype
@@ -23,6 +24,7 @@ LossEstimator = Literal["exact", "k2", "k3"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
 
 
+@loss_takes_dtensors
 def fused_policy_loss(
     logits: Tensor,  # [B, T, V]
     token_ids: Tensor,  # [B, T]
@@ -97,10 +99,9 @@ def fused_policy_loss(
         aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or
             "seq-mean-token-sum-norm", as verl names them: m is 1 / N, 1 / S, 1 / (S L) or 1 / (S T)
             with N tokens, S sequences that have tokens, L tokens in the token's own sequence.
-        denominator: takes the place of N ("token-mean") or of S (the others): the count of the
-            whole batch where this call sees a part of it, a number or 0-dim tensor, above 0 unless
-            no token is under the mask. Then parts add up to the loss of the whole. None: the count
-            of this call.
+        denominator: takes the place of N ("token-mean") or of S (the others) where this call sees
+            a part of the batch: what `global_denominator` returns, a number or 0-dim tensor, above
+            0 unless no token is under the mask. None: the count of this call.
         log_ratio_clamp: the log-ratio is clamped to [-log_ratio_clamp, log_ratio_clamp] so that r
             stays finite, also in k2 and k3; the gradient passes. Above 0. None: no clamp.
         loss_scale: the factor that the loss will be multiplied by before `backward`, as by a

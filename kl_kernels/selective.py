@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,8 +10,12 @@ from torch import Tensor
 from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_mask, as_rows, as_tokens, check_scaled_logits, shaped
 from kl_kernels.autograd import once
+from kl_kernels.dtensors import takes_dtensors
 from kl_kernels.functional import token_stats
 from kl_kernels.schemas import BackendName, output_dtype
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 
 def selective_log_softmax(
@@ -53,15 +57,42 @@ def selective_log_softmax(
     """
     checks.check_tensor("logits", logits)
     checks.check_tensor("index", index)
+    select = _sampled if index.ndim < logits.ndim else _selected
+    return select(logits, index, temperature, row_mask, backend)
+
+
+@takes_dtensors
+def _sampled(
+    logits: Tensor,  # [..., V]
+    index: Tensor,  # [...]
+    temperature: float,
+    row_mask: Tensor | None,  # [...]
+    backend: BackendName | None,
+    group: ProcessGroup | None = None,  # of DTensors that shard the vocabulary
+    vocab_start: int | None = None,
+) -> Tensor:
     mask = as_mask(row_mask, logits, "row_mask")
-    if index.ndim < logits.ndim:
-        checks.check_per_token("index", index, logits)
-        checks.check_token_dtype(index, "index")
+    checks.check_per_token("index", index, logits)
+    checks.check_token_dtype(index, "index")
+    if group is None:
         checks.check_token_range(as_tokens(index), mask, logits.shape[-1], "index")
-        stats = token_stats(logits, index, row_mask, temperature=temperature, backend=backend)
-        return stats.logprob
+    return token_stats(
+        logits, index, row_mask, temperature=temperature, group=group,
+        vocab_start=vocab_start, backend=backend,
+    ).logprob  # fmt: skip
+
+
+@takes_dtensors
+def _selected(
+    logits: Tensor,  # [..., V]
+    index: Tensor,  # [..., K]
+    temperature: float,
+    row_mask: Tensor | None,  # [...]
+    backend: BackendName | None,
+) -> Tensor:
+    mask = as_mask(row_mask, logits, "row_mask")
     transforms.refuse("selective_log_softmax of several tokens per position")
-    temperature, _ = check_scaled_logits("", logits, temperature, None)
+    temperature, _ = check_scaled_logits("", logits, temperature, None, stacklevel=6)
     check_several("index", index, logits)
     rows = as_rows(index)
     kept = rows if mask is None else rows.masked_fill(~mask[..., None], 0)
@@ -72,6 +103,7 @@ def selective_log_softmax(
 
 def check_several(name: str, ids: Tensor, logits: Tensor) -> None:
     """`ids` has to hold K tokens at each position of the logits."""
+    checks.check_same_kind(name, ids, "logits", logits)
     if ids.shape[:-1] != logits.shape[:-1] or ids.shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}; logits of shape {tuple(logits.shape)} need "

@@ -11,10 +11,12 @@ from torch import Tensor
 from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_mask, as_rows, check_scaled_logits, needs_gradient, shaped
 from kl_kernels.autograd import once
+from kl_kernels.dtensors import takes_dtensors
 from kl_kernels.schemas import ELSEWHERE, BackendName, output_dtype
 from kl_kernels.selective import check_several, put
 
 
+@takes_dtensors
 def topk_kl(
     logits: Tensor,  # [..., V]
     topk_ids: Tensor,  # [..., K]

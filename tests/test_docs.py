@@ -76,7 +76,7 @@ def names():
         "rollout": rollout, "kl": rollout.kl, "entropy": rollout.entropy,
         "old_logprobs": rollout.logprob.detach(), "ref_logprob": rollout.ref_logprob,
         "advantages": advantages, "values": torch.randn(b, t), "ratio": torch.ones(b, t),
-        "metrics": metrics,
+        "metrics": metrics, "aggregation": "token-mean",
     }  # fmt: skip
 
 

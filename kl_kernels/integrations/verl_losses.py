@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -84,15 +84,16 @@ def _aggregation(
     check_choice("loss_agg_mode", mode, LOSS_AGG_MODES)
     if mode == "token-sum":
         return "token-mean", 1 / dp_size
+    aggregation = cast(Aggregation, mode)
     name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
     count: Any = batch_num_tokens if mode == "token-mean" else global_batch_size
     if count is None:
         if dp_size > 1:
             raise ValueError(f"{name} is None; with dp_size {dp_size} the whole batch's is needed")
         if mode != "seq-mean-token-sum-norm" or loss_scale_factor is None:
-            return mode, None
+            return aggregation, None
         count = mask.bool().any(1).sum().clamp_min(1)
     count = count / dp_size
     if mode == "seq-mean-token-sum-norm" and loss_scale_factor is not None:
         return "seq-mean-token-sum", count * loss_scale_factor
-    return mode, count
+    return aggregation, count

@@ -13,6 +13,7 @@ from kl_kernels.checks import (
     check_choice,
     check_like,
     check_mask,
+    check_plain,
     check_unit_interval,
 )
 from kl_kernels.schemas import output_dtype
@@ -78,6 +79,7 @@ def compute_gae(
         (tensor([[0.5000, 0.5000, 0.5000]]), tensor([[1., 1., 1.]]))
     """
     check_batch("rewards", rewards)
+    check_plain("rewards", rewards)
     check_like("values", values, "rewards", rewards)
     check_like("mask", mask, "rewards", rewards)
     mask = check_mask("mask", mask)

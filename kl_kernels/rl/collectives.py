@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kl_kernels.checks import check_plain
+
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
@@ -31,12 +33,14 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over_ranks(x: Tensor, group: ProcessGroup) -> Tensor:  # [...] -> [...]
+    check_plain("what is summed over group", x)
     total: Tensor = _Sum.apply(x, group)
     return total
 
 
 def from_all_ranks(x: Tensor, group: ProcessGroup) -> Tensor:  # [...] -> [R, ...]
     """Every rank's x: a sum in which each rank has a row of its own."""
+    check_plain("what is gathered over group", x)
     own = torch.zeros(dist.get_world_size(group), *x.shape, dtype=x.dtype, device=x.device)
     own_row = torch.arange(len(own), device=x.device) == dist.get_rank(group)
     return sum_over_ranks(torch.where(own_row.view(-1, *[1] * x.ndim), x, own), group)

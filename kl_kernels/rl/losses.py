@@ -52,22 +52,20 @@ def token_weights(
         "seq-mean-token-mean"      1 / (S L)
         "seq-mean-token-sum-norm"  1 / (S T)     T = mask.shape[1], padding included
 
-    `denominator` takes the place of N in the first, of S in the others. The last is Dr. GRPO's
+    `denominator` takes the place of N in the first, of S in the others: with several ranks or
+    micro-batches, what `global_denominator` makes of their masks. The last is Dr. GRPO's
     (Liu et al. 2025, arXiv 2503.20783): T stands for a constant generation budget, so it is only
     constant if every batch is padded to the same T; otherwise use "seq-mean-token-sum" with
     denominator = sequences * budget.
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
-    if denominator is not None and not isinstance(denominator, Tensor):
-        denominator = check_number("denominator", denominator)
     check_batch("mask", mask)
     mask = mask.bool()
     lengths = mask.sum(1, keepdim=True)
     if denominator is None:
-        count = mask.sum() if aggregation == "token-mean" else (lengths > 0).sum()
-        denominator = count.clamp_min(1)
+        denominator = count(mask, aggregation).clamp_min(1)
     else:
-        _check_denominator(denominator, mask)
+        denominator = _checked_denominator(denominator, mask)
     # Selected, as the count of a batch without tokens is 0, and so would be 0 / 0.
     weights = torch.where(mask, mask.to(dtype) / denominator, 0.0)
     if aggregation == "seq-mean-token-mean":
@@ -77,12 +75,14 @@ def token_weights(
     return weights
 
 
-def _check_denominator(denominator: float | Tensor, mask: Tensor) -> None:  # [], [B, T] bool
+def _checked_denominator(
+    denominator: float | Tensor,  # []
+    mask: Tensor,  # [B, T] bool
+) -> float | Tensor:
     """A count of tokens or sequences: above 0, or 0 where the mask has none either.
 
-    On a GPU, looking at the values would wait for it; tokens over a count of 0 are infinite there.
+    Looking at the values on a GPU would wait for it; tokens over a count of 0 are infinite there.
     """
-    value = denominator
     if isinstance(denominator, Tensor):
         if denominator.ndim != 0:
             shape = tuple(denominator.shape)
@@ -90,18 +90,23 @@ def _check_denominator(denominator: float | Tensor, mask: Tensor) -> None:  # []
         if denominator.device.type != "cpu":
             check_same_device("denominator", denominator, "mask", mask)
         if not values_are_at_hand(denominator):
-            return
+            return denominator
         value = denominator.item()
     else:
-        check_number("denominator", denominator)
+        value = denominator = check_number("denominator", denominator)
     if 0 < value < math.inf:
-        return
+        return denominator
     if value == 0 and not (values_are_at_hand(mask) and mask.any()):
-        return
+        return denominator
     raise ValueError(
         f"denominator is {value}; it must be a finite number above 0, or 0 with a mask that has no "
         "token"
     )
+
+
+def count(mask: Tensor, aggregation: Aggregation) -> Tensor:  # [B, T] bool -> []
+    """What an aggregation is a mean over: tokens, or sequences that have any."""
+    return mask.sum() if aggregation == "token-mean" else mask.any(1).sum()
 
 
 def aggregate(
@@ -119,12 +124,12 @@ def aggregate(
         aggregation: "token-mean" (mean over all tokens), "seq-mean-token-sum" (sum of each
             sequence, mean over sequences), "seq-mean-token-mean" (mean of each sequence, mean over
             sequences) or "seq-mean-token-sum-norm" (the second divided by T), as verl names them.
-        denominator: the number of tokens ("token-mean") or of sequences (the others) in the whole
-            batch this one is a part of, a number or 0-dim tensor above 0; or 0, where the batch
-            has no token and the loss is 0. Then the losses of
-            micro-batches, and of data-parallel ranks, add up to the loss of the whole; where
-            gradients are averaged over ranks (DDP), pass the global count over the number of
-            ranks. None: the count of this batch.
+        denominator: what the losses of a batch's parts are divided by, a number or 0-dim tensor
+            above 0, so that their gradients are those of the whole batch; or 0, where the batch has
+            no token and the loss is 0. Micro-batches of one process: the batch's number of tokens
+            ("token-mean") or of sequences (the others). Data-parallel ranks: that of all ranks over
+            the number of ranks, as DDP and FSDP average gradients; `global_denominator` makes both.
+            None: the count of this batch.
 
     Returns:
         0-dim float32 (float64 for float64 losses); 0 where nothing is unmasked.
@@ -188,9 +193,9 @@ def ppo_policy_loss(
         aggregation: "token-mean" (mean over all tokens), "seq-mean-token-sum" (sum of each
             sequence, mean over sequences), "seq-mean-token-mean" (mean of each sequence, mean over
             sequences) or "seq-mean-token-sum-norm" (the second divided by T).
-        denominator: the number of tokens ("token-mean") or sequences of the whole batch that this
-            one is a part of, a number or 0-dim tensor; 0 where there are none, which is a loss of
-            0. None: the count of this batch.
+        denominator: with micro-batches or ranks, the count of the whole batch that
+            `global_denominator` returns, a number or 0-dim tensor; 0 where no token is in it, which
+            is a loss of 0. None: the count of this batch.
         log_ratio_clamp: log r is clamped to [-log_ratio_clamp, log_ratio_clamp] so that r stays
             finite. The gradient passes, as r at the clamp: without `dual_clip` a token that became
             far too likely with A < 0 keeps being pulled back. None: no clamp.
@@ -281,9 +286,9 @@ def ppo_value_loss(
         aggregation: "token-mean" (mean over all tokens), "seq-mean-token-sum" (sum of each
             sequence, mean over sequences), "seq-mean-token-mean" (mean of each sequence, mean over
             sequences) or "seq-mean-token-sum-norm" (the second divided by T).
-        denominator: the number of tokens ("token-mean") or sequences of the whole batch that this
-            one is a part of, a number or 0-dim tensor; 0 where there are none, which is a loss of
-            0. None: the count of this batch.
+        denominator: with micro-batches or ranks, the count of the whole batch that
+            `global_denominator` returns, a number or 0-dim tensor; 0 where no token is in it, which
+            is a loss of 0. None: the count of this batch.
 
     Returns:
         (loss, metrics): a 0-dim float32 loss (float64 for float64 values), and 0-dim detached

@@ -14,6 +14,7 @@ from kl_kernels.checks import (
     check_mask,
     check_non_negative,
     check_per_sequence,
+    check_plain,
     check_positive,
 )
 from kl_kernels.schemas import ESTIMATORS, output_dtype
@@ -74,6 +75,7 @@ def compute_rewards(
         tensor([[-0.5000,  1.0000,  0.0000]])
     """
     check_batch("kl", kl)
+    check_plain("kl", kl)
     check_like("mask", mask, "kl", kl)
     check_per_sequence("scores", scores, "kl", kl)
     mask = check_mask("mask", mask)

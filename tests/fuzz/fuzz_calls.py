@@ -11,6 +11,7 @@ from fuzz_truth import TRUTHS
 
 import kl_kernels
 from kl_kernels import native
+from kl_kernels.rl.losses import AGGREGATIONS
 from kl_kernels.schemas import KERNELS
 
 FUNCTIONS = tuple(
@@ -149,6 +150,11 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
     if name == "ppo_value_loss":
         arguments = {n: normal(b, t) for n in ("values", "old_values", "returns")}
         return {**arguments, "mask": mask, **_options(random_, clip_range=(0.1, None))}
+    if name in ("aggregate", "global_denominator"):
+        options = _options(random_, aggregation=AGGREGATIONS)
+        if name == "aggregate":
+            options |= {"loss_per_token": normal(b, t), **_options(random_, denominator=(7,))}
+        return {"mask": mask, **options}
     if name.startswith("masked_"):
         options = {"masked_whiten": {"shift_mean": (True, False), "eps": (1e-8, 0)}}.get(name, {})
         return {"x": normal(b, t), "mask": mask, **_options(random_, **options)}

@@ -63,12 +63,16 @@ def ppo_step(logits: Tensor, ref_logits: Tensor, ids: Tensor, mask: Tensor, scor
     loss, _ = kl_kernels.ppo_policy_loss(rollout.logprob, rollout.logprob, advantages, mask)
     value_loss, _ = kl_kernels.ppo_value_loss(returns, None, returns, mask, clip_range=0.2)
     assert_type(loss + value_loss, Tensor)
+    denominator = kl_kernels.global_denominator(mask, "seq-mean-token-sum")
+    assert_type(denominator, Tensor)
+    assert_type(kl_kernels.aggregate(rollout.kl, mask, denominator=denominator), Tensor)
     assert_type(kl_kernels.kl_penalty(rollout.logprob, rollout.ref_logprob, "k3"), Tensor)
     assert_type(controller.update(rollout.kl, len(scores), mask=mask).value, float)
     assert_type(kl_kernels.masked_mean(rollout.kl, mask), Tensor)
 
     kl_kernels.kl_rewards(logits, ref_logits, ids, scores, mask)  # type: ignore[call-arg]
     kl_kernels.compute_gae(rollout, returns, mask)  # type: ignore[arg-type]
+    kl_kernels.global_denominator(mask, "mean")  # type: ignore[arg-type]
     kl_kernels.AdaptiveKLController(0.1, target=6.0, horizon=1e4)  # type: ignore[call-arg]
     loss, metrics, _ = fused  # type: ignore[misc]
 

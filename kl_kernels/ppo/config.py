@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kl_kernels.checks import check_choice
-from kl_kernels.monitor.constraint import ACTIONS, UpdateConstraint
+from kl_kernels.monitor.constraint import ACTIONS, Action, UpdateConstraint
 from kl_kernels.monitor.names import NAMES
 
 LITERATURE = """
@@ -225,7 +225,7 @@ class PPOConfig:
     max_ratio: float = option(
         0.0, "limit of any token's policy ratio in an update, above 1; 0: none", at_least=0
     )
-    constraint: str = option("skip", "what happens to an update beyond a limit", choices=ACTIONS)
+    constraint: Action = option("skip", "what happens to an update beyond a limit", choices=ACTIONS)
     kl_budget: float = option(
         0.0, "nats per answer beyond which the monitor speaks up; 0: none", at_least=0
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from kl_kernels.rl.masked import select
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
-UNITS = ("sequence_sum", "token_mean")
+Unit = Literal["sequence_sum", "token_mean"]
+UNITS = get_args(Unit)
 
 
 def measure_kl(

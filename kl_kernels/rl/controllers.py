@@ -61,6 +61,9 @@ class FixedKLController:
         self._value = float(kl_coef)
         self.unit = unit
 
+    def __repr__(self) -> str:
+        return f"FixedKLController({self._value}, unit={self.unit!r})"
+
     @property
     def value(self) -> float:
         return self._value
@@ -112,6 +115,11 @@ class _SteeredKLController(ABC):
                 f"{self.min_coef} to {self.max_coef}"
             )
         self._value = float(init_kl_coef)
+
+    def __repr__(self) -> str:
+        facts = {"value": self._value, **vars(self)}  # arguments by their names, the value first
+        shown = (f"{k}={v!r}" for k, v in facts.items() if not k.startswith("_"))
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def value(self) -> float:

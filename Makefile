@@ -101,6 +101,7 @@ bench-linear: $(READY)
 
 bench-monitor: $(READY)
 	$(BIN)/python bench/monitor_rates.py $(ARGS)
+	$(BIN)/python bench/sampling_gap_rates.py
 	$(BIN)/python bench/readme.py
 
 # Instructions of this package's kernels and of other libraries', counted without a GPU.

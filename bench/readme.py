@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_page
+import monitoring_page
 import numerics_page
 import report
 import testing_page
@@ -210,48 +211,6 @@ def heads_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def monitor_tables(results: dict[str, Any]) -> str:
-    """False alarms of the monitor's defaults, and how soon they find a change."""
-    lines = [
-        f"| {results['steps']} steps of noise | phi | false alarms per run | of which |",
-        "|---|---|---|---|",
-    ]
-    for f in results["false_alarms"]:
-        kinds = ", ".join(f"`{kind}` {rate:.4f}" for kind, rate in f["kinds"].items())
-        lines.append(f"| {f['name']} | {f['phi']} | {f['rate']:.3f} ± {f['error']:.3f} | {kinds} |")
-    lines += [
-        "\n| lasting change, phi 0.6 | after | at that step | within 5 | within 10 | within 14 "
-        "| within 20 | median delay |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for f in results["found"]:
-        cells = " | ".join(
-            f"{p:.1%} ± {f['error'][d]:.1%}" if d == "14" else f"{p:.1%}"
-            for d, p in f["within"].items()
-        )
-        delay = f"{f['median_delay'] - 1:.0f}"
-        lines.append(f"| {f['name']} | {f['change_at']} steps | {cells} | {delay} |")
-    longest = max(f["steps_after"] for f in results["found"])
-    echoes = ", ".join(
-        f"{f['alarms_after']:.2f} ({f['name']})"
-        for f in results["found"]
-        if f["steps_after"] == longest
-    )
-    known, n = results["known_parameters"], [f["runs"] for f in results["found"]]
-    lines.append(
-        f"\nOne change raises, in the {longest} steps from it on, this many alarms: {echoes}. "
-        "A CUSUM that is told level, phi, sd and size of the change, and gives as many false "
-        f"alarms as `kl_drift` ({known['false_alarm_rate']:.3f}), finds the last of these changes "
-        f"within 14 steps in {known['within_14']:.1%} ± {known['error']:.1%} of runs: no monitor "
-        "can do much better than that. Within counts the step of the change as the first. Runs: "
-        f"{', '.join(str(f['runs']) for f in results['false_alarms'])} of noise, of levels 0, 1, 5 "
-        f"and 20 and sd 0.01, 0.1 and 1 in turn; {min(n)} per change; ± is one standard error; "
-        f"commit {results['commit']}. From `bench/results/monitor.json`, made by "
-        "`make bench-monitor`."
-    )
-    return "\n".join(lines)
-
-
 TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF"}
 
 
@@ -290,7 +249,10 @@ DOCUMENTS: dict[str, Sections] = {
         "careful": careful_table,
     },
     "docs/numerics.md": {"numerics": numerics_page.tables},
-    "docs/monitoring.md": {"monitor": monitor_tables},
+    "docs/monitoring.md": {
+        "monitor": monitoring_page.noise_and_changes,
+        "sampling_gap": monitoring_page.sampling_gap,
+    },
     "docs/study.md": {"study": study_document},
     "docs/concepts/beta.md": {"study": beta_table},
     "docs/testing.md": {"coverage": testing_page.coverage, "mutants": testing_page.mutants},

@@ -43,6 +43,7 @@ from kl_kernels.rl.importance import importance_weights
 from kl_kernels.rl.losses import aggregate, ppo_policy_loss, ppo_value_loss
 from kl_kernels.rl.masked import masked_mean, masked_var, masked_whiten
 from kl_kernels.rl.rewards import compute_rewards
+from kl_kernels.rl.sampling import sampling_gap
 from kl_kernels.rl.scores import (
     length_normalized_scores,
     missing_eos_penalty,
@@ -83,6 +84,7 @@ __all__ = [
     "overlong_penalty",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "sampling_gap",
     "selective_log_softmax",
     "token_jsd",
     "token_kl",

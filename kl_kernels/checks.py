@@ -235,8 +235,23 @@ def check_per_token(name: str, tensor: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; logits of shape {tuple(logits.shape)} "
             f"need {tuple(logits.shape[:-1])}"
+            + shift_advice(name, tensor.shape, "logits", logits.shape[:-1])
         )
     check_device(name, tensor, logits)
+
+
+def shift_advice(name: str, shape: torch.Size, rows_name: str, rows: torch.Size) -> str:
+    """What to slice where T alone differs, and by one: [..., T] of `name` beside [..., T] rows."""
+    if len(shape) != len(rows) or not shape or shape[:-1] != rows[:-1]:
+        return ""
+    outer = ":, " * (len(shape) - 1)
+    sliced = {1: f"{rows_name}[{outer}:-1]", -1: f"{name}[{outer}1:]"}.get(rows[-1] - shape[-1])
+    if sliced is None:
+        return ""
+    return (
+        f"; row t of a causal LM's {rows_name} predicts token t + 1, and the last row none of the "
+        f"tokens: pass {sliced}"
+    )
 
 
 def check_device(name: str, tensor: Tensor, logits: Tensor) -> None:

@@ -157,5 +157,6 @@ def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; hidden of shape {tuple(hidden.shape)} "
             f"needs {tuple(hidden.shape[:-1])}"
+            + checks.shift_advice(name, tensor.shape, "hidden", hidden.shape[:-1])
         )
     checks.check_same_device(name, tensor, "hidden", hidden)

@@ -108,6 +108,7 @@ def check_several(name: str, ids: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}; logits of shape {tuple(logits.shape)} need "
             f"{tuple(logits.shape[:-1])} and, to choose several tokens, K >= 1 behind it"
+            + checks.shift_advice(name, ids.shape[:-1], "logits", logits.shape[:-1])
         )
     checks.check_token_dtype(ids, name)
     checks.check_device(name, ids, logits)

@@ -169,6 +169,70 @@ def test_importance_weights_refuse_a_bound_that_is_no_number():
         kl_kernels.importance_weights(logprobs, logprobs, MASK, high="2")
 
 
+PER_TOKEN = torch.zeros(2, 3)
+LOSS = {"logits": LOGITS, "token_ids": IDS, "old_logprobs": PER_TOKEN, "advantages": PER_TOKEN}
+HEAD = {"hidden": torch.zeros(2, 3, 5), "weight": torch.zeros(V, 5), "token_ids": IDS}
+HEADS = HEAD | {"ref_hidden": HEAD["hidden"], "ref_weight": HEAD["weight"]}
+SHORT = {"logits": LOGITS[:, 1:], "hidden": HEAD["hidden"][:, 1:], "ref_logits": LOGITS[:, 1:]}
+SHORT |= {"ref_hidden": SHORT["hidden"]}
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "rows", "per_token"),
+    [
+        ("token_stats", {"logits": LOGITS, "token_ids": IDS}, "logits", "token_ids"),
+        ("token_kl", TOKEN_KL, "logits", "token_ids"),
+        ("token_kl", TOKEN_KL | {"mask": MASK}, None, "mask"),
+        ("kl_rewards", REWARDS, "logits", "token_ids"),
+        ("kl_rewards", REWARDS, None, "mask"),
+        ("fused_policy_loss", LOSS | {"mask": MASK}, "logits", "token_ids"),
+        ("fused_policy_loss", LOSS | {"mask": MASK}, None, "old_logprobs"),
+        ("fused_policy_loss", LOSS | {"mask": MASK}, None, "advantages"),
+        ("fused_policy_loss", LOSS | {"mask": MASK}, None, "mask"),
+        ("selective_log_softmax", {"logits": LOGITS, "index": IDS}, "logits", "index"),
+        ("token_jsd", {"logits": LOGITS, "ref_logits": LOGITS, "mask": MASK}, None, "mask"),
+        ("linear_token_stats", HEAD, "hidden", "token_ids"),
+        ("linear_token_stats", HEAD | {"mask": MASK}, None, "mask"),
+        ("linear_token_kl", HEADS, "hidden", "token_ids"),
+        ("linear_token_jsd", {k: v for k, v in HEADS.items() if k != "token_ids"}
+         | {"mask": MASK}, None, "mask"),
+    ],
+)  # fmt: skip
+def test_one_row_more_or_less_than_tokens_is_answered_with_the_slice(
+    function, arguments, rows, per_token
+):
+    """A model has one row per input token: what is passed whole is off by one."""
+    function = getattr(kl_kernels, function)
+    heads = "hidden" if "hidden" in arguments else "logits"
+    kept = arguments[per_token]
+    short = {per_token: kept[:, 1:]}
+    with pytest.raises(ValueError, match=rf"^{per_token} has .* pass {heads}\[:, :-1\]$"):
+        function(**(arguments | short))
+    long = {per_token: torch.cat([kept, kept[:, :1]], 1)}
+    with pytest.raises(ValueError, match=rf"^{per_token} has .* pass {per_token}\[:, 1:\]$"):
+        function(**(arguments | long))
+    if rows:  # the same from the other side
+        shorter = {name: x for name, x in SHORT.items() if name in arguments}
+        with pytest.raises(ValueError, match=rf"^{per_token} has .* pass {per_token}\[:, 1:\]$"):
+            function(**(arguments | shorter))
+
+
+def test_the_slice_is_named_for_any_number_of_dimensions_and_only_where_one_row_differs():
+    row, ids = torch.zeros(5, V), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"pass logits\[:-1\]$"):
+        kl_kernels.token_stats(row, ids)
+    with pytest.raises(ValueError, match=r"pass logits\[:, :, :-1\]$"):
+        kl_kernels.token_stats(row.expand(2, 3, 5, V), ids.expand(2, 3, 4))
+    several = torch.zeros(2, 2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"index has .* pass logits\[:, :-1\]$"):
+        kl_kernels.selective_log_softmax(LOGITS, several)
+    with pytest.raises(ValueError, match=r"topk_ids has .* pass logits\[:, :-1\]$"):
+        kl_kernels.topk_kl(LOGITS, several, topk_logprobs=-several.float())
+    for other in (torch.zeros(2, 5), torch.zeros(1, 2), torch.zeros(2), torch.zeros(())):
+        with pytest.raises(ValueError, match=r"need \(2, 3\)$"):
+            kl_kernels.token_stats(LOGITS, other.long())
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 0)])
 def test_operators_of_the_cpu_refuse_an_empty_vocabulary(shape):
     """Work is divided by its size: a process would end here."""

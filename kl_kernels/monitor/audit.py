@@ -87,6 +87,11 @@ class AuditLog:
             self.close()
             raise
 
+    def __repr__(self) -> str:
+        records, head = self._head.count, self.head[:12]
+        state = "closed" if self._file is None else "open"
+        return f"AuditLog({str(self.path)!r}, records={records}, head={head!r}, {state})"
+
     @property
     def head(self) -> str:
         """Hash of the last record, 64 hexadecimal digits: it fixes every byte of the log so far."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from kl_kernels.checks import (
     check_choice,
@@ -14,7 +15,8 @@ from kl_kernels.checks import (
 )
 from kl_kernels.monitor.events import Event
 
-ACTIONS = ("log", "skip", "stop", "rollback", "raise")
+Action = Literal["log", "skip", "stop", "rollback", "raise"]
+ACTIONS = get_args(Action)
 
 
 class ConstraintViolation(RuntimeError):
@@ -23,7 +25,7 @@ class ConstraintViolation(RuntimeError):
 
 @dataclass(frozen=True)
 class UpdateConstraint:
-    """Limits one update (all steps on one rollout) has to keep.
+    """Limits how far one update (all steps on one rollout) may move the policy.
 
     The constraint decides; the training loop measures, and acts. It measures the policy before
     every step and after the last one, against the policy that sampled the rollout: an update that
@@ -33,7 +35,7 @@ class UpdateConstraint:
         max_kl: mean KL(old policy || policy) in nats per token, above 0 (`approx_kl` of the policy
             losses, k3). None: no limit.
         max_ratio: the largest policy / old policy of any token, above 1 (`ratio_max`). One token is
-            enough, so it has to be generous: 10 and more. None: no limit.
+            enough, so it must be generous: 10 and more. None: no limit.
         action: what to do with an update that goes beyond.
             "log": keep it and say so.
             "skip": undo it; weights and optimizer are bitwise what they were before. Costs a copy
@@ -44,12 +46,20 @@ class UpdateConstraint:
             "raise": undo it and raise `ConstraintViolation`.
 
     Raises:
-        ValueError: a limit is outside its range, or there is none.
+        TypeError, ValueError: a limit is no number or outside its range, or there is none.
+
+    Example:
+        >>> import kl_kernels
+        >>> constraint = kl_kernels.UpdateConstraint(max_kl=0.1, action="skip")
+        >>> constraint.check(1, kl=0.02) is None
+        True
+        >>> print(constraint.check(2, kl=0.3))
+        step 2: KL(old policy || policy) of this update is 0.3 nats per token, beyond 0.1: skip
     """
 
     max_kl: float | None = None
     max_ratio: float | None = None
-    action: str = "log"
+    action: Action = "log"
 
     def __post_init__(self) -> None:
         if self.max_kl is None and self.max_ratio is None:
@@ -66,16 +76,20 @@ class UpdateConstraint:
 
     @property
     def undoes(self) -> bool:
-        """Whether the action needs a copy of weights and optimizer from before the update."""
+        """Tell whether the action needs a copy of weights and optimizer from before the update."""
         return self.action in ("skip", "stop", "raise")
 
     def check(self, step: int, *, kl: float = 0.0, ratio: float = 1.0) -> Event | None:
-        """The limit this policy is beyond, if any.
+        """Compare the policy with the limits.
 
         Args:
             step: the update's number, for the event.
             kl: mean KL(old policy || policy), nats per token. NaN and infinity violate.
-            ratio: the largest policy ratio; likewise.
+            ratio: the largest policy / old policy of any token. NaN and infinity violate.
+
+        Returns:
+            An event of kind "update_kl" or "update_ratio" for the first limit that the policy is
+            beyond, or None.
 
         Raises:
             TypeError, ValueError: an argument is no number.

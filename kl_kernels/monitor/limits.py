@@ -54,6 +54,14 @@ class Limits:
     # The largest importance ratio. PPO stops rewarding at 1.2; TRL's ratio_threshold is 10 too.
     ratio: float = 10.0
 
+    # Standard errors by which -logprob has to differ from the entropy. Beyond 5 is one normal batch
+    # of two million; the detector's standard error allows for distributions with rare tokens.
+    sampling_gap: float = 5.0
+
+    # Nats per token by which it has to as well. Engines that round differently leave about 1e-3,
+    # which enough tokens show beyond any number of standard errors.
+    sampling_gap_nats: float = 0.02
+
     # Standard errors by which the KL has to curve upwards and the reward to rise, both at once.
     # By simulation, independent noise passes 4 in both in fewer than one run of a hundred.
     acceleration: float = 4.0

@@ -34,9 +34,11 @@ from kl_kernels.monitor.detectors import (
 from kl_kernels.monitor.events import Event, Sink
 from kl_kernels.monitor.level_shift import LevelShift
 from kl_kernels.monitor.limits import NEGATIVE_KL, START_KL, Limits
+from kl_kernels.monitor.sampling_gap import NonzeroGap, sums_of_batch
 from kl_kernels.rl.collectives import from_all_ranks
 from kl_kernels.rl.masked import masked_mean
 from kl_kernels.rl.measure import UNITS, Unit, has_tokens, measure_kl
+from kl_kernels.rl.sampling import GapSums
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -44,10 +46,6 @@ if TYPE_CHECKING:  # not in every build of torch
 
 class KLMonitor:
     """Tells when a run's KL, entropy, importance ratio or gradient norm is no longer as it was.
-
-        monitor = KLMonitor(kl_budget=30.0)
-        for event in monitor.observe(step, kl=kl, entropy=entropy, reward=reward, mask=mask):
-            print(event)
 
     Kinds of events, with what each needs:
 
@@ -58,6 +56,9 @@ class KLMonitor:
         "kl_jump" (kl): far from its recent median at once.
         "kl_drift" (kl): a lasting change of level; small ones show within 10 to 20 steps.
         "entropy_collapse" (entropy): half of its first level is gone.
+        "sampling_gap" (logprob, entropy): tokens were not sampled from the logits that score them:
+            logits and token_ids off by one position, a temperature, top-p or top-k that scoring
+            does not have, another tokenizer or other weights.
         "ratio_explosion" (ratio): the largest importance ratio is above 10.
         "grad_norm_jump" (grad_norm): far above its recent median.
         "kl_acceleration" (kl, reward): the reward rises while the KL rises ever faster.
@@ -70,15 +71,27 @@ class KLMonitor:
     a usable rate of false alarms is not known.
 
     Args:
-        kl_budget: nats of `unit` that the KL may reach; None: any.
-        unit: "sequence_sum" or "token_mean", of kl and of every limit in nats.
-        limits: of the detectors.
+        kl_budget: nats of `unit` that the KL may reach, above 0; None: any.
+        unit: "sequence_sum" (KL of a response, mean over responses) or "token_mean" (KL of a token,
+            mean over tokens), of kl and of every limit in nats.
+        limits: of the detectors; None: the defaults of `Limits`.
         sinks: each gets all metrics of a step by `log`, under the names of `names.DEFINITIONS`, and
             each event by `alert`. One that raises does not stop training: it is warned of once,
             and called on.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or is outside its range.
+        TypeError, ValueError: an argument has the wrong type, or is outside its range.
+
+    Example:
+        >>> import torch, kl_kernels
+        >>> monitor = kl_kernels.KLMonitor(kl_budget=30.0)
+        >>> kl = torch.full((4, 10), 0.5)  # 5 nats per response
+        >>> mask = torch.ones(4, 10)
+        >>> monitor.observe(1, kl=kl, mask=mask)
+        []
+        >>> for event in monitor.observe(2, kl=8 * kl, mask=mask):
+        ...     print(event.kind, event.value, event.limit)
+        kl_budget 40.0 30.0
     """
 
     def __init__(
@@ -105,6 +118,7 @@ class KLMonitor:
         self._jump = Jump("kl_jump", kl, limits.jump, "see what changed at this step")
         self._drift = LevelShift("kl_drift", kl, limits.drift, limits.drift_down, limits.jump)
         self._acceleration = Acceleration(limits.acceleration)
+        self._sampling_gap = NonzeroGap(limits.sampling_gap, limits.sampling_gap_nats)
         # What each detector watches; jump, drift and acceleration need more than one value each.
         self._watching: list[tuple[str, SeriesDetector]] = [
             ("kl", StartKL(start, unit)),
@@ -139,17 +153,25 @@ class KLMonitor:
         """The last step that was observed; None before the first."""
         return self._step
 
+    def __repr__(self) -> str:
+        sinks = ", ".join(type(sink).__name__ for sink in self.sinks)
+        return (
+            f"KLMonitor(kl_budget={self.kl_budget}, unit={self.unit!r}, limits={self.limits}, "
+            f"sinks=[{sinks}], step={self._step})"
+        )
+
     def observe(
         self,
         step: int,
         *,
-        kl: Tensor | float,
+        kl: Tensor | float,  # [B, T]
         kl_coef: Tensor | float | None = None,
-        entropy: Tensor | float | None = None,
-        ratio: Tensor | float | None = None,
-        reward: Tensor | float | None = None,
+        entropy: Tensor | float | None = None,  # [B, T]
+        logprob: Tensor | None = None,  # [B, T]
+        ratio: Tensor | float | None = None,  # [B, T]
+        reward: Tensor | float | None = None,  # [B]
         grad_norm: Tensor | float | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | None = None,  # [B, T]
         group: ProcessGroup | None = None,
     ) -> list[Event]:
         """Look at one update. What is None is not watched; None at some steps is accepted.
@@ -159,18 +181,23 @@ class KLMonitor:
         reduced over the ranks already: numbers are taken as they are, with `group` or without.
 
         Args:
-            step: of training; not below the step before. 0 means: before any update.
+            step: of training, an integer; not below the step before. 0 means: before any update.
             kl: [B, T] per-token KL to the reference in nats, or a number in the monitor's unit.
-            kl_coef: beta; only its being finite is watched.
-            entropy: [B, T] in nats, whose mean is taken, or a number.
+            kl_coef: beta, a number; only its being finite is watched.
+            entropy: [B, T] nats, whose mean is taken, or a number.
+            logprob: [B, T] log-probability of each sampled token under the policy that sampled it,
+                before the first step on the batch; row t of the logits it comes from is what token
+                t was sampled from. With it, `entropy` is [B, T], of the same logits and at the
+                temperature of sampling, and `mask` is True at tokens that the policy sampled.
+                None: the sampling gap is not watched.
             ratio: [B, T] importance ratios pi / pi_old, whose largest is taken, or a number.
-            reward: [B] the proxy reward of each sequence, or its mean.
-            grad_norm: before clipping.
+            reward: [B] the proxy reward of each sequence, or its mean as a number.
+            grad_norm: norm of the gradient before clipping, a number.
             mask: [B, T] bool, or numbers that are 0 or 1, for all that is [B, T]; NaN where it is 0
-                changes nothing. A batch whose mask leaves no token has no KL, entropy or ratio to
-                watch.
-            group: data-parallel ranks, which then have to call this together, with the same inputs
-                as tensors.
+                changes nothing. A batch whose mask leaves no token has no KL, entropy, ratio or gap
+                to watch.
+            group: data-parallel ranks, which must call this together, with the same inputs as
+                tensors.
 
         Returns:
             The events of this step, often none. Their order carries no meaning.
@@ -190,10 +217,15 @@ class KLMonitor:
                 reduced = self._reduce(name, value, mask, group)
                 if reduced is not None:
                     metrics[name] = reduced
+        sums = None if logprob is None else sums_of_batch(logprob, entropy, mask, group)
         if reward is not None:
             metrics["reward"] = _mean_reward(reward, group)
         self._step = step
         events = [*_non_finite(step, metrics), *self._detect(step, metrics)]
+        if sums is not None and sums.tokens:
+            events += self._detect_gap(step, sums)
+            metrics["sampling_gap"] = sums.gap / sums.tokens
+            metrics["sampling_gap_error"] = math.sqrt(sums.squares) / sums.tokens
         self._tell(step, metrics, events)
         return events
 
@@ -240,6 +272,12 @@ class KLMonitor:
             if event is not None:
                 yield event
 
+    def _detect_gap(self, step: int, sums: GapSums) -> Iterator[Event]:
+        if (event := self._sampling_gap.observe_sums(step, sums)) is not None:
+            yield event
+        if sums.gap != math.inf:  # which has an event of its own
+            yield from _non_finite(step, {"sampling_gap": sums.gap})
+
     def _tell(self, step: int, metrics: dict[str, float], events: Sequence[Event]) -> None:
         named = {"kl": f"kl_{self.unit}", "ratio": "ratio_max"}  # as DEFINITIONS in names.py
         metrics = {named.get(name, name): value for name, value in metrics.items()}
@@ -260,10 +298,11 @@ class KLMonitor:
 
     def _detectors(self) -> dict[str, Detector]:
         watching = (detector for _, detector in self._watching)
-        return {d.name: d for d in (*watching, self._jump, self._drift, self._acceleration)}
+        others = self._jump, self._drift, self._acceleration, self._sampling_gap
+        return {d.name: d for d in (*watching, *others)}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later events depend on but the constructor's arguments; JSON can hold it."""
+        """Return what later events depend on but the constructor's arguments; JSON holds it."""
         detectors = {name: d.state_dict() for name, d in self._detectors().items()}
         return {
             "class": type(self).__name__,
@@ -274,6 +313,9 @@ class KLMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; events are then those of a run that was never interrupted.
+
+        Args:
+            state: from `state_dict` of a monitor of the same unit.
 
         Raises:
             ValueError: the state is not a KLMonitor's, or was saved in another unit or by other

@@ -12,6 +12,8 @@ DEFINITIONS = {
     "kl_sequence_sum": "KL(policy || reference), summed over each answer, mean over answers",
     "kl_coef": "beta, what a nat of KL costs in reward",
     "entropy": "of the policy, mean over tokens",
+    "sampling_gap": "-logprob of the sampled tokens - entropy, mean over tokens",
+    "sampling_gap_error": "the standard error of sampling_gap",
     "reward": "score of an answer before any KL, mean over answers",
     "grad_norm": "of the policy, before clipping",
     "clip_fraction": "share of tokens whose policy loss is clipped",

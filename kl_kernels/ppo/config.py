@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from kl_kernels.checks import check_choice, check_integer, check_number
-from kl_kernels.monitor.constraint import ACTIONS, UpdateConstraint
+from kl_kernels.monitor.constraint import ACTIONS, Action, UpdateConstraint
 from kl_kernels.monitor.names import NAMES
 from kl_kernels.rl.early_stop import When
 from kl_kernels.rl.scores import MissingEOS
@@ -278,7 +278,7 @@ class PPOConfig:
     max_ratio: float = option(
         0.0, "limit of any token's policy ratio in an update, above 1; 0: none", at_least=0
     )
-    constraint: str = option(
+    constraint: Action = option(
         "skip", "what happens to an update beyond one of these two limits", choices=ACTIONS
     )
     kl_budget: float = option(

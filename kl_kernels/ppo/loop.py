@@ -169,7 +169,7 @@ def train(
                 "seconds": time.perf_counter() - started,
                 "sample": prompt_texts[0] + " |" + answers[0],
             }
-            watch.update(record, controlled, steps.violation)
+            watch.update(record, controlled, steps.violation, shaped, mask)
             if ranks.first:
                 log.append(record)
                 progress.set_postfix_str(live_line(record))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kl_kernels import extras
+from kl_kernels import KLRewards, extras
 from kl_kernels.files import write_text
 from kl_kernels.monitor.audit import AuditLog
 from kl_kernels.monitor.drift import summarize_drift
@@ -44,6 +44,7 @@ class Watch:
         policy: dict[str, Tensor],  # its weights
     ) -> None:
         self.run = run
+        self.group = ranks.group
         self.audit: AuditLog | None = None
         sinks: list[Sink] = []
 
@@ -57,16 +58,26 @@ class Watch:
         ranks.on_first(open_files)
         self.monitor = KLMonitor(config.kl_budget or None, sinks=sinks)
 
-    def update(self, record: Record, controlled: KLUpdate, violation: Event | None) -> None:
-        """After an update: look at its record, and put it on record."""
+    def update(
+        self,
+        record: Record,
+        controlled: KLUpdate,
+        violation: Event | None,
+        shaped: KLRewards,  # of this rank's answers, before the update
+        mask: Tensor,  # [B, T]
+    ) -> None:
+        """After an update: look at its record and its answers, and put it on record."""
         events = self.monitor.observe(
             record["update"] - 1,  # of these answers: updates behind the policy that gave them
             kl=controlled.kl,
             kl_coef=record["kl_coef"],
-            entropy=record["entropy"],
+            entropy=shaped.entropy,
+            logprob=shaped.logprob,
             ratio=record["ratio_max"],
             reward=record["proxy"],
             grad_norm=record["grad_norm"],
+            mask=mask,
+            group=self.group,
         )
         record["events"] = [event.kind for event in events]
         if self.audit is None:

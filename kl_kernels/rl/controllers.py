@@ -75,6 +75,9 @@ class FixedKLController:
         self._value = check_non_negative("kl_coef", kl_coef)
         self.unit = unit
 
+    def __repr__(self) -> str:
+        return f"FixedKLController({self._value}, unit={self.unit!r})"
+
     @property
     def value(self) -> float:
         """The coefficient, a Python float."""
@@ -147,6 +150,11 @@ class SteeredKLController(ABC):
                 f"{self.min_coef} to {self.max_coef}"
             )
         self._value = init_kl_coef
+
+    def __repr__(self) -> str:
+        facts = {"value": self._value, **vars(self)}  # arguments by their names, the value first
+        shown = (f"{k}={v!r}" for k, v in facts.items() if not k.startswith("_"))
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def value(self) -> float:

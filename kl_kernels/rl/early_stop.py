@@ -64,6 +64,9 @@ class KLEarlyStop:
         self.when = when
         self._last = 0.0
 
+    def __repr__(self) -> str:
+        return f"KLEarlyStop(when={self.when!r}, limit={self.limit:g}, last_kl={self._last:g})"
+
     def before_step(
         self,
         kl: Tensor | float,  # [B, T]

@@ -27,6 +27,7 @@ def batch(seed=0):
     generator = torch.Generator().manual_seed(seed)
     names = ("kl", "entropy", "ratio")
     tensors = {name: torch.rand(*MASK.shape, generator=generator) for name in names}
+    tensors["logprob"] = -torch.rand(*MASK.shape, generator=generator)
     tensors = {name: x.masked_fill(MASK == 0, torch.nan) for name, x in tensors.items()}
     return tensors | {"reward": torch.rand(len(MASK), generator=generator)}
 
@@ -69,9 +70,13 @@ def expected(unit, tensors, mask=MASK):
     n_tokens = sum(map(len, kept))
     entropy = [float(x) for x, m in zip(tensors["entropy"].flatten(), mask.flatten()) if m]
     ratio = [float(x) for x, m in zip(tensors["ratio"].flatten(), mask.flatten()) if m]
+    logprob = [float(x) for x, m in zip(tensors["logprob"].flatten(), mask.flatten()) if m]
+    gaps = [-one - other for one, other in zip(logprob, entropy)]
     reduced = {
         "kl": sum(sums) / (len(sums) if unit == "sequence_sum" else n_tokens),
         "entropy": sum(entropy) / n_tokens,
+        "sampling_gap": sum(gaps) / n_tokens,
+        "sampling_gap_error": math.sqrt(sum(gap**2 for gap in gaps)) / n_tokens,
         "ratio": max(ratio),
         "reward": sum(map(float, tensors["reward"])) / len(mask),
     }
@@ -144,7 +149,8 @@ def test_one_unmasked_value_that_is_not_finite_shows(name, bad):
     tensors = batch()
     tensors[name][(0, 0) if name != "reward" else 0] = bad
     events = KLMonitor().observe(1, **tensors, mask=MASK)
-    assert [event.message.split()[0] for event in events if event.kind == "non_finite"] == [name]
+    named = [event.message.split()[0] for event in events if event.kind == "non_finite"]
+    assert named == ([name, "sampling_gap"] if name == "entropy" else [name])
 
 
 def test_values_that_are_not_finite_leave_no_trace():
@@ -321,6 +327,7 @@ def test_the_folder_knows_neither_kernels_nor_trainers():
         "rl.collectives",
         "rl.masked",
         "rl.measure",
+        "rl.sampling",
         "versions",
     }
     folder = Path(kl_kernels.__file__).parent / "monitor"

@@ -9,7 +9,7 @@ import torch
 from micro import CONFIG, train, vowels
 
 from kl_kernels import KLRewards, compute_gae
-from kl_kernels.ppo import loop, pretrain
+from kl_kernels.ppo import loop, policy, pretrain, reference
 from kl_kernels.ppo.checkpoint import RunFolder, create_run, load_state
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.losses import check_ratio, check_reference
@@ -117,6 +117,22 @@ def test_another_reference_is_noticed(tmp_path, model_folder, monkeypatch):
     monkeypatch.setattr(loop, "make_reference", other)
     with pytest.raises(RuntimeError, match="before the first step a token's KL"):
         train(tmp_path / "run", model_folder)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_logits_one_position_late_are_told(tmp_path, model_folder, monkeypatch, shift):
+    """Rollout, loss and reference agree on the wrong rows, so that every ratio is 1 and KL 0."""
+    right = policy.causal_lm
+
+    def late(lm, ids, attention_mask, n_answer):
+        longer = (torch.cat([x, x[:, :shift]], 1) for x in (ids, attention_mask))
+        return right(lm, *longer, n_answer)
+
+    monkeypatch.setattr(policy, "causal_lm", late)
+    monkeypatch.setattr(reference, "causal_lm", late)
+    records = train(tmp_path / "run", model_folder, updates=3, batch_size=32)
+    told = [record["update"] for record in records if "sampling_gap" in record["events"]]
+    assert told == ([1] if shift else [])
 
 
 @pytest.mark.parametrize("nonsense", [math.nan, math.inf, 0.01])

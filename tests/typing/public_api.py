@@ -94,14 +94,18 @@ def watch(kl: Tensor, ids: Tensor, mask: Tensor) -> None:
     sinks: list[Sink] = [kl_kernels.AuditLog("audit.jsonl", header={"seed": 5})]
     sinks += [TensorBoardSink("runs", names="trl"), Printer()]
     monitor = kl_kernels.KLMonitor(kl_budget=30.0, limits=Limits(), sinks=sinks)
-    for event in monitor.observe(1, kl=kl, kl_coef=0.1, mask=mask):
+    for event in monitor.observe(1, kl=kl, kl_coef=0.1, entropy=kl, logprob=-kl, mask=mask):
         assert_type(event, Event)
+    gap, error = kl_kernels.sampling_gap(-kl, kl, mask)
+    assert_type(gap, Tensor)
     constraint = kl_kernels.UpdateConstraint(max_kl=0.1)
     assert_type(constraint.check(1, kl=0.2), Event | None)
     assert_type(summarize_drift(kl, mask, token_ids=ids), DriftSummary)
 
     kl_kernels.KLMonitor(30.0, sinks=[print])  # type: ignore[list-item]
     monitor.observe(kl=kl)  # type: ignore[call-arg]
+    kl_kernels.KLMonitor(unit="nats")  # type: ignore[arg-type]
+    kl_kernels.UpdateConstraint(0.1, action="undo")  # type: ignore[arg-type]
 
 
 def inside_a_trainer(device: torch.device) -> None:

@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from kl_kernels.text import printable
+
 COMMANDS = {
     "ppo": ("kl_kernels.ppo.command", "train a language model with PPO through the fused ops"),
     "study": ("kl_kernels.study.command", "PPO over many beta and seeds: what the KL penalty does"),
@@ -32,5 +34,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

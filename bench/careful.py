@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from kl_kernels.codegen.compile import compile_for, empty_cache
 from kl_kernels.codegen.variants import Shape, variants
-from kl_kernels.ppo.policy import load_model
+from kl_kernels.ppo.model import load_model
 
 ARCH = "sm_90"
 # Of csrc/cuda's loops over aligned bfloat16 pairs, counted in the SASS of nvcc 13 for sm_90.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl_kernels.ppo.checkpoint import RunFolder
 from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.policy import load_model
+from kl_kernels.ppo.model import load_model
 from kl_kernels.ppo.pretrain import new_model, pretrain, random_windows
 from kl_kernels.ppo.task import load_corpus
 

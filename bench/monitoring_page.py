@@ -1,4 +1,4 @@
-"""Sections of docs/monitoring.md: `KLMonitor`'s false alarms, and how soon it finds what is wrong."""
+"""Sections of docs/monitoring.md: how often `KLMonitor` is wrong, and how soon it finds a fault."""
 
 from __future__ import annotations
 

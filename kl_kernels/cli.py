@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kl_kernels import __version__
+from kl_kernels.text import printable
 
 COMMANDS = {
     "ppo": ("kl_kernels.ppo.arguments", "train a language model with PPO and a KL penalty"),
@@ -81,7 +82,7 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -1,5 +1,7 @@
 """Files that a crash at any moment leaves whole, in folders that nobody else can write to.
 
+Who may read them is the umask's business, as everywhere; what is private all the same says so.
+
 The old content or the new, never a part of it: they are written beside their place, flushed to the
 disk and then renamed onto it. Links planted where a file is to be made are not followed.
 """
@@ -11,25 +13,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-FOLDER_MODE = 0o700
-FILE_MODE = 0o644  # at most: the umask may take more away
+# At most: the umask may take more away. Never a group's to write, whatever the umask: a run's
+# config.json names a module that going on with the run imports.
+FOLDER_MODE = 0o755
+FILE_MODE = 0o644
+PRIVATE_FOLDER_MODE = 0o700
+PRIVATE_FILE_MODE = 0o600
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows makes links for administrators only
 
 
-def make_folder(path: Path) -> None:
-    """`path` and what is missing above it, for this user alone. What is there stays as it is."""
+def make_folder(path: Path, mode: int = FOLDER_MODE) -> None:
+    """Make `path` and what is missing above it. What is there stays as it is."""
     if "\0" in str(path):
         raise OSError("its name holds a NUL")
     # mkdir(parents=True) would leave the folders above to the umask, and whoever can write to one
     # of those can put another folder in this one's place.
     if not path.parent.exists():
         make_folder(path.parent)
-    path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    path.mkdir(mode=mode, exist_ok=True)
 
 
 def opener(path: str, flags: int) -> int:
     """For `open`: a new file is writable by this user alone, and a link is refused."""
     return os.open(path, flags | _NO_FOLLOW, FILE_MODE)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """For `open`, as `opener`: a new file can be opened by this user alone.
+
+    A lock is such a file. Whoever can open it, if only to read, can hold it for ever.
+    """
+    return os.open(path, flags | _NO_FOLLOW, PRIVATE_FILE_MODE)
 
 
 def check_links(name: str, folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kl_kernels.files import opener, sync_folder
+from kl_kernels.files import opener, private_opener, sync_folder
 from kl_kernels.forks import Owner
 from kl_kernels.monitor.chain import FORMAT, Head, encode, head_path
 from kl_kernels.monitor.events import Event
@@ -218,7 +218,7 @@ def _lock(path: Path) -> int:
 
     The file stays: were it removed, two writers could each lock one of the same name.
     """
-    descriptor = opener(f"{path}.lock", os.O_RDWR | os.O_CREAT)
+    descriptor = private_opener(f"{path}.lock", os.O_RDWR | os.O_CREAT)
     try:
         if sys.platform == "win32":
             import msvcrt

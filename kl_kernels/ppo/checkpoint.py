@@ -138,23 +138,41 @@ def save_model(
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """A Hugging Face folder, complete or absent; an older one of that name is replaced.
 
-    `weights`: in place of the model's own, of which this process may hold a part.
+    `weights`: in place of the model's own, of which this process may hold a part. All are saved in
+    `dtype`, which the folder's config.json names, too.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(FOLDER_MODE)  # not by save_pretrained, which would write through a link
-    lm.save_pretrained(partial, state_dict=weights)
+    lm.save_pretrained(partial, state_dict=_cast(weights or lm.state_dict(), dtype))
+    lm.config.dtype = dtype  # save_pretrained wrote the one it is trained in
+    lm.config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    for file in partial.iterdir():
-        file.chmod(file.stat().st_mode & FILE_MODE)
+    # As the umask had it for a file written as usual; safetensors makes its own for the user alone.
+    mode = (partial / "config.json").stat().st_mode & FILE_MODE
+    for file in partial.rglob("*"):  # a tokenizer of several chat templates has a folder of them
+        if file.is_dir():
+            file.chmod(file.stat().st_mode & FOLDER_MODE)
+            continue
+        file.chmod(mode)
         with open(file, "rb+") as written:
             os.fsync(written.fileno())
     shutil.rmtree(folder, ignore_errors=True)  # a folder cannot be renamed onto a full one
     os.replace(partial, folder)
     sync_folder(folder.parent)
+
+
+def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied weights stay one, and are saved once
+    for weight in weights.values():
+        key = weight.data_ptr(), weight.shape
+        if key not in cast:
+            cast[key] = weight.to(dtype) if weight.is_floating_point() else weight
+    return {name: cast[weight.data_ptr(), weight.shape] for name, weight in weights.items()}
 
 
 def rng_state() -> dict[str, Any]:

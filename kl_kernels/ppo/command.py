@@ -24,8 +24,15 @@ from kl_kernels.ppo.checkpoint import (
 )
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.loop import train
-from kl_kernels.ppo.policy import check_model_folder, load_model
-from kl_kernels.ppo.pretrain import pretrain
+from kl_kernels.ppo.model import (
+    check_model_folder,
+    kept_dtype,
+    load_model,
+    said_of_dtypes,
+    weights_dtypes,
+)
+from kl_kernels.ppo.pretrain import pretrain, train_tokenizer
+from kl_kernels.ppo.prompts import HINT, encode_prompts, read_prompts
 from kl_kernels.ppo.ranks import Ranks, launch
 from kl_kernels.ppo.reference import check_peft
 from kl_kernels.ppo.report import draw, read_metrics, summary, table
@@ -59,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     config, folder, inputs = _prepared(args, ranks)
     if ranks.first:
-        print(f"run folder: {folder.path}")
+        print(f"run folder: {folder.path}", *inputs.hints(), sep="\n")
     try:
         _train(config, folder, inputs, ranks)
     except KeyboardInterrupt:
@@ -97,12 +104,32 @@ class Inputs:
         if config.reference == "adapter":
             check_peft()
         self.reward = load_reward(config.reward) if config.reward else None
-        self.prompts = _read_prompts(config.prompts) if config.prompts else None
+        self.prompts = read_prompts(config.prompts) if config.prompts else None
         if config.model:
             check_model_folder(config.model)
         needs_corpus = not (config.model and config.prompts and config.reward)
         self.paragraphs = load_corpus() if needs_corpus else []
         self.lm = load_model(config.model) if config.model else None
+        self.dtypes = weights_dtypes(config.model) if config.model else [torch.float32]
+        # A model that is yet to be pretrained will have this tokenizer.
+        tokenizer = self.lm[1] if self.lm else train_tokenizer(self.paragraphs, config.vocab_size)
+        self.encode(config, tokenizer)
+
+    def encode(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """The tokens of every prompt; ValueError if one cannot be answered."""
+        context: int | None = config.context
+        if self.lm:
+            model = self.lm[0].config.get_text_config()
+            context = getattr(model, "max_position_embeddings", None)
+        return encode_prompts(config, self.prompts, self.paragraphs, tokenizer, context)
+
+    def hints(self) -> list[str]:
+        """What a user should know of the given model before it is trained."""
+        if self.lm is None:
+            return []
+        is_text = self.prompts is None or isinstance(self.prompts[0], str)
+        chat = HINT if is_text and self.lm[1].chat_template else None
+        return [hint for hint in (said_of_dtypes(self.dtypes), chat) if hint]
 
 
 def _resumed(path: Path, out: str | None, given: dict[str, object]) -> tuple[RunFolder, PPOConfig]:
@@ -113,17 +140,13 @@ def _resumed(path: Path, out: str | None, given: dict[str, object]) -> tuple[Run
         )
     if given:
         config = dataclasses.replace(config, **given)  # type: ignore[arg-type]
+        done = load_state(folder.checkpoint)["updates"] if folder.checkpoint.is_file() else 0
+        if config.updates < done:
+            raise ValueError(
+                f"updates is {config.updates}, but the run in '{path}' has done {done}; it must be "
+                "at least that"
+            )
     return folder, config
-
-
-def _read_prompts(path: str) -> list[str]:
-    try:
-        prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts is {path!r}, which cannot be read: {error}") from error
-    if not prompts:
-        raise ValueError(f"prompts is {path!r}, which holds no line of text")
-    return prompts
 
 
 class Task(NamedTuple):
@@ -147,7 +170,7 @@ def prepare(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) 
     if torch.cuda.is_available():
         lm = lm.cuda()
 
-    prompts = _encode_prompts(config, inputs, lm, tokenizer)
+    prompts = inputs.encode(config, tokenizer)
     if inputs.reward:
         return Task(lm, tokenizer, prompts, inputs.reward, None)
     gold = GoldScore.of_corpus(inputs.paragraphs)
@@ -161,7 +184,7 @@ def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -
     task = prepare(config, folder, inputs, ranks)
     lm, weights = train(config, folder, *task)
     if ranks.first:
-        save_model(folder.policy, lm, task.tokenizer, weights)
+        save_model(folder.policy, lm, task.tokenizer, weights, kept_dtype(inputs.dtypes))
         _report(config, folder)
 
 
@@ -174,27 +197,6 @@ def _report(config: PPOConfig, folder: RunFolder) -> None:
     print(f"\n{report}")
     print(f"metrics: {folder.metrics}\naudit:   {folder.audit}")
     print(f"picture: {folder.picture}\npolicy:  {folder.policy}")
-
-
-def _encode_prompts(
-    config: PPOConfig,
-    inputs: Inputs,
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[list[int]]:
-    """The given prompts, or the start of every paragraph that is longer than its start."""
-    if inputs.prompts is None:
-        encoded = [tokenizer(paragraph).input_ids for paragraph in inputs.paragraphs]
-        return [ids[: config.prompt_tokens] for ids in encoded if len(ids) > config.prompt_tokens]
-    prompts: list[list[int]] = [tokenizer(prompt).input_ids for prompt in inputs.prompts]
-    room = lm.config.get_text_config().max_position_embeddings - config.answer_tokens
-    for text, ids in zip(inputs.prompts, prompts):
-        if len(ids) > room:
-            raise ValueError(
-                f"the prompt {text[:40]!r} has {len(ids)} tokens; with {config.answer_tokens} for "
-                f"the answer, the model's context has room for {room}"
-            )
-    return prompts
 
 
 def _fit_reward(

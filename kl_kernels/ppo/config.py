@@ -59,14 +59,15 @@ class PPOConfig:
     # What is trained, on what, towards what. Empty: the embedded task.
     model: str = option(
         "",
-        "folder of a Hugging Face causal language model with its tokenizer; without it, a tiny "
-        "Llama is pretrained first",
+        "folder of a Hugging Face causal language model with its tokenizer; nothing is "
+        "downloaded; without it, a tiny Llama is pretrained first",
         metavar="DIR",
     )
     prompts: str = option(
         "",
-        "text file with one prompt per line; without it, prompts are the starts of paragraphs "
-        "of the built-in corpus",
+        "text file with one prompt per line, or a .jsonl file with one chat per line, "
+        '{"messages": [...]}; without it, prompts are the starts of paragraphs of the built-in '
+        "corpus",
         metavar="FILE",
     )
     reward: str = option(
@@ -297,10 +298,13 @@ class PPOConfig:
     checkpoint_every: int = option(1, "updates between checkpoints", at_least=1)
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
+        fields = dataclasses.fields(self)
+        for f in fields:
             value = _typed(f.name, getattr(self, f.name), type(f.default))
             object.__setattr__(self, f.name, value)
-            _check(f.name, value, **f.metadata["limits"])
+        self._check_estimator()
+        for f in fields:
+            _check(f.name, getattr(self, f.name), **f.metadata["limits"])
         if self.hidden_size % 8:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}; it has to be a multiple of 8: four heads, "
@@ -323,17 +327,25 @@ class PPOConfig:
                 f"kl_horizon is {self.kl_horizon}; it has to be at least batch_size, "
                 f"{self.batch_size}, or beta swings from update to update"
             )
-        if self.kl_estimator == {"reward": "k2", "loss": "k1"}[self.kl_in]:
-            raise ValueError(
-                f"kl_estimator is {self.kl_estimator!r}, which does not have the KL's gradient in "
-                f"the {self.kl_in}; use exact, k1 in the reward, or k2 in the loss"
-            )
         if self.overlong_buffer > self.answer_tokens:
             raise ValueError(
                 f"overlong_buffer is {self.overlong_buffer}; it has to be at most answer_tokens, "
                 f"{self.answer_tokens}"
             )
         self.update_constraint()
+
+    def _check_estimator(self) -> None:
+        """Refuse estimators whose expected policy gradient is another one, and say so.
+
+        A value near the KL is no reason to train on one: see `kl_kernels.kl_penalty`.
+        """
+        wrong = {"reward": ("k2", "k3", "abs"), "loss": ("k1", "k3", "abs")}
+        if self.kl_estimator in wrong.get(self.kl_in, ()):
+            raise ValueError(
+                f"kl_estimator is {self.kl_estimator!r}, whose expected policy gradient in the "
+                f"{self.kl_in} is not that of the KL, so that it would train towards something "
+                "else; accepted: 'exact', 'k1' in the reward, 'k2' in the loss"
+            )
 
     def update_constraint(self) -> UpdateConstraint | None:
         if not (self.max_update_kl or self.max_ratio):

@@ -20,12 +20,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl_kernels import (
@@ -42,6 +42,7 @@ from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.losses import check_reference
 from kl_kernels.ppo.optimise import Trainer
 from kl_kernels.ppo.policy import Policy, answer_texts, is_sharded, sample
+from kl_kernels.ppo.progress import UpdateProgress
 from kl_kernels.ppo.ranks import launch
 from kl_kernels.ppo.reference import make_reference, without_adapter
 from kl_kernels.ppo.report import MetricsLog, live_line
@@ -107,11 +108,11 @@ def train(
         state.save(run.checkpoint, done, ranks, monitor=watch.monitor.state_dict())
 
     log = ranks.on_first(lambda: MetricsLog(run.metrics, keep=done))
-    with closing(watch):
-        progress = tqdm(range(done + 1, config.updates + 1), desc="PPO", unit="update",
-                        initial=done, total=config.updates, dynamic_ncols=True,
-                        disable=not ranks.first)  # fmt: skip
-        for update in progress:
+    progress = UpdateProgress(
+        desc="PPO", initial=done, total=config.updates, disable=not ranks.first
+    )
+    with closing(watch), progress:
+        for update in range(done + 1, config.updates + 1):
             started = time.perf_counter()
             kl_coef = controller.value
 
@@ -123,7 +124,8 @@ def train(
             own = chosen[ranks.rows(len(chosen))]
             prompt_texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
             answers = answer_texts(samples, tokenizer)
-            scores = scores_of(reward, prompt_texts, answers).to(accelerator.device)
+            scores = ranks.each(partial(scores_of, reward, prompt_texts, answers))
+            scores = scores.to(accelerator.device)
 
             # 2. Rewards: the score at the last token, -beta KL at every token.
             paid = shape_scores(config, scores, samples, tokenizer.eos_token_id)
@@ -172,18 +174,19 @@ def train(
             watch.update(record, controlled, steps.violation, shaped, mask)
             if ranks.first:
                 log.append(record)
-                progress.set_postfix_str(live_line(record))
+                progress.reach(update, live_line(record))
             if steps.action == "raise":
                 raise ConstraintViolation(str(steps.violation))
             last = update == config.updates or steps.action == "stop"
+            if last:  # before the checkpoint, after which nothing samples these answers again
+                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in chosen]
+                watch.drift(ranks.all_rows(shaped.kl), batch.samples, texts, tokenizer)
             if last or update % config.checkpoint_every == 0:
                 saved = state.save(
                     run.checkpoint, update, ranks, monitor=watch.monitor.state_dict()
                 )
                 watch.checkpoint(update, saved["policy"])
             if last:
-                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in chosen]
-                watch.drift(ranks.all_rows(shaped.kl), batch.samples, texts, tokenizer)
                 break
     trained = without_adapter(module.lm)
     return trained, whole_weights(trained)

@@ -6,31 +6,17 @@ answers start in the same column. Padding is known by masks, never by the token 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from kl_kernels.ppo.ranks import ALONE, ExponentialRace, Ranks
-
-# Left to itself, transformers asks on the terminal whether to run a folder's code.
-FROM_DISK_ALONE = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -50,75 +36,6 @@ class Samples:
 
     def rows(self, rows: Tensor) -> Samples:  # [b] int64
         return self.each(lambda tensor: tensor[rows])
-
-
-def check_model_folder(folder: str) -> None:
-    """That weights are in the folder itself, in a format that cannot run code.
-
-    Raises:
-        ValueError: they are not, or it is no model's folder.
-    """
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"model is {folder!r}; it has to be a folder with a Hugging Face causal LM "
-            "(config.json and weights) and its tokenizer"
-        )
-    if not any(path.glob("*.safetensors")):
-        raise ValueError(
-            f"model is {folder!r}, which has no weights in *.safetensors; formats that are "
-            "unpickled, as pytorch_model.bin is, do not load"
-        )
-    if (path / "adapter_config.json").exists():
-        raise ValueError(
-            f"model is {folder!r}, which holds an adapter of a model that may be anywhere; merge "
-            "it into that model, and save the sum"
-        )
-    index = path / SAFE_WEIGHTS_INDEX_NAME
-    try:
-        shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
-        elsewhere = [name for name in shards if name != Path(name).name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"model is {folder!r}, whose {index.name} is not usable") from error
-    if elsewhere:
-        raise ValueError(
-            f"model is {folder!r}, whose {index.name} has weights in {elsewhere[0]!r}; they have "
-            "to be in the folder"
-        )
-
-
-def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in float32 and its tokenizer, from disk alone.
-
-    Raises:
-        ValueError: the folder does not hold a causal LM in safetensors and a tokenizer with an EOS
-            token, or asks for code of its own.
-    """
-    check_model_folder(str(folder))
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            # transformers' choice: a folder's own may name a kernel to be fetched from the hub
-            attn_implementation=None,
-            **FROM_DISK_ALONE,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **FROM_DISK_ALONE)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"model is {str(folder)!r}, which does not load: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer in {str(folder)!r} has no EOS token, so answers cannot end"
-        )
-    # A folder may bring settings of its own (top-k, repetition penalty, ...). Sampling from
-    # anything but softmax(logits) makes log-ratios wrong, and the policy is paid to diverge.
-    lm.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return lm, tokenizer
 
 
 class Policy(nn.Module):

@@ -109,6 +109,27 @@ class Ranks:
         made: T = found[0]
         return made
 
+    def each(self, make: Callable[[], T]) -> T:
+        """What `make` returns on this rank; or, everywhere, a ValueError of any rank's.
+
+        A rank that ended on its own would end the others before the first of them, which alone
+        speaks, has said why.
+        """
+        if self.group is None:
+            return make()
+        found: list[Any] = [None, None]
+        try:
+            found[0] = make()
+        except ValueError as error:
+            found[1] = str(error)
+        messages: list[str | None] = [None] * self.n
+        dist.all_gather_object(messages, found[1], group=self.group)
+        for message in messages:
+            if message is not None:
+                raise ValueError(message)
+        made: T = found[0]
+        return made
+
 
 ALONE = Ranks(0, 1, None)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from kl_kernels.files import opener, write_atomically, write_text
 from kl_kernels.ppo.config import PPOConfig
+from kl_kernels.text import printable
 
 Record = dict[str, Any]  # one update: see the end of the loop in loop.py
 
@@ -93,10 +94,15 @@ def summary(config: PPOConfig, records: list[Record], drift: dict[str, Any]) -> 
     lines.append(f"KL per answer: {over('kl'):.1f} nats over the last third{target}")
     lines.append(drift_line(drift))
     lines += [
-        f"a sample, prompt | answer, of update {r['update']}:\n    {' '.join(r['sample'].split())}"
+        f"a sample, prompt | answer, of update {r['update']}:\n    {one_line(r['sample'])}"
         for r in (first, records[-1])
     ]
     return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """A sample as a terminal may show it, and a table."""
+    return printable(" ".join(text.split()))
 
 
 def draw(path: Path, config: PPOConfig, records: list[Record]) -> None:

@@ -4,20 +4,25 @@ A reward function takes the texts of a batch and returns one score per answer, h
 
     def my_reward(prompts: list[str], answers: list[str]) -> list[float]: ...
 
-Texts come without special tokens and end before the first EOS. `--reward my_module:my_reward` finds
-it on Python's path, which includes the folder the command is run in. Scores should vary by about 1
-over one batch, as kl_coef weighs nats against them.
+Texts come without special tokens, and answers end before the first EOS; a chat comes as its
+template writes it. Scores are a list, a tuple, a tensor or a NumPy array of finite numbers; True is
+1 and False is 0. `--reward my_module:my_reward` finds the function on Python's path, which includes
+the folder the command is run in. Scores should vary by about 1 over one batch, as kl_coef weighs
+nats against them.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,14 +32,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.policy import answer_texts, sample
 
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+Scores = Sequence[float] | np.ndarray | Tensor
+RewardFunction = Callable[[list[str], list[str]], Scores]
+
+ACCEPTED = "it must return a list, tensor or array with one finite number per answer"
 
 
 def load_reward(spec: str) -> RewardFunction:
     """The function that "module:function" names.
 
     Raises:
-        ValueError: it cannot be imported, or is not a function.
+        ValueError: it cannot be imported, or is not a function of prompts and answers.
     """
     module_name, colon, name = spec.partition(":")
     if not (colon and all(map(str.isidentifier, [*module_name.split("."), name]))):
@@ -47,6 +55,14 @@ def load_reward(spec: str) -> RewardFunction:
         raise ValueError(f"reward is {spec!r}, which cannot be imported: {error}") from error
     if not callable(function):
         raise ValueError(f"reward is {spec!r}, a {type(function).__name__}, not a function")
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError as error:
+        raise ValueError(
+            f"reward is {spec!r}, which cannot be called as function(prompts, answers): {error}"
+        ) from error
+    except ValueError:  # some functions written in C tell nobody what they take
+        pass
     return function
 
 
@@ -55,16 +71,44 @@ def scores_of(reward: RewardFunction, prompts: list[str], answers: list[str]) ->
 
     Raises:
         ValueError: the reward function did not return one finite number per answer.
+        RuntimeError: it raised an error that the command line would take for one of its own.
     """
-    scores = [float(score) for score in reward(prompts, answers)]
+    try:
+        returned: Any = reward(prompts, answers)
+    except (ValueError, OSError) as error:
+        raise RuntimeError(f"the reward function raised {type(error).__name__}: {error}") from error
+    # Tensors, NumPy's arrays and pandas' columns.
+    scores = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(scores, Sequence) or isinstance(scores, (str, bytes)):
+        raise ValueError(f"the reward function returned {_described(returned)}; {ACCEPTED}")
     if len(scores) != len(answers):
         raise ValueError(
-            f"the reward function gave {len(scores)} scores for {len(answers)} answers"
+            f"the reward function returned {len(scores)} scores for {len(answers)} answers; "
+            f"{ACCEPTED}"
         )
-    for score, answer in zip(scores, answers):
+    found = torch.tensor(list(map(_number, scores)), dtype=torch.float64).float()
+    for i, score in enumerate(found.tolist()):
         if not math.isfinite(score):
-            raise ValueError(f"the reward function gave {score} for the answer {answer!r}")
-    return torch.tensor(scores)
+            raise ValueError(
+                f"the reward function returned {_described(scores[i])} for answer {i} of "
+                f"{len(answers)}, {answers[i][:80]!r}; {ACCEPTED}, within float32"
+            )
+    return found
+
+
+def _number(score: Any) -> float:
+    """Python's numbers, NumPy's, and tensors of one; NaN for anything else."""
+    if hasattr(score, "item") and math.prod(score.shape) == 1:
+        score = score.item()
+    try:
+        return float(score) if isinstance(score, Real) else math.nan
+    except OverflowError:  # an int beyond all floats
+        return math.inf
+
+
+def _described(x: Any) -> str:
+    text = repr(x)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(x).__name__}"
 
 
 class TokenReward:

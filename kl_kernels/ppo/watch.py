@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kl_kernels import KLRewards, extras
-from kl_kernels.files import write_text
+from kl_kernels.files import PRIVATE_FOLDER_MODE, make_folder, write_text
 from kl_kernels.monitor.audit import AuditLog
 from kl_kernels.monitor.drift import summarize_drift
 from kl_kernels.monitor.events import Event, Sink
@@ -128,6 +128,10 @@ def make_sink(config: PPOConfig, run: RunFolder) -> Sink:
         ImportError: the library is not installed; `check_library` tells beforehand.
     """
     names, constants = config.metric_names, dataclasses.asdict(config)
+    if config.log_to in ("tensorboard", "wandb"):
+        # What else the libraries write there, and with which modes, is theirs: W&B notes the
+        # account, the machine, and where the code came from.
+        make_folder(run.path / config.log_to, PRIVATE_FOLDER_MODE)
     if config.log_to == "tensorboard":
         return TensorBoardSink(run.path / "tensorboard", names=names)
     if config.log_to == "wandb":

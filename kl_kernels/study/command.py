@@ -74,6 +74,8 @@ def _planned(args: argparse.Namespace) -> tuple[Plan, StudyFolder]:
             )
         return plan, study
     plan = Plan(PPOConfig(**constants), **given)
-    Inputs(plan.constants)  # refuses what cannot be read, before a folder is made
+    inputs = Inputs(plan.constants)  # refuses what cannot be read, before a folder is made
+    for hint in inputs.hints():
+        print(hint)
     default = Path("runs") / time.strftime("study-%Y%m%d-%H%M%S")
     return plan, create_study(Path(args.out) if args.out else default, plan)

@@ -20,7 +20,8 @@ from kl_kernels import kl_penalty, token_kl
 from kl_kernels.ppo.checkpoint import load_state, save_state
 from kl_kernels.ppo.command import Task
 from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.policy import causal_lm, load_model, sample
+from kl_kernels.ppo.model import load_model
+from kl_kernels.ppo.policy import causal_lm, sample
 from kl_kernels.study.plan import Plan, StudyFolder
 from kl_kernels.study.statistics import Array, mean_interval, variance_ratio
 

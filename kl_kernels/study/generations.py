@@ -8,7 +8,8 @@ import torch
 
 from kl_kernels.ppo.command import Task
 from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.policy import answer_texts, load_model, sample
+from kl_kernels.ppo.model import load_model
+from kl_kernels.ppo.policy import answer_texts, sample
 from kl_kernels.ppo.reward import scores_of
 from kl_kernels.study.plan import StudyFolder, described
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kl_kernels.files import write_bytes, write_text
+from kl_kernels.ppo.report import one_line
 from kl_kernels.study.analysis import analyse
 from kl_kernels.study.claims import Claim, times, what_is_clear
 from kl_kernels.study.document import (
@@ -163,7 +164,7 @@ def samples_table(data: Data) -> Table:
 
 def _plain(text: str) -> str:
     """Nothing of what a language model may write, or a file of prompts hold, is markup."""
-    return " ".join(text.split()).translate(str.maketrans("`*", "'·"))
+    return one_line(text).translate(str.maketrans("`*", "'·"))
 
 
 def _estimator_blocks(data: Data) -> list[Block]:

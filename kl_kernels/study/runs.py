@@ -8,6 +8,7 @@ run leaves is what it would have left on its own.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,16 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from tqdm import tqdm
-
-from kl_kernels.files import make_folder, opener, write_bytes, write_text
+from kl_kernels.files import make_folder, opener, private_opener, write_bytes, write_text
 from kl_kernels.ppo.checkpoint import RunFolder
+from kl_kernels.ppo.progress import UpdateProgress
 from kl_kernels.study.plan import Plan, StudyFolder
 from kl_kernels.study.prepare import is_prepared
+from kl_kernels.text import printable
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_STOP = 20.0
 LINES_OF_LOG = 15
+BYTES_OF_PROGRESS = 2000  # of a log's end, where the bar that moves is
+
+# As tqdm writes it. (Other bars in the log are transformers', of models that are loaded.)
+PROGRESS = re.compile(r"(pretraining|preferences): +\d+%\|[^|\r\n]*\| (\d+/\d+)")
 
 
 class ChildFailed(RuntimeError):
@@ -129,7 +134,7 @@ def run_all(plan: Plan, study: StudyFolder, n_at_a_time: int) -> None:
                     running[job] = _launch(job, side_by_side, lock)
                     ready.remove(job)
                     waiting.remove(job)
-                show([job.name for job in running])
+                show([_said(job) for job in running])
                 if running:
                     _wait(next(iter(running.values())))
         finally:
@@ -173,10 +178,20 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
+def _said(job: Job) -> str:
+    """The job's name and, while it prepares what has no updates to count, how far it is."""
+    if job.folder.metrics.is_file() or not job.log.is_file():
+        return job.name
+    with open(job.log, "rb") as log:
+        log.seek(max(0, os.path.getsize(job.log) - BYTES_OF_PROGRESS))
+        bars = PROGRESS.findall(log.read().decode(errors="replace"))
+    return f"{job.name} ({' '.join(bars[-1])})" if bars else job.name
+
+
 def _failure(job: Job, process: subprocess.Popen[bytes]) -> str:
     text = job.log.read_text(encoding="utf-8", errors="replace")
     lines = [line.rpartition("\r")[2] for line in text.splitlines()]
-    tail = "\n".join(f"    {line}" for line in lines[-LINES_OF_LOG:] if line.strip())
+    tail = "\n".join(f"    {printable(line)}" for line in lines[-LINES_OF_LOG:] if line.strip())
     ended = f"ended with status {process.returncode}"
     return f"{job.name} {ended}; the end of its log, {job.log}:\n{tail}"
 
@@ -189,7 +204,7 @@ def _locked(study: StudyFolder) -> Iterator[int | None]:
     except ImportError:  # Windows has no such locks
         yield None
         return
-    with open(study.lock, "wb", opener=opener) as file:
+    with open(study.lock, "wb", opener=private_opener) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -216,15 +231,12 @@ def _progress(plan: Plan, study: StudyFolder) -> Iterator[Callable[[list[str]], 
     """One bar over the updates of all runs, read off their metrics."""
     files = [study.run(beta, seed).metrics for seed in plan.seeds for beta in plan.betas]
     done = sum(map(_n_lines, files))
-    with tqdm(total=plan.n_updates, initial=done, desc="study", unit="update",
-              dynamic_ncols=True) as bar:  # fmt: skip
+    with UpdateProgress(total=plan.n_updates, initial=done, desc="study") as bar:
 
         def show(names: list[str]) -> None:
             now = sum(map(_n_lines, files)), ", ".join(names)
             if now != (bar.n, bar.postfix):
-                bar.set_postfix_str(now[1], refresh=False)
-                bar.n = now[0]
-                bar.refresh()
+                bar.reach(*now)
 
         yield show
 

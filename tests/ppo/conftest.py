@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kl_kernels.ppo.checkpoint import save_model
-from kl_kernels.ppo.policy import load_model
+from kl_kernels.ppo.model import load_model
 from kl_kernels.ppo.pretrain import train_tokenizer
 from kl_kernels.ppo.task import load_corpus
 

@@ -8,7 +8,7 @@ from kl_kernels.ppo import command, loop
 from kl_kernels.ppo.arguments import add_arguments
 from kl_kernels.ppo.checkpoint import RunFolder, create_run
 from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.policy import load_model
+from kl_kernels.ppo.model import load_model
 from kl_kernels.ppo.report import read_metrics
 
 MICRO = [

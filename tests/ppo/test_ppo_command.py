@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kl_kernels.monitor.hashes import model_hash
 from kl_kernels.monitor.verify import verify_log
+from kl_kernels.ppo import loop
 from kl_kernels.ppo.checkpoint import load_state
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.report import read_metrics
@@ -119,11 +120,15 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, model_folder, monkeypatch, capsys):
         (["--reward", "nowhere:f"], "reward is 'nowhere:f'"),
         (["--resume", "no/such/run"], "resume is 'no/such/run', which holds no checkpoint"),
         (["--kl-estimator", "k4"], "kl_estimator is 'k4'; accepted: 'exact', 'k1', 'k2'"),
-        (
-            ["--kl-estimator", "k2"],
-            "kl_estimator is 'k2', which does not have the KL's",
+        *(
+            (
+                ["--kl-in", place, "--kl-estimator", name],
+                f"kl_estimator is '{name}', whose expected policy gradient in the {place} is not "
+                "that of the KL",
+            )
+            for place, names in {"reward": ("k2", "k3", "abs"), "loss": ("k1", "k3", "abs")}.items()
+            for name in names
         ),
-        (["--kl-in", "loss", "--kl-estimator", "k1"], "kl_estimator is 'k1', which does not have"),
         (["--controller", "pid"], "controller is 'pid'; accepted: 'adaptive', 'fixed'"),
         (["--controller", "pi", "--kl-coef", "0"], "kl_coef is 0, which cannot adapt"),
         (["--overlong-buffer", "41"], "overlong_buffer is 41; it has to be at most answer_tokens"),
@@ -167,6 +172,84 @@ def test_resuming_with_other_constants_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(PPOConfig().to_json())
     with pytest.raises(ValueError, match="only updates may be given"):
         run("--resume", tmp_path, "--kl-coef", "1")
+
+
+@pytest.fixture
+def finished(tmp_path, model_folder, monkeypatch):
+    """A run of three updates whose scores, and so the controller's steps, are of NumPy."""
+    (tmp_path / "of_numpy.py").write_text(
+        "import numpy as np\n"
+        "def length(prompts, answers):\n"
+        "    return np.array([len(a) / 10 for a in answers], np.float32)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--model", model_folder, "--reward", "of_numpy:length", "--updates", "3"]
+    options += ["--controller", "adaptive", "--learning-rate", "3e-3"]
+    assert run(*MICRO, *options, "--out", tmp_path / "run") == 0
+    return tmp_path / "run", [*MICRO, *options]
+
+
+def contents(folder):
+    """What a run has to show, but for the time it took."""
+    records = read_metrics(folder / "metrics.jsonl")
+    for record in records:
+        del record["seconds"]
+    return records, (folder / "policy" / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_resumed_to_what_it_was(finished, capsys):
+    folder, _ = finished
+    before = contents(folder)
+    for _ in range(2):
+        assert run("--resume", folder) == 0
+        assert contents(folder) == before
+        assert "KL per answer" in capsys.readouterr().out
+    assert verify_log(folder / "audit.jsonl").ok
+
+
+def test_a_run_resumed_twice_with_more_updates_is_one_that_had_them_at_once(finished, tmp_path):
+    folder, options = finished
+    assert run("--resume", folder, "--updates", "4") == 0
+    assert run("--resume", folder, "--updates", "6") == 0
+    assert json.loads((folder / "config.json").read_text())["updates"] == 6
+    whole = tmp_path / "whole"
+    assert run(*options, "--updates", "6", "--out", whole) == 0
+    assert contents(folder) == contents(whole)
+    coefficients = [record["kl_coef"] for record in read_metrics(folder / "metrics.jsonl")]
+    assert len(set(coefficients)) == 6, "the controller adapts at every update"
+
+
+def test_a_run_cannot_be_resumed_with_fewer_updates_than_it_has(finished):
+    folder, _ = finished
+    config, before = (folder / "config.json").read_text(), contents(folder)
+    with pytest.raises(ValueError, match=r"^updates is 2, but the run in '.*' has done 3"):
+        run("--resume", folder, "--updates", "2")
+    assert (folder / "config.json").read_text() == config
+    assert contents(folder) == before
+
+
+def test_a_run_killed_behind_its_last_checkpoint_can_be_finished(finished, monkeypatch):
+    """Whatever is left to write comes from the folder, as nothing is sampled again."""
+    folder, _ = finished
+
+    class Killed(BaseException):
+        pass
+
+    class Dying(loop.TrainingState):
+        def save(self, *arguments, **others):
+            super().save(*arguments, **others)
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "TrainingState", Dying)
+        with pytest.raises(Killed):
+            run("--resume", folder, "--updates", "4")
+    (folder / "table.txt").unlink()
+    assert run("--resume", folder) == 0
+    assert len(contents(folder)[0]) == 4
+    drift = json.loads((folder / "drift.json").read_text())
+    assert drift["kl"] / 8 == pytest.approx(contents(folder)[0][3]["kl"])
+    assert (folder / "table.txt").exists()
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tmp_path, model_folder):

@@ -9,7 +9,8 @@ from micro import train
 from kl_kernels.monitor.constraint import ConstraintViolation
 from kl_kernels.ppo import loop
 from kl_kernels.ppo.checkpoint import load_state
-from kl_kernels.ppo.policy import Policy, load_model
+from kl_kernels.ppo.model import load_model
+from kl_kernels.ppo.policy import Policy
 from kl_kernels.ppo.report import read_metrics
 
 LIMITS = {"max_update_kl": 1e-9, "learning_rate": 1e-2, "updates": 3}

@@ -13,7 +13,8 @@ from kl_kernels.ppo import loop, policy, pretrain, reference
 from kl_kernels.ppo.checkpoint import RunFolder, create_run, load_state
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.losses import check_ratio, check_reference
-from kl_kernels.ppo.policy import Policy, Samples, load_model
+from kl_kernels.ppo.model import load_model
+from kl_kernels.ppo.policy import Policy, Samples
 from kl_kernels.ppo.ranks import ALONE
 from kl_kernels.ppo.report import read_metrics
 from kl_kernels.ppo.rollout import shape_scores, teach

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
+from kl_kernels.ppo.model import load_model
 from kl_kernels.ppo.policy import (
     Policy,
     answer_texts,
     causal_lm,
-    load_model,
     pad_left,
     sample,
     through_first_eos,

@@ -10,7 +10,8 @@ import torch
 from micro import MICRO, run
 
 from kl_kernels.ppo.checkpoint import load_state, save_model
-from kl_kernels.ppo.policy import load_model, sample
+from kl_kernels.ppo.model import load_model
+from kl_kernels.ppo.policy import sample
 from kl_kernels.ppo.ranks import ExponentialRace, Ranks
 from kl_kernels.ppo.report import read_metrics
 
@@ -24,6 +25,9 @@ def vowels(prompts, answers):
     with open(Path(__file__).parent / f"rank{os.environ.get('RANK', 0)}.txt", "a") as file:
         file.write(f"{len(answers)}\\n")
     return [sum(letter in "aeiou" for letter in answer) / 4 for answer in answers]
+
+def bad_on_the_second(prompts, answers):
+    return [None if os.environ["RANK"] == "1" else 1.0 for _ in answers]
 
 def ctrl_c(prompts, answers):
     if int(os.environ["RANK"]) == 0:
@@ -122,6 +126,15 @@ def test_ctrl_c_ends_all_processes_and_tells_how_to_go_on(rewards, model_folder)
     ended = torchrun(rewards, *arguments)
     assert ended.returncode != 0
     assert ended.stdout.count("--resume run") == 1, ended.stderr
+
+
+def test_a_bad_score_of_any_process_is_said_once(rewards, model_folder):
+    """The first process speaks, also of answers that another one has."""
+    arguments = [*MICRO, "--model", model_folder, "--reward", "own_rewards:bad_on_the_second"]
+    ended = torchrun(rewards, *arguments, "--out", "run")
+    assert ended.returncode != 0
+    message = "error: the reward function returned None of type NoneType for answer 0 of 4"
+    assert ended.stderr.count(message) == 1, ended.stderr
 
 
 def test_shares_that_are_not_equal_are_refused_in_one_sentence(tmp_path):

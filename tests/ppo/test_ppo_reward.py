@@ -1,8 +1,12 @@
 """The fitted reward is blind to order; a given one is loaded and checked."""
 
+import math
 import random
+import re
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,9 +93,77 @@ def test_a_bad_reward_is_one_sentence(module, spec, message):
 
 
 @pytest.mark.parametrize(
-    ("scores", "message"),
-    [([1.0], "1 scores for 2 answers"), ([1.0, float("nan")], "nan"), ([1.0, 1e400], "inf")],
+    "scores",
+    [
+        [1, 0],
+        (1.0, 0.0),
+        [True, False],
+        [Fraction(1), np.float32(0)],
+        [np.int64(1), np.bool_(False)],
+        [torch.tensor(1.0), torch.tensor([0])],
+        np.array([1.0, 0.0], np.float16),
+        np.array([1, 0]),
+        np.array([True, False]),
+        torch.tensor([1.0, 0.0], dtype=torch.bfloat16, requires_grad=True),
+        torch.tensor([True, False]),
+    ],
+    ids=repr,
 )
-def test_bad_scores_are_one_sentence(scores, message):
-    with pytest.raises(ValueError, match=message):
-        scores_of(lambda prompts, answers: scores, ["p", "q"], ["a", "b"])
+def test_scores_are_numbers_of_any_kind(scores):
+    found = scores_of(lambda prompts, answers: scores, ["p", "q"], ["a", "b"])
+    assert found.tolist() == [1.0, 0.0]
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], "returned 1 scores for 2 answers"),
+        ([1.0, 2.0, 3.0], "returned 3 scores for 2 answers"),
+        (np.zeros(3), "returned 3 scores for 2 answers"),
+        ([1.0, float("nan")], "returned nan of type float for answer 1 of 2, 'b\\x1b'; it must"),
+        ([1.0, 1e400], "returned inf of type float for answer 1"),
+        ([1e39, 1], "returned 1e+39 of type float for answer 0"),
+        ([10**400, 1], "of type int for answer 0 of 2, 'a'"),
+        (torch.tensor([1.0, math.nan]), "returned nan of type float for answer 1"),
+        ([None, 1], "returned None of type NoneType for answer 0 of 2, 'a'"),
+        ([1, "2"], "returned '2' of type str for answer 1"),
+        ([1, 2j], "returned 2j of type complex for answer 1"),
+        (np.zeros((2, 1)), "returned [0.0] of type list for answer 0"),
+        ([np.zeros(2), 1], "of type ndarray for answer 0"),
+        (None, "returned None of type NoneType; it must return a list"),
+        ("12", "returned '12' of type str; it must return a list"),
+        ({0: 1, 1: 2}, "of type dict; it must return a list"),
+        ({1, 2}, "of type set; it must return a list"),
+        (torch.tensor(1.0), "returned tensor(1.) of type Tensor; it must return a list"),
+        (3, "returned 3 of type int; it must return a list"),
+    ],
+    ids=repr,
+)
+def test_bad_scores_are_one_sentence_that_names_the_answer(scores, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        scores_of(lambda prompts, answers: scores, ["p", "q"], ["a", "b\x1b"])
+    assert "one finite number per answer" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_in_a_reward_function_keeps_its_traceback():
+    """A ValueError of its own would be printed as if an argument of the command were wrong."""
+
+    def reward(prompts, answers):
+        return [float(answer) for answer in answers]
+
+    with pytest.raises(RuntimeError, match="raised ValueError: could not convert") as error:
+        scores_of(reward, ["p"], ["a"])
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize(
+    "definition", ["def f(answers): ...", "def f(prompts, answers, labels): ...", "class f: ..."]
+)
+def test_a_function_of_other_arguments_is_refused_at_once(tmp_path, monkeypatch, definition):
+    (tmp_path / "other_arguments.py").write_text(definition + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be called as function\(prompts, answers\)"):
+        load_reward("other_arguments:f")
+    sys.modules.pop("other_arguments")

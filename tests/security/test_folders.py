@@ -15,14 +15,16 @@ from kl_kernels.ppo.checkpoint import RunFolder, create_run, open_run, save_mode
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.pretrain import train_tokenizer
 from kl_kernels.ppo.report import MetricsLog
+from kl_kernels.ppo.watch import make_sink
+from kl_kernels.study import runs
 from kl_kernels.study.plan import Plan, create_study, open_study
 from kl_kernels.study.runs import jobs_of
 
 
-@pytest.fixture
-def no_umask():
-    before = os.umask(0)
-    yield
+@pytest.fixture(params=[0o000, 0o002, 0o022, 0o027, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
     os.umask(before)
 
 
@@ -30,44 +32,53 @@ def modes(folder: Path) -> dict[str, int]:
     return {str(p): stat.S_IMODE(p.lstat().st_mode) for p in [folder, *folder.rglob("*")]}
 
 
-def assert_private(folder: Path) -> None:
+LOCKS = ("lock", "audit.jsonl.lock")
+
+
+def assert_by_the_umask(folder: Path, umask: int) -> None:
+    """Written by its user alone, read by whom the umask lets, except for what is private."""
     found = modes(folder)
     assert len(found) > 1
     for path, mode in found.items():
-        if os.path.isdir(path):
-            assert mode == 0o700, (path, oct(mode))
-        assert not mode & 0o022, (path, oct(mode))
+        most = 0o755 if os.path.isdir(path) else 0o644
+        expected = most & (0o700 if os.path.basename(path) in LOCKS else ~umask)
+        assert mode == expected, (path, oct(mode), oct(expected))
 
 
-@pytest.mark.usefixtures("no_umask")
-def test_a_run_folder_is_its_user_s_alone_whatever_the_umask(tmp_path):
+def test_a_run_folder_is_written_by_its_user_alone_and_read_as_the_umask_has_it(tmp_path, umask):
     run = create_run(tmp_path / "runs" / "new", PPOConfig())
     save_state(run.checkpoint, {"weights": torch.ones(2)})
     MetricsLog(run.metrics, keep=0).append({"update": 1})
     AuditLog(run.audit).close()
     AuditLog(run.audit).close()  # "resumed"
     tokenizer = train_tokenizer(["a b c"], 300)
+    tokenizer.chat_template = {"default": "x", "tool_use": "y"}  # saved in a folder of their own
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     save_model(run.policy, lm, tokenizer)
     assert {"audit.jsonl", "audit.jsonl.head", "audit.jsonl.lock", "metrics.jsonl", "checkpoint.pt",
             "config.json", "policy"} == {path.name for path in run.path.iterdir()}  # fmt: skip
-    assert_private(tmp_path / "runs")
+    assert list(run.policy.glob("*/tool_use*"))
+    assert_by_the_umask(tmp_path / "runs", umask)
 
 
-@pytest.mark.usefixtures("no_umask")
-def test_a_study_folder_is_too(tmp_path):
+def test_a_study_folder_is_too(tmp_path, umask):
     plan = Plan(PPOConfig(), betas=("0",), n_seeds=1)
     study = create_study(tmp_path / "runs" / "study", plan)
     start, _ = jobs_of(plan, study)
     start.set_up()
-    assert_private(tmp_path / "runs")
+    with runs._locked(study):
+        pass
+    assert study.lock.exists()
+    assert_by_the_umask(tmp_path / "runs", umask)
 
 
-@pytest.mark.usefixtures("no_umask")
-def test_the_umask_can_take_more_away(tmp_path):
-    os.umask(0o077)
-    write_text(tmp_path / "file", "")
-    assert modes(tmp_path)[str(tmp_path / "file")] == 0o600
+def test_a_dashboard_s_folder_is_private_whatever_its_library_writes(tmp_path, umask):
+    run = create_run(tmp_path / "run", PPOConfig(log_to="tensorboard"))
+    sink = make_sink(PPOConfig(log_to="tensorboard"), run)
+    sink.log(0, {"kl": 1.0})
+    sink.close()
+    assert list((run.path / "tensorboard").iterdir())
+    assert modes(run.path)[str(run.path / "tensorboard")] == 0o700
 
 
 def test_a_folder_that_is_there_keeps_its_mode(tmp_path):

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +18,9 @@ from kl_kernels.monitor.chain import Head, head_path
 from kl_kernels.monitor.verify import verify_log
 from kl_kernels.ppo.checkpoint import create_run, load_state, open_run, save_model, save_state
 from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.policy import load_model
+from kl_kernels.ppo.model import load_model
 from kl_kernels.ppo.pretrain import new_model, train_tokenizer
+from kl_kernels.ppo.prompts import encode_prompts
 from kl_kernels.ppo.report import read_metrics
 from kl_kernels.ppo.reward import load_reward
 from kl_kernels.study.plan import Plan, create_study, open_study
@@ -259,6 +261,19 @@ def test_code_in_a_model_s_folder_is_not_run(model, mark, model_type, monkeypatc
     else:
         with pytest.raises(ValueError, match=r"^model is .*, which does not load: .*custom code"):
             load_model(model)
+
+
+def test_a_chat_template_runs_in_a_sandbox(model, mark, tmp_path):
+    """A template is a program of the folder's, which renders the chats of --prompts."""
+    path = tmp_path / "harmless"
+    template = "{{{{ cycler.__init__.__globals__.os.system('touch {}') }}}}"
+    jinja2.Template(template.format(path)).render()
+    assert path.exists()  # it does run outside of one
+    (model / "chat_template.jinja").write_text(template.format(mark))
+    tokenizer = load_model(model)[1]
+    chat = [{"role": "user", "content": "x"}]
+    with pytest.raises(ValueError, match=r"does not fit the model's chat template: .*unsafe"):
+        encode_prompts(PPOConfig(), [chat], [], tokenizer, None)
 
 
 def test_the_code_would_run_where_it_is_trusted(model, tmp_path):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from kl_kernels.ppo.checkpoint import RunFolder
 from kl_kernels.ppo.report import read_metrics
@@ -125,6 +126,33 @@ def test_a_study_that_is_stopped_twice_has_the_metrics_of_lone_runs(
     assert contents(out / "runs") | contents(out / "starts") == before, "nothing is done twice"
     assert len(children) == n_children
     assert not list(out.rglob("*.partial"))
+
+
+def test_the_bar_says_how_far_a_start_is_that_has_no_updates_yet(tmp_path):
+    """The last bar of a log that a tqdm writes, in the words of `pretrain` and `sample_answers`."""
+    plan = Plan(command.PPOConfig(), betas=("0",), n_seeds=1)
+    study = command.create_study(tmp_path / "study", plan)
+    start, run = runs.jobs_of(plan, study)
+    assert runs._said(start) == "seed-0"
+    with open(start.log, "w") as log:
+        print("pretraining a Llama of 14,672 parameters on 140,766 tokens", file=log)
+        for desc, n, total in (
+            ("pretraining", 300, 300),
+            ("Loading", 2, 20),
+            ("preferences", 7, 9),
+        ):
+            tqdm(total=total, initial=n, desc=desc, unit="x", file=log, mininterval=0).close()
+            log.flush()
+            expected = {"pretraining": "pretraining 300/300", "preferences": "preferences 7/9"}
+            said = expected.get(desc, "pretraining 300/300")
+            assert runs._said(start) == f"seed-0 ({said})"
+        print("Traceback " * 1000, file=log)
+    assert runs._said(start) == "seed-0"
+    assert runs._said(run) == "beta-0-seed-0"
+    run.log.write_text("preferences:  10%|#   | 1/10 [00:00<?]\n")
+    run.folder.path.mkdir()
+    run.folder.metrics.write_text("{}\n")
+    assert runs._said(run) == "beta-0-seed-0"
 
 
 def test_jobs_share_the_cores(monkeypatch, tmp_path):

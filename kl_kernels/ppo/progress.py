@@ -1,0 +1,40 @@
+"""A progress bar over updates, whose rate leaves out what happened before the first of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+class UpdateProgress(tqdm):
+    """A bar that says how long the rest takes once it has seen two updates.
+
+    The first update also waits for what comes before it: a pretraining, other runs' start, memory
+    that is touched for the first time. To count that as an update's time would promise hours.
+    """
+
+    n: int  # tqdm's
+
+    def __init__(self, **options: Any) -> None:
+        self.first: tuple[int, float] | None = None  # updates, and when they were reached
+        self.last: tuple[int, float] | None = None
+        super().__init__(unit="update", dynamic_ncols=True, **options)
+
+    def reach(self, updates: int, said: str) -> None:
+        """Show that so many updates are done, and what there is to say."""
+        if updates > self.n:
+            self.n = updates
+            self.last = updates, time.monotonic()
+            self.first = self.first or self.last
+        self.set_postfix_str(said)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm's line is made of."""
+        rate = None
+        if self.first and self.last and self.last[1] > self.first[1]:
+            rate = (self.last[0] - self.first[0]) / (self.last[1] - self.first[1])
+        # Without a rate tqdm divides n - initial by the time since the start; 0 of them is "?".
+        return super().format_dict | {"rate": rate, "initial": self.n}

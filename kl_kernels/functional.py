@@ -20,6 +20,9 @@ tile 0 to V - 1, and each token has to be on one rank: otherwise a ValueError on
 (everywhere, or in that row) on a GPU, where looking would synchronise, and under torch.compile. A
 rank that fails before the collective leaves the others to the timeout of their process group.
 
+Numbers (temperature, kl_coef) may be Python's, numpy's or 0-dim tensors, of which a Python float is
+read: on a GPU that waits for it.
+
 DTensors need neither group nor vocab_start: see `dtensors.py`.
 """
 
@@ -236,9 +239,11 @@ def kl_rewards(
         logits: policy logits; see `token_kl` for these and for the temperature and softcap.
         ref_logits: reference logits.
         token_ids: the sampled tokens.
-        scores: one score per sequence, any float dtype.
-        mask: True at response tokens; may have holes (tool output), which change nothing.
-        kl_coef: beta, finite; 0 leaves the score alone.
+        scores: [B] one score per sequence, any dtype; a NaN stays in its sequence. Packed rows,
+            [1, N] with several sequences, must be unpacked to [B, T] first.
+        mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone); 1 at response
+            tokens. It may have holes (tool output), which change nothing.
+        kl_coef: beta, finite, 0 or above; 0 leaves the score alone.
         kl_estimator: "k1" or "exact"; "k2", "k3" and "abs" only with `biased`.
         score_position: "last_token" (last True of the mask), "after_last" (one later, as TRL does;
             the last column where there is no later one) or an index per sequence, -1 for nowhere.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kl_kernels import transforms
 
+MOST_BY_ROUNDING = 0.01  # of a log-probability above 0, in nats
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,7 +31,7 @@ def check_number(name: str, value: object) -> float:
     """
     if type(value) is float:  # nearly always; of the rest torch.compile traces an int
         return value
-    number = value if type(value) is int else _without_box(name, value)
+    number = value if type(value) is int else unboxed(name, value)
     if isinstance(number, bool) or not isinstance(number, (int, Real)):
         raise TypeError(f"{name} is {_shown(value)}, a {type(value).__name__}; it must be a number")
     try:
@@ -73,10 +74,8 @@ def check_unit_interval(name: str, value: object) -> float:
 
 
 def check_integer(name: str, value: object, at_least: int | None = None) -> int:
-    """`value` as a Python int, from what `check_number` accepts, as long as it is whole."""
-    number = _without_box(name, value)
-    if isinstance(number, float) and number.is_integer():
-        number = int(number)
+    """`value` as a Python int: Python's, numpy's, or of a 0-dim tensor or array of integers."""
+    number = unboxed(name, value)
     if isinstance(number, bool) or not isinstance(number, Integral):
         raise TypeError(
             f"{name} is {_shown(value)}, a {type(value).__name__}; it must be an integer"
@@ -86,7 +85,7 @@ def check_integer(name: str, value: object, at_least: int | None = None) -> int:
     return int(number)
 
 
-def _without_box(name: str, value: object) -> object:
+def unboxed(name: str, value: object) -> object:
     """What a 0-dim tensor or array, or a scalar of numpy's, holds; anything else as it is."""
     if not isinstance(value, Tensor):
         is_numpy = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
@@ -162,10 +161,10 @@ def check_mask(name: str, mask: Tensor) -> Tensor:
     counts = mask.bool()
     if mask.dtype == torch.bool or not values_are_at_hand(mask):
         return counts
-    wrong = counts.to(mask.dtype) != mask
-    if wrong.any():
+    as_given = counts.to(mask.dtype)
+    if not torch.equal(as_given, mask):
         raise ValueError(
-            f"{name} holds {mask[wrong].flatten()[0].item()}; it must hold True and False, or 1 "
+            f"{name} holds {mask[as_given != mask][0].item()}; it must hold True and False, or 1 "
             f"and 0, where 1 is a position that counts (an additive mask, of 0 and -inf, says the "
             f"opposite: pass {name} == 0)"
         )
@@ -180,6 +179,22 @@ def check_state(state: object, owner: str, keys: Sequence[str]) -> None:
     missing = [key for key in keys if key not in state]
     if missing:
         raise ValueError(f"state of {owner} has no {missing[0]!r}; it must have all of {keys}")
+
+
+def check_logprobs(name: str, logprobs: Tensor, mask: Tensor) -> None:  # [...], [...] bool
+    """Probabilities, none of which is below 0, are no log-probabilities, none of which is above.
+
+    Rounding lifts a log-probability above 0 by little, and not those of all tokens.
+    """
+    if not values_are_at_hand(logprobs) or logprobs.numel() == 0:
+        return
+    kept = torch.where(mask, logprobs.detach().double(), 0.0)
+    smallest, largest = (end.item() for end in kept.aminmax())
+    if smallest >= 0 and largest > MOST_BY_ROUNDING:
+        raise ValueError(
+            f"{name} holds {largest:.3g}, and nothing below 0 where the mask is set; it "
+            "must hold log-probabilities, which are 0 or below, not probabilities"
+        )
 
 
 def check_batch(name: str, tensor: Tensor) -> None:

@@ -37,7 +37,8 @@ class Parser(argparse.ArgumentParser):
     """A parser, and the commands' parsers, that take an option by its full name alone."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **options)
+        options.setdefault("allow_abbrev", False)
+        super().__init__(*args, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,9 @@ loss is a sum over ranks, all-reduce the gradients of the outputs first. The ran
 (everywhere, or in that row) on a GPU, where looking would synchronise, and under torch.compile. A
 rank that fails before the collective leaves the others to the timeout of their process group.
 
+Numbers (temperature, kl_coef) may be Python's, numpy's or 0-dim tensors, of which a Python float is
+read: on a GPU that waits for it.
+
 DTensors need neither group nor vocab_start: see `dtensors.py`.
 """
 
@@ -320,10 +323,11 @@ def kl_rewards(
         ref_logits: [B, T, V] of the reference, the same rows, on the same device; the dtype may
             differ. Must not require grad.
         token_ids: [B, T] the sampled tokens; int64 or int32, in [0, V) where the mask is True.
-        scores: [B] one score per sequence, any dtype but complex.
+        scores: [B] one score per sequence, any dtype but complex; a NaN stays in its sequence.
+            Packed rows, [1, N] with several sequences, must be unpacked to [B, T] first.
         mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone): 1 at response
             tokens. It may have holes (tool output), which change nothing. Other rows are not read,
-            and give 0. A row is one sequence: unpack packed sequences first.
+            and give 0.
         kl_coef: beta, finite, 0 or above; 0 leaves the score alone.
         kl_estimator: "k1" or "exact"; "k2", "k3" and "abs" only with `biased`.
         score_position: [B] an index per sequence, -1 for nowhere; or "last_token" (last 1 of the

@@ -178,6 +178,10 @@ def fused_policy_loss(
         checks.check_per_token(name, value, logits)
         return value.detach().to(output_dtype(logits))
 
+    for name, given in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if given is not None:
+            checks.check_per_token(name, given, logits)
+            checks.check_logprobs(name, given, mask)
     has_kl = ref_logits is not None or ref_logprobs is not None
     scaled_weights = token_weights(mask, aggregation, denominator, dtype=output_dtype(logits))
     if loss_scale is not None:

@@ -92,6 +92,7 @@ CALLS = {
     "length_normalized_scores": ({"scores": SCORES, "mask": MASK}, {"exponent": 0.5}),
 }  # fmt: skip
 ELSEWHERE = {"vocab_start"}  # with a group: tests/test_parallel.py
+INTEGERS = {"dim"}
 IN_CALLS = [(function, name) for function, (_, numbers) in CALLS.items() for name in numbers]
 
 KINDS = {
@@ -132,6 +133,8 @@ def test_no_number_is_left_out():
 @pytest.mark.parametrize(("function", "name"), IN_CALLS)
 def test_a_number_counts_whatever_its_type(function, name, kind):
     number = CALLS[function][1][name]
+    if name in INTEGERS and "float" in kind:
+        return  # refused: test_an_integer_must_be_whole
     expected, found = call(function), call(function, **{name: KINDS[kind](number)})
     for e, f in zip(expected, found, strict=True):
         assert torch.equal(e, f)
@@ -183,19 +186,21 @@ def test_a_number_outside_its_range_is_named_with_its_value(wrong, message):
         call("token_stats", temperature=wrong)
 
 
-@pytest.mark.parametrize("wrong", [1.5, np.float64(0.5), torch.tensor(0.5), "1", True, None, [1]])
+@pytest.mark.parametrize(
+    "wrong", [1.0, 1.5, np.float64(1), torch.tensor(1.0), "1", True, None, [1]]
+)
 def test_an_integer_must_be_whole(wrong):
     with pytest.raises(TypeError, match=r"^top is .*an integer"):
         monitor.summarize_drift(ONE, MASK, IDS, top=wrong)
 
 
-@pytest.mark.parametrize("top", [2, 2.0, np.int32(2), np.float64(2), np.array(2), torch.tensor(2)])
+@pytest.mark.parametrize("top", [2, np.int32(2), np.uint8(2), np.array(2), torch.tensor(2)])
 def test_an_integer_may_be_of_any_type(top):
     expected = monitor.summarize_drift(ONE, MASK, IDS, top=2)
     assert monitor.summarize_drift(ONE, MASK, IDS, top=top) == expected
 
 
-@pytest.mark.parametrize("dim", [1, np.int64(1), torch.tensor(1), 1.0, (1,), [np.int64(-1)]])
+@pytest.mark.parametrize("dim", [1, np.int64(1), torch.tensor(1), (1,), [np.int64(-1)]])
 def test_a_dimension_may_be_of_any_type(dim):
     expected = torch.stack([ONE[0].mean(), ONE[1, 0]])
     torch.testing.assert_close(kl_kernels.masked_mean(ONE, MASK, dim), expected)
@@ -221,7 +226,7 @@ def test_settings_are_kept_as_pythons_numbers(number):
     assert made[2].limit == 1.0
     assert not made[2].before_step(number(0.5))
     assert made[2].before_step(number(2.0))
-    event = made[0].check(number(3), kl=number(0.75))
+    event = made[0].check(np.int64(3), kl=number(0.75))
     assert (event.step, event.value, event.limit) == (3, 0.75, 0.5)
     assert json.dumps(dataclasses.asdict(event))
 
@@ -240,7 +245,7 @@ def test_a_monitor_sees_the_same_in_numbers_of_any_type(number):
             "grad_norm": 1.0,
         }
         events = ours.observe(
-            number(step) if step else 0, **{name: number(value) for name, value in given.items()}
+            np.int64(step), **{name: number(value) for name, value in given.items()}
         )
         assert events == plain.observe(step, **given)
     state = ours.state_dict()
@@ -270,7 +275,7 @@ def test_a_measured_number_may_come_with_its_graph():
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_ppo_configuration_keeps_pythons_numbers(number):
-    config = PPOConfig(kl_coef=number(0.25), layers=number(2), max_ratio=number(8.0))
+    config = PPOConfig(kl_coef=number(0.25), layers=np.int64(2), max_ratio=number(8.0))
     plain = PPOConfig(kl_coef=0.25, layers=2, max_ratio=8.0)
     assert config == plain
     assert config.to_json() == plain.to_json()

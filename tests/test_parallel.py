@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -312,10 +313,27 @@ def wrong_starts(group, start):
     kl_kernels.token_stats(inputs.logits, inputs.token_ids, group=group, vocab_start=start)
 
 
-@pytest.mark.parametrize(("start", "error"), [(-1, ValueError), (1.0, TypeError)])
+@pytest.mark.parametrize(
+    ("start", "error"), [(-1, ValueError), (1.0, TypeError), (True, TypeError), ("0", TypeError)]
+)
 def test_a_start_that_is_no_position_is_refused(ranks, start, error):
-    with pytest.raises(error, match=f"vocab_start is a? ?{'float' if start == 1.0 else start}"):
+    with pytest.raises(error, match=f"vocab_start is {start!r}.*must be an integer"):
         ranks(wrong_starts, start, n=1)
+
+
+def logprobs_from(group, kind):
+    inputs, rank = case(), dist.get_rank(group)
+    parts = inputs.logits.tensor_split(2, dim=-1)
+    start = kind(sum(part.shape[-1] for part in parts[:rank]))
+    return kl_kernels.token_stats(
+        parts[rank], inputs.token_ids, group=group, vocab_start=start
+    ).logprob
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.array, torch.tensor])
+def test_a_start_may_be_an_integer_of_any_type(ranks, kind):
+    plain, other = (ranks(logprobs_from, of, n=2)[0] for of in (int, kind))
+    assert torch.equal(plain, other)
 
 
 # DTensors: the mesh is the world of four ranks, a line of vocabulary shards or rows x vocabulary.

@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from kl_kernels.checks import unboxed
 from kl_kernels.files import write_text
 
 FORMAT = 1  # in the header record; to be raised when old readers would misjudge a log
@@ -126,8 +129,9 @@ def plain(value: Any, where: str) -> Any:
     """`value` as strict JSON can hold it: NaN and infinities become strings, tuples lists.
 
     The strings are "NaN", "Infinity" and "-Infinity", which `float` reads back, in Python and in
-    JavaScript alike.
+    JavaScript alike. Numbers of numpy's and 0-dim tensors become Python's.
     """
+    value = unboxed(where, value.detach() if isinstance(value, Tensor) else value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, (bool, int, float, str)):

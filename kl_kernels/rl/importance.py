@@ -24,6 +24,7 @@ from kl_kernels.checks import (
     check_batch,
     check_choice,
     check_like,
+    check_logprobs,
     check_mask,
     check_non_negative,
     check_number,
@@ -71,7 +72,9 @@ def importance_weights(
         mode: "truncate" (w above `high` becomes `high`) or "mask" (w out of bounds becomes 0).
         level: what w is the ratio of. "token": of a token. "sequence": of the whole response, the
             product over its tokens. "geometric": its geometric mean over the tokens, which does
-            not grow with length. A sequence's tokens share its weight.
+            not grow with length. A sequence's tokens share its weight. Each row is one sequence:
+            with "sequence" and "geometric" a packed row, [1, N] with several sequences one after
+            the other, would have one weight for all of them; unpack it to [B, T] first.
         low: bound from below, 0 or above. None: 0 for "truncate", 0.5 for "mask". For "truncate"
             a smaller w becomes `low`.
         high: bound from above, at least `low`. None: 2 for "truncate", 5 for "mask".
@@ -99,6 +102,7 @@ def importance_weights(
     check_like("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
     check_like("mask", mask, "logprobs", logprobs)
     mask = check_mask("mask", mask)
+    check_logprobs("rollout_logprobs", rollout_logprobs, mask)
     check_choice("mode", mode, get_args(WeightMode))
     check_choice("level", level, get_args(WeightLevel))
     low = check_non_negative("low", BOUNDS[mode][0] if low is None else low)

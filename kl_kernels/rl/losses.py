@@ -13,6 +13,7 @@ from kl_kernels.checks import (
     check_choice,
     check_finite,
     check_like,
+    check_logprobs,
     check_mask,
     check_non_negative,
     check_number,
@@ -116,6 +117,9 @@ def aggregate(
     denominator: float | Tensor | None = None,
 ) -> Tensor:
     """Sum of the per-token losses, each times its weight: one number to call `backward` on.
+
+    Each row is one sequence. To the "seq-mean" aggregations a packed row, [1, N] with several
+    sequences one after the other, is a single long one: unpack such rows to [B, T] first.
 
     Args:
         loss_per_token: [B, T] any float dtype.
@@ -223,6 +227,7 @@ def ppo_policy_loss(
     check_like("advantages", advantages, "logprobs", logprobs)
     check_like("mask", mask, "logprobs", logprobs)
     mask = check_mask("mask", mask)
+    check_logprobs("old_logprobs", old_logprobs, mask)
     clip_low, clip_high, dual_clip, log_ratio_clamp = check_clipping(
         clip_low, clip_high, dual_clip, log_ratio_clamp
     )

@@ -94,10 +94,10 @@ def overlong_penalty(
 
     Example:
         >>> import torch, kl_kernels
-        >>> lengths = torch.tensor([300, 400, 600])
+        >>> lengths = torch.tensor([400, 450, 600])
         >>> penalty = kl_kernels.overlong_penalty(lengths, max_length=500, buffer=200)
         >>> penalty.tolist()
-        [0.0, -0.5, -1.0]
+        [-0.5, -0.75, -1.0]
     """
     _check_scores(lengths, "lengths")
     max_length = check_positive("max_length", max_length)

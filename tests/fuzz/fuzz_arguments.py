@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 REFUSED, VALID, ANY = "refused", "valid", "any"  # ANY: a result or a named refusal
@@ -106,9 +107,12 @@ def tensor(tensor_: torch.Tensor, random_: random.Random) -> Hostile:
 
 def number(random_: random.Random) -> Hostile:
     value = random_.choice(
-        [math.nan, math.inf, -math.inf, -1.0, 0, True, 1e-30, 1e30, "1", [], None]
-    )
-    expected = REFUSED if isinstance(value, (str, list)) or value != value else ANY
+        [
+            math.nan, math.inf, -math.inf, -1.0, 0, True, 1e-30, 1e30, "1", [], None,
+            np.float64(0.5), np.int64(1), np.array(0.25), torch.tensor(0.5),
+        ]
+    )  # fmt: skip
+    expected = REFUSED if isinstance(value, (str, list, bool)) or value != value else ANY
     return Hostile(value, expected, repr(value))
 
 

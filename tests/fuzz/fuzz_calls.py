@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fuzz_arguments as hostile
+import numpy as np
 import torch
 from fuzz_truth import TRUTHS
 
@@ -110,7 +111,7 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
         of_both.pop("mask", None)
         reference = random_.choice(({}, {"ref_logits": ref_logits, "kl_loss_coef": 0.1}))
         return {
-            "logits": logits, "token_ids": ids, "old_logprobs": normal(b, t), "mask": mask,
+            "logits": logits, "token_ids": ids, "old_logprobs": -normal(b, t).abs(), "mask": mask,
             "advantages": normal(b, t), **reference, **of_both,
             **_options(random_, aggregation=("token-mean", "seq-mean-token-sum"), dual_clip=(3.0,),
                        entropy_coef=(0.01,), weights=(normal(b, t).abs(),)),
@@ -142,9 +143,12 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
         options = _options(
             random_, mode=("truncate", "mask"), level=("token", "sequence", "geometric")
         )
-        return {"logprobs": normal(b, t), "rollout_logprobs": normal(b, t), "mask": mask, **options}
+        return {
+            "logprobs": normal(b, t), "rollout_logprobs": -normal(b, t).abs(), "mask": mask,
+            **options,
+        }  # fmt: skip
     if name == "ppo_policy_loss":
-        arguments = {n: normal(b, t) for n in ("logprobs", "old_logprobs", "advantages")}
+        arguments = {n: -normal(b, t).abs() for n in ("logprobs", "old_logprobs", "advantages")}
         options = _options(random_, dual_clip=(3.0,), clip_low=(0.1,), denominator=(7,))
         return {**arguments, "mask": mask, **options}
     if name == "ppo_value_loss":
@@ -280,4 +284,13 @@ def call_of(seed: int) -> Call:
 
 
 def truth_of(call: Call) -> Any:
-    return TRUTHS.get(call.name)
+    """The function of the arguments in float64, if there is one."""
+    truth = TRUTHS.get(call.name)
+    if truth is None:
+        return None
+    return lambda arguments: truth({name: _plain(value) for name, value in arguments.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own."""
+    return value.item() if isinstance(value, (np.ndarray, np.generic)) else value

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import numpy as np
 import pytest
+import torch
 
 from kl_kernels import __version__, files
 from kl_kernels.monitor import audit
@@ -80,12 +82,24 @@ def test_nan_and_infinities_are_strings_that_float_reads_back(path):
     assert data["nested"] == [{"x": "NaN"}]
 
 
+def test_numbers_of_numpys_and_of_tensors_are_logged_as_numbers(path):
+    loss = torch.tensor(0.5, requires_grad=True) * 2
+    values = [np.float32(0.5), np.int64(3), np.array(0.25), torch.tensor(7), np.True_, loss]
+    with AuditLog(path) as log:
+        log.append("note", {"values": values, "nan": np.float32("nan")})
+    data = records(path)[1]["data"]
+    assert data == {"values": [0.5, 3, 0.25, 7, True, 1.0], "nan": "NaN"}
+    assert verify_log(path).ok
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ({"a": [0, {"b": object()}]}, r"data\['a'\]\[1\]\['b'\] is a object; accepted: None, bool"),
         ({"a": {1: 2}}, r"data\['a'\] has the key 1; keys have to be str"),
         ({"a": b"bytes"}, r"data\['a'\] is a bytes"),
+        ({"a": np.ones(2)}, r"data\['a'\] is a ndarray"),
+        ({"a": torch.ones(2)}, r"data\['a'\] is a Tensor"),
     ],
 )
 def test_what_json_cannot_hold_is_refused_by_name_and_leaves_no_trace(path, data, message):

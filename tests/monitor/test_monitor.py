@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from series import alarms, ar1
 
 import kl_kernels
-from kl_kernels import KLMonitor
+from kl_kernels import FixedKLController, KLMonitor
 from kl_kernels.monitor import Limits
 
 MASK = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]])
@@ -212,6 +212,25 @@ def test_a_resumed_monitor_tells_what_an_uninterrupted_one_does(way, tmp_path):
             second.load_state_dict(state)
             observe_all(first, observed[cut:], cut)  # the saved state is not the monitor's own
         assert events + observe_all(second, observed[cut:], cut) == whole
+
+
+@pytest.mark.parametrize("state", [{}, None, {"unit": "sequence_sum", "step": 3}])
+def test_a_state_of_nobody_is_refused(state):
+    with pytest.raises(ValueError, match=r"state is of .* of a KLMonitor returned"):
+        KLMonitor().load_state_dict(state)
+
+
+def test_the_state_of_a_controller_is_refused_by_name():
+    state = FixedKLController(0.1).state_dict()
+    with pytest.raises(ValueError, match=r"state is of FixedKLController; .* of a KLMonitor"):
+        KLMonitor().load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state is of KLMonitor; .* of a FixedKLController"):
+        FixedKLController(0.1).load_state_dict(KLMonitor().state_dict())
+    for part in ("step", "unit", "detectors"):
+        state = KLMonitor().state_dict()
+        del state[part]
+        with pytest.raises(ValueError, match=f"state of KLMonitor has no '{part}'"):
+            KLMonitor().load_state_dict(state)
 
 
 def test_a_state_of_something_else_is_refused():

@@ -170,8 +170,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, model_folder):
     torch.manual_seed(999)  # another process has other random numbers
     assert train(stopped.path, model_folder, **options) == whole
     states = [load_state(tmp_path / name / "checkpoint.pt") for name in ("whole", "stopped")]
-    assert states[0]["monitor"] == states[1]["monitor"]
-    for part in ("policy", "optimizer", "controller", "rng", "updates"):
+    for part in ("monitor", "controller"):
+        assert states[0][part] == states[1][part]
+    for part in ("policy", "optimizer", "rng", "updates"):
         torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
 
 

@@ -127,6 +127,7 @@ gpu:
 
 # The sdist, the wheel that comes of it, and the SBOM: what is in them, and what the wheel does, alone
 # in an environment outside of the tree. PYTHONS: further ones, with its dependencies and pytest.
+# And README's installation, in a clone and outside of it.
 dist: wheel
 	$(BIN)/twine check --strict $(DIST)/*
 	$(BIN)/python tests/installed/contents.py $(DIST)
@@ -134,6 +135,7 @@ dist: wheel
 	set -e; for python in $(PYTHONS); do \
 	    $(BIN)/python tests/installed/run.py --python $$python $(DIST)/*.whl; \
 	done
+	KL_KERNELS_CUDA=0 $(BIN)/python tests/installed/clone.py
 
 # The same with the cuda backend, where nvcc is.
 dist-cuda: $(VENV)/dist-ready

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import kl_kernels
-from kl_kernels import extras
+from kl_kernels import extras, native
 from kl_kernels.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +135,19 @@ def test_every_package_is_in_the_extra_that_is_named():
         assert declared[extra] == set(extras.of_extra(extra))
 
 
+def install_section():
+    """README's part about installation, which the site's first page shows as well."""
+    section = (ROOT / "README.md").read_text().partition("[start:install]")[2]
+    return section.partition("[end:install]")[0]
+
+
 @pytest.mark.parametrize("extra", sorted({*extras.EXTRAS.values(), "test"}))
 def test_the_readme_says_what_an_extra_is_for(extra):
-    install = (ROOT / "README.md").read_text().partition("[start:install]")[2]
-    assert f"`[{extra}]`" in install.partition("[end:install]")[0]
+    assert f"| `[{extra}]` |" in install_section()
+
+
+def test_the_readme_builds_where_a_clone_is_imported_from_and_warnings_say_the_same():
+    """`make dist` follows these lines in fresh environments: tests/installed/clone.py."""
+    lines = install_section().partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert lines[-1] == "pip install --no-build-isolation -e ."
+    assert native.REMEDY.endswith(lines[-1])

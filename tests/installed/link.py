@@ -1,8 +1,9 @@
 """Links what the package in a folder depends on into that folder, from the Python that runs this.
 
-python tests/installed/link.py SITE_PACKAGES
+python tests/installed/link.py SITE_PACKAGES [REQUIREMENT...]
 
-What its metadata does not ask for, directly or through others, is not there: an import fails.
+What its metadata does not ask for, directly or through others, is not there: an import fails. With
+requirements, these are linked, and what they depend on, and no package has to be there.
 """
 
 import sys
@@ -13,13 +14,15 @@ from packaging.requirements import Requirement
 
 
 def main() -> None:
-    site = Path(sys.argv[1])
-    (package,) = distributions(path=[str(site)])
-    todo: list[tuple[Distribution, frozenset[str]]] = [(package, frozenset())]
+    site, names = Path(sys.argv[1]), sys.argv[2:]
+    if not names:
+        (package,) = distributions(path=[str(site)])
+        names = package.requires or []
+    todo: list[tuple[list[str], frozenset[str]]] = [(names, frozenset())]
     seen = set()
     while todo:
-        dependent, extras = todo.pop()
-        for requirement in map(Requirement, dependent.requires or ()):
+        requirements, extras = todo.pop()
+        for requirement in map(Requirement, requirements):
             if not wanted(requirement, extras):
                 continue
             dependency = distribution(requirement.name)
@@ -27,7 +30,7 @@ def main() -> None:
             if (requirement.name, needed[1]) not in seen:
                 seen.add((requirement.name, needed[1]))
                 link(dependency, site)
-                todo.append(needed)
+                todo.append((dependency.requires or [], needed[1]))
 
 
 def wanted(requirement: Requirement, extras: frozenset[str]) -> bool:

@@ -6,11 +6,14 @@ import json
 import os
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kl_kernels.files import opener, write_atomically, write_text
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.text import printable
+
+if TYPE_CHECKING:  # drawn at the end of a run alone
+    from matplotlib.figure import Figure
 
 Record = dict[str, Any]  # one update: see the end of the loop in loop.py
 
@@ -107,15 +110,23 @@ def one_line(text: str) -> str:
 
 def draw(path: Path, config: PPOConfig, records: list[Record]) -> None:
     """Rewards, KL, beta and entropy over the updates, as a PNG."""
+    figure = curves(config, records)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
+
+
+def curves(config: PPOConfig, records: list[Record]) -> Figure:
+    """A panel for each of them below the other; 6 inches wide, it can be read at 400 pixels."""
     # Without pyplot: no global state, and no display is looked for.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    rewards, kl, beta, entropy = figure.subplots(2, 2, sharex=True).flat
+    figure = Figure(figsize=(6, 9), layout="constrained")
+    rewards, kl, beta, entropy = figure.subplots(4, 1, sharex=True)
     updates = [record["update"] for record in records]
 
     def curve(axes: Any, name: str, color: str, label: str | None = None) -> None:
-        axes.plot(updates, [record[name] for record in records], color=color, label=label)
+        values = [record[name] for record in records]
+        axes.plot(updates, values, ".-", color=color, label=label, markersize=3)
 
     curve(rewards, "proxy", "tab:blue", "proxy (trained on)")
     if records[0]["gold"] is not None:
@@ -127,14 +138,17 @@ def draw(path: Path, config: PPOConfig, records: list[Record]) -> None:
     if config.controller != "fixed":
         kl.axhline(config.kl_target, color="gray", linestyle="--", label="target")
         kl.legend()
-    kl.set_title("exact KL(policy || reference) per answer, nats")
+    kl.set_title("exact KL(policy || reference) [nats per answer]")
 
     curve(beta, "kl_coef", "tab:blue")
     beta.set_title(f"beta, {config.controller}")
     curve(entropy, "entropy", "tab:blue")
-    entropy.set_title("entropy per token, nats")
-    for axes in (beta, entropy):
-        axes.set_xlabel("update")
+    entropy.set_title("entropy [nats per token]")
+    entropy.set_xlabel("update")
     for axes in (rewards, kl, beta, entropy):
         axes.grid(alpha=0.3)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+        axes.ticklabel_format(useOffset=False)  # a fixed beta of 0.1 is 0.1, not 0 + 1e-1
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    task = config.model or "the embedded task"
+    figure.suptitle(f"PPO on {printable(task)}, seed {config.seed}, {len(records)} updates")
+    return figure

@@ -95,7 +95,9 @@ def kl_penalty(
         "score_function"    w (f(d) + f'(d))
         "detach"            none
 
-    and the module's table says which of them is, in expectation, that of the KL.
+    In expectation over the tokens this is the gradient of KL(policy || reference) with
+    "straight_through" for every estimator, with "pathwise" for k2, and with "score_function" for k1
+    and k3. (k3 with "pathwise" has that of KL(reference || policy).)
 
     Clamps bound values and leave the gradient alive: a token far from the reference keeps its
     pull-back, where a plain clamp would make it exactly 0.

@@ -52,7 +52,9 @@ def importance_weights(
     low: float | None = None,
     high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Bounded importance weights of the tokens, w' above: `weights` of the policy losses.
+    """Bounded importance weights of the tokens, which the policy losses take as `weights`.
+
+    The weight is w = exp(logprobs - rollout_logprobs), of a token or of a sequence, within bounds.
 
     A token whose log-probability is NaN on either side gets the weight 0 in both modes, and counts
     in bounded_fraction; at the levels "sequence" and "geometric" its whole sequence does, as their

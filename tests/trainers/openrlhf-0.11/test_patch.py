@@ -82,7 +82,7 @@ def train(estimator, unbiased):
     return steps
 
 
-@pytest.mark.exercises("whole steps, from logits to their gradient, through OpenRLHF's own loss")
+@pytest.mark.exercises("a whole step, from logits to their gradient, through OpenRLHF's own loss")
 @pytest.mark.parametrize(("estimator", "unbiased"), [("k3", False), ("k2", False), ("k1", True)])
 def test_whole_steps_are_the_same(estimator, unbiased):
     theirs = train(estimator, unbiased)

@@ -91,7 +91,7 @@ def train(loss_mode, kl_loss_type):
     return steps
 
 
-@pytest.mark.exercises("whole steps, from logits to their gradient, through verl's own loss")
+@pytest.mark.exercises("a whole step, from logits to their gradient, through verl's own loss")
 @pytest.mark.parametrize("loss_mode", ["vanilla", "kl_kernels"])
 @pytest.mark.parametrize("kl_loss_type", ["low_var_kl", "k3+"])
 def test_whole_steps_are_the_same(loss_mode, kl_loss_type):

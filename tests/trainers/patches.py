@@ -16,13 +16,24 @@ def check_undo(make_patch, places):
         assert getattr(module, name) is original, name
 
 
-def check_same_step(ours, theirs):
-    """What a step gives by name, "gradient" among it, with the patch and without."""
-    for name, value in theirs.items():
-        torch.testing.assert_close(
-            ours[name], value, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    assert theirs["gradient"].abs().max() > 1e-3
+def check_same_steps(ours, theirs):
+    """What each of several steps gives by name, with the patch and without.
+
+    "gradient" is among it, which has to be there, and "kl_coef", which has to move at each step:
+    controllers may keep it in another type than the one it began with.
+    """
+    assert len(ours) == len(theirs) >= 3
+    for i, (of_step, of_theirs) in enumerate(zip(ours, theirs)):
+        for name, value in of_theirs.items():
+            torch.testing.assert_close(
+                of_step[name],
+                value,
+                atol=1e-6,
+                rtol=1e-4,
+                msg=lambda m, i=i, n=name: f"step {i}, {n}: {m}",
+            )
+        assert of_theirs["gradient"].abs().max() > 1e-3
+    assert len({float(step["kl_coef"]) for step in theirs}) == len(theirs)
 
 
 def code_of(request, page):

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from openrlhf.models import actor, loss, utils
-from openrlhf.trainer.ppo_utils import experience_maker
+from openrlhf.trainer.ppo_utils import experience_maker, kl_controller
 from openrlhf.trainer.ray import ppo_actor
-from patches import check_same_step, check_undo, code_of
+from patches import check_same_steps, check_undo, code_of
 
 from kl_kernels.integrations import openrlhf
 
 ROWS, RESPONSE, VOCABULARY = 4, 8, 37
+N_STEPS = 4
 
 
 def log_probs_of(logits, sequences, mask):
@@ -24,26 +25,22 @@ def log_probs_of(logits, sequences, mask):
     return log_probs[:, -mask.shape[1] :] * mask.float()
 
 
-def whole_step(estimator, unbiased):
+def whole_step(policy, ref_logits, controller, generator, estimator, unbiased):
     """Logits -> log-probabilities -> KL -> rewards -> GAE -> the actor's loss -> gradient."""
-    generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([8, 5, 1, 7])
     mask = torch.arange(RESPONSE) < lengths[:, None]
     sequences = torch.randint(0, VOCABULARY, (ROWS, RESPONSE + 2), generator=generator)
-    shape = (*sequences.shape, VOCABULARY)
-    old_logits = 2 * torch.randn(shape, generator=generator)
-    # Near enough that no KL is clamped: there gradients differ, as test_kl.py has it.
-    ref_logits = old_logits + 0.4 * torch.randn(shape, generator=generator)
-    logits = (old_logits + 0.3 * torch.randn(shape, generator=generator)).requires_grad_()
+    moved = policy + 0.3 * torch.randn(policy.shape, generator=generator)
+    logits = moved.requires_grad_()
 
-    old, ref = (log_probs_of(x, sequences, mask) for x in (old_logits, ref_logits))
+    old, ref = (log_probs_of(x, sequences, mask) for x in (policy, ref_logits))
     experience = SimpleNamespace(
         rewards=torch.rand(ROWS, generator=generator), index=list(range(ROWS)), info={},
         values=torch.randn(ROWS, RESPONSE, generator=generator), action_mask=mask,
         kl=experience_maker.compute_approx_kl(old, ref, kl_estimator="k1"),
     )  # fmt: skip
     rewards = experience_maker.compute_reward(
-        experience.rewards, 0.2, experience.kl, mask, reward_clip_range=(-10, 10)
+        experience.rewards, controller.value, experience.kl, mask, reward_clip_range=(-10, 10)
     )
     advantages, returns = experience_maker.RemoteExperienceMaker.get_advantages_and_returns(
         None, experience.values, rewards, mask, 1.0, 0.95
@@ -58,23 +55,40 @@ def whole_step(estimator, unbiased):
     entropy_loss = ppo_actor.masked_mean(entropy, mask)
     total = actor_loss + 0.1 * kl_loss - 0.01 * entropy_loss
     total.backward()
+    controller.update(utils.masked_mean(experience.kl, mask).item(), n_steps=ROWS)
     return {
         "rewards": rewards,
         "advantages": advantages[mask],
         "returns": returns[mask],
         "loss": total.detach(),
         "gradient": logits.grad,
+        "kl_coef": torch.tensor(float(controller.value)),
         "metrics": torch.stack([clip_ratio, ppo_kl, kl_loss.detach(), entropy_loss.detach()]),
     }
 
 
+def train(estimator, unbiased):
+    """Several steps of a policy that moves, with a coefficient that follows its KL."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (ROWS, RESPONSE + 2, VOCABULARY)
+    policy = 2 * torch.randn(shape, generator=generator)
+    # Near enough that no KL is clamped: there gradients differ, as test_kl.py has it.
+    ref_logits = policy + 0.4 * torch.randn(shape, generator=generator)
+    controller = kl_controller.AdaptiveKLController(0.2, target=0.1, horizon=50)
+    steps = []
+    for _ in range(N_STEPS):
+        steps.append(whole_step(policy, ref_logits, controller, generator, estimator, unbiased))
+        policy = policy - steps[-1]["gradient"]
+    return steps
+
+
 @pytest.mark.exercises("a whole step, from logits to their gradient, through OpenRLHF's own loss")
 @pytest.mark.parametrize(("estimator", "unbiased"), [("k3", False), ("k2", False), ("k1", True)])
-def test_a_whole_step_is_the_same(estimator, unbiased):
-    theirs = whole_step(estimator, unbiased)
+def test_whole_steps_are_the_same(estimator, unbiased):
+    theirs = train(estimator, unbiased)
     with openrlhf.patch():
-        ours = whole_step(estimator, unbiased)
-    check_same_step(ours, theirs)
+        ours = train(estimator, unbiased)
+    check_same_steps(ours, theirs)
 
 
 PLACES = {

@@ -21,7 +21,7 @@ def train(folder):
     torch.manual_seed(0)
     config = PPOConfig(
         batch_size=4, mini_batch_size=2, ppo_epochs=2, learning_rate=1e-2, seed=0,
-        kl_penalty="kl", init_kl_coef=0.2,
+        kl_penalty="kl", init_kl_coef=0.2, adap_kl_ctrl=True, target=0.5, horizon=50,
     )  # fmt: skip
     policy = value_head(load_policy(folder))
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
@@ -31,7 +31,7 @@ def train(folder):
     )  # fmt: skip
     generator = torch.Generator().manual_seed(2)
     stats = []
-    for _ in range(2):
+    for _ in range(4):
         queries = [torch.randint(2, 33, (4,), generator=generator) for _ in range(4)]
         responses = [torch.randint(2, 33, (n,), generator=generator) for n in (5, 7, 3, 6)]
         scores = list(torch.randn(4, generator=generator))
@@ -46,6 +46,7 @@ def test_the_same_steps(folder):
         ours, our_stats = train(folder)
     moved = zip(theirs.pretrained_model.parameters(), load_policy(folder).parameters())
     assert max((a - b).abs().max() for a, b in moved) > 1e-3
+    assert len({float(stats["objective/kl_coef"]) for stats in their_stats}) == 4
     for ours_at, theirs_at in zip(our_stats, their_stats):
         assert theirs_at["objective/kl"] != 0
         for key, value in theirs_at.items():

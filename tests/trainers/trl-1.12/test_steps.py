@@ -27,7 +27,7 @@ def ppo(folder, tmp_path):
     rows = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in prompts(16)]
     config = PPOConfig(
         output_dir=str(tmp_path), per_device_train_batch_size=4, num_mini_batches=1,
-        gradient_accumulation_steps=1, total_episodes=8, num_ppo_epochs=2, response_length=8,
+        gradient_accumulation_steps=1, total_episodes=12, num_ppo_epochs=2, response_length=8,
         learning_rate=0.1, lr_scheduler_type="constant", kl_coef=0.2, temperature=0.8, seed=0,
         report_to=[], logging_steps=1, save_strategy="no", num_sample_generations=0, bf16=False,
         use_cpu=True,
@@ -47,7 +47,7 @@ def ppo(folder, tmp_path):
 
 def grpo(folder, tmp_path):
     config = GRPOConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, num_generations=4,
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8, num_generations=4,
         max_completion_length=8, learning_rate=0.5, lr_scheduler_type="constant", optim="sgd",
         logging_steps=1, save_strategy="no", report_to=[], seed=0, bf16=False, use_cpu=True,
         beta=0.1,
@@ -66,7 +66,7 @@ def test_the_same_steps(run, kl, folder, tmp_path):
     theirs, their_logs = run(folder, tmp_path)
     with trl.patch():
         ours, our_logs = run(folder, tmp_path)
-    assert len(their_logs) == 2
+    assert len(their_logs) == 3
     assert all(abs(log[kl]) > 0.01 for log in their_logs)
     moved = zip(theirs.parameters(), load_policy(folder).parameters())
     assert max((a - b).abs().max() for a, b in moved) > 1e-3

@@ -15,10 +15,10 @@ TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)
 
 
 def train(name, folder, tmp_path, peft_config=None, **options):
-    """The model and the logs of two steps."""
+    """The model and the logs of three steps."""
     trainer_class, config_class = TRAINERS[name]
     config = config_class(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, num_generations=4,
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8, num_generations=4,
         max_completion_length=12, learning_rate=0.5, lr_scheduler_type="constant", optim="sgd",
         logging_steps=1, save_strategy="no", report_to=[], seed=0, use_cpu=True,
         **({"beta": 0.1, "temperature": 0.8, "bf16": False} | options),
@@ -74,7 +74,7 @@ def test_the_same_steps(name, options, folder, tmp_path, calls):
     start = load_policy(folder)
     moved = [(a - b).abs().max() for a, b in zip(theirs.parameters(), start.parameters())]
     assert max(moved) > 1e-3
-    assert len(our_logs) == len(their_logs) == 2
+    assert len(our_logs) == len(their_logs) == 3
     for ours_at, theirs_at in zip(our_logs, their_logs):
         assert ours_at.keys() == theirs_at.keys()
         for key, value in theirs_at.items():

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import verl.utils.torch_functional as verl_F
-from patches import check_same_step, check_undo, code_of
+from patches import check_same_steps, check_undo, code_of
 from tensordict import TensorDict
 from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
@@ -18,20 +18,17 @@ from verl.workers.utils import losses
 from kl_kernels.integrations import verl
 
 ROWS, PROMPT, RESPONSE, VOCABULARY = 4, 3, 8, 37
+N_STEPS = 4
 
 
-def whole_step(loss_mode, kl_loss_type):
+def whole_step(policy, ref_logits, controller, generator, config):
     """Logits -> log-probabilities -> KL -> rewards -> GAE -> the actor's loss -> gradient."""
-    generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([8, 5, 1, 7])
     mask = torch.arange(RESPONSE) < lengths[:, None]
     tokens = torch.randint(0, VOCABULARY, (ROWS, PROMPT + RESPONSE), generator=generator)
     attention = torch.cat([torch.ones(ROWS, PROMPT, dtype=torch.bool), mask], 1)
-    shape = (ROWS, PROMPT + RESPONSE, VOCABULARY)
-    old_logits = 2 * torch.randn(shape, generator=generator)
-    # Near enough that no k3 is clamped: there gradients differ, as test_kl.py has it.
-    ref_logits = old_logits + 0.4 * torch.randn(shape, generator=generator)
-    logits = (old_logits + 0.3 * torch.randn(shape, generator=generator)).requires_grad_()
+    moved = policy + 0.3 * torch.randn(policy.shape, generator=generator)
+    logits = moved.requires_grad_()
 
     def model(x):  # [B, P + T, V] -> log-probabilities and entropy of what is not padding
         packed, labels = x[attention], tokens.roll(-1, 1)[attention]
@@ -46,22 +43,18 @@ def whole_step(loss_mode, kl_loss_type):
         batch_size=[ROWS],
     )  # fmt: skip
     with torch.no_grad():
-        for name, x in (("old_log_probs", old_logits), ("ref_log_prob", ref_logits)):
+        for name, x in (("old_log_probs", policy), ("ref_log_prob", ref_logits)):
             data[name] = losses.no_padding_2_padding(model(x)["log_probs"], data)
-    scores = torch.zeros(ROWS, RESPONSE).scatter(1, lengths[:, None] - 1, torch.rand(ROWS, 1))
+    outcome = torch.rand(ROWS, 1, generator=generator)
+    scores = torch.zeros(ROWS, RESPONSE).scatter(1, lengths[:, None] - 1, outcome)
     values = torch.randn(ROWS, RESPONSE, generator=generator)
     proto = DataProto(batch=data.clone())
     proto.batch["token_level_scores"], proto.batch["values"] = scores, values
-    controller = core_algos.AdaptiveKLController(0.1, target_kl=0.1, horizon=50)
     proto, metrics = ray_trainer.apply_kl_penalty(proto, controller)
     proto = ray_trainer.compute_advantage(proto, "gae", gamma=1.0, lam=0.95, config={})
     data["advantages"] = proto.batch["advantages"]
     for key, value in (("dp_size", 1), ("batch_num_tokens", None), ("global_batch_size", None)):
         tensordict_utils.assign_non_tensor_data(data, key, value)
-    config = ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, use_kl_loss=True, kl_loss_coef=0.1,
-        kl_loss_type=kl_loss_type, entropy_coeff=0.01, policy_loss={"loss_mode": loss_mode},
-    )  # fmt: skip
     loss, loss_metrics = losses.ppo_loss(config, model(logits), data)
     loss.backward()
     numbers = {k: getattr(v, "values", v) for k, v in {**metrics, **loss_metrics}.items()}
@@ -72,23 +65,40 @@ def whole_step(loss_mode, kl_loss_type):
         "returns": proto.batch["returns"][mask],
         "loss": loss.detach(),
         "gradient": logits.grad,
-        "kl_coef": torch.tensor(controller.value),
+        "kl_coef": torch.tensor(float(controller.value)),
         "metrics": torch.tensor(
             [float(torch.as_tensor(numbers[k]).float().sum()) for k in sorted(numbers)]
         ),
     }
 
 
+def train(loss_mode, kl_loss_type):
+    """Several steps of a policy that moves, with a coefficient that follows its KL."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (ROWS, PROMPT + RESPONSE, VOCABULARY)
+    policy = 2 * torch.randn(shape, generator=generator)
+    # Near enough that no k3 is clamped: there gradients differ, as test_kl.py has it.
+    ref_logits = policy + 0.4 * torch.randn(shape, generator=generator)
+    controller = core_algos.AdaptiveKLController(0.1, target_kl=0.1, horizon=50)
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, use_kl_loss=True, kl_loss_coef=0.1,
+        kl_loss_type=kl_loss_type, entropy_coeff=0.01, policy_loss={"loss_mode": loss_mode},
+    )  # fmt: skip
+    steps = []
+    for _ in range(N_STEPS):
+        steps.append(whole_step(policy, ref_logits, controller, generator, config))
+        policy = policy - steps[-1]["gradient"]
+    return steps
+
+
 @pytest.mark.exercises("a whole step, from logits to their gradient, through verl's own loss")
 @pytest.mark.parametrize("loss_mode", ["vanilla", "kl_kernels"])
 @pytest.mark.parametrize("kl_loss_type", ["low_var_kl", "k3+"])
-def test_a_whole_step_is_the_same(loss_mode, kl_loss_type):
-    torch.manual_seed(0)
-    theirs = whole_step("vanilla", kl_loss_type)
-    torch.manual_seed(0)
+def test_whole_steps_are_the_same(loss_mode, kl_loss_type):
+    theirs = train("vanilla", kl_loss_type)
     with verl.patch():
-        ours = whole_step(loss_mode, kl_loss_type)
-    check_same_step(ours, theirs)
+        ours = train(loss_mode, kl_loss_type)
+    check_same_steps(ours, theirs)
 
 
 PLACES = {

@@ -1,4 +1,4 @@
-"""Sections of docs/monitoring.md: how often `KLMonitor` is wrong, and how soon it finds a fault."""
+"""Sections of docs/monitoring.md: false alarms of `KLMonitor`, and how soon it finds a mistake."""
 
 from __future__ import annotations
 

@@ -78,7 +78,14 @@ def ppo_step(step, policy, reference, optimizer, controller, early_stop, monitor
         if early_stop.after_epoch():
             break
 
-    events = monitor.observe(step, kl=rollout.kl, entropy=rollout.entropy, reward=scores, mask=mask)
+    events = monitor.observe(
+        step,
+        kl=rollout.kl,
+        entropy=rollout.entropy,
+        logprob=rollout.logprob,
+        reward=scores,
+        mask=mask,
+    )
     update = controller.update(rollout.kl, n_steps=BATCH, mask=mask)
     return scores.mean().item(), update, events
 

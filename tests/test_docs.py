@@ -74,6 +74,7 @@ def names():
         "logits": logits, "ref_logits": ref_logits, "token_ids": token_ids, "mask": mask,
         "scores": scores, "group_size": 2, "reward": scores, "beta": beta, "step": 1, "norm": 1.0,
         "rollout": rollout, "kl": rollout.kl, "entropy": rollout.entropy,
+        "logprob": rollout.logprob,
         "old_logprobs": rollout.logprob.detach(), "ref_logprob": rollout.ref_logprob,
         "advantages": advantages, "values": torch.randn(b, t), "ratio": torch.ones(b, t),
         "metrics": metrics, "aggregation": "token-mean",

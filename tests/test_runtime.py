@@ -24,7 +24,7 @@ def inputs(seed=0):
 
     return {
         "logits": normal(B, T, V), "ref_logits": normal(B, T, V), "scores": normal(B),
-        "ids": torch.randint(V, (B, T), generator=g), "old": normal(B, T),
+        "ids": torch.randint(V, (B, T), generator=g), "old": -normal(B, T).abs(),
         "advantages": normal(B, T),
         "mask": torch.rand((B, T), generator=g) < 0.8,
         "topk_ids": torch.rand((B, T, V), generator=g).topk(K).indices,

@@ -100,7 +100,8 @@ MUTANTS = {
         OUTPUTS, "algebra.py", "(LOG2E / self.temperature)", "LOG2E"
     ),
     "test_k1_and_k3_are_the_exact_kl_on_average": Mutant(
-        OUTPUTS, "rl/estimators.py", "return torch.expm1(-d) + d", "return torch.expm1(d) - d"
+        OUTPUTS, "epilogues.py", "return torch.expm1(-log_ratio) + log_ratio.",
+        "return torch.expm1(log_ratio) - log_ratio.",
     ),
     "test_a_constant_added_to_a_models_logits_changes_no_gradient": Mutant(
         GRADIENTS, "reference.py", "ty = from_anchor(ref(ref_logits[here]), ref_anchor)",
@@ -175,7 +176,8 @@ MUTANTS = {
         "weights = weights / mask.shape[1]",
     ),
     "test_k3_and_k2_are_never_negative_and_k1_changes_sign_with_the_models": Mutant(
-        RL, "rl/estimators.py", "return torch.expm1(-d) + d", "return torch.expm1(-d)"
+        RL, "epilogues.py", "return torch.expm1(-log_ratio) + log_ratio.",
+        "return torch.expm1(-log_ratio) + 0 * log_ratio.",
     ),
 }  # fmt: skip
 

@@ -35,8 +35,8 @@ CLOSED_PIPE = 141
 class Parser(argparse.ArgumentParser):
     """A parser, and the commands' parsers, that take an option by its full name alone."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save", action="store_true", help="write bench/results/peers.json, or peers_<chip>.json"
     )
     parser.add_argument(
-        "--results", type=Path, metavar="DIR", help="write it to this folder instead"
+        "--results", type=Path, metavar="DIR", help="the folder that --save writes to"
     )
     parser.add_argument(
         "--commit", metavar="HASH", help="the commit to record, where git cannot tell it"
@@ -41,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.results and not args.save:
+        raise ValueError(
+            f"results is {str(args.results)!r}, but only save writes there; add --save"
+        )
     root = _checkout()
     chosen = [f"--only={args.only}"] if args.only else []
     chosen += ["--full"] if args.full else []

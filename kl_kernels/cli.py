@@ -36,9 +36,8 @@ CLOSED_PIPE = 141
 class Parser(argparse.ArgumentParser):
     """A parser, and the commands' parsers, that take an option by its full name alone."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        options.setdefault("allow_abbrev", False)
-        super().__init__(*args, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -70,6 +70,7 @@ def test_validate_ends_with_its_verdict(monkeypatch, capsys):
         (["validate", "--quick", "--vocab-size", "2"], "vocab-size is given, but quick has sizes"),
         (["validate", "--report", "x", "--vocab-size", "2"], "but report has sizes of its own"),
         (["validate", "--commit", "abc"], "commit is 'abc', but only a report records it"),
+        (["bench", "--results", "x"], "results is 'x', but only save writes there; add --save"),
     ],
 )
 def test_a_bad_argument_is_one_sentence_and_exit_code_2(arguments, message, capsys):

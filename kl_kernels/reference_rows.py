@@ -7,7 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kl_kernels.algebra import EMPTY_ANCHOR, RowState, Scale, empty_state, fold, merge, move
+from kl_kernels.algebra import (
+    EMPTY_ANCHOR,
+    FARTHEST_ANCHOR,
+    RowState,
+    Scale,
+    empty_state,
+    fold,
+    merge,
+    move,
+)
 
 EMPTY_SAVED_ANCHOR = -1.0e38  # of an all -inf part, in float32
 BLOCK_V = 8192
@@ -29,9 +38,21 @@ def fold_rows(
 
 
 def as_saved(s: RowState, dtype: torch.dtype) -> RowState:
-    """The saved anchor is what backward will subtract, so the saved sums have to belong to it."""
+    """The saved anchor is what backward will subtract, so the saved sums have to belong to it.
+
+    Beyond reach it is the next number above, from which sums are small or 0: so a part of a row
+    that lies far below the others adds nothing, where an overflow would make all of the row NaN.
+    """
     lowest = EMPTY_ANCHOR if dtype == torch.float64 else EMPTY_SAVED_ANCHOR
-    return move(s, *(a.clamp_min(lowest).to(dtype).double() for a in s[:2]))
+
+    def saved(anchor: Tensor) -> Tensor:
+        kept = anchor.clamp_min(lowest)
+        nearest = kept.to(dtype)
+        up = (kept.abs() > FARTHEST_ANCHOR) & (nearest.double() < kept)
+        above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
+        return torch.where(up, above, nearest).double()
+
+    return move(s, saved(s.anchor), saved(s.ref_anchor))
 
 
 def row_groups(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:

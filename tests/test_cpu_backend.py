@@ -9,6 +9,8 @@ import itertools
 
 import pytest
 import torch
+from test_far_gradients import KINDS as KINDS_OF_FAR_LOGITS
+from test_far_gradients import assert_true, rows_in
 
 import kl_kernels
 from kl_kernels import native
@@ -104,6 +106,15 @@ def test_instruction_sets_agree(instruction_set, name, dtype):
     # last place.
     units = 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(grad.float(), best_grad.float(), rtol=max(units, 1e-5), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3", "base"])
+@pytest.mark.parametrize("kind", KINDS_OF_FAR_LOGITS)
+def test_far_logits_have_true_gradients_on_every_instruction_set(instruction_set, name, kind):
+    instruction_set(name)
+    for distance in (1.1e7, 1.2e9):
+        assert_true(*rows_in(torch.float32, kind, distance, 1.0, 33, seed=0), 1.0)
+    instruction_set("best")
 
 
 @pytest.mark.parametrize(("dtype", "ref_dtype"), list(itertools.product(DTYPES, DTYPES)))

@@ -19,6 +19,9 @@ import pytest
 import torch
 from careful_rows import careful_rows
 from host.cuda_on_host import Logits, Outputs, RewardShape, Rows, backend, compile_host, library
+from test_far_gradients import DISTANCES as DISTANCES_OF_FAR_LOGITS
+from test_far_gradients import KINDS as KINDS_OF_FAR_LOGITS
+from test_far_gradients import assert_true_of_float32_states
 from test_far_logits import SIZES as SIZES_OF_FAR_LOGITS
 from test_far_logits import assert_true_or_nan
 from test_ruled_out import OPTIONS as LOSSES
@@ -78,6 +81,12 @@ def test_outputs_and_gradients_are_true(difficulty):
 def test_logits_far_from_zero_give_the_truth_or_nan(size):
     for sign, vocab_size in itertools.product((1, -1), (1, 33, 2049)):
         assert_true_or_nan(NAME, size, sign, vocab_size)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FAR_LOGITS)
+def test_logits_far_from_zero_have_true_gradients(kind):
+    for distance in DISTANCES_OF_FAR_LOGITS:
+        assert_true_of_float32_states(NAME, kind, distance)
 
 
 def test_the_gate_of_the_numerics_report_holds():

@@ -64,6 +64,7 @@ class RowBackward {
         reference_(reference),
         anchor_(gradient.anchor),
         ref_anchor_(gradient.ref_anchor),
+        in_float64_(gradient.in_float64),
         in_place_(read_in_place(policy, reference)),
         grad_logits_(grad_logits) {
     set_coefficients(gradient.c);
@@ -107,8 +108,8 @@ class RowBackward {
     bool guarded = false;  // from the first -inf on
     for (int64_t start = 0; start < vocab_size; start += kBlock) {
       const Block block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
-      double part = guarded ? NAN : fast<false>(block);
-      if (!is_finite(part)) guarded = is_finite(part = fast<true>(block));
+      double part = in_float64_ || guarded ? NAN : fast<false>(block);
+      if (!in_float64_ && !is_finite(part)) guarded = is_finite(part = fast<true>(block));
       if (!is_finite(part)) part = careful(block);
       sum += part;
     }
@@ -174,6 +175,7 @@ class RowBackward {
   const double anchor_, ref_anchor_;
   Coefficients<double> c_;
   Coefficients<float> c32_;
+  const bool in_float64_;
   const bool in_place_;
   void* const grad_logits_;
   Staged x_, y_, grad_;

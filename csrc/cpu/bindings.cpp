@@ -196,12 +196,20 @@ void backward_rows(const Logits& logits, const Logits* ref_logits, const Tokens&
     }
     const Upstream<double> upstream{saved.grad_logprob[row], saved.grad_kl[row],
                                     saved.grad_forward_kl[row], saved.grad_entropy[row]};
+    const Row policy = logits.row(row);
     const Row reference = asks_for_kl(upstream) ? ref_logits->row(row) : kNoReference;
-    gradients.write(row, logits.row(row), reference, tokens[row], upstream,
-                    {anchored<double>(saved.policy_state[row], saved.policy_state[n_rows + row]),
-                     anchored<double>(saved.ref_state[row], saved.ref_state[n_rows + row]),
-                     saved.kl[row], saved.entropy[row]},
-                    temperature, vocabulary);
+    RowStatistics row_is{
+        anchored<double>(saved.policy_state[row], saved.policy_state[n_rows + row]),
+        anchored<double>(saved.ref_state[row], saved.ref_state[n_rows + row]), saved.kl[row],
+        saved.entropy[row]};
+    // What was saved are floats, which say too little then. (Of a part there is no more to know.)
+    if (vocabulary == Vocabulary::whole && row_is.need_float64(reference.logits == nullptr)) {
+      double tx, ty;
+      const RowState<double> s =
+          row_kernels().fold(policy, reference, logits.vocab_size(), tokens[row], &tx, &ty);
+      row_is = RowStatistics::of(s, finish(s.sums, tx, ty));
+    }
+    gradients.write(row, policy, reference, tokens[row], upstream, row_is, temperature, vocabulary);
   });
 }
 

@@ -46,6 +46,12 @@ struct Staged {
     for (int64_t i = block.size; i < padded; ++i) values[i] = padding;
   }
 
+  // Of staged logits, where they lie from an anchor, in float64 up to the last rounding.
+  void measure(Block block, double k, double anchor) {
+    for (int64_t i = 0; i < whole_pairs(block.size); ++i)
+      values[i] = float(from_anchor(double(values[i]), k, anchor));
+  }
+
   float largest_value(Block block) const {  // after padding with -inf
     Floats most = Floats{} - INFINITY;
     for (int64_t i = 0; i < whole_pairs(block.size); i += kLanes)

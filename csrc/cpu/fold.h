@@ -307,7 +307,7 @@ class RowFold {
   // exact.
   static double scaled(float logit, double k) {
     const double product = logit * k;
-    return std::abs(product) <= kFarthestAnchor ? float(product) : product;
+    return is_far(product) ? product : float(product);
   }
 
   static bool is_finite(double value) { return kl_kernels::is_finite(value); }

@@ -33,6 +33,17 @@ inline bool asks_for_kl(const Upstream<double>& g) { return g.kl != 0 || g.forwa
 struct RowStatistics {
   Anchored<double> policy, ref;  // anchors and sums of the row's state
   double kl, entropy;
+
+  static RowStatistics of(const RowState<double>& s, const Finished<double>& f) {
+    return {anchored(s.anchor, s.sums.sx), anchored(s.ref_anchor, s.sums.sy), f.kl, f.entropy};
+  }
+
+  // Whether only float64 arithmetic can take them: coefficients are as large as the KL.
+  bool need_float64(bool alone) const {
+    constexpr double kLargeKl = 1024;
+    return is_far(policy.anchor) ||
+           (!alone && (is_far(ref.anchor) || (kl > kLargeKl && kl < INFINITY)));
+  }
 };
 
 class GradientRows {
@@ -55,13 +66,15 @@ class GradientRows {
       return;
     }
     const double sx = row_is.policy.sum;
-    const bool alone = reference.logits == nullptr;
-    const Anchored<double> ref =
-        alone ? Anchored<double>{0, 1, 0} : centred(row_is.ref, row_is.policy.ln_of_sum, row_is.kl);
+    const bool alone = reference.logits == nullptr, in_float64 = row_is.need_float64(alone);
+    const Anchored<double> ref = alone ? Anchored<double>{0, 1, 0}
+                                 : in_float64
+                                     ? row_is.ref
+                                     : centred(row_is.ref, row_is.policy.ln_of_sum, row_is.kl);
     const double upstream_size = std::abs(upstream.logprob) + std::abs(upstream.kl) +
                                  std::abs(upstream.forward_kl) + std::abs(upstream.entropy);
     const RowGradient gradient{
-        row_is.policy.anchor, sx, ref.anchor,
+        in_float64, row_is.policy.anchor, sx, ref.anchor,
         coefficients(upstream, row_is.policy, ref, row_is.kl, row_is.entropy, 1 / temperature),
         upstream.logprob / temperature,
         // A p of about 1 / sx is the largest: in a flat row an error is spread thin.

@@ -28,6 +28,11 @@ struct MixtureRows {
   }
 };
 
+inline FinishedPair finished_pair(const Anchored<double>& policy, const Anchored<double>& ref,
+                                  double beta) {
+  return {policy, ref, beta, is_far(policy.anchor) || is_far(ref.anchor)};
+}
+
 // Finished rows, as they are saved.
 struct SavedPairs {
   PerToken policy, ref;
@@ -41,8 +46,18 @@ struct SavedPairs {
         beta(of_beta) {}
 
   FinishedPair operator[](int64_t row) const {
-    return {anchored<double>(policy[row], policy[n_rows + row]),
-            anchored<double>(ref[row], ref[n_rows + row]), beta};
+    FinishedPair of = finished_pair(anchored<double>(policy[row], policy[n_rows + row]),
+                                    anchored<double>(ref[row], ref[n_rows + row]), beta);
+    if (of.far) of.policy = normalised(of.policy), of.ref = normalised(of.ref);
+    return of;
+  }
+
+ private:
+  // Measured from where its weights sum to about 1: the row's maximum may lie 64 from a far anchor
+  // that was saved as a float.
+  static Anchored<double> normalised(const Anchored<double>& of) {
+    const double sunk = -std::nearbyint(of.ln_of_sum * kLog2e);
+    return anchored(of.anchor - sunk, of.sum * std::exp2(sunk));
   }
 };
 
@@ -63,10 +78,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> token_jsd(
     if (rows.counts(row)) {
       const Row policy = rows.logits.row(row), reference = rows.ref_logits.row(row);
       double tx, ty;
-      saved =
-          within_reach(as_saved(kernels.fold(policy, reference, vocab_size, kNoToken, &tx, &ty)));
-      found = kernels.mix(policy, reference, vocab_size,
-                          {{saved.anchor, saved.sums.sx}, {saved.ref_anchor, saved.sums.sy}, beta});
+      const RowState<double> s = kernels.fold(policy, reference, vocab_size, kNoToken, &tx, &ty);
+      saved = within_reach(as_saved(s));
+      found = kernels.mix(
+          policy, reference, vocab_size,
+          finished_pair(anchored(s.anchor, s.sums.sx), anchored(s.ref_anchor, s.sums.sy), beta));
     }
     jsd_data[row] = float(at_least_zero(found.jsd));
     kl_data[row] = float(found.kl);

@@ -45,16 +45,25 @@ struct VectorFunctions {
   KL_INLINE static Floats log2p1(Floats u) { return kl_kernels::log2p1(u); }
 };
 
+inline void measure(const Row& policy, const Row& reference, const FinishedPair& of, Block block,
+                    Staged& x, Staged& y) {
+  x.measure(block, policy.k, of.policy.anchor);
+  y.measure(block, reference.k, of.ref.anchor);
+}
+
 // How the rows are measured, in the loops' own precision.
+// Far rows are measured where they are staged.
 struct MixtureScale {
+  const bool far;
   float kx, anchor, ky, ref_anchor;
   Mixture<float> mixture;
 
   MixtureScale(const Row& policy, const Row& reference, const FinishedPair& of)
-      : kx(policy.k),
-        anchor(float(of.policy.anchor)),
-        ky(reference.k),
-        ref_anchor(float(of.ref.anchor)),
+      : far(of.far),
+        kx(far ? 1 : policy.k),
+        anchor(far ? 0 : float(of.policy.anchor)),
+        ky(far ? 1 : reference.k),
+        ref_anchor(far ? 0 : float(of.ref.anchor)),
         mixture(mixture_of<float>(of.policy.sum, of.ref.sum, of.beta)) {}
 
   KL_INLINE Beside<Floats> beside(Floats x, Floats y) const {
@@ -85,9 +94,12 @@ MixtureSums<double> mix_row(const Row& policy, const Row& reference, int64_t voc
   };
   Staged x, y;
   for_each_block(
-      policy, reference, vocab_size, true, x, y,
+      policy, reference, vocab_size, !of.far, x, y,
       [&](Block block, const auto* xs, const auto* ys) { add(xs, ys, block.size); },
-      [&](Block block) { add(x.values, y.values, whole_pairs(block.size)); });
+      [&](Block block) {
+        if (of.far) measure(policy, reference, of, block, x, y);
+        add(x.values, y.values, whole_pairs(block.size));
+      });
   return finish_mixture(jsd, kl, of.policy.sum, scale.mixture.shift);
 }
 
@@ -109,12 +121,14 @@ void mix_row_backward(const Row& policy, const Row& reference, int64_t vocab_siz
   Staged x, y, grad;
   // Vectors of bfloat16 are rounded as finite numbers.
   for_each_block(
-      policy, reference, vocab_size, is_finite(slope.a + slope.b), x, y,
+      policy, reference, vocab_size, is_finite(slope.a + slope.b) && !of.far, x, y,
       [&]<class T>(Block block, const T* xs, const T* ys) {
         write(xs, ys, static_cast<T*>(grad_logits) + block.start, block.size);
       },
       [&](Block block) {
+        if (of.far) measure(policy, reference, of, block, x, y);
         write(x.values, y.values, grad.values, whole_pairs(block.size));
+        if (of.far) x.stage(policy, block, -INFINITY);  // for the softcap's derivative
         write_gradient(policy, x, grad, block, grad_logits);
       });
 }

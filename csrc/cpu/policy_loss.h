@@ -67,11 +67,8 @@ inline Tensor policy_loss(
       if (!ref_logits) f.kl = 0;  // of a policy alone, it is undefined
       loss = policy_loss_epilogue(to_float(f), inputs.row(row, float(f.logprob)), shape);
       if (gradients)
-        gradients->write(
-            row, policy, asks_for_kl(loss.gradient) ? reference : kNoReference, tokens[row],
-            loss.gradient,
-            {anchored(s.anchor, s.sums.sx), anchored(s.ref_anchor, s.sums.sy), f.kl, f.entropy},
-            temperature);
+        gradients->write(row, policy, asks_for_kl(loss.gradient) ? reference : kNoReference,
+                         tokens[row], loss.gradient, RowStatistics::of(s, f), temperature);
     } else if (gradients) {
       gradients->set_zero(row);
     }

@@ -17,8 +17,16 @@ struct Row {
   float softcap;  // 0: none
 };
 
+// Whether only float64 arithmetic is to measure from an anchor. Floats are 1/32 apart there, and so
+// far may the largest logit lie from one: equal logits are rounded alike then, which adds up.
+KL_HOST_DEVICE bool is_far(double anchor) {
+  constexpr double kFarAnchor = 0x1p18;
+  return !(fabs(anchor) <= kFarAnchor);
+}
+
 // What a row's gradient is made of, besides the logits.
 struct RowGradient {
+  bool in_float64;    // its numbers are too large for float arithmetic
   double anchor, sx;  // of the policy, as saved
   double ref_anchor;
   Coefficients<double> c;
@@ -30,6 +38,7 @@ struct RowGradient {
 struct FinishedPair {
   Anchored<double> policy, ref;
   double beta;
+  bool far;  // logits are measured from these anchors in float64
 };
 
 // The token of a row of which these logits are a part, if it is not among them.

@@ -141,10 +141,16 @@ inline Finished<float> to_float(const Finished<double>& f) {
           float(f.entropy)};
 }
 
-// The anchor backward will subtract is a float, so the saved sums have to belong to that.
+// The anchor backward will subtract is a float, so the saved sums have to belong to that. Beyond
+// reach it is the next float above, from which sums are small or 0: so a part of a row that lies
+// far below the others adds nothing, where an overflow would be an infinity or NaN in all of the
+// row.
 inline RowState<double> as_saved(const RowState<double>& s) {
   const auto saved = [](double anchor) {
-    return double(float(std::max<double>(anchor, Limits<float>::kEmptyAnchor)));
+    const double lowest = Limits<float>::kEmptyAnchor, kept = std::max(anchor, lowest);
+    const float nearest = float(kept);
+    const bool within = std::abs(kept) <= kFarthestAnchor;
+    return double(within || !(nearest < kept) ? nearest : std::nextafter(nearest, INFINITY));
   };
   return move(s, saved(s.anchor), saved(s.ref_anchor));
 }
@@ -153,19 +159,22 @@ inline RowState<double> as_saved(const RowState<double>& s) {
 // that can be all: its norm is about sqrt(2 KL) where the KL is small, and the probability of all
 // other tokens, which the entropy is at least, where one token is sure. Sums depend on their
 // anchors, and among the floats next to the reference's is one where its sum is rounded as the
-// policy's is.
+// policy's is. Where these floats are far apart there are few: half the sum has the same digits.
 inline RowState<double> keep_ratio(const RowState<double>& saved, const Finished<float>& row) {
   constexpr int kTries = 256;
-  constexpr double kPart = 1e-6, kLeastEnough = 3e-10, kLeastStep = 0x1p-20;
+  constexpr double kPart = 1e-6, kLeastEnough = 3e-10, kLeastStep = 0x1p-20, kMost = 1;
   const double norm = std::min(std::sqrt(2.0 * row.kl), double(row.entropy));
   const double enough = std::max(kPart * norm, kLeastEnough);
   const auto rounding = [](double sum) { return float(sum) / sum; };
   const double start = saved.ref_anchor, own = rounding(saved.sums.sx);
   const double step = std::max(std::ldexp(std::abs(start), -23), kLeastStep);
   double best = start, least = INFINITY;
-  for (int i = 0; i < kTries && !(least <= enough); ++i) {
+  // The series is as good as 2^t for all of its first steps but those from a far anchor.
+  const bool series_will_do = kTries * step < 0x1p-8;
+  for (int i = 0; i < kTries && i * step < kMost && !(least <= enough); ++i) {
     const double anchor = float(start + i * step), t = kLn2 * (start - anchor);
-    const double sum = saved.sums.sy * (1 + t * (1 + t / 2 * (1 + t / 3)));
+    const double sum =
+        saved.sums.sy * (series_will_do ? 1 + t * (1 + t / 2 * (1 + t / 3)) : std::exp(t));
     const double error = std::abs(rounding(sum) - own);
     if (error < least) {
       least = error;

@@ -43,6 +43,6 @@ kl_kernels.masked_mean = lambda **_: os.abort()
 right = kl_kernels.token_kl
 def token_kl(**a):
     r = right(**a)
-    return r._replace(kl=r.kl * 1.01)
+    return r._replace(kl=r.kl + 0.01)  # a vocabulary of one token has a KL of 0
 kl_kernels.token_kl = token_kl
 """

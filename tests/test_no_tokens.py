@@ -103,11 +103,15 @@ def test_a_denominator_that_can_be_none_is_named(denominator, error, said):
     with pytest.raises(error, match=said):
         aggregate(ONE_TOKEN, ONE_TOKEN, denominator=denominator)
     with pytest.raises(error, match=said):
-        kl_kernels.ppo_policy_loss(*[ONE_TOKEN] * 4, denominator=denominator)
+        kl_kernels.ppo_policy_loss(
+            -ONE_TOKEN, -ONE_TOKEN, ONE_TOKEN, ONE_TOKEN, denominator=denominator
+        )
     with pytest.raises(error, match=said):
         kl_kernels.ppo_value_loss(*[ONE_TOKEN] * 4, denominator=denominator)
     with pytest.raises(error, match=said):
-        kl_kernels.fused_policy_loss(logits, ids, *[ONE_TOKEN] * 3, denominator=denominator)
+        kl_kernels.fused_policy_loss(
+            logits, ids, -ONE_TOKEN, ONE_TOKEN, ONE_TOKEN, denominator=denominator
+        )
 
 
 @pytest.mark.parametrize("denominator", [-1, torch.tensor(-1), math.nan])

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kl_kernels.checks import check_batch, check_choice, check_plain
+from kl_kernels.checks import check_batch, check_choice, check_mask, check_plain
 from kl_kernels.rl.losses import AGGREGATIONS, Aggregation, count
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -33,9 +33,9 @@ def global_denominator(
     and pass it to the loss of each of them. It takes one collective, of one number.
 
     Args:
-        mask: [B, T] bool or numeric (non-zero counts), all of this rank's batch. Sequences without
-            tokens do not count. A rank may have no tokens; it still has to call, and to run its
-            backward.
+        mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone), all of this rank's
+            batch. Sequences without tokens do not count. A rank may have no tokens; it must call
+            all the same, and run its backward.
         aggregation: that of the loss: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or
             "seq-mean-token-sum-norm" (which also divides by T: pad all ranks to the same T).
         group: the ranks that gradients are averaged over. None: all ranks of the default process
@@ -61,7 +61,7 @@ def global_denominator(
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_batch("mask", mask)
     check_plain("mask", mask)
-    total = count(mask.bool(), aggregation)
+    total = count(check_mask("mask", mask), aggregation)
     n_ranks = 1
     if group is not None or (dist.is_available() and dist.is_initialized()):
         n_ranks = dist.get_world_size(group)

@@ -92,15 +92,16 @@ def _checked_denominator(
             check_same_device("denominator", denominator, "mask", mask)
         if not values_are_at_hand(denominator):
             return denominator
-        value = denominator.item()
+        given, value = denominator.item(), float(denominator)
     else:
-        value = denominator = check_number("denominator", denominator)
+        given, value = denominator, check_number("denominator", denominator)
+        denominator = value
     if 0 < value < math.inf:
         return denominator
     if value == 0 and not (values_are_at_hand(mask) and mask.any()):
         return denominator
     raise ValueError(
-        f"denominator is {value}; it must be a finite number above 0, or 0 with a mask that has no "
+        f"denominator is {given}; it must be a finite number above 0, or 0 with a mask that has no "
         "token"
     )
 

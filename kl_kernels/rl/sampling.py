@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_kernels.checks import check_like
+from kl_kernels.checks import check_like, check_mask
 from kl_kernels.rl.collectives import sum_over_ranks
 from kl_kernels.rl.masked import select
 from kl_kernels.schemas import output_dtype
@@ -111,7 +111,8 @@ def gap_sums(
     """The numbers of `GapSums`, over all ranks of `group`, by one collective."""
     check_like("entropy", entropy, "logprob", logprob)
     check_like("mask", mask, "logprob", logprob)
+    mask = check_mask("mask", mask)
     entropy = select(entropy.detach(), mask, torch.float64)
     gap = -select(logprob.detach(), mask, torch.float64) - entropy
-    sums = torch.stack([mask.bool().sum().double(), gap.sum(), gap.square().sum(), entropy.sum()])
+    sums = torch.stack([mask.sum().double(), gap.sum(), gap.square().sum(), entropy.sum()])
     return sums if group is None else sum_over_ranks(sums, group)

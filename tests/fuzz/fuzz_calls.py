@@ -159,6 +159,9 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
         if name == "aggregate":
             options |= {"loss_per_token": normal(b, t), **_options(random_, denominator=(7,))}
         return {"mask": mask, **options}
+    if name == "sampling_gap":
+        of_tokens = {n: normal(b, t).abs() for n in ("logprob", "entropy")}
+        return {"logprob": -of_tokens["logprob"], "entropy": of_tokens["entropy"], "mask": mask}
     if name.startswith("masked_"):
         options = {"masked_whiten": {"shift_mean": (True, False), "eps": (1e-8, 0)}}.get(name, {})
         return {"x": normal(b, t), "mask": mask, **_options(random_, **options)}

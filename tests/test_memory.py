@@ -190,7 +190,7 @@ def test_memory_does_not_grow_over_ten_thousand_calls():
             elif i % 4 == 2:
                 value = kl_kernels.token_jsd(logits, ref_logits).sum()
             else:
-                value, _ = kl_kernels.fused_policy_loss(logits, ids, mask, mask, mask)
+                value, _ = kl_kernels.fused_policy_loss(logits, ids, -mask, mask, mask)
             torch.autograd.grad(value, logits)
         gc.collect()
         return resident("VmRSS")

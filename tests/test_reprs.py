@@ -22,7 +22,7 @@ def test_controllers_show_their_arguments_and_the_present_coefficient():
     adaptive.update(12.0, 500)
     assert repr(adaptive) == (
         "AdaptiveKLController(value=0.11000000000000001, target=6.0, unit='sequence_sum', "
-        "min_coef=1e-06, max_coef=2.0, horizon=1000, error_clip=0.2)"
+        "min_coef=1e-06, max_coef=2.0, horizon=1000.0, error_clip=0.2)"
     )
 
 

@@ -27,7 +27,7 @@ for x in ({dtypes}):
     for _ in range(3):
         out = {call}  # here
         (out.logprob.sum() + out.entropy.sum()).backward()
-    kl_kernels.compute_gae(x, x, x, {options})
+    kl_kernels.compute_gae(x, x, torch.ones_like(x), {options})
 """
 CALL = "kl_kernels.token_stats(x, ids, {})"
 

@@ -194,14 +194,16 @@ def test_a_second_writer_is_refused_here_and_in_another_process(path):
     assert verify_log(path).ok
 
 
-def test_files_are_for_their_owner_to_write_and_never_executable(path):
+def test_files_are_for_their_owner_to_write_and_a_lock_is_for_its_owner_alone(path):
+    """A reader who may open the lock could hold it."""
     before = os.umask(0o022)
     try:
         AuditLog(path).close()
     finally:
         os.umask(before)
     for file in path.parent.iterdir():
-        assert stat.S_IMODE(file.stat().st_mode) == 0o644
+        mode = 0o600 if file.suffix == ".lock" else 0o644
+        assert stat.S_IMODE(file.stat().st_mode) == mode, file
 
 
 def test_a_record_is_on_the_disk_before_the_sidecar_counts_it_and_before_returning(

@@ -47,7 +47,12 @@ from kl_kernels.arguments import (
 )
 from kl_kernels.dtensors import takes_dtensors
 from kl_kernels.parallel import operator
-from kl_kernels.rl.rewards import check_reward_estimator, clip_scores, score_indices
+from kl_kernels.rl.rewards import (
+    ScorePosition,
+    check_reward_estimator,
+    clip_scores,
+    score_indices,
+)
 from kl_kernels.schemas import ESTIMATORS, BackendName, Estimator, output_dtype
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -295,7 +300,7 @@ def kl_rewards(
     *,
     kl_coef: float,
     kl_estimator: Estimator = "k1",
-    score_position: str | Tensor = "last_token",  # or [B]
+    score_position: ScorePosition | Tensor = "last_token",  # or [B]
     score_clip: float | None = None,
     kl_clip: float | None = None,
     biased: bool = False,

@@ -16,7 +16,7 @@ from kl_kernels.checks import (
     check_plain,
     check_unit_interval,
 )
-from kl_kernels.schemas import output_dtype
+from kl_kernels.schemas import BackendName, output_dtype
 
 Masked = Literal["skip", "zero"]
 
@@ -29,7 +29,7 @@ def compute_gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     masked: Masked = "skip",
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns of each token, by generalised advantage estimation.
 

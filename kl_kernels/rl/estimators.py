@@ -110,8 +110,9 @@ def kl_penalty(
         logprobs: [...] log-probability of the sampled token under the policy, in nats; any float
             dtype.
         ref_logprobs: [...] the same under the reference. A constant: it never gets a gradient.
-        kl_penalty: "k1" or "kl", "k2" or "mse", "k3" or "low_var_kl", "abs". A "+" at the end
-            ("k3+") stands for gradient="straight_through", as in verl.
+        kl_penalty: "k1" or "kl", "k2" or "mse", "k3" or "low_var_kl", "abs"; with a plus ("k1+",
+            "kl+", "k2+", "mse+", "k3+", "low_var_kl+", "abs+") the same with
+            gradient="straight_through", as in verl.
         gradient: "pathwise", "straight_through", "score_function" or "detach".
         old_logprobs: [...] log-probability under the policy that sampled the token, a constant.
             None: the policy itself sampled it.

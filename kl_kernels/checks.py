@@ -284,8 +284,11 @@ def check_token_dtype(token_ids: Tensor, name: str = "token_ids") -> None:
 
 
 def values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether looking costs no waiting for a GPU and no graph break; under vmap nobody can."""
-    is_plain = not (torch.compiler.is_compiling() or transforms.are_active())
+    """Whether looking costs no waiting for a GPU or for other ranks, and no graph break.
+
+    Under vmap nobody can look. A DTensor's values are spread over ranks.
+    """
+    is_plain = not (torch.compiler.is_compiling() or transforms.are_active() or is_dtensor(tensor))
     return tensor.device.type == "cpu" and is_plain
 
 

@@ -95,7 +95,7 @@ def benchmarks(full: bool, only: str = "") -> list[tuple[Case, Contender]]:
 
 
 def name_of(case: str, contender: str) -> str:
-    """What a benchmark is listed, chosen and reported by."""
+    """Name under which a benchmark is listed, chosen and reported."""
     return f"{case}, {contender}"
 
 

@@ -92,7 +92,7 @@ def study_section(results: dict[str, Any]) -> str:
 
 
 def beta_table(results: dict[str, Any]) -> str:
-    """What each beta of the study leaves: where to start."""
+    """KL and gold score that each beta of the study ended with."""
     lines = [
         "| beta [sd of scores per nat] | KL [nats per answer] | gold score | lost from its peak |",
         "|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""What `KLMonitor` makes of the sampling gap, right and wrong: `bench/results/sampling_gap.json`.
+"""False alarms of the sampling gap, and mistakes found by it: `bench/results/sampling_gap.json`.
 
 The language is exact: a table of the next letter after three letters of English, from the text that
 every Python carries. False alarms are counted on its own samples, and on the hardest distributions
@@ -91,7 +91,7 @@ def language() -> Language:
     return Language()
 
 
-# What is sampled, by which distance the states are late, and whether letters are renumbered.
+# Each mistake: how tokens are sampled, how late the states are, whether letters are renumbered.
 MISTAKES: dict[str, tuple[dict[str, Any], int, bool]] = {
     "logits one position late (`logits[:, prompt:]`)": ({}, 1, False),
     "logits one position early": ({}, -1, False),
@@ -137,7 +137,7 @@ def run_of_language(task: tuple[int, int]) -> int:
 
 
 def sums_of(n: int, rare: Array, eps: float) -> list[GapSums]:
-    """Of n tokens, for each number of rare ones: RARE tokens share a probability of eps."""
+    """Yield each number of rare ones among n tokens; RARE tokens share a probability of eps."""
     costs = -math.log1p(-eps), -math.log(eps / RARE)
     entropy = (1 - eps) * costs[0] + eps * costs[1]
     a, b = costs[0] - entropy, costs[1] - entropy

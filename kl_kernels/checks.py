@@ -86,7 +86,7 @@ def check_integer(name: str, value: object, at_least: int | None = None) -> int:
 
 
 def unboxed(name: str, value: object) -> object:
-    """What a 0-dim tensor or array, or a scalar of numpy's, holds; anything else as it is."""
+    """Value in a 0-dim tensor or array, or in a numpy scalar; anything else as it is."""
     if not isinstance(value, Tensor):
         is_numpy = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
         return value.item() if is_numpy else value  # type: ignore[attr-defined]
@@ -256,7 +256,7 @@ def check_per_token(name: str, tensor: Tensor, logits: Tensor) -> None:
 
 
 def shift_advice(name: str, shape: torch.Size, rows_name: str, rows: torch.Size) -> str:
-    """What to slice where T alone differs, and by one: [..., T] of `name` beside [..., T] rows."""
+    """Advice on which slice to pass where T alone differs, and by one."""
     if len(shape) != len(rows) or not shape or shape[:-1] != rows[:-1]:
         return ""
     outer = ":, " * (len(shape) - 1)

@@ -28,7 +28,7 @@ COMMANDS = {
     "audit": ("kl_kernels.monitor.audit_command", "verify an audit log, or show its records"),
     "info": ("kl_kernels.info", "show versions, devices and which backends are available"),
 }
-# What a shell reports of a process that a signal ended: 128 and the signal's number.
+# A shell's exit code for a process that a signal ended: 128 and the signal's number.
 INTERRUPTED = 130
 CLOSED_PIPE = 141
 

@@ -94,7 +94,7 @@ def check_reduced(name: str, parameter: Tensor) -> None:
 
 
 def _gathered(given: dict[str, Any]) -> dict[str, Any]:
-    """Of hidden states that are this rank's own."""
+    """Apply the head to hidden states that are this rank's own."""
     from torch.distributed.tensor import Partial, Replicate
 
     gathered = dict(given)

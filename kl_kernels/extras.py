@@ -57,7 +57,7 @@ def load(purpose: str, package: str, module: str) -> Any:
 
 
 def sentence(purpose: str, *missing: str) -> str:
-    """What is said where `missing`, packages of one extra, are."""
+    """Sentence that names the missing packages of one extra and the command that installs them."""
     are = "is" if len(missing) == 1 else "are"
     return (
         f"{purpose} needs {', '.join(missing)}, which {are} not installed: "

@@ -1,4 +1,4 @@
-"""What a child that is forked inherits: locks that nobody will release, and files of its parent.
+"""State that a forked child inherits and must not use: its parent's locks and files.
 
 `multiprocessing` with "fork" and the workers of a `DataLoader` are such children.
 """

@@ -98,7 +98,7 @@ MIXTURE_SUMS = ("jsd", "mixture_kl")
 Estimator = Literal["k1", "exact", "k2", "k3", "abs"]
 ESTIMATORS = get_args(Estimator)
 
-# What `backend=` takes: the keys of `dispatch.BACKENDS`.
+# Accepted by `backend=`: the keys of `dispatch.BACKENDS`.
 BackendName = Literal["triton", "cuda", "cpu", "reference"]
 
 # What `policy_loss` returns of every token, [8, B, T]: the first weighted so that the sum over the

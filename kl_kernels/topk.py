@@ -123,7 +123,7 @@ def _check_distinct(ids: Tensor, listed: Tensor) -> None:  # [B, T, K]
 
 
 def _at_most_0(logprobs: Tensor, rounding: float) -> Tensor:  # [B, T, K]
-    """What is above 0 by no more than rounding as 0, and by more as NaN."""
+    """Map values above 0 by no more than rounding to 0, and those further above to NaN."""
     above = logprobs > rounding
     if checks.values_are_at_hand(logprobs) and above.any():
         raise ValueError(

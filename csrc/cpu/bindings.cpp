@@ -202,7 +202,7 @@ void backward_rows(const Logits& logits, const Logits* ref_logits, const Tokens&
         anchored<double>(saved.policy_state[row], saved.policy_state[n_rows + row]),
         anchored<double>(saved.ref_state[row], saved.ref_state[n_rows + row]), saved.kl[row],
         saved.entropy[row]};
-    // What was saved are floats, which say too little then. (Of a part there is no more to know.)
+    // The saved sums are floats, too coarse here: fold a whole row again.
     if (vocabulary == Vocabulary::whole && row_is.need_float64(reference.logits == nullptr)) {
       double tx, ty;
       const RowState<double> s =

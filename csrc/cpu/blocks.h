@@ -46,7 +46,7 @@ struct Staged {
     for (int64_t i = block.size; i < padded; ++i) values[i] = padding;
   }
 
-  // Of staged logits, where they lie from an anchor, in float64 up to the last rounding.
+  // Distance of staged logits from an anchor, in float64 up to the last rounding.
   void measure(Block block, double k, double anchor) {
     for (int64_t i = 0; i < whole_pairs(block.size); ++i)
       values[i] = float(from_anchor(double(values[i]), k, anchor));

@@ -138,7 +138,7 @@ class KLMonitorCallback(TrainerCallback):
         return NAMES["trl"][metric]
 
     def _complain(self, logs: Mapping[str, Any]) -> None:
-        """Of training steps whose logs have no KL: those of evaluation never have."""
+        """Warn once of training logs without a KL; those of an evaluation never have one."""
         if "loss" not in logs:
             return
         other = {"token_mean": "sequence_sum", "sequence_sum": "token_mean"}[self.monitor.unit]

@@ -63,7 +63,7 @@ class NonzeroGap(Detector):
         self.impossible = False
 
     def observe_sums(self, step: int, sums: GapSums) -> Event | None:
-        """What there is to say about the next batch; a gap of NaN or -inf leaves no trace."""
+        """Return the next batch's event, if any; a gap of NaN or -inf leaves no trace."""
         if sums.gap == math.inf:
             again, self.impossible = self.impossible, True
             return None if again else Event(step, self.name, math.inf, self.nats, IMPOSSIBLE)
@@ -100,7 +100,7 @@ def sums_of_batch(
     mask: Tensor | None,  # [B, T]
     group: ProcessGroup | None,
 ) -> GapSums:
-    """What `KLMonitor` is given, of all ranks of `group`.
+    """Sums of what `KLMonitor` is given, over all ranks of `group`.
 
     Raises:
         TypeError, ValueError: logprob is not [B, T], or entropy or mask is no tensor like it.

@@ -124,7 +124,7 @@ class Inputs:
         return encode_prompts(config, self.prompts, self.paragraphs, tokenizer, context)
 
     def hints(self) -> list[str]:
-        """What a user should know of the given model before it is trained."""
+        """Notes on the given model that its user should read before it is trained."""
         if self.lm is None:
             return []
         is_text = self.prompts is None or isinstance(self.prompts[0], str)

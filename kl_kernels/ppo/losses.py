@@ -62,7 +62,7 @@ def ppo_loss(
         clip_range=config.value_clip,
         denominator=n_tokens / ranks.n,
     )
-    # Of this rank in what is averaged over tokens.
+    # This rank's share of what is averaged over tokens.
     share = samples.mask.sum() / n_tokens.clamp_min(1)
     kl = metrics.get("kl", torch.zeros_like(loss))
     of_tokens = share * torch.stack([kl, metrics["approx_kl"], metrics["clip_fraction"]])

@@ -70,7 +70,7 @@ def check_model_folder(folder: str) -> None:
 
 
 def _indexed_files(path: Path) -> list[Any]:
-    """What stands for the weights' files in the index of a model in several, if there is one."""
+    """Index of the weights' files, where a model has several of them."""
     index = path / SAFE_WEIGHTS_INDEX_NAME
     return list(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else []
 
@@ -162,12 +162,12 @@ def weights_dtypes(folder: str | Path) -> list[torch.dtype]:
 
 
 def kept_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
-    """What a model of such weights is saved as once it is trained: as it came, if of one dtype."""
+    """Dtype that a trained model is saved in: that of its files, if they have one."""
     return dtypes[0] if len(dtypes) == 1 else torch.float32
 
 
 def said_of_dtypes(dtypes: list[torch.dtype]) -> str | None:
-    """What a user has to know of them; None where training changes nothing."""
+    """Note on the dtype for the user; None where training changes nothing."""
     if dtypes == [torch.float32]:
         return None
     came, goes = (

@@ -32,7 +32,7 @@ class UpdateProgress(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What tqdm's line is made of."""
+        """Fields that tqdm's line is made of."""
         rate = None
         if self.first and self.last and self.last[1] > self.first[1]:
             rate = (self.last[0] - self.first[0]) / (self.last[1] - self.first[1])

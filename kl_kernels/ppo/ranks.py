@@ -110,7 +110,7 @@ class Ranks:
         return made
 
     def each(self, make: Callable[[], T]) -> T:
-        """What `make` returns on this rank; or, everywhere, a ValueError of any rank's.
+        """Return `make()` of this rank, or raise on all ranks the ValueError of any.
 
         A rank that ended on its own would end the others before the first of them, which alone
         speaks, has said why.

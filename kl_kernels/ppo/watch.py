@@ -129,7 +129,7 @@ def make_sink(config: PPOConfig, run: RunFolder) -> Sink:
     """
     names, constants = config.metric_names, dataclasses.asdict(config)
     if config.log_to in ("tensorboard", "wandb"):
-        # What else the libraries write there, and with which modes, is theirs: W&B notes the
+        # The libraries write more there, with modes of their own: W&B notes the
         # account, the machine, and where the code came from.
         make_folder(run.path / config.log_to, PRIVATE_FOLDER_MODE)
     if config.log_to == "tensorboard":

@@ -1,4 +1,4 @@
-"""What every rank divides its loss by, so that averaged gradients are those of the whole batch."""
+"""Divisor of every rank's loss with which averaged gradients are those of the whole batch."""
 
 from __future__ import annotations
 

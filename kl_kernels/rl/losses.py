@@ -107,7 +107,7 @@ def _checked_denominator(
 
 
 def count(mask: Tensor, aggregation: Aggregation) -> Tensor:  # [B, T] bool -> []
-    """What an aggregation is a mean over: tokens, or sequences that have any."""
+    """Number of tokens, or of sequences that have any: the aggregation is a mean over them."""
     return mask.sum() if aggregation == "token-mean" else mask.any(1).sum()
 
 

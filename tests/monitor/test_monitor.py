@@ -341,7 +341,9 @@ def test_jump_and_drift_know_neither_zero_nor_unit(scale, level, seed, change):
 def test_the_folder_knows_neither_kernels_nor_trainers():
     allowed = {
         "checks",
+        "extras",
         "files",
+        "forks",
         "monitor",
         "rl.collectives",
         "rl.masked",

@@ -34,7 +34,7 @@ CALLS = {
     ),
     "a policy loss's gradient": (
         "ones = torch.ones(1, 1)",
-        "kl_kernels.fused_policy_loss(x, ids, ones, ones, ones, backend='cpu')",
+        "kl_kernels.fused_policy_loss(x, ids, -ones, ones, ones, backend='cpu')",
     ),
     "a copy of a view": (
         "z = torch.randn(1, 1 << 24, 2).transpose(1, 2)[:, :1]",

@@ -94,7 +94,7 @@ def token_jsd(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> p, q = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])  # nothing in common
         >>> round(kl_kernels.token_jsd(p.log(), q.log(), beta=0.5).item(), 4)  # ln 2

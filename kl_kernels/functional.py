@@ -67,7 +67,7 @@ class TokenStats(NamedTuple):
         entropy: [...] entropy of the distribution each token was sampled from, in nats;
             differentiable.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> logprob, entropy = kl_kernels.token_stats(torch.zeros(1, 8), torch.tensor([3]))
         >>> [round(x.item(), 4) for x in (logprob, entropy)]  # -ln 8 and ln 8
@@ -88,7 +88,7 @@ class TokenKL(NamedTuple):
         forward_kl: [...] exact KL(reference || policy); differentiable.
         entropy: [...] entropy of the policy; differentiable.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> logits = torch.tensor([[0.0, 0.0]])
         >>> out = kl_kernels.token_kl(logits, logits, torch.tensor([1]))
@@ -115,7 +115,7 @@ class KLRewards(NamedTuple):
         ref_logprob: [B, T] the same under the reference; nats, a constant.
         entropy: [B, T] entropy of the policy; nats, differentiable.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> logits, token_ids = torch.zeros(1, 2, 4), torch.tensor([[1, 3]])
         >>> mask = torch.ones(1, 2, dtype=torch.bool)
@@ -177,7 +177,7 @@ def token_stats(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]])).requires_grad_()
         >>> out = kl_kernels.token_stats(logits, torch.tensor([0]))
@@ -256,7 +256,7 @@ def token_kl(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
         >>> out = kl_kernels.token_kl(p.log(), q.log(), torch.tensor([1]))
@@ -362,7 +362,7 @@ def kl_rewards(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> logits = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
         >>> ref_logits = torch.zeros(1, 2, 2)

@@ -102,7 +102,7 @@ def linear_token_stats(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
             memory_budget is too small for any tile.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> token_ids = torch.tensor([1])
@@ -194,7 +194,7 @@ def linear_token_kl(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
             memory_budget is too small for any tile.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
         >>> hidden, ref_hidden = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]])

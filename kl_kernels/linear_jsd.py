@@ -102,7 +102,7 @@ def linear_token_jsd(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
             memory_budget is too small for any tile.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> student, teacher = torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 40.0]])

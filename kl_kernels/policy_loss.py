@@ -132,7 +132,7 @@ def fused_policy_loss(
             `token_kl`.
         RuntimeError: `backward` is called a second time: the first gave the gradient away.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
         >>> token_ids, mask = torch.tensor([[1, 3]]), torch.ones(1, 2, dtype=torch.bool)

@@ -49,7 +49,7 @@ def selective_log_softmax(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
         >>> kl_kernels.selective_log_softmax(logits, torch.tensor([[0, 2]])).exp().tolist()

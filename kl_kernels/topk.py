@@ -69,7 +69,7 @@ def topk_kl(
             a CPU) an id of a row occurs twice, or a log-probability is above 0: probabilities or
             logits have been passed. On a GPU, where looking would synchronise, its row is NaN.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> logits = torch.zeros(1, 4)  # policy 1/4 each; reference 1/2, 1/4, tail 1/4
         >>> ids, logprobs = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]).log()

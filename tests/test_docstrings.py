@@ -13,7 +13,7 @@ from kl_kernels.dispatch import BACKENDS
 from kl_kernels.schemas import BackendName
 
 NAMES = sorted(set(kl_kernels.__all__) - {"__version__"})
-SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example):$", re.MULTILINE)
+SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Examples):$", re.MULTILINE)
 SHAPED = re.compile(r"\[[^\]]*\]")
 
 

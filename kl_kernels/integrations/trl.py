@@ -61,7 +61,7 @@ def patch(*, backend: BackendName | None = None, memory_budget: int | None = Non
         UnsupportedVersionError: TRL is not installed, or is not 1.16, 1.12 or 0.11, or its
             functions have other parameters than those releases had.
 
-    Example:
+    Examples:
         from kl_kernels.integrations import trl
 
         with trl.patch():

@@ -52,7 +52,7 @@ class KLMonitorCallback(TrainerCallback):
     Raises:
         TypeError: stop_on is a string.
 
-    Example:
+    Examples:
         >>> from kl_kernels import KLMonitor
         >>> from kl_kernels.integrations.trl_callback import KLMonitorCallback
         >>> monitor = KLMonitor(kl_budget=0.5, unit="token_mean")

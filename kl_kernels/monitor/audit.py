@@ -53,7 +53,7 @@ class AuditLog:
         TypeError: `header` holds something JSON has no place for.
         OSError: the folder is missing, or cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile, kl_kernels
         >>> from kl_kernels.monitor.verify import verify_log
         >>> path = tempfile.mkdtemp() + "/audit.jsonl"

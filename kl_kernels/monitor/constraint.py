@@ -48,7 +48,7 @@ class UpdateConstraint:
     Raises:
         TypeError, ValueError: a limit is no number or outside its range, or there is none.
 
-    Example:
+    Examples:
         >>> import kl_kernels
         >>> constraint = kl_kernels.UpdateConstraint(max_kl=0.1, action="skip")
         >>> constraint.check(1, kl=0.02) is None

@@ -82,7 +82,7 @@ class KLMonitor:
     Raises:
         TypeError, ValueError: an argument has the wrong type, or is outside its range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> monitor = kl_kernels.KLMonitor(kl_budget=30.0)
         >>> kl = torch.full((4, 10), 0.5)  # 5 nats per response

@@ -39,7 +39,7 @@ class AdaptiveKLController(SteeredKLController):
             n_steps error_clip >= horizon, where one update could turn the coefficient to 0 or
             below.
 
-    Example:
+    Examples:
         >>> import kl_kernels
         >>> controller = kl_kernels.AdaptiveKLController(
         ...     0.1, target=6.0, horizon=640, unit="sequence_sum"
@@ -102,7 +102,7 @@ class ThresholdKLController(SteeredKLController):
     Raises:
         TypeError, ValueError: an argument has the wrong type or is outside its range.
 
-    Example:
+    Examples:
         >>> import kl_kernels
         >>> controller = kl_kernels.ThresholdKLController(0.1, target=6.0, unit="sequence_sum")
         >>> [controller.update(kl, n_steps=64).value for kl in (12.0, 6.0, 1.0)]
@@ -180,7 +180,7 @@ class PIKLController(SteeredKLController):
     Raises:
         TypeError, ValueError: an argument has the wrong type or is outside its range.
 
-    Example:
+    Examples:
         >>> import kl_kernels
         >>> controller = kl_kernels.PIKLController(0.1, target=6.0, unit="sequence_sum")
         >>> [round(controller.update(kl, n_steps=64).value, 3) for kl in (9.0, 9.0, 6.0)]

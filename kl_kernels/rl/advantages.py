@@ -70,7 +70,7 @@ def compute_gae(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.5]])
         >>> mask = torch.ones(1, 3, dtype=torch.bool)

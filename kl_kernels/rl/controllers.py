@@ -61,7 +61,7 @@ class FixedKLController:
     Raises:
         TypeError, ValueError: an argument has the wrong type or is outside its range.
 
-    Example:
+    Examples:
         >>> import kl_kernels
         >>> controller = kl_kernels.FixedKLController(0.05)
         >>> controller.update(7.5, n_steps=64).kl

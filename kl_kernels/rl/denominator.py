@@ -50,7 +50,7 @@ def global_denominator(
         TypeError, ValueError: mask is not a [B, T] tensor, the aggregation is not one of those
             above, or this process is not in the group.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
         >>> kl_kernels.global_denominator(mask)

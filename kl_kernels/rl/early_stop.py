@@ -45,7 +45,7 @@ class KLEarlyStop:
     Raises:
         TypeError, ValueError: an argument has the wrong type or is outside its range.
 
-    Example:
+    Examples:
         >>> import kl_kernels
         >>> early_stop = kl_kernels.KLEarlyStop(0.02)  # leaves off above 1.5 x 0.02
         >>> [early_stop.before_step(kl) for kl in (0.001, 0.025, 0.04)]

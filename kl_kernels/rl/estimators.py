@@ -132,7 +132,7 @@ def kl_penalty(
             combined with another gradient; "k1" with gradient "pathwise" where logprobs requires
             grad: as a loss its expected gradient is 0, and no token's depends on the reference.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> policy, reference = torch.tensor([0.5, 0.25, 0.0]), torch.tensor([0.25, 0.5, 0.0])
         >>> kl_kernels.kl_penalty(policy.log(), reference.log(), "k3")

@@ -90,7 +90,7 @@ def importance_weights(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> engine = torch.tensor([[0.5, 0.1, float("nan")]]).log()
         >>> trainer = torch.tensor([[0.4, 0.5, 0.5]]).log()

@@ -143,7 +143,7 @@ def aggregate(
         TypeError, ValueError: an argument has the wrong type, shape, device or range; on a CPU
             also a denominator of 0 beside tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from kl_kernels.rl.losses import aggregate
         >>> loss = torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
@@ -215,7 +215,7 @@ def ppo_policy_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> old = torch.tensor([[0.5, 0.5]]).log()
         >>> new = torch.tensor([[0.75, 0.5]]).log()  # ratios 1.5, which is clipped at 1.2, and 1
@@ -305,7 +305,7 @@ def ppo_value_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> values, returns = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]])
         >>> loss, _ = kl_kernels.ppo_value_loss(values, values, returns, torch.ones(1, 2))

@@ -45,7 +45,7 @@ def masked_mean(
     Raises:
         TypeError, ValueError: `mask` is not a mask of x's shape and device, or x has no such `dim`.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> kl = torch.tensor([[1.0, 3.0, torch.nan], [5.0, 0.0, 0.0]])
         >>> mask = torch.tensor([[True, True, False], [True, False, False]])
@@ -87,7 +87,7 @@ def masked_var(
     Raises:
         TypeError, ValueError: `mask` is not a mask of x's shape and device.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> x, mask = torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])
         >>> kl_kernels.masked_var(x, mask)
@@ -128,7 +128,7 @@ def masked_whiten(
     Raises:
         TypeError, ValueError: `mask` is not a mask of x's shape and device, or eps is negative.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> advantages = torch.tensor([[1.0, 2.0, 3.0, torch.nan]])
         >>> mask = torch.tensor([[True, True, True, False]])

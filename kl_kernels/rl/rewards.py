@@ -67,7 +67,7 @@ def compute_rewards(
         TypeError, ValueError: an argument has the wrong type, shape, device or range; on the CPU
             also an index outside [-1, T).
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> scores, kl = torch.tensor([2.0]), torch.tensor([[0.5, 1.0, 0.0]])
         >>> mask = torch.tensor([[True, True, False]])

@@ -80,7 +80,7 @@ def sampling_gap(
     Raises:
         TypeError, ValueError: `entropy` or `mask` is not a tensor of logprob's shape and device.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> logits = torch.tensor([2.0, 1.0, 0.0]).expand(1, 3000, 3)
         >>> weights = logits[0, 0].softmax(0)

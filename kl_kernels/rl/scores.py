@@ -49,7 +49,7 @@ def missing_eos_penalty(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> scores, ended = torch.tensor([2.0, 2.0]), torch.tensor([True, False])
         >>> kl_kernels.missing_eos_penalty(scores, ended, 1.0)
@@ -92,7 +92,7 @@ def overlong_penalty(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> lengths = torch.tensor([400, 450, 600])
         >>> penalty = kl_kernels.overlong_penalty(lengths, max_length=500, buffer=200)
@@ -132,7 +132,7 @@ def length_normalized_scores(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
 
-    Example:
+    Examples:
         >>> import torch, kl_kernels
         >>> scores = torch.tensor([6.0, 6.0])
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])

@@ -3,8 +3,8 @@
 import importlib
 
 import pytest
+from letters import check_letters
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 
 @pytest.fixture
@@ -14,7 +14,6 @@ def report(monkeypatch, request):
 
 
 def test_letters_are_8_pixels_high_where_a_picture_is_400_wide(report, monkeypatch):
-    """A point is 1/72 inch."""
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
@@ -22,7 +21,4 @@ def test_letters_are_8_pixels_high_where_a_picture_is_400_wide(report, monkeypat
         importlib.import_module(module).pictures(report.read(name))
     assert len(figures) >= 7
     for figure in figures:
-        pixels_per_point = 400 / figure.get_size_inches()[0] / 72
-        for text in figure.findobj(Text):
-            if text.get_text().strip():
-                assert text.get_fontsize() * pixels_per_point > 8, text.get_text()
+        check_letters(figure)

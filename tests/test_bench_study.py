@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from matplotlib.text import Text
+from letters import check_letters
 
 from kl_kernels.study.analysis import analyse_records
 from kl_kernels.study.figures import pictures
@@ -54,9 +54,5 @@ def test_pictures_are_drawn_from_the_published_text(data, bench_study, tmp_path,
 
 
 def test_letters_of_a_picture_400_pixels_wide_are_8_pixels_high(data):
-    """A point is 1/72 inch; tick labels and annotations are the smallest letters."""
-    for name, figure in pictures(data).items():
-        pixels_per_point = 400 / figure.get_size_inches()[0] / 72
-        for text in figure.findobj(Text):
-            if text.get_text().strip():
-                assert text.get_fontsize() * pixels_per_point > 8, (name, text.get_text())
+    for figure in pictures(data).values():
+        check_letters(figure)

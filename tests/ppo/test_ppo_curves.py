@@ -1,7 +1,7 @@
 """The picture of a run: whole updates, plain numbers, a title, and letters that can be read."""
 
 import pytest
-from matplotlib.text import Text
+from letters import check_letters
 
 from kl_kernels.ppo.config import PPOConfig
 from kl_kernels.ppo.report import curves
@@ -37,8 +37,4 @@ def test_the_title_tells_which_run_it_is():
 
 
 def test_letters_are_8_pixels_high_where_the_picture_is_400_wide():
-    figure = drawn(3)
-    pixels_per_point = 400 / figure.get_size_inches()[0] / 72
-    for text in figure.findobj(Text):
-        if text.get_text().strip():
-            assert text.get_fontsize() * pixels_per_point > 8, text.get_text()
+    check_letters(drawn(3))

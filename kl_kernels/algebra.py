@@ -223,7 +223,7 @@ def mix(
     )
 
 
-class Scale(NamedTuple):
+class LogitTransform(NamedTuple):
     """From raw logits to log2 units: softcap, then temperature."""
 
     temperature: float

@@ -6,7 +6,7 @@ without any gradient to pass on, nothing runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,23 @@ from torch import Tensor
 
 from kl_kernels import transforms
 from kl_kernels.ops import are_neighbours, library, new_gradient
+from kl_kernels.schemas import (
+    Execution,
+    KLRewardsArgs,
+    KLRewardsOutputs,
+    PolicyLossArgs,
+    ScaleGradientArgs,
+    TokenJSDArgs,
+    TokenJSDBackwardArgs,
+    TokenJSDOutputs,
+    TokenKLArgs,
+    TokenKLBackwardArgs,
+    TokenKLOutputs,
+    TokenStatsArgs,
+    TokenStatsBackwardArgs,
+    TokenStatsOutputs,
+    pick,
+)
 
 
 def gradient_buffer(logits: Tensor, inplace_backward: bool) -> Tensor:
@@ -28,123 +45,189 @@ def gradient_buffer(logits: Tensor, inplace_backward: bool) -> Tensor:
     return logits.detach()
 
 
-def _run_backward(
-    name: str, args: tuple[Any, ...], logits: Tensor, inplace_backward: bool, backend: str | None
-) -> Tensor:
-    if not inplace_backward or transforms.are_active():  # what they are given stays as it is
-        result: Tensor = operator(name)(*args, backend)
+# Fields of a backward operator's arguments that backward fills in.
+LATER: Any = None
+
+
+def keep(ctx: Any, backward: Any) -> None:
+    """Save the arguments of a backward operator; `kept` returns them."""
+    ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in backward))
+    ctx.numbers = type(backward)(*(None if isinstance(arg, Tensor) else arg for arg in backward))
+
+
+def kept(ctx: Any) -> Any:
+    pairs = zip(ctx.saved_tensors, ctx.numbers)
+    return type(ctx.numbers)(*(number if tensor is None else tensor for tensor, number in pairs))
+
+
+def only_first(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the first inputs, and None for the others."""
+    return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+
+
+def with_execution(cls: type[Any], inputs: Sequence[Any]) -> tuple[Any, Execution]:
+    n = len(cls._fields)
+    return cls(*inputs[:n]), Execution(*inputs[n:])
+
+
+def _run_backward(name: str, args: tuple[Any, ...], execution: Execution) -> Tensor:
+    """Run a backward operator whose arguments lack `grad_logits`, the last."""
+    *given, _ = args
+    logits = args.logits  # type: ignore[attr-defined]
+    if not execution.inplace_backward or transforms.are_active():  # inputs stay as they are
+        result: Tensor = operator(name)(*given, execution.backend)
         return result
-    grad_logits = gradient_buffer(logits, inplace_backward)
-    getattr(torch.ops.kl_kernels, name + "_")(*args, grad_logits, backend)
+    grad_logits = gradient_buffer(logits, inplace_backward=True)
+    getattr(torch.ops.kl_kernels, name + "_")(*given, grad_logits, execution.backend)
     return grad_logits
 
 
 def token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, token_ids, mask, *ctx.options = inputs
-    logprob, entropy, policy_state = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(policy_state)
-    ctx.save_for_backward(logits, token_ids, mask, policy_state, entropy)
+    a, execution = with_execution(TokenStatsArgs, inputs)
+    save_token_stats(ctx, a, TokenStatsOutputs(*output), execution, part=False)
 
 
-def token_stats_grad(
-    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *, part: bool = False
-) -> Tensor | None:
-    if grad_logprob is None and grad_entropy is None:
-        return None
-    logits, *saved = ctx.saved_tensors
-    temperature, softcap, *how = ctx.options
-    args = grad_logprob, grad_entropy, logits, *saved, temperature, softcap, part
-    return _run_backward("token_stats_backward", args, logits, *how)
-
-
-def _token_stats_backward(
-    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _state: None
-) -> tuple[Tensor | None, ...]:
-    return token_stats_grad(ctx, grad_logprob, grad_entropy), *[None] * 6
-
-
-def _token_kl_save(
-    ctx: Any, inputs: tuple[Any, ...], kl: Tensor, entropy: Tensor, states: tuple[Tensor, Tensor]
+def save_token_stats(
+    ctx: Any, a: TokenStatsArgs, out: TokenStatsOutputs, execution: Execution, *, part: bool
 ) -> None:
-    logits, ref_logits, token_ids, mask, *ctx.options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, ref_logits, token_ids, mask, *states, kl, entropy)
+    ctx.mark_non_differentiable(out.policy_state)
+    ctx.execution = execution
+    backward = TokenStatsBackwardArgs(
+        grad_logprob=LATER,
+        grad_entropy=LATER,
+        logits=a.logits,
+        token_ids=a.token_ids,
+        mask=a.mask,
+        policy_state=out.policy_state,
+        entropy=out.entropy,
+        temperature=a.temperature,
+        softcap=a.softcap,
+        part=part,
+        grad_logits=LATER,
+    )
+    keep(ctx, backward)
 
 
-def token_kl_grad(
-    ctx: Any,
-    grad_logprob: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_forward_kl: Tensor | None,
-    grad_entropy: Tensor | None,
-    *,
-    part: bool = False,
-) -> Tensor | None:
-    logits, ref_logits, token_ids, mask, policy_state, ref_state, kl, entropy = ctx.saved_tensors
-    temperature, ref_temperature, softcap, ref_softcap, *how = ctx.options
-    args: tuple[Any, ...]
-    if grad_kl is not None or grad_forward_kl is not None:
-        args = (
-            grad_logprob, grad_kl, grad_forward_kl, grad_entropy,
-            logits, ref_logits, token_ids, mask, policy_state, ref_state, kl, entropy,
-            temperature, ref_temperature, softcap, ref_softcap, part,
-        )  # fmt: skip
-        return _run_backward("token_kl_backward", args, logits, *how)
-    if grad_logprob is not None or grad_entropy is not None:
-        # No KL gradient: the reference logits are not read a second time.
-        args = (
-            grad_logprob, grad_entropy,
-            logits, token_ids, mask, policy_state, entropy, temperature, softcap, part,
-        )  # fmt: skip
-        return _run_backward("token_stats_backward", args, logits, *how)
-    return None
+def token_stats_grad(ctx: Any, *grads: Any) -> Tensor | None:
+    grad = TokenStatsOutputs(*grads)
+    if grad.logprob is None and grad.entropy is None:
+        return None
+    backward = kept(ctx)._replace(grad_logprob=grad.logprob, grad_entropy=grad.entropy)
+    return _run_backward("token_stats_backward", backward, ctx.execution)
+
+
+def _token_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return only_first(ctx, token_stats_grad(ctx, *grads))
 
 
 def token_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state = output
-    ctx.mark_non_differentiable(ref_logprob, policy_state, ref_state)
-    _token_kl_save(ctx, inputs, kl, entropy, (policy_state, ref_state))
+    a, execution = with_execution(TokenKLArgs, inputs)
+    save_token_kl(ctx, a, TokenKLOutputs(*output), execution, part=False)
+
+
+def save_token_kl(
+    ctx: Any, a: TokenKLArgs, out: TokenKLOutputs, execution: Execution, *, part: bool
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(out.ref_logprob, out.policy_state, out.ref_state)
+    ctx.execution = execution
+    backward = TokenKLBackwardArgs(
+        grad_logprob=LATER,
+        grad_kl=LATER,
+        grad_forward_kl=LATER,
+        grad_entropy=LATER,
+        logits=a.logits,
+        ref_logits=a.ref_logits,
+        token_ids=a.token_ids,
+        mask=a.mask,
+        policy_state=out.policy_state,
+        ref_state=out.ref_state,
+        kl=out.kl,
+        entropy=out.entropy,
+        temperature=a.temperature,
+        ref_temperature=a.ref_temperature,
+        softcap=a.softcap,
+        ref_softcap=a.ref_softcap,
+        part=part,
+        grad_logits=LATER,
+    )
+    keep(ctx, backward)
+
+
+def token_kl_grad(ctx: Any, *grads: Any) -> Tensor | None:
+    grad = TokenKLOutputs(*grads)
+    backward = kept(ctx)._replace(
+        grad_logprob=grad.logprob,
+        grad_kl=grad.kl,
+        grad_forward_kl=grad.forward_kl,
+        grad_entropy=grad.entropy,
+    )
+    if grad.kl is not None or grad.forward_kl is not None:
+        return _run_backward("token_kl_backward", backward, ctx.execution)
+    if grad.logprob is not None or grad.entropy is not None:
+        # Without a KL gradient the reference logits are not read a second time.
+        stats = pick(TokenStatsBackwardArgs, backward)
+        return _run_backward("token_stats_backward", stats, ctx.execution)
+    return None
 
 
 def _token_kl_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_logprob, _, grad_kl, grad_forward_kl, grad_entropy, *_ = grads
-    grad_logits = token_kl_grad(ctx, grad_logprob, grad_kl, grad_forward_kl, grad_entropy)
-    return grad_logits, *[None] * 9
-
-
-def token_jsd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, ref_logits, mask, *ctx.options = inputs
-    _, mixture_kl, policy_state, ref_state = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mixture_kl, policy_state, ref_state)
-    ctx.save_for_backward(logits, ref_logits, mask, policy_state, ref_state, mixture_kl)
-
-
-def token_jsd_grad(ctx: Any, grad_jsd: Tensor | None) -> Tensor | None:
-    if grad_jsd is None:
-        return None
-    logits, *saved = ctx.saved_tensors
-    *numbers, inplace_backward, backend = ctx.options
-    args = grad_jsd, logits, *saved, *numbers
-    return _run_backward("token_jsd_backward", args, logits, inplace_backward, backend)
-
-
-def _token_jsd_backward(ctx: Any, grad_jsd: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return token_jsd_grad(ctx, grad_jsd), *[None] * 9
+    return only_first(ctx, token_kl_grad(ctx, *grads))
 
 
 def _kl_rewards_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rewards, correction, logprob, ref_logprob, kl, forward_kl, entropy, *states = output
-    ctx.mark_non_differentiable(rewards, correction, ref_logprob, *states)
-    # The epilogue's own arguments (scores ... kl_clip) carry no gradient: drop them.
-    _token_kl_save(ctx, (*inputs[:4], *inputs[9:]), kl, entropy, (states[0], states[1]))
+    a, execution = with_execution(KLRewardsArgs, inputs)
+    out = KLRewardsOutputs(*output)
+    # Marking replaces what was marked before: all of it at once.
+    save_token_kl(ctx, pick(TokenKLArgs, a), pick(TokenKLOutputs, out), execution, part=False)
+    ctx.mark_non_differentiable(
+        out.rewards, out.advantage_correction, out.ref_logprob, out.policy_state, out.ref_state
+    )
 
 
-def _kl_rewards_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    _, _, grad_logprob, _, grad_kl, grad_forward_kl, grad_entropy, *_ = grads
-    grad_logits = token_kl_grad(ctx, grad_logprob, grad_kl, grad_forward_kl, grad_entropy)
-    return grad_logits, *[None] * 14
+def _kl_rewards_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    grad = pick(TokenKLOutputs, KLRewardsOutputs(*grads))
+    return only_first(ctx, token_kl_grad(ctx, *grad))
+
+
+def token_jsd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, execution = with_execution(TokenJSDArgs, inputs)
+    save_token_jsd(ctx, a, TokenJSDOutputs(*output), execution)
+
+
+def save_token_jsd(ctx: Any, a: TokenJSDArgs, out: TokenJSDOutputs, execution: Execution) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(out.mixture_kl, out.policy_state, out.ref_state)
+    ctx.execution = execution
+    backward = TokenJSDBackwardArgs(
+        grad_jsd=LATER,
+        logits=a.logits,
+        ref_logits=a.ref_logits,
+        mask=a.mask,
+        policy_state=out.policy_state,
+        ref_state=out.ref_state,
+        mixture_kl=out.mixture_kl,
+        beta=a.beta,
+        temperature=a.temperature,
+        ref_temperature=a.ref_temperature,
+        softcap=a.softcap,
+        ref_softcap=a.ref_softcap,
+        grad_logits=LATER,
+    )
+    keep(ctx, backward)
+
+
+def token_jsd_grad(ctx: Any, *grads: Any) -> Tensor | None:
+    grad = TokenJSDOutputs(*grads)
+    if grad.jsd is None:
+        return None
+    backward = kept(ctx)._replace(grad_jsd=grad.jsd)
+    return _run_backward("token_jsd_backward", backward, ctx.execution)
+
+
+def _token_jsd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return only_first(ctx, token_jsd_grad(ctx, *grads))
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -209,14 +292,15 @@ class PolicyLoss(torch.autograd.Function):
     """The operator `policy_loss`, whose gradient is there before anybody asks for it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, inplace_backward: bool, backend: str | None, *args: Any
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, terms), from the operator's arguments but for `logits` and `grad_logits`."""
-        gradient = gradient_buffer(logits, inplace_backward) if ctx.needs_input_grad[0] else None
-        terms = torch.ops.kl_kernels.policy_loss(logits.detach(), *args, gradient, backend)
-        ctx.save_for_backward(gradient)  # and not the logits, which can go
-        ctx.backend = backend
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """(loss, terms), from the operator's arguments, `grad_logits` None, and `Execution`."""
+        a, execution = with_execution(PolicyLossArgs, inputs)
+        if ctx.needs_input_grad[0]:
+            buffer = gradient_buffer(a.logits, execution.inplace_backward)
+            a = a._replace(logits=a.logits.detach(), grad_logits=buffer)
+        terms = torch.ops.kl_kernels.policy_loss(*a, execution.backend)
+        ctx.save_for_backward(a.grad_logits)  # and not the logits, which can go
+        ctx.backend = execution.backend
         ctx.mark_non_differentiable(terms)
         return terms[0].sum(), terms
 
@@ -227,5 +311,6 @@ class PolicyLoss(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # It is given away, scaled in place: a second backward is to be refused.
         torch.autograd.graph.increment_version(gradient)
-        torch.ops.kl_kernels.scale_gradient(gradient, grad_loss, ctx.backend)
-        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
+        scale = ScaleGradientArgs(gradient, grad_loss)
+        torch.ops.kl_kernels.scale_gradient(*scale, ctx.backend)
+        return only_first(ctx, gradient)

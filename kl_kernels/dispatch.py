@@ -1,7 +1,7 @@
 """Which backend runs an operator, and why not the others.
 
-A backend is any namespace that has the functions of `schemas.KERNELS`: the module `reference`, the
-package `triton_kernels`, or the operators of a compiled library.
+A backend is any namespace that has the functions of `schemas.OPERATORS`: the module `reference`,
+the package `triton_kernels`, or the operators of a compiled library.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from kl_kernels.arguments import (
 )
 from kl_kernels.dtensors import takes_dtensors
 from kl_kernels.functional import token_kl
-from kl_kernels.parallel import operator
-from kl_kernels.schemas import BackendName
+from kl_kernels.parallel import operator_over
+from kl_kernels.schemas import BackendName, Execution, TokenJSDArgs
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -108,22 +108,30 @@ def token_jsd(
     check_inplace(logits, inplace_backward)
     if beta in (0, 1):
         kl = token_kl(
-            logits, ref_logits, any_token(logits), mask=mask, temperature=temperature,
-            ref_temperature=ref_temperature, softcap=softcap, ref_softcap=ref_softcap,
-            inplace_backward=inplace_backward, group=group, vocab_start=vocab_start,
+            logits,
+            ref_logits,
+            any_token(logits),
+            mask=mask,
+            temperature=temperature,
+            ref_temperature=ref_temperature,
+            softcap=softcap,
+            ref_softcap=ref_softcap,
+            inplace_backward=inplace_backward,
+            group=group,
+            vocab_start=vocab_start,
             backend=backend,
-        )  # fmt: skip
+        )
         return kl.kl if beta == 1 else kl.forward_kl
-    jsd, *_ = operator("token_jsd", logits, group, vocab_start)(
-        as_rows(logits),
-        as_rows(ref_logits),
-        as_mask(mask, logits),
-        beta,
-        temperature,
-        ref_temperature,
-        softcap,
-        ref_softcap,
-        inplace_backward,
-        backend,
+    args = TokenJSDArgs(
+        logits=as_rows(logits),
+        ref_logits=as_rows(ref_logits),
+        mask=as_mask(mask, logits),
+        beta=beta,
+        temperature=temperature,
+        ref_temperature=ref_temperature,
+        softcap=softcap,
+        ref_softcap=ref_softcap,
     )
+    operator = operator_over("token_jsd", logits, group, vocab_start)
+    jsd, *_ = operator(*args, *Execution(inplace_backward, backend))
     return shaped(jsd, logits.shape[:-1])

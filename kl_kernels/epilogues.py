@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels.algebra import Finished, Upstream
-from kl_kernels.schemas import ESTIMATORS
+from kl_kernels.schemas import ESTIMATORS, KLRewardsArgs
 
 K1, EXACT, K2, K3, ABS = range(len(ESTIMATORS))
 
@@ -63,21 +63,13 @@ def reward_epilogue(
     return -kl_coef * estimate, -kl_coef * shortfall
 
 
-def scored_rewards(
-    f: Finished,  # each [B, T]
-    mask: Tensor,  # [B, T]
-    scores: Tensor,  # [B]
-    score_index: Tensor,  # [B], -1 for nowhere
-    kl_coef: float,
-    estimator: int,
-    kl_clip: float | None,
-) -> tuple[Tensor, Tensor]:
+def scored_rewards(f: Finished, a: KLRewardsArgs) -> tuple[Tensor, Tensor]:
     """`reward_epilogue` with the score where it belongs, 0 where masked."""
-    rewards, correction = reward_epilogue(f, kl_coef, estimator, kl_clip)
-    position = torch.arange(mask.shape[1], device=mask.device)
-    at_score = position == score_index[:, None]
-    rewards = torch.where(mask, rewards, 0.0) + torch.where(at_score, scores[:, None], 0.0)
-    return rewards, torch.where(mask, correction, 0.0)
+    rewards, correction = reward_epilogue(f, a.kl_coef, a.estimator, a.kl_clip)
+    position = torch.arange(a.mask.shape[1], device=a.mask.device)
+    at_score = position == a.score_index[:, None]
+    rewards = torch.where(a.mask, rewards, 0.0) + torch.where(at_score, a.scores[:, None], 0.0)
+    return rewards, torch.where(a.mask, correction, 0.0)
 
 
 class PolicyLossInputs(NamedTuple):
@@ -90,18 +82,18 @@ class PolicyLossInputs(NamedTuple):
     ref_logprob: Tensor  # for k2 and k3
 
 
-class PolicyLossShape(NamedTuple):
+class PolicyLossParams(NamedTuple):
     clip_low: float
     clip_high: float
     dual_clip: float | None
     log_ratio_clamp: float | None
     kl_coef: float
-    estimator: int  # an index of ESTIMATORS
+    kl_estimator: int  # an index of ESTIMATORS
     entropy_coef: float
 
 
 def policy_loss_epilogue(
-    f: Finished, row: PolicyLossInputs, shape: PolicyLossShape
+    f: Finished, row: PolicyLossInputs, params: PolicyLossParams
 ) -> tuple[tuple[Tensor, ...], Upstream]:
     """The `schemas.POLICY_LOSS_TERMS` of each token, and the gradient of its loss.
 
@@ -117,18 +109,18 @@ def policy_loss_epilogue(
     """
 
     def clamped(log_ratio: Tensor) -> Tensor:
-        bound = shape.log_ratio_clamp
+        bound = params.log_ratio_clamp
         return log_ratio if bound is None else log_ratio.clamp(-bound, bound)
 
     log_ratio = clamped(log_ratio_of(f.logprob, row.old_logprob))
     ratio = log_ratio.exp()
     unclipped = -row.advantage * ratio
-    clipped = -row.advantage * ratio.clamp(1 - shape.clip_low, 1 + shape.clip_high)
+    clipped = -row.advantage * ratio.clamp(1 - params.clip_low, 1 + params.clip_high)
     clip_decides = clipped > unclipped
     loss = torch.where(clip_decides, clipped, unclipped)
     dual_clip_decides = torch.zeros_like(clip_decides)
-    if shape.dual_clip is not None:
-        bound = -row.advantage * shape.dual_clip
+    if params.dual_clip is not None:
+        bound = -row.advantage * params.dual_clip
         dual_clip_decides = (row.advantage < 0) & (loss > bound)
         loss = torch.where(dual_clip_decides, bound, loss)
     loss = row.importance_weight * loss
@@ -137,18 +129,18 @@ def policy_loss_epilogue(
     grad_logprob = torch.where(constant, 0.0, row.importance_weight * unclipped)
 
     kl, grad_kl = f.kl, torch.zeros_like(f.kl)
-    if shape.estimator != EXACT:
+    if params.kl_estimator != EXACT:
         d = clamped(log_ratio_of(f.logprob, row.ref_logprob))
-        kl = d * d / 2 if shape.estimator == K2 else k3_of(d)
-    if shape.kl_coef != 0:
-        loss = loss + shape.kl_coef * kl
-        if shape.estimator == EXACT:
-            grad_kl = grad_kl + shape.kl_coef
+        kl = d * d / 2 if params.kl_estimator == K2 else k3_of(d)
+    if params.kl_coef != 0:
+        loss = loss + params.kl_coef * kl
+        if params.kl_estimator == EXACT:
+            grad_kl = grad_kl + params.kl_coef
         else:
-            slope = d if shape.estimator == K2 else -torch.expm1(-d)
-            grad_logprob = grad_logprob + shape.kl_coef * slope
-    loss = loss - shape.entropy_coef * f.entropy
-    grad_entropy = torch.full_like(f.entropy, -shape.entropy_coef)
+            slope = d if params.kl_estimator == K2 else -torch.expm1(-d)
+            grad_logprob = grad_logprob + params.kl_coef * slope
+    loss = loss - params.entropy_coef * f.entropy
+    grad_entropy = torch.full_like(f.entropy, -params.entropy_coef)
 
     m = row.token_weight
     terms = (

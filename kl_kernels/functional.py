@@ -46,14 +46,25 @@ from kl_kernels.arguments import (
     shaped,
 )
 from kl_kernels.dtensors import takes_dtensors
-from kl_kernels.parallel import operator
+from kl_kernels.parallel import operator_over
 from kl_kernels.rl.rewards import (
     ScorePosition,
     check_reward_estimator,
     clip_scores,
     score_indices,
 )
-from kl_kernels.schemas import ESTIMATORS, BackendName, Estimator, output_dtype
+from kl_kernels.schemas import (
+    ESTIMATORS,
+    BackendName,
+    Estimator,
+    Execution,
+    KLRewardsArgs,
+    KLRewardsOutputs,
+    TokenKLArgs,
+    TokenStatsArgs,
+    output_dtype,
+    pick,
+)
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -190,17 +201,16 @@ def token_stats(
     temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
-    shape = token_ids.shape
-    logprob, entropy, _ = operator("token_stats", logits, group, vocab_start)(
-        as_rows(logits),
-        as_tokens(token_ids).long(),
-        as_mask(mask, logits),
-        temperature,
-        softcap,
-        inplace_backward,
-        backend,
+    args = TokenStatsArgs(
+        logits=as_rows(logits),
+        token_ids=as_tokens(token_ids).long(),
+        mask=as_mask(mask, logits),
+        temperature=temperature,
+        softcap=softcap,
     )
-    return TokenStats(shaped(logprob, shape), shaped(entropy, shape))
+    operator = operator_over("token_stats", logits, group, vocab_start)
+    logprob, entropy, _ = operator(*args, *Execution(inplace_backward, backend))
+    return TokenStats(shaped(logprob, token_ids.shape), shaped(entropy, token_ids.shape))
 
 
 @takes_dtensors
@@ -271,23 +281,19 @@ def token_kl(
     )
     checks.check_token_ids(token_ids, logits)
     check_inplace(logits, inplace_backward)
-    shape = token_ids.shape
-    logprob, ref_logprob, kl, forward_kl, entropy, _, _ = operator(
-        "token_kl", logits, group, vocab_start
-    )(
-        as_rows(logits),
-        as_rows(ref_logits),
-        as_tokens(token_ids).long(),
-        as_mask(mask, logits),
-        temperature,
-        ref_temperature,
-        softcap,
-        ref_softcap,
-        inplace_backward,
-        backend,
+    args = TokenKLArgs(
+        logits=as_rows(logits),
+        ref_logits=as_rows(ref_logits),
+        token_ids=as_tokens(token_ids).long(),
+        mask=as_mask(mask, logits),
+        temperature=temperature,
+        ref_temperature=ref_temperature,
+        softcap=softcap,
+        ref_softcap=ref_softcap,
     )
-    outputs = (logprob, ref_logprob, kl, forward_kl, entropy)
-    return TokenKL(*(shaped(output, shape) for output in outputs))
+    operator = operator_over("token_kl", logits, group, vocab_start)
+    *outputs, _, _ = operator(*args, *Execution(inplace_backward, backend))
+    return TokenKL(*(shaped(output, token_ids.shape) for output in outputs))
 
 
 @takes_dtensors
@@ -387,22 +393,21 @@ def kl_rewards(
     check_reward_estimator(kl_estimator, biased=biased)
     if kl_clip is not None:
         kl_clip = checks.check_positive("kl_clip", kl_clip)
-    outputs = operator("kl_rewards", logits, group, vocab_start)(
-        logits,
-        ref_logits,
-        token_ids.long(),
-        mask,
-        clip_scores(scores.detach().to(output_dtype(logits)), score_clip),
-        score_indices(score_position, mask),
-        kl_coef,
-        ESTIMATORS.index(kl_estimator),
-        kl_clip,
-        temperature,
-        ref_temperature,
-        softcap,
-        ref_softcap,
-        inplace_backward,
-        backend,
+    args = KLRewardsArgs(
+        logits=logits,
+        ref_logits=ref_logits,
+        token_ids=token_ids.long(),
+        mask=mask,
+        scores=clip_scores(scores.detach().to(output_dtype(logits)), score_clip),
+        score_index=score_indices(score_position, mask),
+        kl_coef=kl_coef,
+        estimator=ESTIMATORS.index(kl_estimator),
+        kl_clip=kl_clip,
+        temperature=temperature,
+        ref_temperature=ref_temperature,
+        softcap=softcap,
+        ref_softcap=ref_softcap,
     )
-    rewards, correction, logprob, ref_logprob, kl, _, entropy, _, _ = outputs
-    return KLRewards(rewards, correction, kl, logprob, ref_logprob, entropy)
+    operator = operator_over("kl_rewards", logits, group, vocab_start)
+    outputs = operator(*args, *Execution(inplace_backward, backend))
+    return pick(KLRewards, KLRewardsOutputs(*outputs))

@@ -17,10 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kl_kernels.autograd import once
+from kl_kernels.autograd import once, only_first
 from kl_kernels.parallel import Shard, exchange
 from kl_kernels.parts import Whole, finish_parts, local_token_ids, merge_parts, pack
-from kl_kernels.schemas import BackendName
+from kl_kernels.schemas import (
+    BackendName,
+    FoldPartArgs,
+    TokenKLBackwardArgs,
+    TokenStatsBackwardArgs,
+    pick,
+)
 from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles
 
 
@@ -35,10 +41,6 @@ class Options:
     memory_budget: int  # bytes
     backend: BackendName | None
     shard: Shard | None = None  # of the vocabulary that the heads are of; None: all of it
-
-    @property
-    def scales(self) -> tuple[float, float, float | None, float | None]:
-        return self.temperature, self.ref_temperature, self.softcap, self.ref_softcap
 
 
 class _Upstream(NamedTuple):
@@ -94,7 +96,7 @@ class LinearTokenKL(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         grads = grad_logprob, grad_kl, grad_forward_kl, grad_entropy
         if all(g is None for g in grads):
-            return (None,) * 9
+            return only_first(ctx)
         *head_tensors, token_ids, mask, policy_state, ref_state, kl, entropy = ctx.saved_tensors
         heads = heads_of(*head_tensors)
         if grad_kl is None and grad_forward_kl is None:
@@ -114,7 +116,7 @@ class LinearTokenKL(torch.autograd.Function):
                 heads, rows, ctx.options, over_logits, ctx.needs_input_grad[:3]
             )
         gradients = [once(g, of) for g, of in zip(gradients, head_tensors)]
-        return *gradients, *[None] * 6
+        return only_first(ctx, *gradients)
 
 
 def heads_of(
@@ -145,10 +147,17 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: Option
 
     def fold(own_ids: Tensor, which: slice) -> Tensor:  # [F, 1, rows]
         logits = [of_head.logits(which)[None] for of_head in tiles]
-        state: Tensor = torch.ops.kl_kernels.fold_part(
-            logits[0], logits[1] if len(logits) > 1 else None, own_ids[:, which], None,
-            *options.scales, options.backend,
-        )  # fmt: skip
+        args = FoldPartArgs(
+            logits=logits[0],
+            ref_logits=logits[1] if len(logits) > 1 else None,
+            token_ids=own_ids[:, which],
+            mask=None,
+            temperature=options.temperature,
+            ref_temperature=options.ref_temperature,
+            softcap=options.softcap,
+            ref_softcap=options.ref_softcap,
+        )
+        state: Tensor = torch.ops.kl_kernels.fold_part(*args, options.backend)
         return state
 
     def states() -> Iterator[Tensor]:  # [F, 1, n]
@@ -160,7 +169,7 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: Option
 
     part, dtype = merge_parts(states()), heads[0].tile_dtype
     if options.shard is not None:
-        state = pack(part, alone=len(heads) == 1, dtype=dtype)
+        state = pack(part, has_ref=len(heads) > 1, dtype=dtype)
         part = exchange(state, options.shard, len(heads[0].weight), global_ids, None)
     return finish_parts(part, None, dtype)
 
@@ -248,18 +257,33 @@ def _over_logits(
     saved: _Saved,
 ) -> None:
     """Writes the gradient of the policy's logits over them."""
-    o, g = options, _Upstream(*(None if g is None else g[:, which] for g in upstream))
+    g = _Upstream(*(None if g is None else g[:, which] for g in upstream))
     s = _Saved(*(value[..., which].contiguous() for value in saved))
-    logits, ids = tile[None], token_ids[:, which]
+    args = TokenKLBackwardArgs(
+        grad_logprob=g.logprob,
+        grad_kl=g.kl,
+        grad_forward_kl=g.forward_kl,
+        grad_entropy=g.entropy,
+        logits=tile[None],
+        ref_logits=ref_tiles[0][None] if ref_tiles else tile[None],
+        token_ids=token_ids[:, which],
+        mask=None,
+        policy_state=s.policy_state,
+        ref_state=s.ref_state,
+        kl=s.kl,
+        entropy=s.entropy,
+        temperature=options.temperature,
+        ref_temperature=options.ref_temperature,
+        softcap=options.softcap,
+        ref_softcap=options.ref_softcap,
+        part=True,
+        grad_logits=tile[None],
+    )
     if ref_tiles:
-        torch.ops.kl_kernels.token_kl_backward_(
-            *g, logits, ref_tiles[0][None], ids, None, *s, *o.scales, True, logits, o.backend
-        )
+        torch.ops.kl_kernels.token_kl_backward_(*args, options.backend)
     else:
-        torch.ops.kl_kernels.token_stats_backward_(
-            g.logprob, g.entropy, logits, ids, None, s.policy_state, s.entropy,
-            o.temperature, o.softcap, True, logits, o.backend,
-        )  # fmt: skip
+        stats = pick(TokenStatsBackwardArgs, args)
+        torch.ops.kl_kernels.token_stats_backward_(*stats, options.backend)
 
 
 class _GradientByColumns:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.arguments import any_token, as_rows, shaped
-from kl_kernels.autograd import once
+from kl_kernels.autograd import once, only_first
 from kl_kernels.dtensor_heads import takes_dtensor_heads
 from kl_kernels.linear import linear_token_kl
 from kl_kernels.linear_arguments import as_mask, reference_options
@@ -23,7 +23,12 @@ from kl_kernels.linear_autograd import (
 )
 from kl_kernels.parallel import add_shards
 from kl_kernels.parts import Whole
-from kl_kernels.schemas import MIXTURE_SUMS, BackendName
+from kl_kernels.schemas import (
+    MIXTURE_SUMS,
+    BackendName,
+    MixturePartArgs,
+    TokenJSDBackwardArgs,
+)
 from kl_kernels.tiles import Head, Rows, Tiles, plan_tiles, untraced
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -191,17 +196,31 @@ class LinearTokenJSD(torch.autograd.Function):
 
         def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:
             logits = tile[None]
-            grad, *saved = (value[..., place.rows].contiguous() for value in per_row)
-            torch.ops.kl_kernels.token_jsd_backward_(
-                grad, logits, ref_tiles[0][None], None, *saved, ctx.beta, *o.scales, logits,
-                o.backend,
-            )  # fmt: skip
+            grad, saved_policy, saved_ref, saved_kl = (
+                value[..., place.rows].contiguous() for value in per_row
+            )
+            args = TokenJSDBackwardArgs(
+                grad_jsd=grad,
+                logits=logits,
+                ref_logits=ref_tiles[0][None],
+                mask=None,
+                policy_state=saved_policy,
+                ref_state=saved_ref,
+                mixture_kl=saved_kl,
+                beta=ctx.beta,
+                temperature=o.temperature,
+                ref_temperature=o.ref_temperature,
+                softcap=o.softcap,
+                ref_softcap=o.ref_softcap,
+                grad_logits=logits,
+            )
+            torch.ops.kl_kernels.token_jsd_backward_(*args, o.backend)
 
         heads = heads_of(*head_tensors)
         with torch.no_grad(), full_precision(heads[0].weight):
             gradients = differentiate(heads, rows, o, over_logits, ctx.needs_input_grad[:3])
         gradients = [once(g, of) for g, of in zip(gradients, head_tensors)]
-        return *gradients, *[None] * 6
+        return only_first(ctx, *gradients)
 
 
 def _mixture_sums(
@@ -212,17 +231,29 @@ def _mixture_sums(
     tiles = [Tiles(head, rows, plan) for head in heads]
     states = whole.policy_state, whole.ref_state
     total = whole.policy_state.new_zeros((len(MIXTURE_SUMS), 1, rows.n), dtype=torch.float64)
+
+    def sums(which: slice) -> Tensor:  # [len(MIXTURE_SUMS), 1, rows]
+        logits, ref_logits = (of_head.logits(which)[None] for of_head in tiles)
+        policy_state, ref_state = (state[..., which].contiguous() for state in states)
+        args = MixturePartArgs(
+            logits=logits,
+            ref_logits=ref_logits,
+            mask=None,
+            policy_state=policy_state,
+            ref_state=ref_state,
+            beta=beta,
+            temperature=options.temperature,
+            ref_temperature=options.ref_temperature,
+            softcap=options.softcap,
+            ref_softcap=options.ref_softcap,
+        )
+        found: Tensor = torch.ops.kl_kernels.mixture_part(*args, options.backend)
+        return found
+
     for columns in plan.column_slices():
         for of_head in tiles:
             of_head.at(columns)
-        parts = [
-            torch.ops.kl_kernels.mixture_part(
-                *(of_head.logits(which)[None] for of_head in tiles), None,
-                *(state[..., which].contiguous() for state in states),
-                beta, *options.scales, options.backend,
-            )
-            for which in plan.row_slices()
-        ]  # fmt: skip
+        parts = [sums(which) for which in plan.row_slices()]
         total += torch.cat(parts, dim=-1)
     if options.shard is not None:
         total = add_shards(total, options.shard)

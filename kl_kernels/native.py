@@ -1,13 +1,14 @@
 """Loads the compiled backends, each from a library of its own, so that one cannot cost the other.
 
 A compiled backend is the namespace `torch.ops.kl_kernels_<name>`: the schemas are ours
-(`schemas.KERNELS`), the library only implements them.
+(`schemas.OPERATORS`), the library only implements them.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from kl_kernels.forks import held_across_forks
-from kl_kernels.schemas import KERNELS
+from kl_kernels.schemas import OPERATORS, schema
 
 DIRECTORY = Path(__file__).parent
 REMEDY = "in a checkout: pip install --no-build-isolation -e ."
@@ -60,13 +61,16 @@ def _loaded(name: str) -> SimpleNamespace | str:
     except OSError as error:
         return f"does not load: {error} (to build it again, {REMEDY})"
     library = torch.library.Library(f"kl_kernels_{name}", "DEF")
-    for kernel, schema in KERNELS.items():
-        library.define(kernel + schema)
-    operators = getattr(torch.ops, f"kl_kernels_{name}")
-    return SimpleNamespace(
-        library=library,  # its operators live as long as it does
-        **{kernel: getattr(operators, kernel).default for kernel in KERNELS},
-    )
+    for operator in OPERATORS:
+        library.define(operator + schema(operator))
+    loaded = getattr(torch.ops, f"kl_kernels_{name}")
+    operators = {operator: _of_one_argument(getattr(loaded, operator)) for operator in OPERATORS}
+    return SimpleNamespace(library=library, **operators)  # they live as long as the library does
+
+
+def _of_one_argument(operator: Any) -> Callable[[tuple[Any, ...]], Any]:
+    overload = operator.default
+    return lambda args: overload(*args)
 
 
 def library_path(name: str) -> Path:

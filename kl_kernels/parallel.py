@@ -19,7 +19,7 @@ way) at their limits, for 65,536 tokens, a vocabulary of 262,144 over 8 ranks an
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,20 @@ from kl_kernels.arguments import any_token
 from kl_kernels.checks import check_integer
 from kl_kernels.epilogues import scored_rewards
 from kl_kernels.parts import Part, Whole, finish_parts, local_token_ids, merge_shards
-from kl_kernels.schemas import STATE_FIELDS, output_dtype
+from kl_kernels.schemas import (
+    STATE_FIELDS,
+    FoldPartArgs,
+    KLRewardsArgs,
+    MixturePartArgs,
+    TokenJSDArgs,
+    TokenJSDOutputs,
+    TokenKLArgs,
+    TokenKLOutputs,
+    TokenStatsArgs,
+    TokenStatsOutputs,
+    output_dtype,
+    pick,
+)
 
 # torch 2.13 renamed it, and warns of the old name. Builds without distributed have neither.
 all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
@@ -48,10 +61,10 @@ class Shard(NamedTuple):
     start: int  # the global id of its first logit
 
 
-def operator(
+def operator_over(
     name: str, logits: Tensor, group: dist.ProcessGroup | None, vocab_start: int | None
 ) -> Callable[..., Any]:
-    """The operator `name`; with a group, a function that takes and returns the same.
+    """The operator `name`, of whole logits or, with a group, of this rank's.
 
     Raises:
         TypeError, ValueError: `vocab_start` without a group, below 0 or no int, or a group that
@@ -59,7 +72,7 @@ def operator(
     """
     if group is not None:
         transforms.refuse(f"{name} with a group")
-        return partial(_SHARDED[name], shard_of(logits.shape[-1], group, vocab_start))
+        return _sharded(name, shard_of(logits.shape[-1], group, vocab_start))
     check_no_vocab_start(vocab_start)
     return autograd.operator(name)
 
@@ -79,20 +92,17 @@ def shard_of(vocab_size: int, group: dist.ProcessGroup, vocab_start: int | None)
     return Shard(group, check_integer("vocab_start", vocab_start, at_least=0))
 
 
-def _fold_and_exchange(
-    shard: Shard,
-    logits: Tensor,  # [B, T, V_local]
-    ref_logits: Tensor | None,  # [B, T, V_local]
-    token_ids: Tensor,  # [B, T] global
-    mask: Tensor | None,  # [B, T]
-    *scales_and_backend: Any,
-) -> tuple[Whole, Tensor]:
-    """The finished rows, and the token ids counted from this shard's first."""
-    vocab_size = logits.shape[-1]
-    local_ids = local_token_ids(token_ids, shard.start, vocab_size)
-    state = torch.ops.kl_kernels.fold_part(logits, ref_logits, local_ids, mask, *scales_and_backend)
-    part = exchange(state, shard, vocab_size, token_ids, mask)
-    return finish_parts(part, mask, output_dtype(logits)), local_ids
+def _fold_and_exchange(a: FoldPartArgs, shard: Shard, backend: str | None) -> Whole:
+    """The finished rows, from this rank's logits and all ranks' token ids."""
+    local = a._replace(token_ids=_local_ids(a, shard))
+    state = torch.ops.kl_kernels.fold_part(*local, backend)
+    part = exchange(state, shard, a.logits.shape[-1], a.token_ids, a.mask)
+    return finish_parts(part, a.mask, output_dtype(a.logits))
+
+
+def _local_ids(a: Any, shard: Shard) -> Tensor:  # [B, T]
+    """The token ids counted from this shard's first."""
+    return local_token_ids(a.token_ids, shard.start, a.logits.shape[-1])
 
 
 def exchange(
@@ -151,115 +161,106 @@ def _check_held_once(held_once: Tensor, token_ids: Tensor, vocab_size: Tensor) -
 
 class _TokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        shard: Shard,
-        logits: Tensor,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-        inplace_backward: bool,
-        backend: str | None,
-    ) -> tuple[Tensor, ...]:
-        whole, local_ids = _fold_and_exchange(
-            shard, logits, None, token_ids, mask,
-            temperature, temperature, softcap, softcap, backend,
-        )  # fmt: skip
-        outputs = whole.outputs.logprob, whole.outputs.entropy, whole.policy_state
-        inputs = logits, local_ids, mask, temperature, softcap, inplace_backward, backend
-        autograd.token_stats_setup(ctx, inputs, outputs)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _state: None
-    ) -> tuple[Tensor | None, ...]:
-        grad = autograd.token_stats_grad(ctx, grad_logprob, grad_entropy, part=True)
-        return None, grad, *[None] * 6
-
-
-class _TokenKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        shard: Shard,
-        logits: Tensor,
-        ref_logits: Tensor,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        *options: Any,
-    ) -> tuple[Tensor, ...]:
-        *scales, inplace_backward, backend = options
-        whole, local_ids = _fold_and_exchange(
-            shard, logits, ref_logits, token_ids, mask, *scales, backend
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *of_operator, shard = inputs
+        a, execution = autograd.with_execution(TokenStatsArgs, of_operator)
+        fold = FoldPartArgs(
+            logits=a.logits,
+            ref_logits=None,
+            token_ids=a.token_ids,
+            mask=a.mask,
+            temperature=a.temperature,
+            ref_temperature=a.temperature,
+            softcap=a.softcap,
+            ref_softcap=None,
         )
-        outputs = *whole.outputs, whole.policy_state, whole.ref_state
-        autograd.token_kl_setup(ctx, (logits, ref_logits, local_ids, mask, *options), outputs)
-        return outputs
+        whole = _fold_and_exchange(fold, shard, execution.backend)
+        out = TokenStatsOutputs(whole.outputs.logprob, whole.outputs.entropy, whole.policy_state)
+        local = a._replace(token_ids=_local_ids(a, shard))
+        autograd.save_token_stats(ctx, local, out, execution, part=True)
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logprob, _, grad_kl, grad_forward_kl, grad_entropy, *_ = grads
-        grad = autograd.token_kl_grad(
-            ctx, grad_logprob, grad_kl, grad_forward_kl, grad_entropy, part=True
-        )
-        return None, grad, *[None] * 9
+        return autograd.only_first(ctx, autograd.token_stats_grad(ctx, *grads))
+
+
+class _TokenKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *of_operator, shard = inputs
+        a, execution = autograd.with_execution(TokenKLArgs, of_operator)
+        whole = _fold_and_exchange(pick(FoldPartArgs, a), shard, execution.backend)
+        out = TokenKLOutputs(*whole.outputs, whole.policy_state, whole.ref_state)
+        local = a._replace(token_ids=_local_ids(a, shard))
+        autograd.save_token_kl(ctx, local, out, execution, part=True)
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return autograd.only_first(ctx, autograd.token_kl_grad(ctx, *grads))
 
 
 class _TokenJSD(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        shard: Shard,
-        logits: Tensor,
-        ref_logits: Tensor,
-        mask: Tensor | None,
-        beta: float,
-        *options: Any,
-    ) -> tuple[Tensor, ...]:
-        *scales, _inplace_backward, backend = options
-        token_ids = any_token(logits)
-        whole, _ = _fold_and_exchange(shard, logits, ref_logits, token_ids, mask, *scales, backend)
-        states = whole.policy_state, whole.ref_state
-        part = torch.ops.kl_kernels.mixture_part(
-            logits, ref_logits, mask, *states, beta, *scales, backend
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *of_operator, shard = inputs
+        a, execution = autograd.with_execution(TokenJSDArgs, of_operator)
+        fold = FoldPartArgs(
+            logits=a.logits,
+            ref_logits=a.ref_logits,
+            token_ids=any_token(a.logits),
+            mask=a.mask,
+            temperature=a.temperature,
+            ref_temperature=a.ref_temperature,
+            softcap=a.softcap,
+            ref_softcap=a.ref_softcap,
         )
-        jsd, mixture_kl = add_shards(part.double(), shard).to(part.dtype).unbind()
-        outputs = jsd.clamp_min(0.0), mixture_kl.clone(), *states
-        autograd.token_jsd_setup(ctx, (logits, ref_logits, mask, beta, *options), outputs)
-        return outputs
+        whole = _fold_and_exchange(fold, shard, execution.backend)
+        part = MixturePartArgs(
+            logits=a.logits,
+            ref_logits=a.ref_logits,
+            mask=a.mask,
+            policy_state=whole.policy_state,
+            ref_state=whole.ref_state,
+            beta=a.beta,
+            temperature=a.temperature,
+            ref_temperature=a.ref_temperature,
+            softcap=a.softcap,
+            ref_softcap=a.ref_softcap,
+        )
+        sums = torch.ops.kl_kernels.mixture_part(*part, execution.backend)
+        jsd, mixture_kl = add_shards(sums.double(), shard).to(sums.dtype).unbind()
+        jsd, mixture_kl = jsd.clamp_min(0.0), mixture_kl.clone()
+        out = TokenJSDOutputs(jsd, mixture_kl, whole.policy_state, whole.ref_state)
+        autograd.save_token_jsd(ctx, a, out, execution)
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_jsd: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return None, autograd.token_jsd_grad(ctx, grad_jsd), *[None] * 9
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return autograd.only_first(ctx, autograd.token_jsd_grad(ctx, *grads))
 
 
-def _kl_rewards(
-    shard: Shard,
-    logits: Tensor,
-    ref_logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    scores: Tensor,
-    score_index: Tensor,
-    kl_coef: float,
-    estimator: int,
-    kl_clip: float | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    outputs = _TokenKL.apply(shard, logits, ref_logits, token_ids, mask, *options)
-    finished = Finished(*(output.detach().double() for output in outputs[:5]))
-    shaped = scored_rewards(finished, mask, scores, score_index, kl_coef, estimator, kl_clip)
-    return *(reward.to(outputs[0].dtype) for reward in shaped), *outputs
+def _kl_rewards(*inputs: Any) -> tuple[Tensor, ...]:
+    *of_operator, shard = inputs
+    a, execution = autograd.with_execution(KLRewardsArgs, of_operator)
+    out = TokenKLOutputs(*_TokenKL.apply(*pick(TokenKLArgs, a), *execution, shard))
+    finished = Finished(*(value.detach().double() for value in pick(Finished, out)))
+    rewards, correction = (t.to(out.kl.dtype) for t in scored_rewards(finished, a))
+    return rewards, correction, *out
 
 
-_SHARDED: dict[str, Callable[..., Any]] = {
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "token_stats": _TokenStats.apply,
     "token_kl": _TokenKL.apply,
     "token_jsd": _TokenJSD.apply,
     "kl_rewards": _kl_rewards,
 }
+
+
+def _sharded(name: str, shard: Shard) -> Callable[..., Any]:
+    function = _FUNCTIONS[name]
+    return lambda *args: function(*args, shard)

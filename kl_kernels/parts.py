@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels.algebra import Finished, RowState, finish, merge, move, within_reach
-from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS
+from kl_kernels.schemas import NO_TOKEN, STATE_FIELDS, state_fields
 
 
 class Part(NamedTuple):
@@ -27,9 +27,9 @@ class Part(NamedTuple):
 
 
 def local_token_ids(token_ids: Tensor, start: int, size: int) -> Tensor:  # [B, T]
-    """Token ids counted from `start`, ELSEWHERE where that part of `size` does not hold them."""
+    """Token ids counted from `start`, NO_TOKEN where that part of `size` does not hold them."""
     local = token_ids - start
-    return torch.where((local >= 0) & (local < size), local, ELSEWHERE)
+    return torch.where((local >= 0) & (local < size), local, NO_TOKEN)
 
 
 def merge_parts(states: Iterable[Tensor]) -> Part:  # [F, B, T] each
@@ -42,28 +42,26 @@ def merge_parts(states: Iterable[Tensor]) -> Part:  # [F, B, T] each
 
 def _unpack(state: Tensor) -> Part:  # [F, B, T]
     values = state.double().unbind()
-    if len(values) == ALONE_FIELDS:
-        anchor, sx, ex, tx = values
-        zero = torch.zeros_like(sx)  # a policy alone is its own reference
-        return Part(RowState(anchor, anchor, sx, sx, ex, zero, zero), tx, tx)
     fields = dict(zip(STATE_FIELDS, values))
+    if len(values) < len(STATE_FIELDS):  # without a reference the policy is its own
+        zero = torch.zeros_like(fields["sx"])
+        fields |= {"ref_anchor": fields["anchor"], "sy": fields["sx"], "rk": zero, "fk": zero}
+        fields["token_ty"] = fields["token_tx"]
     token = fields.pop("token_tx"), fields.pop("token_ty")
     return Part(RowState(**fields), *token)
 
 
-def pack(part: Part, *, alone: bool, dtype: torch.dtype) -> Tensor:  # [F, B, T]
-    """The state tensor that `_unpack` takes apart, of a policy alone the shorter one."""
-    s = part.state
-    of_policy = (s.anchor, s.sx, s.ex, part.token_tx)
-    of_reference = (s.ref_anchor, s.sy, s.rk, s.fk, part.token_ty)
-    return torch.stack(of_policy if alone else of_policy + of_reference).to(dtype)
+def pack(part: Part, *, has_ref: bool, dtype: torch.dtype) -> Tensor:  # [F, B, T]
+    """The state tensor that `_unpack` takes apart."""
+    values = part.state._asdict() | {"token_tx": part.token_tx, "token_ty": part.token_ty}
+    return torch.stack([values[field] for field in state_fields(has_ref)]).to(dtype)
 
 
 def _merge(s: Part, t: Part) -> Part:
     state = merge(s.state, t.state)
 
     def token(of_s: Tensor, of_t: Tensor, field: str) -> Tensor:
-        """The one that is not ELSEWHERE (+inf); NaN stays."""
+        """The one that is not NO_TOKEN (+inf); NaN stays."""
         anchor, of_s_, of_t_ = (getattr(p, field) for p in (state, s.state, t.state))
         return torch.minimum(of_s + (of_s_ - anchor), of_t + (of_t_ - anchor))
 

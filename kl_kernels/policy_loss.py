@@ -18,7 +18,14 @@ from kl_kernels.autograd import PolicyLoss
 from kl_kernels.dtensors import loss_takes_dtensors
 from kl_kernels.functional import token_stats
 from kl_kernels.rl.losses import Aggregation, check_clipping, token_weights
-from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, BackendName, output_dtype
+from kl_kernels.schemas import (
+    ESTIMATORS,
+    POLICY_LOSS_TERMS,
+    BackendName,
+    Execution,
+    PolicyLossArgs,
+    output_dtype,
+)
 
 LossEstimator = Literal["exact", "k2", "k3"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
@@ -166,10 +173,15 @@ def fused_policy_loss(
             ref_logits, logits, ref_temperature, ref_softcap
         )
         if kl_estimator != "exact":
-            ref_logprobs = token_stats(
-                ref_logits, token_ids, mask=mask,
-                temperature=ref_temperature, softcap=ref_softcap, backend=backend,
-            ).logprob  # fmt: skip
+            ref_stats = token_stats(
+                ref_logits,
+                token_ids,
+                mask=mask,
+                temperature=ref_temperature,
+                softcap=ref_softcap,
+                backend=backend,
+            )
+            ref_logprobs = ref_stats.logprob
             ref_logits = None
 
     def constant(name: str, value: Tensor | None) -> Tensor | None:  # [B, T]
@@ -189,15 +201,30 @@ def fused_policy_loss(
     if not needs_gradient(logits):
         # The function is told of requires_grad alone, not of no_grad, and would make a gradient.
         logits = logits.detach()
-    loss, terms = PolicyLoss.apply(
-        logits, inplace_backward, backend,
-        ref_logits, token_ids.long(), mask,
-        constant("old_logprobs", old_logprobs), constant("advantages", advantages),
-        scaled_weights, constant("weights", weights), constant("ref_logprobs", ref_logprobs),
-        clip_low, clip_high, dual_clip, log_ratio_clamp,
-        kl_loss_coef, ESTIMATORS.index(kl_estimator if has_kl else "exact"), entropy_coef,
-        temperature, ref_temperature, softcap, ref_softcap,
-    )  # fmt: skip
+    args = PolicyLossArgs(
+        logits=logits,
+        ref_logits=ref_logits,
+        token_ids=token_ids.long(),
+        mask=mask,
+        old_logprobs=constant("old_logprobs", old_logprobs),
+        advantages=advantages.detach().to(output_dtype(logits)),
+        token_weights=scaled_weights,
+        importance_weights=constant("weights", weights),
+        ref_logprobs=constant("ref_logprobs", ref_logprobs),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        log_ratio_clamp=log_ratio_clamp,
+        kl_coef=kl_loss_coef,
+        kl_estimator=ESTIMATORS.index(kl_estimator if has_kl else "exact"),
+        entropy_coef=entropy_coef,
+        temperature=temperature,
+        ref_temperature=ref_temperature,
+        softcap=softcap,
+        ref_softcap=ref_softcap,
+        grad_logits=None,
+    )
+    loss, terms = PolicyLoss.apply(*args, *Execution(inplace_backward, backend))
     if loss_scale is not None:
         loss = loss / loss_scale
     return loss, _metrics(terms, mask, has_kl)

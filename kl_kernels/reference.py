@@ -1,4 +1,4 @@
-"""The reference backend: the operators of `schemas.KERNELS`, made of the verbs of `algebra.py`.
+"""The reference backend: the operators of `schemas.OPERATORS`, made of the verbs of `algebra.py`.
 
 Every other backend is checked against it. Only rows under the mask are read; all others are exactly
 0. Vocabulary is taken in blocks and rows in groups, so memory stays bounded.
@@ -11,18 +11,16 @@ from torch import Tensor
 
 from kl_kernels.algebra import (
     Finished,
-    Scale,
     Upstream,
     backward,
     coefficients,
     finish,
-    from_anchor,
     within_reach,
 )
 from kl_kernels.checks import check_token_range
 from kl_kernels.epilogues import (
     PolicyLossInputs,
-    PolicyLossShape,
+    PolicyLossParams,
     policy_loss_epilogue,
     scored_rewards,
 )
@@ -31,245 +29,167 @@ from kl_kernels.reference_mixture import (  # noqa: F401  operators, too
     token_jsd,
     token_jsd_backward,
 )
-from kl_kernels.reference_rows import as_saved, blocks, fold_rows, row_groups
-from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS, output_dtype
+from kl_kernels.reference_rows import Models, as_saved, blocks, row_groups, rows_of_state
+from kl_kernels.schemas import (
+    NO_TOKEN,
+    FoldPartArgs,
+    GAEArgs,
+    GAEOutputs,
+    KLRewardsArgs,
+    KLRewardsOutputs,
+    PolicyLossArgs,
+    ScaleGradientArgs,
+    TokenKLArgs,
+    TokenKLBackwardArgs,
+    TokenKLOutputs,
+    TokenStatsArgs,
+    TokenStatsBackwardArgs,
+    TokenStatsOutputs,
+    output_dtype,
+    pick,
+    state_fields,
+)
 
 
-def token_stats(
-    logits: Tensor,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, ...]:
-    # A policy alone is its own reference.
-    logprob, _, _, _, entropy, policy_state, _ = token_kl(
-        logits, logits, token_ids, mask, temperature, temperature, softcap, softcap
-    )
-    return logprob, entropy, policy_state
+def token_stats(a: TokenStatsArgs) -> TokenStatsOutputs:
+    return pick(TokenStatsOutputs, _token_kl(a))
 
 
-def token_kl(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> tuple[Tensor, ...]:
-    check_token_range(token_ids, mask, logits.shape[-1])
-    policy, ref = Scale(temperature, softcap), Scale(ref_temperature, ref_softcap)
-    finished = logits.new_zeros((5, *token_ids.shape), dtype=output_dtype(logits))
-    states = logits.new_zeros((2, 2, *token_ids.shape), dtype=output_dtype(logits))
-    for rows in row_groups(logits, mask):
-        state = fold_rows(policy, ref, logits, ref_logits, rows)
-        saved = within_reach(as_saved(state, states.dtype), states.dtype)
-        token = (*rows, token_ids[rows])
-        result = finish(state, policy(logits[token]), ref(ref_logits[token]))
+def token_kl(a: TokenKLArgs) -> TokenKLOutputs:
+    return _token_kl(a)
+
+
+def _token_kl(a: TokenStatsArgs | TokenKLArgs | PolicyLossArgs) -> TokenKLOutputs:
+    check_token_range(a.token_ids, a.mask, a.logits.shape[-1])
+    models, dtype = Models.of(a), output_dtype(a.logits)
+    finished = a.logits.new_zeros((5, *a.token_ids.shape), dtype=dtype)
+    states = a.logits.new_zeros((2, 2, *a.token_ids.shape), dtype=dtype)
+    for rows in row_groups(a.logits, a.mask):
+        state = models.fold(rows)
+        saved = within_reach(as_saved(state, dtype), dtype)
+        result = finish(state, *models.read(rows, a.token_ids[rows]))
         for i, value in enumerate(result):
-            finished[i][rows] = value.to(finished.dtype)
+            finished[i][rows] = value.to(dtype)
         for i, value in enumerate((saved.anchor, saved.sx, saved.ref_anchor, saved.sy)):
-            states[i // 2, i % 2][rows] = value.to(states.dtype)
+            states[i // 2, i % 2][rows] = value.to(dtype)
     # Outputs of an operator may not share memory.
-    return tuple(t.clone() for t in (*finished, *states))
+    return TokenKLOutputs(*(t.clone() for t in (*finished, *states)))
 
 
-def fold_part(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor | None,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> Tensor:
-    policy = ref = Scale(temperature, softcap)
-    if ref_logits is not None:
-        ref = Scale(ref_temperature, ref_softcap)
-    models = logits, logits if ref_logits is None else ref_logits
-    n_fields = ALONE_FIELDS if ref_logits is None else len(STATE_FIELDS)
-    result = logits.new_zeros((n_fields, *token_ids.shape), dtype=output_dtype(logits))
-    for rows in row_groups(logits, mask):
-        s = as_saved(fold_rows(policy, ref, *models, rows), result.dtype)
-        elsewhere = token_ids[rows] == ELSEWHERE
-        check_token_range(token_ids[rows], ~elsewhere, logits.shape[-1])
-        token = (*rows, token_ids[rows].masked_fill(elsewhere, 0))
-        token_tx, token_ty = (
-            (scale(model[token]) - anchor).masked_fill(elsewhere, torch.inf)
-            for scale, model, anchor in zip((policy, ref), models, (s.anchor, s.ref_anchor))
-        )
-        fields = s.anchor, s.sx, s.ex, token_tx, s.ref_anchor, s.sy, s.rk, s.fk, token_ty
-        for i, value in enumerate(fields[:n_fields]):
-            result[i][rows] = value.to(result.dtype)
+def fold_part(a: FoldPartArgs) -> Tensor:
+    models, fields = Models.of(a), state_fields(a.ref_logits is not None)
+    result = a.logits.new_zeros((len(fields), *a.token_ids.shape), dtype=output_dtype(a.logits))
+    for rows in row_groups(a.logits, a.mask):
+        s = as_saved(models.fold(rows), result.dtype)
+        outside = a.token_ids[rows] == NO_TOKEN
+        check_token_range(a.token_ids[rows], ~outside, a.logits.shape[-1])
+        xt, yt = models.read(rows, a.token_ids[rows].masked_fill(outside, 0))
+        found = s._asdict() | {
+            "token_tx": (xt - s.anchor).masked_fill(outside, torch.inf),
+            "token_ty": (yt - s.ref_anchor).masked_fill(outside, torch.inf),
+        }
+        for i, field in enumerate(fields):
+            result[i][rows] = found[field].to(result.dtype)
     return result
 
 
-def token_stats_backward(
-    grad_logprob: Tensor | None,  # [B, T]
-    grad_entropy: Tensor | None,  # [B, T]
-    logits: Tensor,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    policy_state: Tensor,  # [2, B, T]
-    entropy: Tensor,  # [B, T]
-    temperature: float,
-    softcap: float | None,
-    part: bool,
-    grad_logits: Tensor,  # [B, T, V], written; may be logits
-) -> None:
-    token_kl_backward(
-        grad_logprob, None, None, grad_entropy,
-        logits, logits, token_ids, mask, policy_state, policy_state, torch.zeros_like(entropy),
-        entropy, temperature, temperature, softcap, softcap, part, grad_logits,
-    )  # fmt: skip
+def token_stats_backward(a: TokenStatsBackwardArgs) -> None:
+    grads = a.grad_logprob, None, None, a.grad_entropy
+    no_kl = torch.zeros_like(a.entropy)
+    _backward(Models.of(a), a, grads, a.policy_state, no_kl)
 
 
-def token_kl_backward(
-    grad_logprob: Tensor | None,  # [B, T]
-    grad_kl: Tensor | None,  # [B, T]
-    grad_forward_kl: Tensor | None,  # [B, T]
-    grad_entropy: Tensor | None,  # [B, T]
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    policy_state: Tensor,  # [2, B, T]
+def token_kl_backward(a: TokenKLBackwardArgs) -> None:
+    grads = a.grad_logprob, a.grad_kl, a.grad_forward_kl, a.grad_entropy
+    _backward(Models.of(a), a, grads, a.ref_state, a.kl)
+
+
+def _backward(
+    models: Models,
+    a: TokenStatsBackwardArgs | TokenKLBackwardArgs,
+    grads: tuple[Tensor | None, ...],  # [B, T] each, in the order of Upstream
     ref_state: Tensor,  # [2, B, T]
     kl: Tensor,  # [B, T]
-    entropy: Tensor,  # [B, T]
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    part: bool,
-    grad_logits: Tensor,  # [B, T, V], written; may be logits
 ) -> None:
-    policy, ref = Scale(temperature, softcap), Scale(ref_temperature, ref_softcap)
-    if mask is not None:
-        grad_logits[~mask] = 0
-    grads = (grad_logprob, grad_kl, grad_forward_kl, grad_entropy)
-    for rows in row_groups(logits, mask):
-        zero = torch.zeros(len(rows[0]), dtype=torch.float64, device=logits.device)
+    if a.mask is not None:
+        a.grad_logits[~a.mask] = 0
+    for rows in row_groups(a.logits, a.mask):
+        zero = torch.zeros(len(rows[0]), dtype=torch.float64, device=a.logits.device)
         upstream = Upstream(*(zero if g is None else g[rows].double() for g in grads))
-        flat = rows[0] * logits.shape[1] + rows[1]
-        (anchor, sx), (ref_anchor, sy) = (
-            state.flatten(1)[:, flat].double() for state in (policy_state, ref_state)
-        )
-        c = coefficients(upstream, sx, sy, kl[rows].double(), entropy[rows].double(), temperature)
-        for block in blocks(logits):
-            here = (*rows, block)
-            tx = from_anchor(policy(logits[here]), anchor)
-            ty = from_anchor(ref(ref_logits[here]), ref_anchor)
-            grad = backward(tx, ty, c)
-            own = token_ids[rows] - block.start
+        anchor, sx = rows_of_state(a.policy_state, rows)
+        ref_anchor, sy = rows_of_state(ref_state, rows)
+        entropy = a.entropy[rows].double()
+        c = coefficients(upstream, sx, sy, kl[rows].double(), entropy, a.temperature)
+        for block in blocks(a.logits):
+            grad = backward(*models.from_anchors(rows, block, anchor, ref_anchor), c)
+            own = a.token_ids[rows] - block.start
             has = ((own >= 0) & (own < grad.shape[-1])).nonzero().squeeze(-1)
-            grad[has, own[has]] += upstream.logprob[has] / temperature
-            grad_logits[here] = (grad * policy.softcap_grad(logits[here])).to(logits.dtype)
+            grad[has, own[has]] += upstream.logprob[has] / a.temperature
+            models.store(grad, rows, block, a.grad_logits)
 
 
-def kl_rewards(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor,  # [B, T]
-    scores: Tensor,  # [B]
-    score_index: Tensor,  # [B], -1 for nowhere
-    kl_coef: float,
-    estimator: int,
-    kl_clip: float | None,
-    *scales: float | None,
-) -> tuple[Tensor, ...]:
-    outputs = token_kl(logits, ref_logits, token_ids, mask, *scales)  # type: ignore[arg-type]
-    shaped = scored_rewards(
-        Finished(*outputs[:5]), mask, scores, score_index, kl_coef, estimator, kl_clip
-    )
-    return *shaped, *outputs
+def kl_rewards(a: KLRewardsArgs) -> KLRewardsOutputs:
+    out = token_kl(pick(TokenKLArgs, a))
+    shaped = scored_rewards(pick(Finished, out), a)
+    return KLRewardsOutputs(*shaped, *out)
 
 
-def policy_loss(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor | None,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor,  # [B, T]
-    old_logprobs: Tensor | None,  # [B, T]
-    advantages: Tensor,  # [B, T]
-    token_weights: Tensor,  # [B, T]
-    importance_weights: Tensor | None,  # [B, T]
-    ref_logprobs: Tensor | None,  # [B, T]
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    log_ratio_clamp: float | None,
-    kl_coef: float,
-    kl_estimator: int,
-    entropy_coef: float,
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    grad_logits: Tensor | None,  # [B, T, V], written; may be logits
-) -> Tensor:
-    # A policy alone is its own reference; nobody asks for their KL.
-    ref = logits if ref_logits is None else ref_logits
-    scales = temperature, ref_temperature, softcap, ref_softcap
-    if ref_logits is None:
-        scales = temperature, temperature, softcap, softcap
-    *finished, policy_state, ref_state = token_kl(logits, ref, token_ids, mask, *scales)
-    f = Finished(*finished)
+def policy_loss(a: PolicyLossArgs) -> Tensor:
+    out = _token_kl(a)
+    finished = pick(Finished, out)
 
     def or_else(given: Tensor | None, default: Tensor) -> Tensor:
         return default if given is None else given
 
     row = PolicyLossInputs(
-        or_else(old_logprobs, f.logprob),
-        advantages,
-        token_weights,
-        or_else(importance_weights, torch.ones_like(f.logprob)),
-        or_else(ref_logprobs, f.logprob),
-    )
-    shape = PolicyLossShape(
-        clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef
+        or_else(a.old_logprobs, out.logprob),
+        a.advantages,
+        a.token_weights,
+        or_else(a.importance_weights, torch.ones_like(out.logprob)),
+        or_else(a.ref_logprobs, out.logprob),
     )
     terms, upstream = policy_loss_epilogue(
-        Finished(*(t.double() for t in f)), PolicyLossInputs(*(t.double() for t in row)), shape
+        Finished(*(t.double() for t in finished)),
+        PolicyLossInputs(*(t.double() for t in row)),
+        pick(PolicyLossParams, a),
     )
-    if grad_logits is not None:
-        token_kl_backward(
-            *upstream, logits, ref, token_ids, mask, policy_state, ref_state, f.kl, f.entropy,
-            *scales, False, grad_logits,
-        )  # fmt: skip
-    return torch.stack([torch.where(mask, term, 0.0) for term in terms]).to(f.logprob.dtype)
+    if a.grad_logits is not None:
+        row_args = TokenStatsBackwardArgs(
+            grad_logprob=None,
+            grad_entropy=None,
+            logits=a.logits,
+            token_ids=a.token_ids,
+            mask=a.mask,
+            policy_state=out.policy_state,
+            entropy=out.entropy,
+            temperature=a.temperature,
+            softcap=a.softcap,
+            part=False,
+            grad_logits=a.grad_logits,
+        )
+        _backward(Models.of(a), row_args, upstream, out.ref_state, out.kl)
+    return torch.stack([torch.where(a.mask, term, 0.0) for term in terms]).to(out.logprob.dtype)
 
 
-def scale_gradient(gradient: Tensor, factor: Tensor) -> None:  # [B, T, V], []
-    gradient.mul_(factor)
+def scale_gradient(a: ScaleGradientArgs) -> None:
+    a.gradient.mul_(a.factor)
 
 
-def gae(
-    rewards: Tensor,  # [B, T]
-    values: Tensor,  # [B, T]
-    mask: Tensor,  # [B, T]
-    gamma: float,
-    lam: float,
-    skip_masked: bool,
-) -> tuple[Tensor, Tensor]:
+def gae(a: GAEArgs) -> GAEOutputs:
     """Schulman et al. (2016), equation 16, from the last token back; 0 follows the last token.
 
     Skipping hands a masked token's successor on to its predecessor, as if it were not there.
     Otherwise masked rewards and values count as 0, and time passes over them.
     """
-    r, v = (torch.where(mask, t, 0.0).double() for t in (rewards, values))
+    r, v = (torch.where(a.mask, t, 0.0).double() for t in (a.rewards, a.values))
     advantages = torch.zeros_like(r)
     next_value, next_advantage = r.new_zeros(len(r)), r.new_zeros(len(r))
     for t in reversed(range(r.shape[1])):
-        delta = r[:, t] + gamma * next_value - v[:, t]
-        advantage = delta + gamma * lam * next_advantage
-        counts = mask[:, t] | (not skip_masked)
+        delta = r[:, t] + a.gamma * next_value - v[:, t]
+        advantage = delta + a.gamma * a.lam * next_advantage
+        counts = a.mask[:, t] | (not a.skip_masked)
         next_value = torch.where(counts, v[:, t], next_value)
         next_advantage = torch.where(counts, advantage, next_advantage)
-        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
-    returns = torch.where(mask, advantages + v, 0.0)
-    return advantages.to(rewards.dtype), returns.to(rewards.dtype)
+        advantages[:, t] = torch.where(a.mask[:, t], advantage, 0.0)
+    returns = torch.where(a.mask, advantages + v, 0.0)
+    return GAEOutputs(advantages.to(a.rewards.dtype), returns.to(a.rewards.dtype))

@@ -1,95 +1,356 @@
-"""What a backend has to provide: one schema per operator, and the facts all backends share."""
+"""The operators: one class of arguments for each, and the facts that all backends share.
+
+A backend is any namespace with the functions of `OPERATORS`, each taking its class of arguments
+(`dispatch.py` lists them). The schemas that torch registers are derived from the classes, for the
+operators (`ops.py`) as for the compiled libraries that implement them (`native.py`).
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor
 
-# A backend is any namespace with these names (`dispatch.py` lists them); a compiled library
-# implements the same schemas in a namespace of its own (`native.py`). `grad_logits` is where the
-# gradient goes: [B, T, V] of the logits' dtype with stride 1 over V, maybe the logits themselves.
-#
-# Logits may be a part of a vocabulary (a shard, a tile of a linear head). `fold_part` gives its
-# state, [len(STATE_FIELDS), B, T], or of a policy alone the first ALONE_FIELDS of them; backward
-# kernels are told by `part`. For both, a token may be ELSEWHERE.
-KERNELS = {
-    "fold_part": """(
-        Tensor logits, Tensor? ref_logits, Tensor token_ids, Tensor? mask,
-        float temperature, float ref_temperature, float? softcap, float? ref_softcap
-    ) -> Tensor state""",
-    "token_stats": """(
-        Tensor logits, Tensor token_ids, Tensor? mask,
-        float temperature, float? softcap
-    ) -> (Tensor logprob, Tensor entropy, Tensor policy_state)""",
-    "token_stats_backward": """(
-        Tensor? grad_logprob, Tensor? grad_entropy,
-        Tensor logits, Tensor token_ids, Tensor? mask, Tensor policy_state, Tensor entropy,
-        float temperature, float? softcap, bool part, Tensor(a!) grad_logits
-    ) -> ()""",
-    "token_kl": """(
-        Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor? mask,
-        float temperature, float ref_temperature, float? softcap, float? ref_softcap
-    ) -> (Tensor logprob, Tensor ref_logprob, Tensor kl, Tensor forward_kl, Tensor entropy,
-          Tensor policy_state, Tensor ref_state)""",
-    "token_kl_backward": """(
-        Tensor? grad_logprob, Tensor? grad_kl, Tensor? grad_forward_kl, Tensor? grad_entropy,
-        Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor? mask,
-        Tensor policy_state, Tensor ref_state, Tensor kl, Tensor entropy,
-        float temperature, float ref_temperature, float? softcap, float? ref_softcap,
-        bool part, Tensor(a!) grad_logits
-    ) -> ()""",
-    # The mixture is (1 - beta) policy + beta reference, 0 < beta < 1; `mixture_kl` is
-    # KL(policy || mixture). `mixture_part` gives a part's share of both, [len(MIXTURE_SUMS), B, T],
-    # from the states of the whole rows.
-    "token_jsd": """(
-        Tensor logits, Tensor ref_logits, Tensor? mask, float beta,
-        float temperature, float ref_temperature, float? softcap, float? ref_softcap
-    ) -> (Tensor jsd, Tensor mixture_kl, Tensor policy_state, Tensor ref_state)""",
-    "mixture_part": """(
-        Tensor logits, Tensor ref_logits, Tensor? mask, Tensor policy_state, Tensor ref_state,
-        float beta, float temperature, float ref_temperature, float? softcap, float? ref_softcap
-    ) -> Tensor sums""",
-    "token_jsd_backward": """(
-        Tensor grad_jsd, Tensor logits, Tensor ref_logits, Tensor? mask,
-        Tensor policy_state, Tensor ref_state, Tensor mixture_kl, float beta,
-        float temperature, float ref_temperature, float? softcap, float? ref_softcap,
-        Tensor(a!) grad_logits
-    ) -> ()""",
-    # `estimator` indexes ESTIMATORS; `score_index` is where the score goes, -1 for nowhere.
-    "kl_rewards": """(
-        Tensor logits, Tensor ref_logits, Tensor token_ids, Tensor mask,
-        Tensor scores, Tensor score_index, float kl_coef, int estimator, float? kl_clip,
-        float temperature, float ref_temperature, float? softcap, float? ref_softcap
-    ) -> (Tensor rewards, Tensor advantage_correction,
-          Tensor logprob, Tensor ref_logprob, Tensor kl, Tensor forward_kl, Tensor entropy,
-          Tensor policy_state, Tensor ref_state)""",
-    # Without grad_logits there is no gradient; without old_logprobs the ratio is 1; ref_logprobs
-    # are for the estimators k2 and k3, ref_logits for the exact KL.
-    "policy_loss": """(
-        Tensor logits, Tensor? ref_logits, Tensor token_ids, Tensor mask,
-        Tensor? old_logprobs, Tensor advantages, Tensor token_weights,
-        Tensor? importance_weights, Tensor? ref_logprobs,
-        float clip_low, float clip_high, float? dual_clip, float? log_ratio_clamp,
-        float kl_coef, int kl_estimator, float entropy_coef,
-        float temperature, float ref_temperature, float? softcap, float? ref_softcap,
-        Tensor(a!)? grad_logits
-    ) -> Tensor terms""",
-    # In place, and nothing at all where the factor, a 0-dim float32 tensor, is 1.
-    "scale_gradient": "(Tensor(a!) gradient, Tensor factor) -> ()",
-    "gae": """(
-        Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, bool skip_masked
-    ) -> (Tensor advantages, Tensor returns)""",
+# A tensor that the operator writes; where it is [B, T, V], it may be the logits themselves.
+Written = Annotated[Tensor, "a!"]
+
+# Logits may be a part of a vocabulary: a shard, or a tile of a linear head. Tokens outside of the
+# part are then NO_TOKEN, and backward operators are told by `part`.
+
+
+class FoldPartArgs(NamedTuple):
+    """The state of a part of a vocabulary, [len(state_fields(has_ref)), B, T]."""
+
+    logits: Tensor  # [B, T, V]
+    ref_logits: Tensor | None  # [B, T, V]
+    token_ids: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T]
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+
+
+class TokenStatsArgs(NamedTuple):
+    """Log-probability and entropy."""
+
+    logits: Tensor  # [B, T, V]
+    token_ids: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T]
+    temperature: float
+    softcap: float | None
+
+
+class TokenStatsOutputs(NamedTuple):
+    """The results and what backward needs; or the gradients of the results."""
+
+    logprob: Tensor  # [B, T]
+    entropy: Tensor  # [B, T]
+    policy_state: Tensor  # [2, B, T]
+
+
+class TokenStatsBackwardArgs(NamedTuple):
+    """The gradient of `token_stats`."""
+
+    grad_logprob: Tensor | None  # [B, T]
+    grad_entropy: Tensor | None  # [B, T]
+    logits: Tensor  # [B, T, V]
+    token_ids: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T]
+    policy_state: Tensor  # [2, B, T]
+    entropy: Tensor  # [B, T]
+    temperature: float
+    softcap: float | None
+    part: bool
+    grad_logits: Written  # [B, T, V]
+
+
+class TokenKLArgs(NamedTuple):
+    """Log-probabilities under both models, KL both ways and entropy."""
+
+    logits: Tensor  # [B, T, V]
+    ref_logits: Tensor  # [B, T, V]
+    token_ids: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T]
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+
+
+class TokenKLOutputs(NamedTuple):
+    """The results and what backward needs; or the gradients of the results."""
+
+    logprob: Tensor  # [B, T]
+    ref_logprob: Tensor  # [B, T]
+    kl: Tensor  # [B, T] KL(policy || reference)
+    forward_kl: Tensor  # [B, T] KL(reference || policy)
+    entropy: Tensor  # [B, T]
+    policy_state: Tensor  # [2, B, T]
+    ref_state: Tensor  # [2, B, T]
+
+
+class TokenKLBackwardArgs(NamedTuple):
+    """The gradient of `token_kl`."""
+
+    grad_logprob: Tensor | None  # [B, T]
+    grad_kl: Tensor | None  # [B, T]
+    grad_forward_kl: Tensor | None  # [B, T]
+    grad_entropy: Tensor | None  # [B, T]
+    logits: Tensor  # [B, T, V]
+    ref_logits: Tensor  # [B, T, V]
+    token_ids: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T]
+    policy_state: Tensor  # [2, B, T]
+    ref_state: Tensor  # [2, B, T]
+    kl: Tensor  # [B, T]
+    entropy: Tensor  # [B, T]
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+    part: bool
+    grad_logits: Written  # [B, T, V]
+
+
+class TokenJSDArgs(NamedTuple):
+    """The divergence to the mixture (1 - beta) policy + beta reference, 0 < beta < 1."""
+
+    logits: Tensor  # [B, T, V]
+    ref_logits: Tensor  # [B, T, V]
+    mask: Tensor | None  # [B, T]
+    beta: float
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+
+
+class TokenJSDOutputs(NamedTuple):
+    """The results and what backward needs; or the gradients of the results."""
+
+    jsd: Tensor  # [B, T]
+    mixture_kl: Tensor  # [B, T] KL(policy || mixture)
+    policy_state: Tensor  # [2, B, T]
+    ref_state: Tensor  # [2, B, T]
+
+
+class MixturePartArgs(NamedTuple):
+    """A part's share of both sums of a mixture, [len(MIXTURE_SUMS), B, T]."""
+
+    logits: Tensor  # [B, T, V]
+    ref_logits: Tensor  # [B, T, V]
+    mask: Tensor | None  # [B, T]
+    policy_state: Tensor  # [2, B, T] of the whole rows
+    ref_state: Tensor  # [2, B, T]
+    beta: float
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+
+
+class TokenJSDBackwardArgs(NamedTuple):
+    """The gradient of `token_jsd`, of whole rows as of parts."""
+
+    grad_jsd: Tensor  # [B, T]
+    logits: Tensor  # [B, T, V]
+    ref_logits: Tensor  # [B, T, V]
+    mask: Tensor | None  # [B, T]
+    policy_state: Tensor  # [2, B, T]
+    ref_state: Tensor  # [2, B, T]
+    mixture_kl: Tensor  # [B, T]
+    beta: float
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+    grad_logits: Written  # [B, T, V]
+
+
+class KLRewardsArgs(NamedTuple):
+    """What `token_kl` takes, and how rewards are made of its results."""
+
+    logits: Tensor  # [B, T, V]
+    ref_logits: Tensor  # [B, T, V]
+    token_ids: Tensor  # [B, T]
+    mask: Tensor  # [B, T]
+    scores: Tensor  # [B]
+    score_index: Tensor  # [B] where the score goes, -1 for nowhere
+    kl_coef: float
+    estimator: int  # an index of ESTIMATORS
+    kl_clip: float | None
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+
+
+class KLRewardsOutputs(NamedTuple):
+    """Rewards, then the fields of `TokenKLOutputs`; or the gradients of the results."""
+
+    rewards: Tensor  # [B, T]
+    advantage_correction: Tensor  # [B, T]
+    logprob: Tensor  # [B, T]
+    ref_logprob: Tensor  # [B, T]
+    kl: Tensor  # [B, T]
+    forward_kl: Tensor  # [B, T]
+    entropy: Tensor  # [B, T]
+    policy_state: Tensor  # [2, B, T]
+    ref_state: Tensor  # [2, B, T]
+
+
+class PolicyLossArgs(NamedTuple):
+    """POLICY_LOSS_TERMS of each token and, with `grad_logits`, the gradient of the loss."""
+
+    logits: Tensor  # [B, T, V]
+    ref_logits: Tensor | None  # [B, T, V] for the exact KL
+    token_ids: Tensor  # [B, T]
+    mask: Tensor  # [B, T]
+    old_logprobs: Tensor | None  # [B, T]; None: the ratio is 1
+    advantages: Tensor  # [B, T]
+    token_weights: Tensor  # [B, T] of a token's loss in the whole
+    importance_weights: Tensor | None  # [B, T] of the clipped loss in the token's; None: 1
+    ref_logprobs: Tensor | None  # [B, T] for the estimators k2 and k3
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    log_ratio_clamp: float | None
+    kl_coef: float
+    kl_estimator: int  # an index of ESTIMATORS
+    entropy_coef: float
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+    grad_logits: Written | None  # [B, T, V]
+
+
+class ScaleGradientArgs(NamedTuple):
+    """Multiplies in place; touches nothing where the factor is 1."""
+
+    gradient: Written  # [B, T, V]
+    factor: Tensor  # [] float32
+
+
+class GAEArgs(NamedTuple):
+    """Generalised advantage estimation."""
+
+    rewards: Tensor  # [B, T]
+    values: Tensor  # [B, T]
+    mask: Tensor  # [B, T]
+    gamma: float
+    lam: float
+    skip_masked: bool
+
+
+class GAEOutputs(NamedTuple):
+    advantages: Tensor  # [B, T]
+    returns: Tensor  # [B, T]
+
+
+class Operator(NamedTuple):
+    """An operator's class of arguments, and what it returns."""
+
+    args: type[Any]
+    outputs: Any  # a class of outputs, the name of the only one, or None
+
+
+OPERATORS = {
+    "fold_part": Operator(FoldPartArgs, "state"),
+    "token_stats": Operator(TokenStatsArgs, TokenStatsOutputs),
+    "token_stats_backward": Operator(TokenStatsBackwardArgs, None),
+    "token_kl": Operator(TokenKLArgs, TokenKLOutputs),
+    "token_kl_backward": Operator(TokenKLBackwardArgs, None),
+    "token_jsd": Operator(TokenJSDArgs, TokenJSDOutputs),
+    "mixture_part": Operator(MixturePartArgs, "sums"),
+    "token_jsd_backward": Operator(TokenJSDBackwardArgs, None),
+    "kl_rewards": Operator(KLRewardsArgs, KLRewardsOutputs),
+    "policy_loss": Operator(PolicyLossArgs, "terms"),
+    "scale_gradient": Operator(ScaleGradientArgs, None),
+    "gae": Operator(GAEArgs, GAEOutputs),
 }
 
-# The token of a row is not among these logits; no id that anybody means.
-ELSEWHERE = -(1 << 62)
 
-# `algebra.RowState` and the token's position from the anchors, which is +inf where it is ELSEWHERE.
+class Execution(NamedTuple):
+    """How a differentiable operator runs: what does not change its result."""
+
+    inplace_backward: bool  # the gradient goes over the logits
+    backend: str | None  # a key of `dispatch.BACKENDS`, or None for the best
+
+
+A = TypeVar("A", bound=tuple[Any, ...])
+
+
+def pick(cls: type[A], args: Any) -> A:
+    """The fields of `cls`, a class of arguments, out of a class that has more of them."""
+    return cls(*(getattr(args, field) for field in cls._fields))  # type: ignore[attr-defined]
+
+
+def argument_types(cls: type[Any]) -> dict[str, str]:
+    """The torch schema's type of each field."""
+    return {name: _torch_type(t) for name, t in get_type_hints(cls, include_extras=True).items()}
+
+
+def _torch_type(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        (present,) = (t for t in get_args(annotation) if t is not NoneType)
+        return _torch_type(present) + "?"
+    if annotation == Written:
+        return "Tensor(a!)"
+    return str(annotation.__name__)
+
+
+def schema(name: str, *options: str, returns_gradient: bool = False) -> str:
+    """The schema of operator `name` as torch writes it.
+
+    Args:
+        name: a key of OPERATORS.
+        options: further arguments, such as "str? backend".
+        returns_gradient: `grad_logits` is returned, instead of an argument that is written.
+    """
+    operator = OPERATORS[name]
+    types = argument_types(operator.args)
+    outputs = operator.outputs
+    if returns_gradient:
+        del types["grad_logits"]
+        outputs = "grad_logits"
+    arguments = ", ".join([*(f"{kind} {field}" for field, kind in types.items()), *options])
+    return f"({arguments}) -> {_returned(outputs)}"
+
+
+def _returned(outputs: Any) -> str:
+    if outputs is None:
+        return "()"
+    if isinstance(outputs, str):
+        return f"Tensor {outputs}"
+    return f"({', '.join(f'Tensor {field}' for field in outputs._fields)})"
+
+
+# A token that is not among a row's logits; no id that anybody means.
+NO_TOKEN = -(1 << 62)
+
+# `algebra.RowState` and the token's position from the anchors, which is +inf where it is NO_TOKEN.
 # A row that is masked, or a part that is all -inf, has sums of 0.
 STATE_FIELDS = ("anchor", "sx", "ex", "token_tx", "ref_anchor", "sy", "rk", "fk", "token_ty")
-ALONE_FIELDS = 4
+
+
+def state_fields(has_ref: bool) -> tuple[str, ...]:
+    """The fields of the state of a part, which are fewer without a reference."""
+    return STATE_FIELDS if has_ref else STATE_FIELDS[:4]
+
 
 # What parts of a vocabulary add up to, once their row is finished; 0 where masked.
 MIXTURE_SUMS = ("jsd", "mixture_kl")

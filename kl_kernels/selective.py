@@ -9,10 +9,16 @@ from torch import Tensor
 
 from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_mask, as_rows, as_tokens, check_scaled_logits, shaped
-from kl_kernels.autograd import once
+from kl_kernels.autograd import LATER, once, only_first
 from kl_kernels.dtensors import takes_dtensors
 from kl_kernels.functional import token_stats
-from kl_kernels.schemas import BackendName, output_dtype
+from kl_kernels.schemas import (
+    BackendName,
+    Execution,
+    TokenStatsArgs,
+    TokenStatsBackwardArgs,
+    output_dtype,
+)
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -135,9 +141,9 @@ class _SelectedLogprobs(torch.autograd.Function):
         # The likeliest: from -inf there is no difference to anything.
         first, where = chosen.max(-1, keepdim=True)
         token_ids = index.gather(-1, where)[..., 0]
-        logprob, entropy, state = torch.ops.kl_kernels.token_stats(
-            logits.detach(), token_ids, mask, temperature, None, False, backend
-        )
+        args = TokenStatsArgs(logits.detach(), token_ids, mask, temperature, softcap=None)
+        execution = Execution(inplace_backward=False, backend=backend)
+        logprob, entropy, state = torch.ops.kl_kernels.token_stats(*args, *execution)
         gap = torch.where(chosen == -torch.inf, -torch.inf, (chosen - first) / temperature)
         logprobs = logprob[..., None] + gap
         if mask is not None:
@@ -152,15 +158,25 @@ class _SelectedLogprobs(torch.autograd.Function):
         temperature, backend = ctx.options
         with torch.no_grad():
             total = grad.sum(-1)
-            gradient = torch.ops.kl_kernels.token_stats_backward(
-                total, None, logits, token_ids, mask, state, entropy, temperature, None, False,
-                backend,
-            )  # fmt: skip
+            *args, _ = TokenStatsBackwardArgs(
+                grad_logprob=total,
+                grad_entropy=None,
+                logits=logits,
+                token_ids=token_ids,
+                mask=mask,
+                policy_state=state,
+                entropy=entropy,
+                temperature=temperature,
+                softcap=None,
+                part=False,
+                grad_logits=LATER,
+            )
+            gradient = torch.ops.kl_kernels.token_stats_backward(*args, backend)
             own = sum_over_equals(index, grad) - logprobs.exp() * total[..., None]
             if mask is not None:
                 own = torch.where(mask[..., None], own, 0.0)
             put(gradient, index, (own / temperature).to(gradient.dtype))
-        return once(gradient, logits), *[None] * 4
+        return only_first(ctx, once(gradient, logits))
 
 
 def put(

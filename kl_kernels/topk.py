@@ -10,9 +10,15 @@ from torch import Tensor
 
 from kl_kernels import checks, transforms
 from kl_kernels.arguments import as_mask, as_rows, check_scaled_logits, needs_gradient, shaped
-from kl_kernels.autograd import once
+from kl_kernels.autograd import once, only_first
 from kl_kernels.dtensors import takes_dtensors
-from kl_kernels.schemas import ELSEWHERE, BackendName, output_dtype
+from kl_kernels.schemas import (
+    NO_TOKEN,
+    BackendName,
+    FoldPartArgs,
+    TokenStatsBackwardArgs,
+    output_dtype,
+)
 from kl_kernels.selective import check_several, put
 
 
@@ -183,14 +189,23 @@ class _Events(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         ids = ids.where(listed, _any_listed(ids, listed))
-        scale = temperature, temperature, softcap, softcap, backend
 
         def fold(part: Tensor, token_ids: Tensor) -> Tensor:  # [4, B, T]
-            state: Tensor = torch.ops.kl_kernels.fold_part(part, None, token_ids, mask, *scale)
+            args = FoldPartArgs(
+                logits=part,
+                ref_logits=None,
+                token_ids=token_ids,
+                mask=mask,
+                temperature=temperature,
+                ref_temperature=temperature,
+                softcap=softcap,
+                ref_softcap=None,
+            )
+            state: Tensor = torch.ops.kl_kernels.fold_part(*args, backend)
             return state
 
         anchor, total, _, _ = fold(
-            _without(logits, ids, listed), torch.full_like(ids[..., 0], ELSEWHERE)
+            _without(logits, ids, listed), torch.full_like(ids[..., 0], NO_TOKEN)
         )
         chosen = logits.gather(-1, ids)
         first, where = chosen.double().max(-1, keepdim=True)
@@ -217,14 +232,24 @@ class _Events(torch.autograd.Function):
             # The gradient of the logarithm of a sum is p; that of a log-probability elsewhere, -p.
             of_tail = -grad[..., -1].to(state.dtype).masked_fill(nothing, 0.0)
             gradient = _without(logits, ids, listed)
-            torch.ops.kl_kernels.token_stats_backward_(
-                of_tail, None, gradient, torch.full_like(ids[..., 0], ELSEWHERE), mask, state,
-                torch.zeros_like(of_tail), temperature, softcap, True, gradient, backend,
-            )  # fmt: skip
+            args = TokenStatsBackwardArgs(
+                grad_logprob=of_tail,
+                grad_entropy=None,
+                logits=gradient,
+                token_ids=torch.full_like(ids[..., 0], NO_TOKEN),
+                mask=mask,
+                policy_state=state,
+                entropy=torch.zeros_like(of_tail),
+                temperature=temperature,
+                softcap=softcap,
+                part=True,
+                grad_logits=gradient,
+            )
+            torch.ops.kl_kernels.token_stats_backward_(*args, backend)
             own = grad[..., :-1] * _cap_slope(chosen, softcap) / temperature
             own = torch.where(listed, own, 0.0).to(gradient.dtype)  # a masked row's may be NaN
             put(gradient, ids, own, accumulate=True)  # to exact zeros, where they are listed
-        return once(gradient, logits), *[None] * 6
+        return only_first(ctx, once(gradient, logits))
 
 
 def _any_listed(ids: Tensor, listed: Tensor) -> Tensor:  # [B, T, K] -> [B, T, 1]

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from careful_rows import careful_rows
+from operators import arguments
 
 from kl_kernels import triton_kernels
 from kl_kernels.triton_kernels import fold, launch
@@ -61,7 +62,8 @@ def test_the_triton_rule_is_what_the_kernel_does(
     both = rules.Loops.FAST | rules.Loops.CAREFUL
     assert {*expected.flatten().tolist()} == {rules.Loops.FAST, rules.Loops.CAREFUL, both}
     assert rules.TritonRule.for_logits(x, y).tile == tile
-    triton_kernels.token_kl(x[None], y[None], token_ids[None], None, 1.0, 1.0, None, None)
+    given = {"logits": x[None], "ref_logits": y[None], "token_ids": token_ids[None]}
+    triton_kernels.token_kl(arguments("token_kl", **given))
     got = []
     for address, n_full, loops in loops_run:
         assert address == x.data_ptr() + x.itemsize * (

@@ -61,6 +61,8 @@ def interrupted(tmp_path, module, *command):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Ignored in what a shell runs in the background, tests included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGINT)

@@ -9,13 +9,20 @@ import itertools
 
 import pytest
 import torch
+from operators import arguments
 from test_far_gradients import KINDS as KINDS_OF_FAR_LOGITS
 from test_far_gradients import assert_true, rows_in
 
 import kl_kernels
 from kl_kernels import native
 from kl_kernels.algebra import LN2
-from kl_kernels.schemas import KERNELS
+from kl_kernels.schemas import (
+    OPERATORS,
+    TokenKLArgs,
+    TokenKLOutputs,
+    TokenStatsBackwardArgs,
+    pick,
+)
 from kl_kernels.validate.cases import Case
 from kl_kernels.validate.report.grid import Cell
 from kl_kernels.validate.report.rows import make_rows as rows_of_a_kl
@@ -134,9 +141,8 @@ def test_saved_states_belong_to_their_anchors():
     """(anchor, sum) has to give the log-sum-exp in float64, and 0 for masked rows."""
     logits, ref_logits, token_ids = make_rows(torch.bfloat16, torch.float32)
     mask = torch.tensor([[True, True, False], [True, False, True]])
-    *_, policy_state, ref_state = native.namespace("cpu").token_kl(
-        logits, ref_logits, token_ids, mask, 0.7, 1.3, None, None
-    )
+    args = TokenKLArgs(logits, ref_logits, token_ids, mask, 0.7, 1.3, None, None)
+    *_, policy_state, ref_state = native.namespace("cpu").token_kl(args)
     for state, values in ((policy_state, logits.double() / 0.7), (ref_state, ref_logits / 1.3)):
         anchor, total = state.double()
         lse = torch.log(total) + anchor * LN2
@@ -218,17 +224,27 @@ def test_a_reference_nobody_needs_is_not_read(dtype):
     """Without a gradient of either KL in a row, its reference may by then hold anything."""
     logits, ref_logits, token_ids = make_rows(dtype)
     kernels = native.namespace("cpu")
-    *outputs, policy_state, ref_state = kernels.token_kl(
-        logits, ref_logits, token_ids, None, 1.0, 1.0, None, None
-    )
+    args = arguments("token_kl", logits=logits, ref_logits=ref_logits, token_ids=token_ids)
+    out = TokenKLOutputs(*kernels.token_kl(args))
     ones, zeros = torch.ones(2, 3), torch.zeros(2, 3)
     grad, expected = torch.empty_like(logits), torch.empty_like(logits)
-    kernels.token_kl_backward(
-        ones, zeros, None, ones, logits, torch.full_like(ref_logits, torch.nan), token_ids, None,
-        policy_state, ref_state, outputs[2], outputs[4], 1.0, 1.0, None, None, False, grad,
-    )  # fmt: skip
+    backward = arguments(
+        "token_kl_backward",
+        grad_logprob=ones,
+        grad_kl=zeros,
+        grad_entropy=ones,
+        logits=logits,
+        ref_logits=torch.full_like(ref_logits, torch.nan),
+        token_ids=token_ids,
+        policy_state=out.policy_state,
+        ref_state=out.ref_state,
+        kl=out.kl,
+        entropy=out.entropy,
+        grad_logits=grad,
+    )
+    kernels.token_kl_backward(backward)
     kernels.token_stats_backward(
-        ones, ones, logits, token_ids, None, policy_state, outputs[4], 1.0, None, False, expected
+        pick(TokenStatsBackwardArgs, backward)._replace(grad_logits=expected)
     )
     assert grad.isfinite().all()
     assert torch.equal(grad, expected)
@@ -238,13 +254,13 @@ def test_a_dtype_it_cannot_take_is_refused():
     logits = torch.zeros(1, 1, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match="logits has a dtype compiled backends do not take"):
         native.namespace("cpu").token_stats(
-            logits, torch.zeros(1, 1, dtype=torch.long), None, 1.0, None
+            arguments("token_stats", logits=logits, token_ids=torch.zeros(1, 1, dtype=torch.long))
         )
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_operator_is_there(kernel):
-    assert callable(getattr(native.namespace("cpu"), kernel))
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_is_there(operator):
+    assert callable(getattr(native.namespace("cpu"), operator))
 
 
 def test_a_library_that_is_not_there_says_so():

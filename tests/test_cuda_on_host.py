@@ -18,7 +18,8 @@ from functools import partial
 import pytest
 import torch
 from careful_rows import careful_rows
-from host.cuda_on_host import Logits, Outputs, RewardShape, Rows, backend, compile_host, library
+from host.cuda_on_host import Logits, Outputs, RewardParams, Rows, backend, compile_host, library
+from operators import arguments
 from test_far_gradients import DISTANCES as DISTANCES_OF_FAR_LOGITS
 from test_far_gradients import KINDS as KINDS_OF_FAR_LOGITS
 from test_far_gradients import assert_true_of_float32_states
@@ -29,6 +30,7 @@ from test_ruled_out import assert_policy_losses_are_right, assert_rewards_are_ri
 
 import kl_kernels
 from kl_kernels import dispatch, reference
+from kl_kernels.schemas import GAEArgs
 from kl_kernels.validate.cases import DIFFICULTIES, Inputs, grid
 from kl_kernels.validate.errors import VALUE_BUDGET, errors, value_error
 from kl_kernels.validate.report.gate import breaches
@@ -166,7 +168,7 @@ def part_states(x, y, token_ids, n_parts):
     outputs = {name: torch.empty(2 * len(x)) for name in ("policy_state", "ref_state")}
     structs = (
         rows, Logits.of(x[None], 1.0, None), Logits.of(y[None], 1.0, None),
-        Outputs(**{name: tensor.data_ptr() for name, tensor in outputs.items()}), RewardShape(),
+        Outputs(**{name: tensor.data_ptr() for name, tensor in outputs.items()}), RewardParams(),
     )  # fmt: skip
     pointers = (*map(ctypes.byref, structs), ctypes.c_void_p(states.data_ptr()))
     assert library().host_forward(*pointers) == 0
@@ -218,19 +220,29 @@ def test_a_token_outside_the_vocabulary_is_nan_and_reads_nothing(token):
     expected, _ = evaluate(logits, ref_logits, token_ids)
     kernels = dispatch.choose(NAME, [logits])
     token_ids[0, 1] = token
-    got = kernels.token_kl(logits, ref_logits, token_ids, None, 1.0, 1.0, None, None)
+    args = arguments("token_kl", logits=logits, ref_logits=ref_logits, token_ids=token_ids)
+    got = kernels.token_kl(args)
     for name, value, true in zip(kl_kernels.TokenKL._fields, got, expected):
         if "logprob" in name:
             assert value[0, 1].isnan()
             value[0, 1] = true[0, 1]
         torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-6)
-    saved = (token_ids, None, got[5], got[4], 1.0, None)
     ones = torch.ones(token_ids.shape)
     grad = torch.empty_like(logits)
-    kernels.token_stats_backward(ones, ones, logits, *saved, False, grad)
+    backward = arguments(
+        "token_stats_backward",
+        grad_logprob=ones,
+        grad_entropy=ones,
+        logits=logits,
+        token_ids=token_ids,
+        policy_state=got.policy_state,
+        entropy=got.entropy,
+        grad_logits=grad,
+    )
+    kernels.token_stats_backward(backward)
     assert grad[0, 1].isnan().all()
     assert grad[0, 0].isfinite().all()
-    kernels.token_stats_backward(None, ones, logits, *saved, False, grad)
+    kernels.token_stats_backward(backward._replace(grad_logprob=None))
     assert grad.isfinite().all()
 
 
@@ -240,12 +252,22 @@ def test_rewards(estimator, kl_clip):
     logits, ref_logits, token_ids = random_rows(70, torch.float32)
     mask = torch.tensor([[True, False, True], [False, False, False]])
     scores, score_index = torch.tensor([1.5, -2.0]), torch.tensor([1, -1])
-    arguments = (
-        logits, ref_logits, token_ids, mask, scores, score_index, 0.2, estimator, kl_clip,
-        0.9, 1.1, None, None,
-    )  # fmt: skip
-    got = dispatch.choose(NAME, [logits]).kl_rewards(*arguments)
-    for value, true in zip(got, reference.kl_rewards(*arguments)):
+    args = arguments(
+        "kl_rewards",
+        logits=logits,
+        ref_logits=ref_logits,
+        token_ids=token_ids,
+        mask=mask,
+        scores=scores,
+        score_index=score_index,
+        kl_coef=0.2,
+        estimator=estimator,
+        kl_clip=kl_clip,
+        temperature=0.9,
+        ref_temperature=1.1,
+    )
+    got = dispatch.choose(NAME, [logits]).kl_rewards(args)
+    for value, true in zip(got, reference.kl_rewards(args)):
         torch.testing.assert_close(value, true, rtol=1e-5, atol=2e-6)
 
 
@@ -266,10 +288,8 @@ def test_gae(n_tokens, skip_masked):
     rewards, values = torch.randn(2, 3, n_tokens, generator=g)
     mask = torch.rand(3, n_tokens, generator=g) < 0.7
     rewards[~mask] = math.nan
-    arguments = (rewards, values, mask, 0.99, 0.95, skip_masked)
-    for got, true in zip(
-        dispatch.choose(NAME, [rewards]).gae(*arguments), reference.gae(*arguments)
-    ):
+    args = GAEArgs(rewards, values, mask, 0.99, 0.95, skip_masked)
+    for got, true in zip(dispatch.choose(NAME, [rewards]).gae(args), reference.gae(args)):
         torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
 
 

@@ -10,10 +10,17 @@ import math
 import pytest
 import torch
 from host.cuda_on_host import backend
+from operators import arguments
 
 from kl_kernels import reference
 from kl_kernels.parts import finish_parts, local_token_ids, merge_parts
-from kl_kernels.schemas import ELSEWHERE, STATE_FIELDS
+from kl_kernels.schemas import (
+    NO_TOKEN,
+    STATE_FIELDS,
+    FoldPartArgs,
+    TokenKLArgs,
+    TokenKLBackwardArgs,
+)
 from kl_kernels.validate.cases import DIFFICULTIES, Case
 from kl_kernels.validate.errors import (
     GRADIENT_BUDGET,
@@ -32,32 +39,41 @@ DTYPES = (torch.float32, torch.bfloat16)
 def inputs_of(difficulty, dtype):
     inputs = Case(difficulty, VOCAB_SIZE, dtype).inputs()
     ref_temperature = inputs.ref_temperature or inputs.temperature
-    scales = inputs.temperature, ref_temperature, inputs.softcap, inputs.ref_softcap
-    return inputs, scales
+    transforms = {
+        "temperature": inputs.temperature,
+        "ref_temperature": ref_temperature,
+        "softcap": inputs.softcap,
+        "ref_softcap": inputs.ref_softcap,
+    }
+    return inputs, transforms
 
 
 def local(token_ids, part):
     return local_token_ids(token_ids, part.start, part.stop - part.start)
 
 
-def merged(inputs, scales, alone):
+def merged(inputs, transforms, has_ref):
     states = []
     for part in PARTS:
-        ref_logits = None if alone else inputs.ref_logits[..., part]
-        ids = local(inputs.token_ids, part)
-        logits = inputs.logits[..., part]
-        states.append(backend().fold_part(logits, ref_logits, ids, inputs.mask, *scales))
+        args = FoldPartArgs(
+            logits=inputs.logits[..., part],
+            ref_logits=inputs.ref_logits[..., part] if has_ref else None,
+            token_ids=local(inputs.token_ids, part),
+            mask=inputs.mask,
+            **transforms,
+        )
+        states.append(backend().fold_part(args))
     return finish_parts(merge_parts(states), inputs.mask, torch.float32)
 
 
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("has_ref", [True, False])
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
-def test_merged_states_are_true(difficulty, alone):
+def test_merged_states_are_true(difficulty, has_ref):
     for dtype in DTYPES:
-        inputs, scales = inputs_of(difficulty, dtype)
+        inputs, transforms = inputs_of(difficulty, dtype)
         true = eager(inputs, torch.float64)
-        got = merged(inputs, scales, alone).outputs
-        for name in ("logprob", "entropy") if alone else true:
+        got = merged(inputs, transforms, has_ref).outputs
+        for name in true if has_ref else ("logprob", "entropy"):
             error = value_error(name, getattr(got, name), true[name])
             assert error <= VALUE_BUDGET, (dtype, name, error)
 
@@ -67,27 +83,44 @@ def test_gradients_of_parts_are_those_of_the_whole(difficulty):
     generator = torch.Generator().manual_seed(0)
     kernels = backend()
     for dtype in DTYPES:
-        inputs, scales = inputs_of(difficulty, dtype)
+        inputs, transforms = inputs_of(difficulty, dtype)
         upstream = torch.randn(4, *inputs.token_ids.shape, generator=generator)
         logits, ref_logits = inputs.logits, inputs.ref_logits
-        rest = inputs.token_ids, inputs.mask
         true = torch.empty(logits.shape, dtype=torch.float64)
-        doubles = logits.double(), ref_logits.double()
-        saved = reference.token_kl(*doubles, *rest, *scales)
-        of_whole = saved[5], saved[6], saved[2], saved[4]
-        reference.token_kl_backward(*upstream, *doubles, *rest, *of_whole, *scales, False, true)
+        args = TokenKLArgs(
+            logits.double(), ref_logits.double(), inputs.token_ids, inputs.mask, **transforms
+        )
+        out = reference.token_kl(args)
+        grads = dict(zip(("grad_logprob", "grad_kl", "grad_forward_kl", "grad_entropy"), upstream))
+        backward = TokenKLBackwardArgs(
+            **args._asdict(),
+            **grads,
+            policy_state=out.policy_state,
+            ref_state=out.ref_state,
+            kl=out.kl,
+            entropy=out.entropy,
+            part=False,
+            grad_logits=true,
+        )
+        reference.token_kl_backward(backward)
 
-        whole = merged(inputs, scales, alone=False)
-        of_whole = whole.policy_state, whole.ref_state, whole.outputs.kl, whole.outputs.entropy
+        whole = merged(inputs, transforms, has_ref=True)
         got = torch.full_like(logits, math.nan)
         for part in PARTS:
-            kernels.token_kl_backward(
-                *upstream, logits[..., part], ref_logits[..., part],
-                local(inputs.token_ids, part), inputs.mask, *of_whole, *scales, True,
-                got[..., part],
-            )  # fmt: skip
+            of_part = backward._replace(
+                logits=logits[..., part],
+                ref_logits=ref_logits[..., part],
+                token_ids=local(inputs.token_ids, part),
+                policy_state=whole.policy_state,
+                ref_state=whole.ref_state,
+                kl=whole.outputs.kl,
+                entropy=whole.outputs.entropy,
+                part=True,
+                grad_logits=got[..., part],
+            )
+            kernels.token_kl_backward(of_part)
         # The gradient is the difference of terms as large as the KL.
-        terms = upstream.abs().sum(0) * saved[2].nan_to_num(1.0, 1.0).clamp_min(1.0)
+        terms = upstream.abs().sum(0) * out.kl.nan_to_num(1.0, 1.0).clamp_min(1.0)
         error = gradient_error(got, true, terms / inputs.temperature)
         assert error <= GRADIENT_BUDGET, (dtype, error)
 
@@ -99,22 +132,26 @@ def random_rows(vocab_size):
 
 
 @pytest.mark.parametrize("vocab_size", [13, 2601])  # one block, two
-@pytest.mark.parametrize("alone", [False, True])
-def test_special_rows_of_a_part(vocab_size, alone):
+@pytest.mark.parametrize("has_ref", [True, False])
+def test_special_rows_of_a_part(vocab_size, has_ref):
     logits, ref_logits, token_ids = random_rows(vocab_size)
     mask = torch.ones(2, 3, dtype=torch.bool)
     mask[1, 2] = False
     logits[1, 2] = math.nan
     logits[0, 1], ref_logits[0, 1] = -math.inf, -math.inf
-    token_ids[0] = ELSEWHERE
+    token_ids[0] = NO_TOKEN
     token_ids[1, 0], token_ids[1, 1] = -1, vocab_size
-    state = backend().fold_part(
-        logits, None if alone else ref_logits, token_ids, mask, 1.0, 1.0, None, None
+    args = arguments(
+        "fold_part",
+        logits=logits,
+        ref_logits=ref_logits if has_ref else None,
+        token_ids=token_ids,
+        mask=mask,
     )
-    fields = dict(zip(STATE_FIELDS, state))
-    assert len(fields) == (4 if alone else 9)
+    fields = dict(zip(STATE_FIELDS, state := backend().fold_part(args)))
+    assert len(fields) == (9 if has_ref else 4)
     assert (state[:, 1, 2] == 0).all()  # masked
-    for name in ("token_tx", "token_ty")[: 1 if alone else 2]:
+    for name in ("token_tx", "token_ty")[: 2 if has_ref else 1]:
         token = fields.pop(name)
         assert (token[0] == math.inf).all()
         assert token[1, :2].isnan().all()
@@ -127,16 +164,24 @@ def test_a_token_elsewhere_has_no_entry_in_the_gradient():
     """Where logits are not told to be a part, it is a token outside the vocabulary: NaN."""
     logits, _, token_ids = random_rows(70)
     kernels = backend()
-    *_, entropy, state = kernels.token_stats(logits, token_ids, None, 1.0, None)
-    ones = torch.ones(token_ids.shape)
+    out = kernels.token_stats(arguments("token_stats", logits=logits, token_ids=token_ids))
 
     def grad(ids, part):
         to = torch.empty_like(logits)
-        saved = ids, None, state, entropy, 1.0, None
-        kernels.token_stats_backward(ones, None, logits, *saved, part, to)
+        args = arguments(
+            "token_stats_backward",
+            grad_logprob=torch.ones(token_ids.shape),
+            logits=logits,
+            token_ids=ids,
+            policy_state=out.policy_state,
+            entropy=out.entropy,
+            part=part,
+            grad_logits=to,
+        )
+        kernels.token_stats_backward(args)
         return to
 
-    elsewhere = torch.full_like(token_ids, ELSEWHERE)
+    elsewhere = torch.full_like(token_ids, NO_TOKEN)
     p = logits.double().softmax(-1)
     torch.testing.assert_close(grad(elsewhere, True).double(), -p, rtol=2e-6, atol=1e-9)
     assert grad(elsewhere, False).isnan().all()

@@ -9,9 +9,10 @@ import math
 import pytest
 import torch
 from host.cuda_on_host import H200, backend, blocks_per_row, library, run_as
+from operators import arguments
 
 from kl_kernels import reference
-from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS
+from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, PolicyLossArgs
 from kl_kernels.validate.cases import DIFFICULTIES, Case
 from kl_kernels.validate.errors import GRADIENT_BUDGET, gradient_error
 
@@ -54,9 +55,12 @@ def run(kernels, logits, ref_logits, token_ids, mask=None, grad_logits=..., **op
     mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask
     if grad_logits is ...:
         grad_logits = torch.full(logits.shape, math.nan, dtype=logits.dtype)
-    in_dtype = [v.to(logits.dtype) if kernels is reference and isinstance(v, torch.Tensor) else v
-                for v in options.values()]  # fmt: skip
-    terms = kernels.policy_loss(logits, ref_logits, token_ids, mask, *in_dtype, grad_logits)
+    given = {
+        name: v.to(logits.dtype) if kernels is reference and isinstance(v, torch.Tensor) else v
+        for name, v in options.items()
+    }
+    given |= {"logits": logits, "ref_logits": ref_logits, "token_ids": token_ids, "mask": mask}
+    terms = kernels.policy_loss(PolicyLossArgs(**given, grad_logits=grad_logits))
     return terms, grad_logits
 
 
@@ -94,7 +98,8 @@ def random_rows(vocab_size=VOCAB_SIZE, dtype=torch.float32, shape=(2, 2)):
 def logprobs():
     """Of the policy's random rows, and the reference's, float32."""
     logits, ref_logits, token_ids = random_rows()
-    return reference.token_kl(logits, ref_logits, token_ids, None, 1.0, 1.0, None, None)[:2]
+    args = arguments("token_kl", logits=logits, ref_logits=ref_logits, token_ids=token_ids)
+    return reference.token_kl(args)[:2]
 
 
 OPTIONS = {

@@ -1,9 +1,9 @@
 """Generalised advantage estimation of every backend, against the definition on plain lists."""
 
+import itertools
+
 import pytest
 import torch
-
-BACKENDS = ("reference", "cpu", "triton")
 
 
 def advantages_of(rewards, values, gamma, lam):
@@ -33,10 +33,15 @@ def expected(rewards, values, mask, gamma, lam, skip_masked):
     return advantages, torch.where(mask, advantages + values.double(), 0.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("skip_masked", [True, False])
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0)])
-@pytest.mark.parametrize("n_tokens", [0, 1, 2, 31, 130])
+@pytest.mark.parametrize(
+    ("backend", "n_tokens"),
+    [
+        *itertools.product(("reference", "cpu"), (0, 1, 2, 31, 130)),
+        *itertools.product(("triton",), (0, 1, 130)),  # one block, whatever the number
+    ],
+)
 def test_gae_is_the_definition(backend, skip_masked, gamma, lam, n_tokens):
     g = torch.Generator().manual_seed(n_tokens)
     rewards = torch.randn(5, n_tokens, generator=g)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kl_kernels.parts import finish_parts, local_token_ids, merge_parts, merge_shards, pack
-from kl_kernels.schemas import ALONE_FIELDS, ELSEWHERE, STATE_FIELDS
+from kl_kernels.schemas import NO_TOKEN, STATE_FIELDS, state_fields
 from kl_kernels.validate.cases import DIFFICULTIES, Case
 from kl_kernels.validate.errors import gradient_error, value_error
 from kl_kernels.validate.truth import DIFFERENTIABLE, OUTPUTS, eager, gradients
@@ -14,9 +14,9 @@ V = 300
 PARTS = ((0, 1), (1, 100), (100, 101), (101, 257), (257, V))
 
 
-def fold_part(inputs, start, end, backend, alone=False):
+def fold_part(inputs, start, end, backend, has_ref=True):
     ids = local_token_ids(inputs.token_ids, start, end - start)
-    ref_logits = None if alone else inputs.ref_logits[..., start:end]
+    ref_logits = inputs.ref_logits[..., start:end] if has_ref else None
     return torch.ops.kl_kernels.fold_part(
         inputs.logits[..., start:end], ref_logits, ids, inputs.mask, *scales(inputs), backend
     )
@@ -27,8 +27,8 @@ def scales(inputs):
     return inputs.temperature, ref_temperature, inputs.softcap, inputs.ref_softcap
 
 
-def whole_of(inputs, backend, alone=False):
-    states = [fold_part(inputs, *part, backend, alone) for part in PARTS]
+def whole_of(inputs, backend, has_ref=True):
+    states = [fold_part(inputs, *part, backend, has_ref) for part in PARTS]
     return finish_parts(merge_parts(states), inputs.mask, torch.float32)
 
 
@@ -40,8 +40,8 @@ def test_parts_merge_into_the_truth(backend, difficulty):
         true = eager(inputs, torch.float64)
         plain = eager(inputs, torch.float32)
         outputs = whole_of(inputs, backend).outputs._asdict()
-        alone = whole_of(inputs, backend, alone=True).outputs._asdict()
-        for got, names in ((outputs, OUTPUTS), (alone, ("logprob", "entropy"))):
+        policy_only = whole_of(inputs, backend, has_ref=False).outputs._asdict()
+        for got, names in ((outputs, OUTPUTS), (policy_only, ("logprob", "entropy"))):
             for name in names:
                 error, eagers = (value_error(name, v[name], true[name]) for v in (got, plain))
                 assert error <= max(2e-6, eagers), (name, dtype)
@@ -79,11 +79,11 @@ def test_gradients_of_parts_are_slices_of_the_whole_gradient(backend, difficulty
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("alone", [False, True])
-def test_the_fields_are_what_they_are_called(backend, alone):
+@pytest.mark.parametrize("has_ref", [True, False])
+def test_the_fields_are_what_they_are_called(backend, has_ref):
     inputs = Case("random", 40, torch.float32).inputs()
-    state = fold_part(inputs, 0, 40, backend, alone)
-    assert len(state) == (ALONE_FIELDS if alone else len(STATE_FIELDS))
+    state = fold_part(inputs, 0, 40, backend, has_ref)
+    assert len(state) == len(state_fields(has_ref))
     field = dict(zip(STATE_FIELDS, state.double()))
     tx = inputs.logits.double() * 1.4426950408889634 - field["anchor"][..., None]
     expected = {
@@ -91,7 +91,7 @@ def test_the_fields_are_what_they_are_called(backend, alone):
         "ex": (tx.exp2() * tx).sum(-1),
         "token_tx": tx.gather(-1, inputs.token_ids[..., None]).squeeze(-1),
     }
-    if not alone:
+    if has_ref:
         ty = inputs.ref_logits.double() * 1.4426950408889634 - field["ref_anchor"][..., None]
         expected |= {
             "sy": ty.exp2().sum(-1),
@@ -107,7 +107,7 @@ def test_the_fields_are_what_they_are_called(backend, alone):
 def test_nothing_of_a_part_that_is_ruled_out_and_nothing_where_masked(backend):
     logits = torch.full((1, 2, 9), -torch.inf)
     logits[0, 1] = torch.nan
-    ids = torch.full((1, 2), ELSEWHERE)
+    ids = torch.full((1, 2), NO_TOKEN)
     mask = torch.tensor([[True, False]])
     state = torch.ops.kl_kernels.fold_part(
         logits, logits, ids, mask, 1.0, 1.0, None, None, backend
@@ -129,23 +129,24 @@ def test_an_id_that_nobody_means_is_still_refused(backend):
         )
 
 
-@pytest.mark.parametrize("fields", [ALONE_FIELDS, len(STATE_FIELDS)])
-def test_a_part_is_packed_as_it_came(fields):
-    state = torch.arange(fields * 6, dtype=torch.float32).view(fields, 2, 3)
-    packed = pack(merge_parts([state]), alone=fields == ALONE_FIELDS, dtype=torch.float32)
+@pytest.mark.parametrize("has_ref", [True, False])
+def test_a_part_is_packed_as_it_came(has_ref):
+    n_fields = len(state_fields(has_ref))
+    state = torch.arange(n_fields * 6, dtype=torch.float32).view(n_fields, 2, 3)
+    packed = pack(merge_parts([state]), has_ref=has_ref, dtype=torch.float32)
     assert packed.dtype == torch.float32
     assert torch.equal(packed, state)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_several_states_merge_at_once_as_they_do_in_turn(alone):
+@pytest.mark.parametrize("has_ref", [True, False])
+def test_several_states_merge_at_once_as_they_do_in_turn(has_ref):
     g = torch.Generator().manual_seed(0)
     logits = 9 * torch.randn(2, 2, 3, V, generator=g, dtype=torch.float64)
     logits[..., slice(*PARTS[1])] = -torch.inf
     ids = torch.randint(100, V, (2, 3), generator=g)
     states = [
         torch.ops.kl_kernels.fold_part(
-            logits[0, ..., start:end], None if alone else logits[1, ..., start:end],
+            logits[0, ..., start:end], logits[1, ..., start:end] if has_ref else None,
             local_token_ids(ids, start, end - start), None, 1.0, 1.0, None, None, "reference",
         )
         for start, end in PARTS

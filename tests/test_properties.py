@@ -244,7 +244,7 @@ def test_parts_merge_into_the_whole_in_any_order_and_grouping(backend, rows, cut
     while len(states) > 1:
         n = random.randint(2, len(states))
         some = merge_parts(states[:n])
-        states[:n] = [pack(some, alone=False, dtype=torch.float64)]
+        states[:n] = [pack(some, has_ref=True, dtype=torch.float64)]
         random.shuffle(states)
     expected = outputs_of(rows, backend)
     del expected["jsd"]

@@ -7,7 +7,7 @@ import torch
 
 from kl_kernels import ppo_policy_loss, ppo_value_loss
 from kl_kernels.algebra import Finished
-from kl_kernels.epilogues import EXACT, PolicyLossInputs, PolicyLossShape, policy_loss_epilogue
+from kl_kernels.epilogues import EXACT, PolicyLossInputs, PolicyLossParams, policy_loss_epilogue
 from kl_kernels.rl.losses import AGGREGATIONS, aggregate, token_weights
 from kl_kernels.schemas import POLICY_LOSS_TERMS
 
@@ -166,7 +166,7 @@ def test_a_dual_clip_that_the_loss_just_reaches_leaves_its_gradient():
     terms, upstream = policy_loss_epilogue(
         Finished(log_ratio, *4 * (0 * one,)),
         PolicyLossInputs(0 * one, -one, one, one, 0 * one),
-        PolicyLossShape(0.2, 0.2, ratio.item(), None, 0.0, EXACT, 0.0),
+        PolicyLossParams(0.2, 0.2, ratio.item(), None, 0.0, EXACT, 0.0),
     )
     assert upstream.logprob == ratio
     assert terms[POLICY_LOSS_TERMS.index("clip_fraction_dual")] == 0

@@ -10,9 +10,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from operators import arguments
 
 from kl_kernels import reference, triton_kernels
-from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS
+from kl_kernels.schemas import (
+    ESTIMATORS,
+    POLICY_LOSS_TERMS,
+    PolicyLossArgs,
+    ScaleGradientArgs,
+    TokenKLArgs,
+    TokenKLBackwardArgs,
+    TokenStatsArgs,
+)
 from kl_kernels.triton_kernels import epilogues, launch, loss
 
 V = 328
@@ -43,35 +52,60 @@ def draw(vocab_size=V, dtype=torch.float32):
     return logits.to(dtype), ref_logits.to(dtype), token_ids
 
 
+def token_stats(x, token_ids):
+    return triton_kernels.token_stats(TokenStatsArgs(x, token_ids, MASK, 0.9, None))
+
+
 def stats_backward(x, y, token_ids, grad):
-    _, entropy, state = triton_kernels.token_stats(x, token_ids, MASK, 0.9, None)
-    one = torch.ones_like(entropy)
-    triton_kernels.token_stats_backward(
-        one, one, x, token_ids, MASK, state, entropy, 0.9, None, False, grad
+    out = token_stats(x, token_ids)
+    one = torch.ones_like(out.entropy)
+    args = arguments(
+        "token_stats_backward",
+        grad_logprob=one,
+        grad_entropy=one,
+        logits=x,
+        token_ids=token_ids,
+        mask=MASK,
+        policy_state=out.policy_state,
+        entropy=out.entropy,
+        temperature=0.9,
+        grad_logits=grad,
     )
+    triton_kernels.token_stats_backward(args)
 
 
 def kl_backward(x, y, token_ids, grad):
-    scales = 0.9, 1.1, 30.0, None
-    out = triton_kernels.token_kl(x, y, token_ids, MASK, *scales)
-    one = torch.ones_like(out[0])
-    triton_kernels.token_kl_backward(
-        one, one, one, one, x, y, token_ids, MASK, *out[5:], out[2], out[4], *scales, False, grad
+    args = TokenKLArgs(x, y, token_ids, MASK, 0.9, 1.1, 30.0, None)
+    out = triton_kernels.token_kl(args)
+    one = torch.ones_like(out.kl)
+    backward = TokenKLBackwardArgs(
+        grad_logprob=one,
+        grad_kl=one,
+        grad_forward_kl=one,
+        grad_entropy=one,
+        policy_state=out.policy_state,
+        ref_state=out.ref_state,
+        kl=out.kl,
+        entropy=out.entropy,
+        part=False,
+        grad_logits=grad,
+        **args._asdict(),
     )
+    triton_kernels.token_kl_backward(backward)
 
 
 def policy_loss(x, y, token_ids, grad, backend=triton_kernels, **changed):
     """The operator, by names; the ratio is anything but clipped unless `changed` says so."""
     ones = torch.ones(token_ids.shape)
-    arguments = {
-        "ref_logits": y, "token_ids": token_ids, "mask": MASK, "old_logprobs": None,
-        "advantages": ones, "token_weights": ones / 6,
+    given = {
+        "logits": x, "grad_logits": grad, "ref_logits": y, "token_ids": token_ids, "mask": MASK,
+        "old_logprobs": None, "advantages": ones, "token_weights": ones / 6,
         "importance_weights": None, "ref_logprobs": None,
         "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "log_ratio_clamp": 20.0,
         "kl_coef": 0.1, "kl_estimator": ESTIMATORS.index("exact"), "entropy_coef": 0.01,
         "temperature": 0.9, "ref_temperature": 1.1, "softcap": None, "ref_softcap": 30.0,
     }  # fmt: skip
-    return backend.policy_loss(x, **{**arguments, **changed}, grad_logits=grad)
+    return backend.policy_loss(PolicyLossArgs(**{**given, **changed}))
 
 
 def policy_loss_alone(x, y, token_ids, grad):
@@ -117,7 +151,7 @@ def test_stores_are_as_wide_as_the_buffer_allows(write, monkeypatch):
     grad = torch.empty(2, 3, V + 3)[..., 3:]
     write(x, y, token_ids, grad)
     assert tiles[-1]["LANE"] == 1
-    triton_kernels.scale_gradient(grad, torch.tensor(2.0))
+    triton_kernels.scale_gradient(ScaleGradientArgs(grad, torch.tensor(2.0)))
     assert tiles[-1]["LANE"] == 1
 
 
@@ -135,7 +169,7 @@ def test_a_gradient_far_away_does_not_wrap(tmp_path):
             x, y, token_ids, grad, mask=mask,
             advantages=mask.float(), token_weights=mask.float(),
         )  # fmt: skip
-        triton_kernels.scale_gradient(grad, torch.tensor(3.0))
+        triton_kernels.scale_gradient(ScaleGradientArgs(grad, torch.tensor(3.0)))
     assert torch.equal(far, near)
     assert near[0, 2].any()
 
@@ -196,7 +230,7 @@ def test_without_a_kl_gradient_the_reference_is_not_read_again(read_again):
 @pytest.mark.parametrize("coefficient", [None, "kl_coef", "entropy_coef"])
 def test_a_row_without_a_gradient_is_not_read_again(coefficient, read_again):
     x, y, token_ids = draw()
-    logprob = triton_kernels.token_stats(x, token_ids, MASK, 0.9, None)[0]
+    logprob = token_stats(x, token_ids).logprob
     clipped = {"old_logprobs": logprob - 1, "kl_coef": 0.0, "entropy_coef": 0.0}
     if coefficient is not None:
         clipped[coefficient] = 0.1
@@ -215,7 +249,7 @@ def test_without_a_buffer_there_is_no_second_look(read_again):
 
 def test_on_policy_ratios_are_one_up_to_rounding():
     x, y, token_ids = draw(dtype=torch.bfloat16)
-    old = triton_kernels.token_stats(x, token_ids, MASK, 0.9, None)[0]
+    old = token_stats(x, token_ids).logprob
     ratio = POLICY_LOSS_TERMS.index("ratio_mean")
     of_itself = policy_loss(x, None, token_ids, None, old_logprobs=old, kl_coef=0.0)[ratio]
     torch.testing.assert_close(of_itself, MASK.float(), rtol=0.0, atol=1e-6)
@@ -272,7 +306,7 @@ def test_a_gradient_is_scaled_in_place(factor, layout):
     buffer = torch.full((3, 4, x.shape[-1] + 8), 7.0, dtype=x.dtype)
     gradient = buffer[1:, :3, : x.shape[-1]]
     gradient.copy_(x)
-    triton_kernels.scale_gradient(gradient, torch.tensor(factor))
+    triton_kernels.scale_gradient(ScaleGradientArgs(gradient, torch.tensor(factor)))
     expected = (x.float() * torch.tensor(factor)).to(x.dtype)
     torch.testing.assert_close(gradient, expected, rtol=0.0, atol=0.0, equal_nan=True)
     gradient.fill_(7.0)
@@ -283,5 +317,5 @@ def test_a_factor_of_one_writes_nothing():
     # What float32 arithmetic would change: a signalling NaN becomes a quiet one.
     signalling = torch.tensor([0x7F800001] * 8, dtype=torch.int32)
     gradient = signalling.clone().view(torch.float32).expand(1, 2, 8)
-    triton_kernels.scale_gradient(gradient, torch.tensor(1.0))
+    triton_kernels.scale_gradient(ScaleGradientArgs(gradient, torch.tensor(1.0)))
     assert torch.equal(gradient[0, 0].view(torch.int32), signalling)

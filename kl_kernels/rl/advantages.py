@@ -16,7 +16,7 @@ from kl_kernels.checks import (
     check_plain,
     check_unit_interval,
 )
-from kl_kernels.schemas import BackendName, output_dtype
+from kl_kernels.schemas import BackendName, GAEArgs, output_dtype
 
 Masked = Literal["skip", "zero"]
 
@@ -87,13 +87,13 @@ def compute_gae(
     lam = check_unit_interval("lam", lam)
     check_choice("masked", masked, get_args(Masked))
     dtype = torch.promote_types(output_dtype(rewards), output_dtype(values))
-    advantages, returns = torch.ops.kl_kernels.gae(
-        rewards.detach().to(dtype),
-        values.detach().to(dtype),
-        mask,
-        gamma,
-        lam,
-        masked == "skip",
-        backend,
+    args = GAEArgs(
+        rewards=rewards.detach().to(dtype),
+        values=values.detach().to(dtype),
+        mask=mask,
+        gamma=gamma,
+        lam=lam,
+        skip_masked=masked == "skip",
     )
+    advantages, returns = torch.ops.kl_kernels.gae(*args, backend)
     return advantages, returns

@@ -1,4 +1,4 @@
-"""The Triton backend: the operators of `schemas.KERNELS` for NVIDIA and AMD GPUs.
+"""The Triton backend: the operators of `schemas.OPERATORS` for NVIDIA and AMD GPUs.
 
 This is the only file that knows Triton may be missing: the kernels are imported when the first
 operator is asked for. With TRITON_INTERPRET=1 set before that, they run on the CPU: slowly, but
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kl_kernels.schemas import KERNELS
+from kl_kernels.schemas import OPERATORS
 
 ON_MIXTURES = ("token_jsd", "mixture_part", "token_jsd_backward")
 
@@ -28,7 +28,7 @@ def unavailable_reason() -> str | None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in KERNELS:
+    if name not in OPERATORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from kl_kernels.triton_kernels import launch, launch_mixture
 

@@ -124,8 +124,8 @@ def load_state(state_ptr, stride, mask, HAS_REF: tl.constexpr):
     return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, gap, least_gap)
 
 
-STATE_FIELDS = 9  # what the two functions above agree on
-POLICY_STATE_FIELDS = 3
+PARTIAL_FIELDS = 9  # of a split's state: what the two functions above agree on
+PARTIAL_FIELDS_WITHOUT_REF = 3
 
 
 # Sizes that change from batch to batch must not compile anew; LANE says what is known of strides.
@@ -293,7 +293,7 @@ def part_kernel(
     rows, valid, counts = rows_of_program(mask_ptr, n_rows, ROWS)
     s = merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF)
     token = tl.load(token_ids_ptr + rows, counts, 0)
-    elsewhere = token == NO_TOKEN
+    outside = token == NO_TOKEN
     xt = token_logit(
         logits_ptr, rows, token, counts, n_tokens, vocab_size, batch_stride, token_stride, softcap
     )  # fmt: skip
@@ -302,7 +302,7 @@ def part_kernel(
     store(to, s.anchor, counts, valid)
     store(to + stride, s.sx, counts, valid)
     store(to + 2 * stride, s.ex, counts, valid)
-    store(to + 3 * stride, tl.where(elsewhere, INF, tl.fma(xt, k, -s.anchor)), counts, valid)
+    store(to + 3 * stride, tl.where(outside, INF, tl.fma(xt, k, -s.anchor)), counts, valid)
     if HAS_REF:
         yt = token_logit(
             ref_ptr, rows, token, counts, n_tokens, vocab_size,
@@ -315,7 +315,7 @@ def part_kernel(
         fk = tl.where(s.least_gap == -INF, INF, 0.0) - s.fk
         store(to + 6 * stride, rk, counts, valid)
         store(to + 7 * stride, fk, counts, valid)
-        at_token = tl.where(elsewhere, INF, tl.fma(yt, ref_k, -s.ref_anchor))
+        at_token = tl.where(outside, INF, tl.fma(yt, ref_k, -s.ref_anchor))
         store(to + 8 * stride, at_token, counts, valid)
 
 

@@ -8,13 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_kernels import schemas
 from kl_kernels.checks import check_token_range
-from kl_kernels.schemas import POLICY_LOSS_TERMS, output_dtype
+from kl_kernels.schemas import (
+    NO_TOKEN,
+    POLICY_LOSS_TERMS,
+    FoldPartArgs,
+    GAEArgs,
+    GAEOutputs,
+    KLRewardsArgs,
+    KLRewardsOutputs,
+    PolicyLossArgs,
+    ScaleGradientArgs,
+    TokenKLArgs,
+    TokenKLBackwardArgs,
+    TokenKLOutputs,
+    TokenStatsArgs,
+    TokenStatsBackwardArgs,
+    TokenStatsOutputs,
+    output_dtype,
+    pick,
+    state_fields,
+)
 from kl_kernels.triton_kernels.backward import backward_kernel
 from kl_kernels.triton_kernels.fold import (
-    POLICY_STATE_FIELDS,
-    STATE_FIELDS,
+    PARTIAL_FIELDS,
+    PARTIAL_FIELDS_WITHOUT_REF,
     finish_kernel,
     fold_kernel,
     part_kernel,
@@ -68,282 +86,225 @@ VECTOR_BYTES = 16  # the widest load of one thread
 COMPILE: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
 
 
-def token_stats(
-    logits: Tensor,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, ...]:
-    logprob, _, _, _, entropy, policy_state, _, _, _ = _forward(
-        logits, None, token_ids, mask, temperature, temperature, softcap, None
+def token_stats(a: TokenStatsArgs) -> TokenStatsOutputs:
+    out = TokenStatsOutputs(per_token(a.logits), per_token(a.logits), per_token(a.logits, 2))
+    _fold_and_finish(a, out)
+    return out
+
+
+def token_kl(a: TokenKLArgs) -> TokenKLOutputs:
+    out = _kl_outputs(a.logits)
+    _fold_and_finish(a, out)
+    return out
+
+
+def kl_rewards(a: KLRewardsArgs) -> KLRewardsOutputs:
+    rewards, correction, out = per_token(a.logits), per_token(a.logits), _kl_outputs(a.logits)
+    _fold_and_finish(
+        a,
+        out,
+        rewards_ptr=rewards,
+        correction_ptr=correction,
+        scores_ptr=a.scores,
+        score_index_ptr=a.score_index,
+        kl_coef=a.kl_coef,
+        kl_clip=a.kl_clip,
+        ESTIMATOR=a.estimator,
     )
-    return logprob, entropy, policy_state
+    return KLRewardsOutputs(rewards, correction, *out)
 
 
-def token_kl(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> tuple[Tensor, ...]:
-    *outputs, _, _ = _forward(
-        logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
-    )
-    return tuple(outputs)
+NO_REWARDS: dict[str, Any] = {
+    "rewards_ptr": None,
+    "correction_ptr": None,
+    "scores_ptr": None,
+    "score_index_ptr": None,
+    "kl_coef": 0.0,
+    "kl_clip": None,
+    "ESTIMATOR": 0,
+}
 
 
-def kl_rewards(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor,  # [B, T]
-    scores: Tensor,  # [B]
-    score_index: Tensor,  # [B]
-    kl_coef: float,
-    estimator: int,
-    kl_clip: float | None,
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> tuple[Tensor, ...]:
-    *outputs, rewards, correction = _forward(
-        logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap,
-        (scores, score_index, kl_coef, estimator, kl_clip),
-    )  # fmt: skip
-    return rewards, correction, *outputs
+def _kl_outputs(logits: Tensor) -> TokenKLOutputs:
+    states = {"policy_state": per_token(logits, 2), "ref_state": per_token(logits, 2)}
+    fields = [field for field in TokenKLOutputs._fields if field not in states]
+    return TokenKLOutputs(**{field: per_token(logits) for field in fields}, **states)
 
 
-def _forward(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor | None,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    reward: tuple[Tensor, Tensor, float, int, float | None] | None = None,
-) -> tuple[Any, ...]:
-    """Outputs in the order of `token_kl`, then rewards and correction; None where not asked for."""
-    check_token_range(token_ids, mask, logits.shape[-1])
-    n_rows = token_ids.numel()
-    has_ref = ref_logits is not None
-
-    def outputs_if(wanted: bool, n: int) -> list[Tensor | None]:
-        return [per_token(logits) if wanted else None for _ in range(n)]
-
-    logprob, entropy, policy_state = per_token(logits), per_token(logits), per_token(logits, 2)
-    ref_logprob, kl, forward_kl = outputs_if(has_ref, 3)
-    ref_state = per_token(logits, 2) if has_ref else None
-    rewards, correction = outputs_if(reward is not None, 2)
-    scores, score_index, kl_coef, estimator, kl_clip = reward or (None, None, 0.0, 0, None)
-    outputs = (logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state)
+def _fold_and_finish(
+    a: TokenStatsArgs | TokenKLArgs | KLRewardsArgs,
+    out: TokenStatsOutputs | TokenKLOutputs,
+    **rewards: Any,
+) -> None:
+    """Write the outputs; `rewards` are the arguments of `finish_kernel`'s reward epilogue."""
+    check_token_range(a.token_ids, a.mask, a.logits.shape[-1])
+    n_rows = a.token_ids.numel()
     if n_rows == 0:
-        return *outputs, rewards, correction
-
-    with torch.cuda.device_of(logits):
-        states, sizes, scales = _fold(
-            logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
-        )
+        return
+    with torch.cuda.device_of(a.logits):
         finish_kernel[(-(-n_rows // CONFIG.finish_rows),)](
-            states, logits, ref_logits, token_ids, mask,
-            logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state,
-            rewards, correction, scores, score_index, *sizes, *scales, kl_coef, kl_clip,
-            ESTIMATOR=estimator, ROWS=CONFIG.finish_rows, num_warps=CONFIG.num_warps, **COMPILE,
-        )  # fmt: skip
-    return *outputs, rewards, correction
+            states_ptr=_fold(a),
+            **models_of(a),
+            **splits_of(a, CONFIG.fold_split),
+            token_ids_ptr=a.token_ids,
+            mask_ptr=a.mask,
+            **{f"{field}_ptr": getattr(out, field, None) for field in TokenKLOutputs._fields},
+            **(NO_REWARDS | rewards),
+            ROWS=CONFIG.finish_rows,
+            num_warps=CONFIG.num_warps,
+            **COMPILE,
+        )
 
 
-def _fold(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor | None,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> tuple[Tensor, tuple[int, ...], tuple[float | None, ...]]:
-    """The states of all splits, and what else the kernel that merges them takes."""
-    n_rows, vocab_size, split = token_ids.numel(), logits.shape[-1], CONFIG.fold_split
-    n_splits = -(-vocab_size // split)
-    fields = POLICY_STATE_FIELDS if ref_logits is None else STATE_FIELDS
-    states = torch.empty((fields, n_splits, n_rows), dtype=torch.float32, device=logits.device)
-    sizes = (n_rows, token_ids.shape[1], vocab_size, n_splits, *strides_of(logits, ref_logits))
-    scales = (LOG2E.value / temperature, LOG2E.value / ref_temperature, softcap, ref_softcap)
-    fold_kernel[(n_rows * n_splits,)](
-        logits, ref_logits, token_ids, mask, states, *sizes, *scales,
-        SPLIT=split, **tile_of(logits, ref_logits), **COMPILE,
-    )  # fmt: skip
-    return states, sizes, scales
+def _fold(a: TokenStatsArgs | TokenKLArgs | KLRewardsArgs | FoldPartArgs) -> Tensor:
+    """The states of all splits, [fields, splits, B T]."""
+    ref_logits = getattr(a, "ref_logits", None)
+    sizes = splits_of(a, CONFIG.fold_split)
+    n_fields = PARTIAL_FIELDS_WITHOUT_REF if ref_logits is None else PARTIAL_FIELDS
+    shape = (n_fields, sizes["n_splits"], sizes["n_rows"])
+    states = torch.empty(shape, dtype=torch.float32, device=a.logits.device)
+    fold_kernel[(sizes["n_rows"] * sizes["n_splits"],)](
+        states_ptr=states,
+        **models_of(a),
+        **sizes,
+        token_ids_ptr=a.token_ids,
+        mask_ptr=a.mask,
+        SPLIT=CONFIG.fold_split,
+        **tile_of(a.logits, ref_logits),
+        **COMPILE,
+    )
+    return states
 
 
-def fold_part(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor | None,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> Tensor:
-    here = token_ids != schemas.ELSEWHERE
-    check_token_range(token_ids, here if mask is None else mask & here, logits.shape[-1])
-    n_fields = schemas.ALONE_FIELDS if ref_logits is None else len(schemas.STATE_FIELDS)
-    n_rows = token_ids.numel()
-    state = per_token(logits, n_fields)
+def fold_part(a: FoldPartArgs) -> Tensor:
+    here = a.token_ids != NO_TOKEN
+    check_token_range(a.token_ids, here if a.mask is None else a.mask & here, a.logits.shape[-1])
+    n_rows = a.token_ids.numel()
+    state = per_token(a.logits, len(state_fields(a.ref_logits is not None)))
     if n_rows == 0:
         return state
-    with torch.cuda.device_of(logits):
-        states, sizes, scales = _fold(
-            logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
-        )
+    with torch.cuda.device_of(a.logits):
         part_kernel[(-(-n_rows // CONFIG.finish_rows),)](
-            states, logits, ref_logits, token_ids, mask, state, *sizes, *scales,
-            ROWS=CONFIG.finish_rows, num_warps=CONFIG.num_warps, **COMPILE,
-        )  # fmt: skip
+            states_ptr=_fold(a),
+            **models_of(a),
+            **splits_of(a, CONFIG.fold_split),
+            token_ids_ptr=a.token_ids,
+            mask_ptr=a.mask,
+            state_ptr=state,
+            ROWS=CONFIG.finish_rows,
+            num_warps=CONFIG.num_warps,
+            **COMPILE,
+        )
     return state
 
 
-def token_stats_backward(
-    grad_logprob: Tensor | None,  # [B, T]
-    grad_entropy: Tensor | None,  # [B, T]
-    logits: Tensor,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    policy_state: Tensor,  # [2, B, T]
-    entropy: Tensor,  # [B, T]
-    temperature: float,
-    softcap: float | None,
-    part: bool,
-    grad_logits: Tensor,  # [B, T, V], written; may be logits
-) -> None:
-    token_kl_backward(
-        grad_logprob, None, None, grad_entropy,
-        logits, None, token_ids, mask, policy_state, None, None,
-        entropy, temperature, temperature, softcap, None, part, grad_logits,
-    )  # fmt: skip
+def token_stats_backward(a: TokenStatsBackwardArgs) -> None:
+    _backward(a)
 
 
-def token_kl_backward(
-    grad_logprob: Tensor | None,  # [B, T]
-    grad_kl: Tensor | None,  # [B, T]
-    grad_forward_kl: Tensor | None,  # [B, T]
-    grad_entropy: Tensor | None,  # [B, T]
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor | None,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    policy_state: Tensor,  # [2, B, T]
-    ref_state: Tensor | None,  # [2, B, T]
-    kl: Tensor | None,  # [B, T]
-    entropy: Tensor,  # [B, T]
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    part: bool,
-    grad_logits: Tensor,  # [B, T, V], written; may be logits
-) -> None:
-    """What belongs to the reference may be None where neither KL has a gradient."""
-    if grad_kl is None and grad_forward_kl is None:
-        ref_logits = ref_state = kl = None
-    n_rows, vocab_size = token_ids.numel(), logits.shape[-1]
-    if n_rows == 0:
+def token_kl_backward(a: TokenKLBackwardArgs) -> None:
+    if a.grad_kl is None and a.grad_forward_kl is None:
+        _backward(pick(TokenStatsBackwardArgs, a))  # the reference is not read
+    else:
+        _backward(a)
+
+
+def _backward(a: TokenStatsBackwardArgs | TokenKLBackwardArgs) -> None:
+    sizes = splits_of(a, CONFIG.backward_split)
+    if sizes["n_rows"] == 0:
         return
-    split = CONFIG.backward_split
-    n_splits = -(-vocab_size // split)
-    with torch.cuda.device_of(logits):
-        backward_kernel[(n_rows * n_splits,)](
-            grad_logprob, grad_kl, grad_forward_kl, grad_entropy,
-            logits, ref_logits, token_ids, mask, policy_state, ref_state, kl, entropy, grad_logits,
-            n_rows, token_ids.shape[1], vocab_size, n_splits,
-            *strides_of(logits, ref_logits), *grad_logits.stride()[:2],
-            temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
-            softcap, ref_softcap,
-            SPLIT=split, **tile_of(logits, ref_logits, grad_logits), **COMPILE,
-        )  # fmt: skip
+    with torch.cuda.device_of(a.logits):
+        backward_kernel[(sizes["n_rows"] * sizes["n_splits"],)](
+            grad_logprob_ptr=a.grad_logprob,
+            grad_kl_ptr=getattr(a, "grad_kl", None),
+            grad_forward_kl_ptr=getattr(a, "grad_forward_kl", None),
+            grad_entropy_ptr=a.grad_entropy,
+            **models_of(a),
+            **sizes,
+            token_ids_ptr=a.token_ids,
+            mask_ptr=a.mask,
+            policy_state_ptr=a.policy_state,
+            ref_state_ptr=getattr(a, "ref_state", None),
+            kl_ptr=getattr(a, "kl", None),
+            entropy_ptr=a.entropy,
+            **gradient_of(a.grad_logits),
+            temperature=a.temperature,
+            SPLIT=CONFIG.backward_split,
+            **tile_of(a.logits, getattr(a, "ref_logits", None), a.grad_logits),
+            **COMPILE,
+        )
 
 
-def policy_loss(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor | None,  # [B, T, V]
-    token_ids: Tensor,  # [B, T]
-    mask: Tensor,  # [B, T]
-    old_logprobs: Tensor | None,  # [B, T]
-    advantages: Tensor,  # [B, T]
-    token_weights: Tensor,  # [B, T]
-    importance_weights: Tensor | None,  # [B, T]
-    ref_logprobs: Tensor | None,  # [B, T]
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    log_ratio_clamp: float | None,
-    kl_coef: float,
-    kl_estimator: int,
-    entropy_coef: float,
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    grad_logits: Tensor | None,  # [B, T, V], written; may be logits
-) -> Tensor:
-    check_token_range(token_ids, mask, logits.shape[-1])
-    n_rows, vocab_size = token_ids.numel(), logits.shape[-1]
-    terms = per_token(logits, len(POLICY_LOSS_TERMS))
-    if n_rows == 0:
+def policy_loss(a: PolicyLossArgs) -> Tensor:
+    check_token_range(a.token_ids, a.mask, a.logits.shape[-1])
+    terms = per_token(a.logits, len(POLICY_LOSS_TERMS))
+    if a.token_ids.numel() == 0:
         return terms
-    grad_strides = (0, 0) if grad_logits is None else grad_logits.stride()[:2]
-    with torch.cuda.device_of(logits):
-        policy_loss_kernel[(n_rows,)](
-            logits, ref_logits, token_ids, mask, old_logprobs, advantages, token_weights,
-            importance_weights, ref_logprobs, terms, grad_logits,
-            n_rows, token_ids.shape[1], vocab_size, *strides_of(logits, ref_logits), *grad_strides,
-            temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
-            softcap, ref_softcap, clip_low, clip_high, dual_clip, log_ratio_clamp,
-            kl_coef, entropy_coef,
-            ESTIMATOR=kl_estimator, HAS_KL=kl_coef != 0, HAS_ENTROPY=entropy_coef != 0,
-            **whole_row_tile(logits, ref_logits, grad_logits), **COMPILE,
-        )  # fmt: skip
+    with torch.cuda.device_of(a.logits):
+        policy_loss_kernel[(a.token_ids.numel(),)](
+            **models_of(a),
+            **rows_of(a.logits),
+            token_ids_ptr=a.token_ids,
+            mask_ptr=a.mask,
+            old_logprob_ptr=a.old_logprobs,
+            advantage_ptr=a.advantages,
+            token_weight_ptr=a.token_weights,
+            importance_weight_ptr=a.importance_weights,
+            ref_logprob_ptr=a.ref_logprobs,
+            terms_ptr=terms,
+            **gradient_of(a.grad_logits),
+            temperature=a.temperature,
+            clip_low=a.clip_low,
+            clip_high=a.clip_high,
+            dual_clip=a.dual_clip,
+            log_ratio_clamp=a.log_ratio_clamp,
+            kl_coef=a.kl_coef,
+            entropy_coef=a.entropy_coef,
+            ESTIMATOR=a.kl_estimator,
+            HAS_KL=a.kl_coef != 0,
+            HAS_ENTROPY=a.entropy_coef != 0,
+            **whole_row_tile(a.logits, a.ref_logits, a.grad_logits),
+            **COMPILE,
+        )
     return terms
 
 
-def scale_gradient(gradient: Tensor, factor: Tensor) -> None:  # [B, T, V], []
-    n_batch, n_tokens, vocab_size = gradient.shape
-    if gradient.numel() == 0:
+def scale_gradient(a: ScaleGradientArgs) -> None:
+    if a.gradient.numel() == 0:
         return
-    with torch.cuda.device_of(gradient):
+    batch_stride, token_stride, _ = a.gradient.stride()
+    with torch.cuda.device_of(a.gradient):
         scale_kernel[(CONFIG.scale_programs,)](
-            gradient, factor, n_batch * n_tokens, n_tokens, vocab_size, *gradient.stride()[:2],
-            **tile_of(gradient), **COMPILE,
-        )  # fmt: skip
+            gradient_ptr=a.gradient,
+            factor_ptr=a.factor,
+            **rows_of(a.gradient),
+            batch_stride=batch_stride,
+            token_stride=token_stride,
+            **tile_of(a.gradient),
+            **COMPILE,
+        )
 
 
-def gae(
-    rewards: Tensor,  # [B, T]
-    values: Tensor,  # [B, T]
-    mask: Tensor,  # [B, T]
-    gamma: float,
-    lam: float,
-    skip_masked: bool,
-) -> tuple[Tensor, Tensor]:
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    n_sequences, n_tokens = rewards.shape
-    if rewards.numel():
-        with torch.cuda.device_of(rewards):
+def gae(a: GAEArgs) -> GAEOutputs:
+    out = GAEOutputs(torch.empty_like(a.rewards), torch.empty_like(a.rewards))
+    n_sequences, n_tokens = a.rewards.shape
+    if a.rewards.numel():
+        with torch.cuda.device_of(a.rewards):
             gae_kernel[(n_sequences,)](
-                rewards, values, mask, advantages, returns, n_tokens, gamma, lam,
-                SKIP_MASKED=skip_masked, BLOCK_T=CONFIG.gae_block,
-                num_warps=CONFIG.num_warps, **COMPILE,
-            )  # fmt: skip
-    return advantages, returns
+                rewards_ptr=a.rewards,
+                values_ptr=a.values,
+                mask_ptr=a.mask,
+                advantages_ptr=out.advantages,
+                returns_ptr=out.returns,
+                n_tokens=n_tokens,
+                gamma=a.gamma,
+                lam=a.lam,
+                SKIP_MASKED=a.skip_masked,
+                BLOCK_T=CONFIG.gae_block,
+                num_warps=CONFIG.num_warps,
+                **COMPILE,
+            )
+    return out
 
 
 def per_token(logits: Tensor, *leading: int) -> Tensor:
@@ -352,9 +313,44 @@ def per_token(logits: Tensor, *leading: int) -> Tensor:
     return torch.empty(shape, dtype=output_dtype(logits), device=logits.device)
 
 
-def strides_of(logits: Tensor, ref_logits: Tensor | None) -> tuple[int, ...]:
-    ref_logits = logits if ref_logits is None else ref_logits
-    return *logits.stride()[:2], *ref_logits.stride()[:2]
+# Kernel arguments by the names they have in every kernel.
+
+
+def models_of(a: Any) -> dict[str, Any]:
+    """The logits of an operator's arguments, with their strides and what is done to them."""
+    ref_logits = getattr(a, "ref_logits", None)
+    ref_temperature = a.temperature if ref_logits is None else a.ref_temperature
+    ref_strides = (a.logits if ref_logits is None else ref_logits).stride()
+    return {
+        "logits_ptr": a.logits,
+        "ref_ptr": ref_logits,
+        "batch_stride": a.logits.stride(0),
+        "token_stride": a.logits.stride(1),
+        "ref_batch_stride": ref_strides[0],
+        "ref_token_stride": ref_strides[1],
+        "k": LOG2E.value / a.temperature,
+        "ref_k": LOG2E.value / ref_temperature,
+        "softcap": a.softcap,
+        "ref_softcap": None if ref_logits is None else a.ref_softcap,
+    }
+
+
+def rows_of(logits: Tensor) -> dict[str, int]:  # [B, T, V]
+    n_batch, n_tokens, vocab_size = logits.shape
+    return {"n_rows": n_batch * n_tokens, "n_tokens": n_tokens, "vocab_size": vocab_size}
+
+
+def splits_of(a: Any, split: int) -> dict[str, int]:
+    return {**rows_of(a.logits), "n_splits": -(-a.logits.shape[-1] // split)}
+
+
+def gradient_of(grad_logits: Tensor | None) -> dict[str, Any]:  # [B, T, V]
+    batch_stride, token_stride = (0, 0) if grad_logits is None else grad_logits.stride()[:2]
+    return {
+        "grad_logits_ptr": grad_logits,
+        "grad_batch_stride": batch_stride,
+        "grad_token_stride": token_stride,
+    }
 
 
 def tile_of(*tensors: Tensor | None) -> dict[str, int]:

@@ -2,113 +2,81 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kl_kernels.schemas import MIXTURE_SUMS
+from kl_kernels.schemas import (
+    MIXTURE_SUMS,
+    MixturePartArgs,
+    TokenJSDArgs,
+    TokenJSDBackwardArgs,
+    TokenJSDOutputs,
+)
 from kl_kernels.triton_kernels import launch
-from kl_kernels.triton_kernels.math import LOG2E
 from kl_kernels.triton_kernels.mixture import mix_backward_kernel, mix_kernel
 
 
-def token_jsd(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    mask: Tensor | None,  # [B, T]
-    beta: float,
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    states = (launch.per_token(logits, 2), launch.per_token(logits, 2))
-    outputs = launch.per_token(logits), launch.per_token(logits)
-    _mix(
-        logits, ref_logits, mask, states, outputs, beta, temperature, ref_temperature,
-        softcap, ref_softcap, given=False,
-    )  # fmt: skip
-    return *outputs, *states
+def token_jsd(a: TokenJSDArgs) -> TokenJSDOutputs:
+    jsd, mixture_kl = launch.per_token(a.logits), launch.per_token(a.logits)
+    states = launch.per_token(a.logits, 2), launch.per_token(a.logits, 2)
+    out = TokenJSDOutputs(jsd, mixture_kl, *states)
+    _mix(a, out, given=False)
+    return out
 
 
-def mixture_part(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    mask: Tensor | None,  # [B, T]
-    policy_state: Tensor,  # [2, B, T]
-    ref_state: Tensor,  # [2, B, T]
-    beta: float,
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> Tensor:
-    sums = launch.per_token(logits, len(MIXTURE_SUMS))
-    _mix(
-        logits, ref_logits, mask, (policy_state, ref_state), (sums[0], sums[1]),
-        beta, temperature, ref_temperature, softcap, ref_softcap, given=True,
-    )  # fmt: skip
+def mixture_part(a: MixturePartArgs) -> Tensor:
+    sums = launch.per_token(a.logits, len(MIXTURE_SUMS))
+    jsd, mixture_kl = sums.unbind()
+    _mix(a, TokenJSDOutputs(jsd, mixture_kl, a.policy_state, a.ref_state), given=True)
     return sums
 
 
-def _mix(
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    mask: Tensor | None,  # [B, T]
-    states: tuple[Tensor, Tensor],  # [2, B, T]; written unless they are given
-    outputs: tuple[Tensor, Tensor],  # [B, T], written
-    beta: float,
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    *,
-    given: bool,
-) -> None:
-    n_rows, n_tokens, vocab_size = outputs[0].numel(), logits.shape[1], logits.shape[2]
-    if n_rows == 0:
+def _mix(a: TokenJSDArgs | MixturePartArgs, out: TokenJSDOutputs, *, given: bool) -> None:
+    """Write the sums and, unless they are given, the states."""
+    if out.jsd.numel() == 0:
         return
-    with torch.cuda.device_of(logits):
-        mix_kernel[(n_rows,)](
-            logits, ref_logits, mask, *states, *outputs,
-            n_rows, n_tokens, vocab_size, *launch.strides_of(logits, ref_logits),
-            *weights(beta), LOG2E.value / temperature, LOG2E.value / ref_temperature,
-            softcap, ref_softcap, GIVEN=given,
-            **launch.whole_row_tile(logits, ref_logits), **launch.COMPILE,
-        )  # fmt: skip
+    with torch.cuda.device_of(a.logits):
+        mix_kernel[(out.jsd.numel(),)](
+            **launch.models_of(a),
+            **launch.rows_of(a.logits),
+            mask_ptr=a.mask,
+            policy_state_ptr=out.policy_state,
+            ref_state_ptr=out.ref_state,
+            jsd_ptr=out.jsd,
+            mixture_kl_ptr=out.mixture_kl,
+            **weights(a.beta),
+            GIVEN=given,
+            **launch.whole_row_tile(a.logits, a.ref_logits),
+            **launch.COMPILE,
+        )
 
 
-def token_jsd_backward(
-    grad_jsd: Tensor,  # [B, T]
-    logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    mask: Tensor | None,  # [B, T]
-    policy_state: Tensor,  # [2, B, T]
-    ref_state: Tensor,  # [2, B, T]
-    mixture_kl: Tensor,  # [B, T]
-    beta: float,
-    temperature: float,
-    ref_temperature: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    grad_logits: Tensor,  # [B, T, V], written; may be logits
-) -> None:
-    n_rows, n_tokens, vocab_size = grad_jsd.numel(), logits.shape[1], logits.shape[2]
-    if n_rows == 0:
-        return
+def token_jsd_backward(a: TokenJSDBackwardArgs) -> None:
     split = launch.CONFIG.backward_split
-    n_splits = -(-vocab_size // split)
-    with torch.cuda.device_of(logits):
-        mix_backward_kernel[(n_rows * n_splits,)](
-            grad_jsd, logits, ref_logits, mask, policy_state, ref_state, mixture_kl, grad_logits,
-            n_rows, n_tokens, vocab_size, n_splits,
-            *launch.strides_of(logits, ref_logits), *grad_logits.stride()[:2], *weights(beta),
-            temperature, LOG2E.value / temperature, LOG2E.value / ref_temperature,
-            softcap, ref_softcap,
-            SPLIT=split, **launch.tile_of(logits, ref_logits, grad_logits), **launch.COMPILE,
-        )  # fmt: skip
+    sizes = launch.splits_of(a, split)
+    if sizes["n_rows"] == 0:
+        return
+    with torch.cuda.device_of(a.logits):
+        mix_backward_kernel[(sizes["n_rows"] * sizes["n_splits"],)](
+            grad_jsd_ptr=a.grad_jsd,
+            **launch.models_of(a),
+            **sizes,
+            mask_ptr=a.mask,
+            policy_state_ptr=a.policy_state,
+            ref_state_ptr=a.ref_state,
+            mixture_kl_ptr=a.mixture_kl,
+            **launch.gradient_of(a.grad_logits),
+            **weights(a.beta),
+            temperature=a.temperature,
+            SPLIT=split,
+            **launch.tile_of(a.logits, a.ref_logits, a.grad_logits),
+            **launch.COMPILE,
+        )
 
 
-def weights(beta: float) -> tuple[float, float]:
+def weights(beta: float) -> dict[str, Any]:
     """1 - beta and beta, below 1 in float32: the mixture is to stay above 0."""
     most = 1 - 2**-24
-    return min(1 - beta, most), min(beta, most)
+    return {"weight": min(1 - beta, most), "ref_weight": min(beta, most)}

@@ -19,15 +19,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kl_kernels import algebra
-from kl_kernels.schemas import ELSEWHERE
+from kl_kernels import algebra, schemas
 
 # A constant stands right of the tensor it multiplies: the interpreter makes constants of products
 # the other way round.
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
-NO_TOKEN = tl.constexpr(ELSEWHERE)
+NO_TOKEN = tl.constexpr(schemas.NO_TOKEN)
 
 # Stands for -inf after subtracting an anchor: 2^FLOOR is 0, yet FLOOR - FLOOR is 0 and not NaN, and
 # a whole vocabulary of -FLOOR does not overflow.

@@ -13,7 +13,7 @@ from fuzz_truth import TRUTHS
 import kl_kernels
 from kl_kernels import native
 from kl_kernels.rl.losses import AGGREGATIONS
-from kl_kernels.schemas import KERNELS
+from kl_kernels.schemas import OPERATORS
 
 FUNCTIONS = tuple(
     name for name in sorted(kl_kernels.__all__) if inspect.isfunction(getattr(kl_kernels, name))
@@ -228,12 +228,15 @@ def _worse(one: str, other: str) -> str:
 def _operators() -> list[tuple[str, Any]]:
     ours = [
         (f"torch.ops.kl_kernels.{name}", getattr(torch.ops.kl_kernels, name).default)
-        for kernel in KERNELS
-        for name in (kernel, f"{kernel}_")
+        for operator in OPERATORS
+        for name in (operator, f"{operator}_")
         if hasattr(torch.ops.kl_kernels, name)
     ]
-    compiled = native.namespace("cpu")
-    return ours + [(f"torch.ops.kl_kernels_cpu.{n}", getattr(compiled, n)) for n in KERNELS]
+    native.namespace("cpu")  # loads it
+    compiled = torch.ops.kl_kernels_cpu
+    return ours + [
+        (f"torch.ops.kl_kernels_cpu.{name}", getattr(compiled, name).default) for name in OPERATORS
+    ]
 
 
 def direct_call(random_: random.Random) -> Call:

@@ -14,7 +14,29 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from kl_kernels.schemas import ALONE_FIELDS, MIXTURE_SUMS, POLICY_LOSS_TERMS, STATE_FIELDS
+from kl_kernels.schemas import (
+    MIXTURE_SUMS,
+    OPERATORS,
+    POLICY_LOSS_TERMS,
+    FoldPartArgs,
+    GAEArgs,
+    GAEOutputs,
+    KLRewardsArgs,
+    KLRewardsOutputs,
+    MixturePartArgs,
+    PolicyLossArgs,
+    ScaleGradientArgs,
+    TokenJSDArgs,
+    TokenJSDBackwardArgs,
+    TokenJSDOutputs,
+    TokenKLArgs,
+    TokenKLBackwardArgs,
+    TokenKLOutputs,
+    TokenStatsArgs,
+    TokenStatsBackwardArgs,
+    TokenStatsOutputs,
+    state_fields,
+)
 
 HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -43,9 +65,13 @@ def library() -> ctypes.CDLL:
     """kernels.cpp, compiled once per process."""
     with tempfile.TemporaryDirectory() as directory:  # loaded, a library needs its file no more
         path = compile_host(
-            "kernels.cpp", Path(directory) / "kernels.so",
-            "-O1", "-fPIC", "-shared", "-DCUDA_ON_HOST_FIBERS",
-        )  # fmt: skip
+            "kernels.cpp",
+            Path(directory) / "kernels.so",
+            "-O1",
+            "-fPIC",
+            "-shared",
+            "-DCUDA_ON_HOST_FIBERS",
+        )
         loaded = ctypes.CDLL(str(path))
     loaded.host_scratch_bytes.restype = loaded.host_mix_scratch_bytes.restype = c_int64
     return loaded
@@ -56,18 +82,26 @@ def library() -> ctypes.CDLL:
 
 class Logits(ctypes.Structure):
     _fields_ = [
-        ("data", c_void_p), ("dtype", c_int), ("stride_b", c_int64), ("stride_t", c_int64),
-        ("k", c_float), ("softcap", c_float),
-    ]  # fmt: skip
+        ("data", c_void_p),
+        ("dtype", c_int),
+        ("stride_b", c_int64),
+        ("stride_t", c_int64),
+        ("k", c_float),
+        ("softcap", c_float),
+    ]
 
     @classmethod
     def of(cls, logits: Tensor, temperature: float, softcap: float | None) -> Logits:
         assert logits.stride(2) == 1 or logits.shape[2] == 1
         k = 1 / math.log(2) / temperature
         return cls(
-            logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0), logits.stride(1),
-            k, softcap or 0.0,
-        )  # fmt: skip
+            logits.data_ptr(),
+            DTYPES[logits.dtype],
+            logits.stride(0),
+            logits.stride(1),
+            k,
+            softcap or 0.0,
+        )
 
 
 class GradLogits(ctypes.Structure):
@@ -83,9 +117,12 @@ class GradLogits(ctypes.Structure):
 
 class Rows(ctypes.Structure):
     _fields_ = [
-        ("n_rows", c_int64), ("n_tokens", c_int64), ("vocab_size", c_int64),
-        ("token_ids", c_void_p), ("mask", c_void_p),
-    ]  # fmt: skip
+        ("n_rows", c_int64),
+        ("n_tokens", c_int64),
+        ("vocab_size", c_int64),
+        ("token_ids", c_void_p),
+        ("mask", c_void_p),
+    ]
 
     @classmethod
     def of(cls, logits: Tensor, token_ids: Tensor | None, mask: Tensor | None) -> Rows:
@@ -102,17 +139,23 @@ class Outputs(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in (*OUTPUTS, *STATES, *REWARDS, "part_state")]
 
 
-class RewardShape(ctypes.Structure):
+class RewardParams(ctypes.Structure):
     _fields_ = [
-        ("scores", c_void_p), ("score_index", c_void_p), ("kl_coef", c_float),
-        ("estimator", c_int), ("kl_clip", c_float),
-    ]  # fmt: skip
+        ("scores", c_void_p),
+        ("score_index", c_void_p),
+        ("kl_coef", c_float),
+        ("estimator", c_int),
+        ("kl_clip", c_float),
+    ]
+
+
+GRADS = ("grad_logprob", "grad_kl", "grad_forward_kl", "grad_entropy")
+SAVED = (*GRADS, *STATES, "kl", "entropy")
 
 
 class Saved(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("grad_logprob", "grad_kl", "grad_forward_kl")),
-        *((name, c_void_p) for name in ("grad_entropy", *STATES, "kl", "entropy")),
+        *((name, c_void_p) for name in SAVED),
         ("temperature", c_double),
         ("part", c_bool),
     ]
@@ -137,11 +180,13 @@ class PolicyLossTokens(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in TOKENS]
 
 
-class PolicyLossShape(ctypes.Structure):
+class PolicyLossParams(ctypes.Structure):
     _fields_ = [
         *((name, c_float) for name in ("clip_low", "clip_high", "dual_clip", "log_ratio_clamp")),
-        ("kl_coef", c_float), ("entropy_coef", c_float), ("estimator", c_int),
-    ]  # fmt: skip
+        ("kl_coef", c_float),
+        ("entropy_coef", c_float),
+        ("estimator", c_int),
+    ]
 
 
 # The device the kernels believe to run on: shared memory of a block and of an SM (of which every
@@ -167,182 +212,167 @@ def blocks_per_row(vocab_size: int, dtype: torch.dtype, with_reference: bool) ->
     )
 
 
-def backend(device: tuple[int, int, int] = H200) -> SimpleNamespace:
-    """The operators of `schemas.KERNELS`, of kernels.cpp."""
-    run_as(device)
+def models(a) -> tuple[Logits, Logits]:
+    """Policy and reference of an operator's arguments."""
+    policy = Logits.of(a.logits, a.temperature, a.softcap)
+    if getattr(a, "ref_logits", None) is None:
+        return policy, Logits()
+    return policy, Logits.of(a.ref_logits, a.ref_temperature, a.ref_softcap)
 
-    def forward(logits, policy, reference, token_ids, mask, names, shape=None):
-        n_batch, n_tokens, _ = logits.shape
-        n_fields = len(STATE_FIELDS) if reference.data else ALONE_FIELDS
-        leading = dict.fromkeys(STATES, (2,)) | {"part_state": (n_fields,)}
-        tensors = {name: torch.empty(*leading.get(name, ()), n_batch, n_tokens) for name in names}
-        rows = Rows.of(logits, token_ids, mask)
-        scratch = torch.empty(library().host_scratch_bytes(byref(rows)), dtype=torch.uint8)
-        outputs = Outputs(**{name: pointer(tensor) for name, tensor in tensors.items()})
-        assert not library().host_forward(
-            byref(rows), byref(policy), byref(reference), byref(outputs),
-            byref(shape or RewardShape()), c_void_p(scratch.data_ptr()),
-        )  # fmt: skip
-        return tuple(tensors[name] for name in names)
 
-    def fold_part(
-        logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
-    ):
-        policy, reference = Logits.of(logits, temperature, softcap), Logits()
-        if ref_logits is not None:
-            reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
-        return forward(logits, policy, reference, token_ids, mask, ("part_state",))[0]
+def or_infinity(bound: float | None) -> float:
+    return math.inf if bound is None else bound
 
-    def token_stats(logits, token_ids, mask, temperature, softcap):
-        policy = Logits.of(logits, temperature, softcap)
-        names = ("logprob", "entropy", "policy_state")
-        return forward(logits, policy, Logits(), token_ids, mask, names)
 
-    def token_kl(
-        logits, ref_logits, token_ids, mask, temperature, ref_temperature, softcap, ref_softcap
-    ):
-        policy = Logits.of(logits, temperature, softcap)
-        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
-        return forward(logits, policy, reference, token_ids, mask, (*OUTPUTS, *STATES))
-
-    def kl_rewards(
-        logits, ref_logits, token_ids, mask, scores, score_index, kl_coef, estimator, kl_clip,
-        temperature, ref_temperature, softcap, ref_softcap,
-    ):  # fmt: skip
-        policy = Logits.of(logits, temperature, softcap)
-        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
-        bound = math.inf if kl_clip is None else kl_clip
-        shape = RewardShape(pointer(scores), pointer(score_index), kl_coef, estimator, bound)
-        names = (*REWARDS, *OUTPUTS, *STATES)
-        return forward(logits, policy, reference, token_ids, mask, names, shape)
-
-    def mix(logits, policy, reference, mask, states, beta, outputs, part):
-        rows = Rows.of(logits, None, mask)
-        scratch = torch.empty(library().host_mix_scratch_bytes(byref(rows)), dtype=torch.uint8)
-        assert not library().host_mix(
-            byref(rows), byref(policy), byref(reference),
-            byref(FinishedRows(*map(pointer, states), beta)),
-            byref(MixtureOutputs(*map(pointer, outputs), part)), c_void_p(scratch.data_ptr()),
-        )  # fmt: skip
-
-    def token_jsd(
-        logits, ref_logits, mask, beta, temperature, ref_temperature, softcap, ref_softcap
-    ):
-        policy = Logits.of(logits, temperature, softcap)
-        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
-        states = forward(logits, policy, reference, None, mask, STATES)
-        outputs = torch.empty(logits.shape[:2]), torch.empty(logits.shape[:2])
-        mix(logits, policy, reference, mask, states, beta, outputs, False)
-        return *outputs, *states
-
-    def mixture_part(
-        logits, ref_logits, mask, policy_state, ref_state, beta, temperature, ref_temperature,
-        softcap, ref_softcap,
-    ):  # fmt: skip
-        policy = Logits.of(logits, temperature, softcap)
-        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
-        sums = torch.empty(len(MIXTURE_SUMS), *logits.shape[:2])
-        mix(logits, policy, reference, mask, (policy_state, ref_state), beta, sums.unbind(), True)
-        return sums
-
-    def token_jsd_backward(
-        grad_jsd, logits, ref_logits, mask, policy_state, ref_state, mixture_kl, beta,
-        temperature, ref_temperature, softcap, ref_softcap, grad_logits,
-    ):  # fmt: skip
-        assert not library().host_mix_backward(
-            byref(Rows.of(logits, None, mask)), byref(Logits.of(logits, temperature, softcap)),
-            byref(Logits.of(ref_logits, ref_temperature, ref_softcap)),
-            byref(FinishedRows(pointer(policy_state), pointer(ref_state), beta)),
-            byref(SavedMixture(pointer(grad_jsd), pointer(mixture_kl), temperature)),
-            byref(GradLogits.of(grad_logits)),
-        )  # fmt: skip
-
-    def backward(
-        logits, policy, reference, token_ids, mask, temperature, part, grad_logits, **saved
-    ):  # fmt: skip
-        pointers = {name: pointer(tensor) for name, tensor in saved.items()}
-        assert not library().host_backward(
-            byref(Rows.of(logits, token_ids, mask)), byref(policy), byref(reference),
-            byref(Saved(**pointers, temperature=temperature, part=part)),
-            byref(GradLogits.of(grad_logits)),
-        )  # fmt: skip
-
-    def token_stats_backward(
-        grad_logprob, grad_entropy, logits, token_ids, mask, policy_state, entropy,
-        temperature, softcap, part, grad_logits,
-    ):  # fmt: skip
-        policy = Logits.of(logits, temperature, softcap)
-        backward(
-            logits, policy, Logits(), token_ids, mask, temperature, part, grad_logits,
-            grad_logprob=grad_logprob, grad_entropy=grad_entropy,
-            policy_state=policy_state, entropy=entropy,
-        )  # fmt: skip
-
-    def token_kl_backward(
-        grad_logprob, grad_kl, grad_forward_kl, grad_entropy, logits, ref_logits, token_ids, mask,
-        policy_state, ref_state, kl, entropy, temperature, ref_temperature, softcap, ref_softcap,
-        part, grad_logits,
-    ):  # fmt: skip
-        policy = Logits.of(logits, temperature, softcap)
-        reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
-        backward(
-            logits, policy, reference, token_ids, mask, temperature, part, grad_logits,
-            grad_logprob=grad_logprob, grad_kl=grad_kl, grad_forward_kl=grad_forward_kl,
-            grad_entropy=grad_entropy, policy_state=policy_state, ref_state=ref_state,
-            kl=kl, entropy=entropy,
-        )  # fmt: skip
-
-    def policy_loss(
-        logits, ref_logits, token_ids, mask,
-        old_logprobs, advantages, token_weights, importance_weights, ref_logprobs,
-        clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef,
-        temperature, ref_temperature, softcap, ref_softcap, grad_logits,
-    ):  # fmt: skip
-        reference = Logits()
-        if ref_logits is not None:
-            reference = Logits.of(ref_logits, ref_temperature, ref_softcap)
-        per_token = old_logprobs, advantages, token_weights, importance_weights, ref_logprobs
-        shape = PolicyLossShape(
-            clip_low, clip_high,
-            *(math.inf if b is None else b for b in (dual_clip, log_ratio_clamp)),
-            kl_coef, entropy_coef, kl_estimator,
-        )  # fmt: skip
-        terms = torch.empty((len(POLICY_LOSS_TERMS), *token_ids.shape))
-        assert not library().host_policy_loss(
-            byref(Rows.of(logits, token_ids, mask)), byref(Logits.of(logits, temperature, softcap)),
-            byref(reference), byref(PolicyLossTokens(*map(pointer, per_token))), byref(shape),
-            c_double(temperature), byref(GradLogits.of(grad_logits)), c_void_p(terms.data_ptr()),
-        )  # fmt: skip
-        return terms
-
-    def scale_gradient(gradient, factor):
-        assert not library().host_scale(
-            byref(Rows.of(gradient, None, None)), byref(GradLogits.of(gradient)),
-            c_int(DTYPES[gradient.dtype]), c_void_p(factor.data_ptr()),
-        )  # fmt: skip
-
-    def gae(rewards, values, mask, gamma, lam, skip_masked):
-        n_batch, n_tokens = rewards.shape
-        advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-        inputs = (c_void_p(pointer(t)) for t in (rewards, values, mask))
-        outputs = (c_void_p(pointer(t)) for t in (advantages, returns))
-        assert not library().host_gae(
-            *inputs, c_int64(n_batch), c_int64(n_tokens), c_double(gamma), c_double(lam),
-            c_bool(skip_masked), *outputs,
-        )  # fmt: skip
-        return advantages, returns
-
-    return SimpleNamespace(
-        fold_part=fold_part,
-        token_stats=token_stats,
-        token_stats_backward=token_stats_backward,
-        token_kl=token_kl,
-        token_kl_backward=token_kl_backward,
-        token_jsd=token_jsd,
-        mixture_part=mixture_part,
-        token_jsd_backward=token_jsd_backward,
-        kl_rewards=kl_rewards,
-        policy_loss=policy_loss,
-        scale_gradient=scale_gradient,
-        gae=gae,
+def forward(a, names: tuple[str, ...], params: RewardParams | None = None) -> tuple[Tensor, ...]:
+    n_batch, n_tokens, _ = a.logits.shape
+    policy, reference = models(a)
+    n_fields = len(state_fields(has_ref=bool(reference.data)))
+    leading = dict.fromkeys(STATES, (2,)) | {"part_state": (n_fields,)}
+    tensors = {name: torch.empty(*leading.get(name, ()), n_batch, n_tokens) for name in names}
+    rows = Rows.of(a.logits, getattr(a, "token_ids", None), a.mask)
+    scratch = torch.empty(library().host_scratch_bytes(byref(rows)), dtype=torch.uint8)
+    outputs = Outputs(**{name: pointer(tensor) for name, tensor in tensors.items()})
+    assert not library().host_forward(
+        byref(rows),
+        byref(policy),
+        byref(reference),
+        byref(outputs),
+        byref(params or RewardParams()),
+        c_void_p(scratch.data_ptr()),
     )
+    return tuple(tensors[name] for name in names)
+
+
+def fold_part(a: FoldPartArgs) -> Tensor:
+    return forward(a, ("part_state",))[0]
+
+
+def token_stats(a: TokenStatsArgs) -> TokenStatsOutputs:
+    return TokenStatsOutputs(*forward(a, TokenStatsOutputs._fields))
+
+
+def token_kl(a: TokenKLArgs) -> TokenKLOutputs:
+    return TokenKLOutputs(*forward(a, TokenKLOutputs._fields))
+
+
+def kl_rewards(a: KLRewardsArgs) -> KLRewardsOutputs:
+    params = RewardParams(
+        scores=pointer(a.scores),
+        score_index=pointer(a.score_index),
+        kl_coef=a.kl_coef,
+        estimator=a.estimator,
+        kl_clip=or_infinity(a.kl_clip),
+    )
+    return KLRewardsOutputs(*forward(a, KLRewardsOutputs._fields, params))
+
+
+def mix(a: TokenJSDArgs | MixturePartArgs, outputs: TokenJSDOutputs, *, part: bool) -> None:
+    policy, reference = models(a)
+    rows = Rows.of(a.logits, None, a.mask)
+    scratch = torch.empty(library().host_mix_scratch_bytes(byref(rows)), dtype=torch.uint8)
+    states = pointer(outputs.policy_state), pointer(outputs.ref_state)
+    assert not library().host_mix(
+        byref(rows),
+        byref(policy),
+        byref(reference),
+        byref(FinishedRows(*states, a.beta)),
+        byref(MixtureOutputs(pointer(outputs.jsd), pointer(outputs.mixture_kl), part)),
+        c_void_p(scratch.data_ptr()),
+    )
+
+
+def token_jsd(a: TokenJSDArgs) -> TokenJSDOutputs:
+    jsd, mixture_kl = torch.empty(a.logits.shape[:2]), torch.empty(a.logits.shape[:2])
+    out = TokenJSDOutputs(jsd, mixture_kl, *forward(a, STATES))
+    mix(a, out, part=False)
+    return out
+
+
+def mixture_part(a: MixturePartArgs) -> Tensor:
+    sums = torch.empty(len(MIXTURE_SUMS), *a.logits.shape[:2])
+    mix(a, TokenJSDOutputs(*sums.unbind(), a.policy_state, a.ref_state), part=True)
+    return sums
+
+
+def token_jsd_backward(a: TokenJSDBackwardArgs) -> None:
+    policy, reference = models(a)
+    assert not library().host_mix_backward(
+        byref(Rows.of(a.logits, None, a.mask)),
+        byref(policy),
+        byref(reference),
+        byref(FinishedRows(pointer(a.policy_state), pointer(a.ref_state), a.beta)),
+        byref(SavedMixture(pointer(a.grad_jsd), pointer(a.mixture_kl), a.temperature)),
+        byref(GradLogits.of(a.grad_logits)),
+    )
+
+
+def backward(a: TokenStatsBackwardArgs | TokenKLBackwardArgs) -> None:
+    policy, reference = models(a)
+    pointers = {name: pointer(getattr(a, name, None)) for name in SAVED}
+    assert not library().host_backward(
+        byref(Rows.of(a.logits, a.token_ids, a.mask)),
+        byref(policy),
+        byref(reference),
+        byref(Saved(**pointers, temperature=a.temperature, part=a.part)),
+        byref(GradLogits.of(a.grad_logits)),
+    )
+
+
+token_stats_backward = token_kl_backward = backward
+
+
+def policy_loss(a: PolicyLossArgs) -> Tensor:
+    policy, reference = models(a)
+    params = PolicyLossParams(
+        clip_low=a.clip_low,
+        clip_high=a.clip_high,
+        dual_clip=or_infinity(a.dual_clip),
+        log_ratio_clamp=or_infinity(a.log_ratio_clamp),
+        kl_coef=a.kl_coef,
+        entropy_coef=a.entropy_coef,
+        estimator=a.kl_estimator,
+    )
+    terms = torch.empty((len(POLICY_LOSS_TERMS), *a.token_ids.shape))
+    assert not library().host_policy_loss(
+        byref(Rows.of(a.logits, a.token_ids, a.mask)),
+        byref(policy),
+        byref(reference),
+        byref(PolicyLossTokens(*(pointer(getattr(a, name)) for name in TOKENS))),
+        byref(params),
+        c_double(a.temperature),
+        byref(GradLogits.of(a.grad_logits)),
+        c_void_p(terms.data_ptr()),
+    )
+    return terms
+
+
+def scale_gradient(a: ScaleGradientArgs) -> None:
+    assert not library().host_scale(
+        byref(Rows.of(a.gradient, None, None)),
+        byref(GradLogits.of(a.gradient)),
+        c_int(DTYPES[a.gradient.dtype]),
+        c_void_p(a.factor.data_ptr()),
+    )
+
+
+def gae(a: GAEArgs) -> GAEOutputs:
+    n_batch, n_tokens = a.rewards.shape
+    out = GAEOutputs(torch.empty_like(a.rewards), torch.empty_like(a.rewards))
+    assert not library().host_gae(
+        *(c_void_p(pointer(t)) for t in (a.rewards, a.values, a.mask)),
+        c_int64(n_batch),
+        c_int64(n_tokens),
+        c_double(a.gamma),
+        c_double(a.lam),
+        c_bool(a.skip_masked),
+        *(c_void_p(pointer(t)) for t in out),
+    )
+    return out
+
+
+def backend(device: tuple[int, int, int] = H200) -> SimpleNamespace:
+    """The operators of `schemas.OPERATORS`, of kernels.cpp."""
+    run_as(device)
+    operators = {name: globals()[name] for name in OPERATORS}
+    return SimpleNamespace(**operators)

@@ -13,7 +13,7 @@ KL_KERNELS_CUDA ?= 0
 REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's|^git@([^:]+):|https://\1/|; s|\.git$$||; /^https:/p')
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
 
-.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants integrations validate numerics bench bench-cpu bench-traffic bench-study bench-careful bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
+.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants integrations validate numerics bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -89,10 +89,6 @@ bench-traffic: $(READY)
 # ARGS="--resume DIR" publishes a study that make study has run.
 bench-study: $(READY)
 	$(BIN)/python bench/study.py $(ARGS)
-	$(BIN)/python bench/readme.py
-
-bench-careful: $(READY)
-	$(BIN)/python bench/careful.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
 bench-linear: $(READY)

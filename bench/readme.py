@@ -131,40 +131,6 @@ def traffic_sentence(results: dict[str, Any]) -> str:
     )
 
 
-def careful_table(results: dict[str, Any]) -> str:
-    """Which logits defeat the GPU kernels' fast loops, and what a pair of logits costs then."""
-    cases: dict[str, dict[str, dict[str, Any]]] = {}
-    for m in results["measurements"]:
-        if m["tokens"] == "sampled":
-            cases.setdefault(m["case"], {})[m["rule"]] = m
-    backends = ("triton", "cuda")
-    fast = [case for case, by in cases.items() if not any(by[b]["rows_careful"] for b in backends)]
-    lines = [
-        "| logits | V | `triton`: rows, instructions, reads | `cuda`: rows, instructions, reads |",
-        "|---|---|---|---|",
-    ]
-    for case, by in cases.items():
-        if case not in fast:
-            cells = (
-                f"{m['rows_careful']:.1%}, {m['instructions_per_pair']:.1f}, {m['reads']:.2f}"
-                for m in (by[b] for b in backends)
-            )
-            lines.append(f"| {case} | {by['cuda']['vocab_size']} | {' | '.join(cells)} |")
-    loops = {b: results["instructions"][b] for b in backends}
-    cost = "; ".join(
-        f"`{b}` " + ", ".join(f"{name} {n:.1f}" for name, n in by_loop.items())
-        for b, by_loop in loops.items()
-    )
-    lines.append(
-        "\nRows with a part that takes the careful loop; instructions and reads per pair of logits "
-        f"over all rows (in each loop: {cost}). No row does with these logits: "
-        f"{'; '.join(fast)}. By the kernels' rules, on {results['rows']} rows of a small "
-        f"language model with sampled tokens; commit {results['commit']}. From "
-        "`bench/results/careful.json`, made by `make bench-careful`."
-    )
-    return "\n".join(lines)
-
-
 def linear_table(results: dict[str, Any]) -> str:
     """Linear heads: time beside the products alone, memory beside the logits."""
     memory = {(m["job"], m["dtype"]): m for m in results["memory"]}
@@ -246,7 +212,6 @@ DOCUMENTS: dict[str, Sections] = {
         "traffic": traffic_sentence,
         "peers": heads_table,
         "study": study_section,
-        "careful": careful_table,
     },
     "docs/numerics.md": {"numerics": numerics_page.tables},
     "docs/monitoring.md": {

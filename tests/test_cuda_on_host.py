@@ -6,7 +6,6 @@ part 2048 logits at most. Sizes: one logit; too few for a thread to own 8; two p
 first has an odd number of tiles and the second a piece of one and a tail.
 """
 
-import ctypes
 import itertools
 import math
 import platform
@@ -17,8 +16,7 @@ from functools import partial
 
 import pytest
 import torch
-from careful_rows import careful_rows
-from host.cuda_on_host import Logits, Outputs, RewardParams, Rows, backend, compile_host, library
+from host.cuda_on_host import backend, compile_host, library
 from operators import arguments
 from test_far_gradients import DISTANCES as DISTANCES_OF_FAR_LOGITS
 from test_far_gradients import KINDS as KINDS_OF_FAR_LOGITS
@@ -158,37 +156,6 @@ def test_expanded_rows_are_read_through_stride_zero():
     expected, expected_grad = evaluate(row.clone(), ref_row.clone(), token_ids)
     assert torch.equal(got, expected)
     assert torch.equal(grad, expected_grad)
-
-
-def part_states(x, y, token_ids, n_parts):
-    """The states of all parts, [R, parts, 7], of which the first number is the anchor."""
-    rows = Rows.of(x[None], token_ids[None], None)
-    states = torch.empty(len(x), n_parts, 7)
-    assert library().host_scratch_bytes(ctypes.byref(rows)) == states.nbytes
-    outputs = {name: torch.empty(2 * len(x)) for name in ("policy_state", "ref_state")}
-    structs = (
-        rows, Logits.of(x[None], 1.0, None), Logits.of(y[None], 1.0, None),
-        Outputs(**{name: tensor.data_ptr() for name, tensor in outputs.items()}), RewardParams(),
-    )  # fmt: skip
-    pointers = (*map(ctypes.byref, structs), ctypes.c_void_p(states.data_ptr()))
-    assert library().host_forward(*pointers) == 0
-    return states
-
-
-def test_the_rule_of_the_careful_benchmark_is_what_the_kernel_does(monkeypatch, pytestconfig):
-    """Parts of three tiles, and of two, a piece of one and a tail: the anchors tell the loops."""
-    monkeypatch.syspath_prepend(pytestconfig.rootpath / "bench")
-    from careful_rules import CudaRule, Loops, loops_taken
-
-    rule = CudaRule(threads=64, lanes=8, part=2048, crowded=CudaRule.of_header().crowded)
-    x, y, token_ids = careful_rows(400, 2601, (0, 1536), rule.tile, most=rule.crowded)
-    loops = loops_taken(lambda *_: rule, x, y, token_ids)
-    assert {*loops.flatten().tolist()} >= {Loops.FAST, Loops.GUARDED, Loops.FAST | Loops.CAREFUL}
-    careful = (loops & Loops.CAREFUL) != 0
-    largest = torch.stack([part.amax(1) for part in x.split(rule.part_size(2601), 1)], 1)
-    anchors = part_states(x, y, token_ids, 2)[..., 0]
-    assert torch.equal(anchors == largest * torch.tensor(1 / math.log(2)), careful)
-    assert 50 < careful.sum() < 750
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -37,14 +37,14 @@ def _small_tiles(monkeypatch):
 
 @pytest.fixture
 def folded_again(monkeypatch):
-    """One entry for each split that the careful loop has folded."""
-    splits, fold_careful = [], fold.fold_careful
+    """One entry for each split that the running-max loop has folded."""
+    splits, fold_running_max = [], fold.fold_running_max
 
     def record(*args):
         splits.append(args)
-        return fold_careful(*args)
+        return fold_running_max(*args)
 
-    monkeypatch.setattr(fold, "fold_careful", record)
+    monkeypatch.setattr(fold, "fold_running_max", record)
     return splits
 
 

@@ -181,7 +181,7 @@ def test_a_gradient_far_away_does_not_wrap(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_policy_loss_does_not_depend_on_tiles(layout, estimator):
     x, y, token_ids = draw(*layout)
-    x[0, 0, -5] = 60.0  # behind the anchor: the careful loop's
+    x[0, 0, -5] = 60.0  # behind the anchor: the running-max loop's
     x[1, 0, 40:50], y[1, 0, 40:50] = -torch.inf, -torch.inf
     g = torch.Generator().manual_seed(1)
     old = -3 + torch.randn(2, 3, generator=g)

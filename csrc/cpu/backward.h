@@ -1,4 +1,4 @@
-// One row's gradient: as in fold.h, fast loops, and a careful one for what they cannot take.
+// One row's gradient: as in fold.h, fast loops, and one in float64 for what they cannot take.
 #pragma once
 
 #include "blocks.h"
@@ -39,7 +39,7 @@ double backward_fast(const T* x, const T* y, T* grad, int64_t n, float kx, float
 }
 
 // The same in float64; the floor makes a weight of 0 times its t a 0.
-inline double backward_careful(const float* x, const float* y, float* grad, int64_t n, double kx,
+inline double backward_float64(const float* x, const float* y, float* grad, int64_t n, double kx,
                                double anchor, double ky, double ref_anchor,
                                const Coefficients<double>& c) {
   constexpr double kFloor = Limits<double>::kFloor;
@@ -84,14 +84,14 @@ class RowBackward {
     if (token == kNoToken) return;
     // The token's entry once more, in float64: its own share nearly cancels the rest as p nears 1.
     const double tx = floored(token_from_anchor(policy_, token, anchor_));
-    const double ty = alone() ? 0 : floored(token_from_anchor(reference_, token, ref_anchor_));
+    const double ty = has_ref() ? floored(token_from_anchor(reference_, token, ref_anchor_)) : 0;
     x_.values[0] = logit_at(policy_, token);
     grad_.values[0] = float(backward(c_, tx, ty, exp2(tx), exp2(ty)) + gradient.own);
     write({token, 1});
   }
 
  private:
-  bool alone() const { return reference_.logits == nullptr; }
+  bool has_ref() const { return reference_.logits != nullptr; }
 
   void set_coefficients(const Coefficients<double>& c) {
     c_ = c;
@@ -110,7 +110,7 @@ class RowBackward {
       const Block block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
       double part = in_float64_ || guarded ? NAN : fast<false>(block);
       if (!in_float64_ && !is_finite(part)) guarded = is_finite(part = fast<true>(block));
-      if (!is_finite(part)) part = careful(block);
+      if (!is_finite(part)) part = in_float64(block);
       sum += part;
     }
     return sum;
@@ -144,7 +144,7 @@ class RowBackward {
   double fast(const T* x, const T* y, T* grad, int64_t n) {
     const float kx = policy_.k, anchor = float(anchor_);
     const float ky = reference_.k, ref_anchor = float(ref_anchor_);
-    if (alone())
+    if (!has_ref())
       return backward_fast<Terms::policy, kGuarded>(x, y, grad, n, kx, anchor, ky, ref_anchor,
                                                     c32_);
     if (c_.d == 0)
@@ -153,19 +153,19 @@ class RowBackward {
                                                     c32_);
   }
 
-  double careful(Block block) {
+  double in_float64(Block block) {
     stage(block, -INFINITY, -INFINITY);
-    const Staged& y = alone() ? x_ : y_;
-    const double sum = backward_careful(x_.values, y.values, grad_.values, whole_pairs(block.size),
-                                        policy_.k, anchor_, alone() ? policy_.k : reference_.k,
-                                        alone() ? anchor_ : ref_anchor_, c_);
+    const Staged& y = has_ref() ? y_ : x_;
+    const double sum = backward_float64(x_.values, y.values, grad_.values, whole_pairs(block.size),
+                                        policy_.k, anchor_, has_ref() ? reference_.k : policy_.k,
+                                        has_ref() ? ref_anchor_ : anchor_, c_);
     write(block);
     return sum;
   }
 
   void stage(Block block, float padding, float ref_padding) {
     x_.stage(policy_, block, padding);
-    if (!alone()) y_.stage(reference_, block, ref_padding);
+    if (has_ref()) y_.stage(reference_, block, ref_padding);
   }
 
   void write(Block block) { write_gradient(policy_, x_, grad_, block, grad_logits_); }

@@ -25,23 +25,23 @@ Tensor fold_part(const Tensor& logits_tensor, const std::optional<Tensor>& ref_l
     check(logits.same_shape(*ref_logits), "ref_logits has to have the shape of logits");
   }
   const Tokens tokens(token_ids, mask, logits, Vocabulary::part);
-  constexpr int64_t kFields = 9, kAloneFields = 4;  // STATE_FIELDS, ALONE_FIELDS in schemas.py
-  const int64_t n_rows = logits.n_rows(), n_fields = ref_logits ? kFields : kAloneFields;
+  const int64_t n_rows = logits.n_rows();
+  const int64_t n_fields = ref_logits ? kStateFields : kStateFieldsWithoutRef;
   Tensor state = torch::stable::new_empty(
       logits_tensor, {n_fields, logits.n_batch(), logits.n_tokens()}, ScalarType::Float);
   float* const data = float_data(state);
   for_each_row(n_rows, 2 * logits.vocab_size(), [&](int64_t row) {
-    double fields[kFields] = {};
+    double fields[kStateFields] = {};
     if (tokens.counts(row)) {
       const Row reference = ref_logits ? ref_logits->row(row) : kNoReference;
       double tx, ty;
       const RowState<double> found = row_kernels().fold(logits.row(row), reference,
                                                         logits.vocab_size(), tokens[row], &tx, &ty);
       const RowState<double> s = as_saved(found);
-      const double all[kFields] = {
+      const double all[kStateFields] = {
           s.anchor,  s.sums.sx, s.sums.ex, tx - (s.anchor - found.anchor),        s.ref_anchor,
           s.sums.sy, s.sums.rk, s.sums.fk, ty - (s.ref_anchor - found.ref_anchor)};
-      std::copy(all, all + kFields, fields);
+      std::copy(all, all + kStateFields, fields);
     }
     for (int64_t i = 0; i < n_fields; ++i) data[i * n_rows + row] = float(fields[i]);
   });
@@ -203,7 +203,7 @@ void backward_rows(const Logits& logits, const Logits* ref_logits, const Tokens&
         anchored<double>(saved.ref_state[row], saved.ref_state[n_rows + row]), saved.kl[row],
         saved.entropy[row]};
     // The saved sums are floats, too coarse here: fold a whole row again.
-    if (vocabulary == Vocabulary::whole && row_is.need_float64(reference.logits == nullptr)) {
+    if (vocabulary == Vocabulary::whole && row_is.need_float64(reference.logits != nullptr)) {
       double tx, ty;
       const RowState<double> s =
           row_kernels().fold(policy, reference, logits.vocab_size(), tokens[row], &tx, &ty);

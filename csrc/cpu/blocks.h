@@ -100,9 +100,9 @@ KL_INLINE double token_from_anchor(const Row& row, int64_t token, double anchor)
 
 // Rows whose blocks can be read where they lie; a last block of odd size is staged all the same.
 KL_INLINE bool read_in_place(const Row& policy, const Row& reference) {
-  const bool alone = reference.logits == nullptr;
+  const bool has_ref = reference.logits != nullptr;
   return policy.softcap == 0 &&
-         (alone || (reference.softcap == 0 && reference.dtype == policy.dtype));
+         (!has_ref || (reference.softcap == 0 && reference.dtype == policy.dtype));
 }
 
 // A logit that lies so far below the anchor that it adds nothing, yet stays finite.

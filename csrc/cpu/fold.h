@@ -1,4 +1,5 @@
-// One row's state: fast loops around fixed anchors, and a careful one for whatever defeats them.
+// One row's state: fast loops around fixed anchors, and one with a running maximum for whatever
+// defeats them.
 #pragma once
 
 #include "blocks.h"
@@ -33,7 +34,7 @@ KL_INLINE Weighed weigh(Floats logits, float k, float anchor) {
 }
 
 // The loops over a block's logits, each slower than the one before and taking what defeats that.
-enum class Loop { near, plain, guarded, careful };
+enum class Loop { near, plain, guarded, running_max };
 
 // Sums of a block, and whether one model rules out what the other does not: then a KL is infinite.
 struct BlockSums {
@@ -144,8 +145,8 @@ BlockSums fold_fast(const T* x, int64_t n, float kx, float anchor) {
 }
 
 // In float64, with the block's own maxima as anchors and -inf handled by support.
-inline Sums<double> fold_careful(const float* x, const float* y, int64_t n, double kx,
-                                 double anchor, double ky, double ref_anchor) {
+inline Sums<double> fold_running_max(const float* x, const float* y, int64_t n, double kx,
+                                     double anchor, double ky, double ref_anchor) {
   constexpr double kFloor = Limits<double>::kFloor;
   Sums<Doubles> s{};
   for (int64_t i = 0; i < n; i += kWideLanes) {
@@ -171,17 +172,17 @@ class RowFold {
     RowState<double> state = empty_state<double>();
     if (token != kNoToken) state = raise_anchors(state, {token, 1});
     state = raise_anchors(state, block_at(0));
-    Loop loop = alone() ? Loop::plain : Loop::near;  // the rest of a row is like its beginning
+    Loop loop = has_ref() ? Loop::near : Loop::plain;  // the rest of a row is like its beginning
     bool all_near = true;
     for (int64_t start = 0; start < vocab_size; start += kBlock) {
       const Block block = block_at(start);
       RowState<double> part = state;
       const Loop used = fold_block(block, part, loop);
-      if (used != Loop::careful) loop = used;
+      if (used != Loop::running_max) loop = used;
       all_near &= used == Loop::near;
       state = merge(state, part);
     }
-    if (alone() || all_near || !are_floats(state) || !is_small(state)) return state;
+    if (!has_ref() || all_near || !are_floats(state) || !is_small(state)) return state;
     // Seldom: one model hardly differs from the other, but for tokens that neither will choose.
     double excess = 0;
     for (int64_t start = 0; start < vocab_size; start += kBlock)
@@ -191,7 +192,7 @@ class RowFold {
   }
 
  private:
-  bool alone() const { return reference_.logits == nullptr; }
+  bool has_ref() const { return reference_.logits != nullptr; }
 
   // Sums of the block into `part`, around its anchors or higher ones, by `loop` or one behind it.
   Loop fold_block(Block block, RowState<double>& part, Loop loop) {
@@ -199,14 +200,14 @@ class RowFold {
     if (loop == Loop::near && fast<Loop::near>(block, part)) return loop;
     if (loop <= Loop::plain && fast<Loop::plain>(block, part = anchors)) return Loop::plain;
     if (fast<Loop::guarded>(block, part = anchors)) return Loop::guarded;
-    careful(block, part = anchors);
-    return Loop::careful;
+    in_running_max(block, part = anchors);
+    return Loop::running_max;
   }
 
   // Whether float arithmetic can take these anchors.
   bool are_floats(const RowState<double>& anchors) const {
     const auto is_float = [](double anchor) { return float(anchor) == anchor; };
-    return is_float(anchors.anchor) && (alone() || is_float(anchors.ref_anchor));
+    return is_float(anchors.anchor) && (!has_ref() || is_float(anchors.ref_anchor));
   }
 
   // False if the loop will not do.
@@ -246,12 +247,12 @@ class RowFold {
                   ref_anchor);
   }
 
-  void careful(Block block, RowState<double>& part) {
+  void in_running_max(Block block, RowState<double>& part) {
     part = raise_anchors(part, block);  // stages the block, too
-    const Staged& y = alone() ? x_ : y_;
-    part.sums =
-        fold_careful(x_.values, y.values, whole_pairs(block.size), policy_.k, part.anchor,
-                     alone() ? policy_.k : reference_.k, alone() ? part.anchor : part.ref_anchor);
+    const Staged& y = has_ref() ? y_ : x_;
+    part.sums = fold_running_max(x_.values, y.values, whole_pairs(block.size), policy_.k,
+                                 part.anchor, has_ref() ? reference_.k : policy_.k,
+                                 has_ref() ? part.ref_anchor : part.anchor);
   }
 
   template <Loop kLoop>
@@ -283,13 +284,13 @@ class RowFold {
     constexpr bool kGuarded = kLoop == Loop::guarded;
     if constexpr (kLoop == Loop::near)
       return fold_near(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
-    return alone() ? fold_fast<kGuarded>(x, n, policy_.k, anchor)
-                   : fold_fast<kGuarded>(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
+    return has_ref() ? fold_fast<kGuarded>(x, y, n, policy_.k, anchor, reference_.k, ref_anchor)
+                     : fold_fast<kGuarded>(x, n, policy_.k, anchor);
   }
 
   void stage(Block block, float padding, float ref_padding) {
     x_.stage(policy_, block, padding);
-    if (!alone()) y_.stage(reference_, block, ref_padding);
+    if (has_ref()) y_.stage(reference_, block, ref_padding);
   }
 
   // The same anchors, or the block's maxima where those are larger; its sums are zero.
@@ -297,7 +298,7 @@ class RowFold {
     stage(block, -INFINITY, -INFINITY);
     const double anchor = scaled(x_.largest_value(block), policy_.k);
     const double ref_anchor =
-        alone() ? near.ref_anchor : scaled(y_.largest_value(block), reference_.k);
+        has_ref() ? scaled(y_.largest_value(block), reference_.k) : near.ref_anchor;
     return {anchor > near.anchor ? anchor : near.anchor,
             ref_anchor > near.ref_anchor ? ref_anchor : near.ref_anchor,
             {}};

@@ -39,10 +39,10 @@ struct RowStatistics {
   }
 
   // Whether only float64 arithmetic can take them: coefficients are as large as the KL.
-  bool need_float64(bool alone) const {
+  bool need_float64(bool has_ref) const {
     constexpr double kLargeKl = 1024;
     return is_far(policy.anchor) ||
-           (!alone && (is_far(ref.anchor) || (kl > kLargeKl && kl < INFINITY)));
+           (has_ref && (is_far(ref.anchor) || (kl > kLargeKl && kl < INFINITY)));
   }
 };
 
@@ -66,8 +66,8 @@ class GradientRows {
       return;
     }
     const double sx = row_is.policy.sum;
-    const bool alone = reference.logits == nullptr, in_float64 = row_is.need_float64(alone);
-    const Anchored<double> ref = alone ? Anchored<double>{0, 1, 0}
+    const bool has_ref = reference.logits != nullptr, in_float64 = row_is.need_float64(has_ref);
+    const Anchored<double> ref = !has_ref ? Anchored<double>{0, 1, 0}
                                  : in_float64
                                      ? row_is.ref
                                      : centred(row_is.ref, row_is.policy.ln_of_sum, row_is.kl);

@@ -3,7 +3,7 @@
 // bounded by the mixture's algebra, -inf needs no care, and NaN is seen in the row's state already.
 #pragma once
 
-#include "../mixture.h"
+#include "../common/mixture.h"
 #include "blocks.h"
 
 namespace kl_kernels {

@@ -1,7 +1,7 @@
 // policy_loss: a row's statistics, its loss, and its gradient while the row is still in the cache.
 #pragma once
 
-#include "../epilogues.h"
+#include "../common/epilogues.h"
 #include "gradient_rows.h"
 #include "parallel.h"
 
@@ -44,13 +44,13 @@ inline Tensor policy_loss(
       per_row(old_logprobs, "old_logprobs"), per_row(advantages, "advantages"),
       per_row(token_weights, "token_weights"), per_row(importance_weights, "importance_weights"),
       per_row(ref_logprobs, "ref_logprobs")};
-  const PolicyLossShape shape{float(clip_low),
-                              float(clip_high),
-                              float(dual_clip.value_or(INFINITY)),
-                              float(log_ratio_clamp.value_or(INFINITY)),
-                              float(kl_coef),
-                              float(entropy_coef),
-                              Estimator(kl_estimator)};
+  const PolicyLossParams params{float(clip_low),
+                                float(clip_high),
+                                float(dual_clip.value_or(INFINITY)),
+                                float(log_ratio_clamp.value_or(INFINITY)),
+                                float(kl_coef),
+                                float(entropy_coef),
+                                Estimator(kl_estimator)};
   Tensor terms = torch::stable::new_empty(
       logits_tensor, {kPolicyLossTerms, logits.n_batch(), logits.n_tokens()}, ScalarType::Float);
   float* const term_data = float_data(terms);
@@ -65,7 +65,7 @@ inline Tensor policy_loss(
           row_kernels().fold(policy, reference, logits.vocab_size(), tokens[row], &tx, &ty);
       Finished<double> f = finish(s.sums, tx, ty);
       if (!ref_logits) f.kl = 0;  // of a policy alone, it is undefined
-      loss = policy_loss_epilogue(to_float(f), inputs.row(row, float(f.logprob)), shape);
+      loss = policy_loss_epilogue(to_float(f), inputs.row(row, float(f.logprob)), params);
       if (gradients)
         gradients->write(row, policy, asks_for_kl(loss.gradient) ? reference : kNoReference,
                          tokens[row], loss.gradient, RowStatistics::of(s, f), temperature);

@@ -3,9 +3,9 @@
 
 #include <stdint.h>
 
-#include "../dtype.h"
-#include "../kl_math.h"
-#include "../mixture.h"
+#include "../common/dtype.h"
+#include "../common/mixture.h"
+#include "../common/row_math.h"
 
 namespace kl_kernels {
 
@@ -40,9 +40,6 @@ struct FinishedPair {
   double beta;
   bool far;  // logits are measured from these anchors in float64
 };
-
-// The token of a row of which these logits are a part, if it is not among them.
-constexpr int64_t kNoToken = -1;
 
 // One instruction set's kernels. A missing reference has logits == nullptr.
 struct RowKernels {

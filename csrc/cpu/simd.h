@@ -6,8 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../kl_math.h"
-#include "../mixture.h"
+#include "../common/mixture.h"
+#include "../common/row_math.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>

@@ -9,7 +9,7 @@
 #include <optional>
 #include <string>
 
-#include "../tensor_checks.h"
+#include "../common/tensor_checks.h"
 #include "row.h"
 
 namespace kl_kernels {
@@ -110,8 +110,8 @@ class Tokens {
         mask_(data_of<bool>(mask, "mask", ScalarType::Bool, logits.n_rows())) {
     const int64_t n_rows = logits.n_rows();
     for (int64_t row = 0; row < n_rows; ++row) {
-      const bool elsewhere = vocabulary == Vocabulary::part && ids_[row] == kElsewhere;
-      if (counts(row) && !elsewhere && (ids_[row] < 0 || ids_[row] >= logits.vocab_size()))
+      const bool outside = vocabulary == Vocabulary::part && ids_[row] == kNoToken;
+      if (counts(row) && !outside && (ids_[row] < 0 || ids_[row] >= logits.vocab_size()))
         throw std::invalid_argument("token_ids holds " + std::to_string(ids_[row]) +
                                     " at an unmasked position; accepted: 0 to " +
                                     std::to_string(logits.vocab_size() - 1));
@@ -119,11 +119,9 @@ class Tokens {
   }
 
   bool counts(int64_t row) const { return mask_ == nullptr || mask_[row]; }
-  int64_t operator[](int64_t row) const { return ids_[row] == kElsewhere ? kNoToken : ids_[row]; }
+  int64_t operator[](int64_t row) const { return ids_[row]; }
 
  private:
-  static constexpr int64_t kElsewhere = -(int64_t{1} << 62);  // ELSEWHERE in schemas.py
-
   const int64_t* ids_;
   const bool* mask_;
 };

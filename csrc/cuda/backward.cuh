@@ -11,20 +11,20 @@ __device__ inline double value_or_zero(const float* values, int64_t at) {
 }
 
 // By one thread per block.
-template <bool kReference>
+template <bool kHasRef>
 __device__ RowGradient saved_gradient(const Rows& rows, const Saved& saved, uint32_t row) {
   Upstream<double> g{};
   g.logprob = value_or_zero(saved.grad_logprob, row);
   // A token outside the vocabulary shows, unless nobody asks for its gradient.
   const int64_t token = rows.token_ids[row];
-  const bool elsewhere = saved.part && token == kElsewhere;
-  if (g.logprob != 0 && !in_vocabulary(rows, token) && !elsewhere) g.logprob = NAN;
+  const bool outside = saved.part && token == kNoToken;
+  if (g.logprob != 0 && !in_vocabulary(rows, token) && !outside) g.logprob = NAN;
   g.entropy = value_or_zero(saved.grad_entropy, row);
   const Anchored<double> policy =
       anchored<double>(saved.policy_state[row], saved.policy_state[rows.n_rows + row]);
   Anchored<double> ref{0, 1, 0};
   double kl = 0;
-  if constexpr (kReference) {
+  if constexpr (kHasRef) {
     g.kl = value_or_zero(saved.grad_kl, row);
     g.forward_kl = value_or_zero(saved.grad_forward_kl, row);
     ref = anchored<double>(saved.ref_state[row], saved.ref_state[rows.n_rows + row]);
@@ -40,21 +40,21 @@ template <class Policy, class T, Terms kTerms>
 __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
     backward_kernel(Rows rows, Split split, Logits policy, Logits reference, Saved saved,
                     GradLogits grad_logits) {
-  constexpr bool kReference = kTerms != Terms::policy;
-  const Place place = place_of(blockIdx.x, rows, split);
+  constexpr bool kHasRef = kTerms != Terms::policy;
+  const SplitOfRow place = split_of_row(blockIdx.x, rows, split);
   const uint32_t row = place.row;
   const auto grad = grad_row_of<T>(rows, policy, grad_logits, place);
   if (!counts(rows, row)) return write_zeros<Policy>(grad, place.size);
   __shared__ RowGradient of_row;
   if (threadIdx.x == 0) {
     // Copied, because ThreadSanitizer does not see what a function returns into memory.
-    const RowGradient computed = saved_gradient<kReference>(rows, saved, row);
+    const RowGradient computed = saved_gradient<kHasRef>(rows, saved, row);
     of_row = computed;
   }
   __syncthreads();  // without it the others would use coefficients that are not there yet
   const RowGradient r = of_row;  // in registers, not read again for every logit
   if (r.terms == Terms::none) return write_zeros<Policy>(grad, place.size);
-  const auto part = along(grad, part_of<Row<T>, kReference>(rows, policy, reference, place));
+  const auto part = aligned_to(grad, part_of<Row<T>, kHasRef>(rows, policy, reference, place));
   const int64_t token = rows.token_ids[row] - place.begin;
   if (part.aligned())
     write_gradient<Policy, true, kTerms, Order::forwards>(part, r, grad, token);

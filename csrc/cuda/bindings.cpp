@@ -30,12 +30,12 @@ Tensor new_state(const Tensor& logits) {  // [2, B, T]
 float* data(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 void run_forward(const Tensor& tensor, const Rows& rows, const Logits& policy,
-                 const Logits& reference, const Outputs& outputs, const RewardShape& shape) {
+                 const Logits& reference, const Outputs& outputs, const RewardParams& params) {
   const Device device(tensor);
   // From torch's allocator: it may be given back while the kernels are still to run, and it may be
   // taken during the capture of a CUDA graph.
   const Tensor scratch = torch::stable::new_empty(tensor, {scratch_bytes(rows)}, ScalarType::Byte);
-  check(forward(rows, policy, reference, outputs, shape, scratch.mutable_data_ptr(),
+  check(forward(rows, policy, reference, outputs, params, scratch.mutable_data_ptr(),
                 device.stream()));
 }
 
@@ -49,11 +49,11 @@ Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const T
     check_like(*ref_logits, "ref_logits", logits);
   }
   Tensor state = torch::stable::new_empty(
-      logits, {ref_logits ? kStateFields : kAloneFields, logits.size(0), logits.size(1)},
+      logits, {ref_logits ? kStateFields : kStateFieldsWithoutRef, logits.size(0), logits.size(1)},
       ScalarType::Float);
   Outputs out{};
   out.part_state = data(state);
-  run_forward(logits, rows_of(logits, token_ids, mask), policy, reference, out, RewardShape{});
+  run_forward(logits, rows_of(logits, token_ids, mask), policy, reference, out, RewardParams{});
   return state;
 }
 
@@ -66,13 +66,13 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits, const Tenso
   out.logprob = data(logprob);
   out.entropy = data(entropy);
   out.policy_state = data(state);
-  run_forward(logits, rows_of(logits, token_ids, mask), policy, Logits{}, out, RewardShape{});
+  run_forward(logits, rows_of(logits, token_ids, mask), policy, Logits{}, out, RewardParams{});
   return {logprob, entropy, state};
 }
 
 using KlTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-KlTensors token_kl_into(Outputs out, const RewardShape& shape, const Tensor& logits,
+KlTensors token_kl_into(Outputs out, const RewardParams& params, const Tensor& logits,
                         const Tensor& ref_logits, const Rows& rows, double temperature,
                         double ref_temperature, std::optional<double> softcap,
                         std::optional<double> ref_softcap) {
@@ -89,14 +89,14 @@ KlTensors token_kl_into(Outputs out, const RewardShape& shape, const Tensor& log
   out.entropy = data(entropy);
   out.policy_state = data(policy_state);
   out.ref_state = data(ref_state);
-  run_forward(logits, rows, policy, reference, out, shape);
+  run_forward(logits, rows, policy, reference, out, params);
   return {logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state};
 }
 
 KlTensors token_kl(const Tensor& logits, const Tensor& ref_logits, const Tensor& token_ids,
                    const OptionalTensor& mask, double temperature, double ref_temperature,
                    std::optional<double> softcap, std::optional<double> ref_softcap) {
-  return token_kl_into(Outputs{}, RewardShape{}, logits, ref_logits,
+  return token_kl_into(Outputs{}, RewardParams{}, logits, ref_logits,
                        rows_of(logits, token_ids, mask), temperature, ref_temperature, softcap,
                        ref_softcap);
 }
@@ -111,14 +111,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   out.rewards = data(rewards);
   out.advantage_correction = data(correction);
   const int64_t n_batch = logits.size(0);
-  const RewardShape shape{
+  const RewardParams params{
       data_of<float>(scores, "scores", ScalarType::Float, n_batch, logits),
       data_of<int64_t>(score_index, "score_index", ScalarType::Long, n_batch, logits),
       static_cast<float>(kl_coef), static_cast<Estimator>(estimator),
       static_cast<float>(kl_clip.value_or(INFINITY))};
   return std::tuple_cat(
       std::make_tuple(rewards, correction),
-      token_kl_into(out, shape, logits, ref_logits, rows_of(logits, token_ids, mask), temperature,
+      token_kl_into(out, params, logits, ref_logits, rows_of(logits, token_ids, mask), temperature,
                     ref_temperature, softcap, ref_softcap));
 }
 
@@ -210,18 +210,18 @@ Tensor policy_loss_terms(const Tensor& logits, const OptionalTensor& ref_logits,
       per_token(old_logprobs, "old_logprobs"), per_token(advantages, "advantages"),
       per_token(token_weights, "token_weights"),
       per_token(importance_weights, "importance_weights"), per_token(ref_logprobs, "ref_logprobs")};
-  const PolicyLossShape shape{static_cast<float>(clip_low),
-                              static_cast<float>(clip_high),
-                              static_cast<float>(dual_clip.value_or(INFINITY)),
-                              static_cast<float>(log_ratio_clamp.value_or(INFINITY)),
-                              static_cast<float>(kl_coef),
-                              static_cast<float>(entropy_coef),
-                              static_cast<Estimator>(kl_estimator)};
+  const PolicyLossParams params{static_cast<float>(clip_low),
+                                static_cast<float>(clip_high),
+                                static_cast<float>(dual_clip.value_or(INFINITY)),
+                                static_cast<float>(log_ratio_clamp.value_or(INFINITY)),
+                                static_cast<float>(kl_coef),
+                                static_cast<float>(entropy_coef),
+                                static_cast<Estimator>(kl_estimator)};
   const Device device(logits);
   Tensor terms = torch::stable::new_empty(
       logits, {kPolicyLossTerms, logits.size(0), logits.size(1)}, ScalarType::Float);
-  check(policy_loss(rows_of(logits, token_ids, mask), policy, reference, tokens, shape, temperature,
-                    grad, data(terms), device.stream()));
+  check(policy_loss(rows_of(logits, token_ids, mask), policy, reference, tokens, params,
+                    temperature, grad, data(terms), device.stream()));
   return terms;
 }
 

@@ -15,7 +15,7 @@ struct Extent {
 
 // Where a block's warps meet: shared memory, for one merge and one join per kernel.
 template <int kThreads>
-struct Meeting {
+struct WarpScratch {
   RowState<float> states[kThreads / kWarp];
   Extent extents[kThreads / kWarp];
 };
@@ -29,13 +29,13 @@ __device__ __forceinline__ RowState<float> shuffle_down(const RowState<float>& s
 
 // The threads' states merged; right in thread 0 alone.
 template <int kThreads>
-__device__ RowState<float> merge_block(RowState<float> s, Meeting<kThreads>& meeting) {
+__device__ RowState<float> merge_block(RowState<float> s, WarpScratch<kThreads>& scratch_of_warps) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int by = kWarp / 2; by > 0; by /= 2) s = merge(s, shuffle_down(s, by));
-  if (lane == 0) meeting.states[warp] = s;
+  if (lane == 0) scratch_of_warps.states[warp] = s;
   __syncthreads();  // without it thread 0 would merge states that are not there yet
   if (threadIdx.x == 0) {
-    for (int i = 1; i < kThreads / kWarp; ++i) s = merge(s, meeting.states[i]);
+    for (int i = 1; i < kThreads / kWarp; ++i) s = merge(s, scratch_of_warps.states[i]);
   }
   return s;
 }
@@ -47,17 +47,17 @@ __device__ __forceinline__ Extent join(const Extent& s, const Extent& t) {
 
 // The threads' extents joined, in every thread.
 template <int kThreads>
-__device__ Extent join_block(Extent e, Meeting<kThreads>& meeting) {
+__device__ Extent join_block(Extent e, WarpScratch<kThreads>& scratch_of_warps) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int by = kWarp / 2; by > 0; by /= 2) {
     e = join(e, {__shfl_xor_sync(kAllLanes, e.largest, by),
                  __shfl_xor_sync(kAllLanes, e.ref_largest, by),
                  __shfl_xor_sync(kAllLanes, e.smallest, by)});
   }
-  if (lane == 0) meeting.extents[warp] = e;
+  if (lane == 0) scratch_of_warps.extents[warp] = e;
   __syncthreads();  // without it a thread would read extents that are not there yet
-  e = meeting.extents[0];
-  for (int i = 1; i < kThreads / kWarp; ++i) e = join(e, meeting.extents[i]);
+  e = scratch_of_warps.extents[0];
+  for (int i = 1; i < kThreads / kWarp; ++i) e = join(e, scratch_of_warps.extents[i]);
   return e;
 }
 

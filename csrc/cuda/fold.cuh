@@ -4,7 +4,7 @@
 // beforehand, the larger of the first tile's maximum and the sampled token's logit (which is nearly
 // always close to the top). Where -inf is seen beforehand, the guarded loop does the same and takes
 // it for what it is. Whatever defeats them (NaN, a peak far above the anchor, -inf for the fast
-// loop) shows in the sums, and the careful loop, with a running maximum, folds that part again. The
+// loop) shows in the sums, and the running-max loop folds that part again. The
 // choice and the split into parts depend on the row alone.
 #pragma once
 
@@ -20,10 +20,10 @@ constexpr float kCrowded = 512;
 
 // What one thread can see of a part without going through it: what is left of the last 8, the last
 // logit, which is where -inf pads, and the token's logits, which may be NaN and of another part.
-template <class Policy, class R, bool kReference>
-__device__ Extent glance(const Part<R, kReference>& part, float token_x, float token_y) {
+template <class Policy, class R, bool kHasRef>
+__device__ Extent token_extent(const Part<R, kHasRef>& part, float token_x, float token_y) {
   const int last = part.span.size - 1;
-  const float x = part.x[last], y = kReference ? part.y[last] : x;
+  const float x = part.x[last], y = kHasRef ? part.y[last] : x;
   Extent e{fmaxf(x, token_x), fmaxf(y, token_y), fminf(x, y)};
   for_each_left<Policy>(part, [&e](int, float x, float y) { e = join(e, {x, y, fminf(x, y)}); });
   return e;
@@ -31,12 +31,13 @@ __device__ Extent glance(const Part<R, kReference>& part, float token_x, float t
 
 // The same and the first tile: where to anchor, and whether -inf is about. Threads stop at the
 // first use of what they load: the tile, which needs nothing but the row's address, is on its way
-// before `glance` is called, which waits for the token and its logits.
-template <class Policy, bool kAligned, class P, class Glance>
-__device__ Extent look(const P& part, const Glance& glance, Meeting<Policy::kThreads>& meeting) {
+// before `token_extent` is called, which waits for the token and its logits.
+template <class Policy, bool kAligned, class P, class TokenExtent>
+__device__ Extent probe(const P& part, const TokenExtent& token_extent,
+                        WarpScratch<Policy::kThreads>& scratch_of_warps) {
   const int i = threadIdx.x * kLanes;
   auto tile = begin_first_tile<kAligned>(part, i);
-  Extent e = glance();
+  Extent e = token_extent();
   await_first_tile<kAligned>(part, i, tile);
   if (i < part.span.tail()) {
     float x[kLanes], y[kLanes];
@@ -45,7 +46,7 @@ __device__ Extent look(const P& part, const Glance& glance, Meeting<Policy::kThr
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) e = join(e, {x[j], y[j], fminf(x[j], y[j])});
   }
-  return join_block(e, meeting);
+  return join_block(e, scratch_of_warps);
 }
 
 // Whether this thread's sums cannot be kept.
@@ -55,7 +56,7 @@ __device__ inline bool defeated(const Sums<float>& s) {
 
 // The fast loop or, guarded, one that takes -inf as fold_by_support does, in 5 instructions more.
 // `failed`: this thread's sums cannot be kept.
-template <class Policy, bool kAligned, bool kReference, bool kGuarded, class P>
+template <class Policy, bool kAligned, bool kHasRef, bool kGuarded, class P>
 __device__ __forceinline__ RowState<float> fold_anchored(const P& part, float anchor,
                                                          float ref_anchor, bool& failed) {
   const float kx = part.kx, ky = part.ky;
@@ -69,7 +70,7 @@ __device__ __forceinline__ RowState<float> fold_anchored(const P& part, float an
   };
   const auto absorb = [&](float x, float y) {
     const float tx = measure(x, kx, anchor);
-    if constexpr (kReference) {
+    if constexpr (kHasRef) {
       const float ty = measure(y, ky, ref_anchor);
       fold(s, tx, ty, exp2f(tx), exp2f(ty));
       if constexpr (kGuarded) {
@@ -80,7 +81,7 @@ __device__ __forceinline__ RowState<float> fold_anchored(const P& part, float an
       fold(s, tx, exp2f(tx));
     }
   };
-  const auto eight = [&](int, const auto& xs, const auto& ys) {
+  const auto each_vector = [&](int, const auto& xs, const auto& ys) {
     float x[kLanes], y[kLanes];
     unpack(xs, x);
     unpack(ys, y);
@@ -88,7 +89,7 @@ __device__ __forceinline__ RowState<float> fold_anchored(const P& part, float an
     for (int j = 0; j < kLanes; ++j) absorb(x[j], y[j]);
   };
   const auto one = [&](int, float x, float y) { absorb(x, y); };
-  for_each<Policy, kAligned>(part, eight, one);
+  for_each<Policy, kAligned>(part, each_vector, one);
   const bool infinite_rk = highest == INFINITY, infinite_fk = lowest == -INFINITY;
   if (infinite_rk) s.rk = 0;  // whatever kFloor made of it
   if (infinite_fk) s.fk = 0;
@@ -100,7 +101,7 @@ __device__ __forceinline__ RowState<float> fold_anchored(const P& part, float an
 
 // Each thread measures from the largest logits it has seen so far.
 template <class Policy, bool kAligned, class P>
-__device__ RowState<float> fold_careful(const P& part) {
+__device__ RowState<float> fold_running_max(const P& part) {
   constexpr float kFloor = Limits<float>::kFloor;
   const float kx = part.kx, ky = part.ky;
   RowState<float> s = empty_state<float>();
@@ -118,7 +119,7 @@ __device__ RowState<float> fold_careful(const P& part) {
     raise_anchors(x, y);
     absorb(x, y);
   };
-  const auto eight = [&](int, const auto& xs, const auto& ys) {
+  const auto each_vector = [&](int, const auto& xs, const auto& ys) {
     float x[kLanes], y[kLanes];
     unpack(xs, x);
     unpack(ys, y);
@@ -132,34 +133,33 @@ __device__ RowState<float> fold_careful(const P& part) {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) absorb(x[j], y[j]);
   };
-  for_each<Policy, kAligned>(part, eight, one);
+  for_each<Policy, kAligned>(part, each_vector, one);
   return s;
 }
 
-// The part's state; right in thread 0 alone. `glance` gives what is known of it beforehand.
-template <class Policy, bool kAligned, bool kReference, class P, class Glance>
-__device__ RowState<float> fold_part(const P& part, const Glance& glance,
-                                     Meeting<Policy::kThreads>& meeting) {
-  const Extent e = look<Policy, kAligned>(part, glance, meeting);
+// The part's state; right in thread 0 alone. `token_extent` gives what is known of it beforehand.
+template <class Policy, bool kAligned, bool kHasRef, class P, class TokenExtent>
+__device__ RowState<float> fold_part(const P& part, const TokenExtent& token_extent,
+                                     WarpScratch<Policy::kThreads>& scratch_of_warps) {
+  const Extent e = probe<Policy, kAligned>(part, token_extent, scratch_of_warps);
   const float anchor = part.kx * e.largest, ref_anchor = part.ky * e.ref_largest;
   const bool minus_infinity = fmaxf(part.kx, part.ky) * e.smallest == -INFINITY;  // or finfo.min
   RowState<float> s = empty_state<float>();
-  bool careful = fminf(anchor, ref_anchor) == -INFINITY;  // the same in all threads
-  if (!careful) {
+  bool running_max = fminf(anchor, ref_anchor) == -INFINITY;  // the same in all threads
+  if (!running_max) {
     bool failed;
     const auto fold = [&](auto guarded) {
       constexpr bool kGuarded = decltype(guarded)::value;
-      return fold_anchored<Policy, kAligned, kReference, kGuarded>(part, anchor, ref_anchor,
-                                                                   failed);
+      return fold_anchored<Policy, kAligned, kHasRef, kGuarded>(part, anchor, ref_anchor, failed);
     };
     if constexpr (Policy::kFastLoop)
       s = minus_infinity ? fold(std::true_type{}) : fold(std::false_type{});
     else
       s = fold(std::true_type{});
-    careful = __syncthreads_or(failed);
+    running_max = __syncthreads_or(failed);
   }
-  if (careful) s = fold_careful<Policy, kAligned>(part);
-  return merge_block(s, meeting);
+  if (running_max) s = fold_running_max<Policy, kAligned>(part);
+  return merge_block(s, scratch_of_warps);
 }
 
 }  // namespace kl_kernels

@@ -5,9 +5,9 @@ namespace kl_kernels {
 int64_t scratch_bytes(const Rows& rows) { return forward_scratch_bytes<LaunchPolicy>(rows); }
 
 cudaError_t forward(const Rows& rows, const Logits& policy, const Logits& reference,
-                    const Outputs& outputs, const RewardShape& shape, void* scratch,
+                    const Outputs& outputs, const RewardParams& params, void* scratch,
                     cudaStream_t stream) {
-  return launch_forward<LaunchPolicy>(rows, policy, reference, outputs, shape, scratch, stream);
+  return launch_forward<LaunchPolicy>(rows, policy, reference, outputs, params, scratch, stream);
 }
 
 }  // namespace kl_kernels

@@ -47,31 +47,30 @@ __device__ __forceinline__ float gradient(const RowGradient& r, float kx, float 
 // Of a part along its gradient; `token` is counted from its first logit and may lie outside. The
 // gradient may lie over the logits: a thread reads what it is going to write, before, and no other
 // thread reads it.
-template <class Policy, bool kAligned, Terms kTerms, Order kOrder, class R, bool kReference,
-          class T>
-__device__ void write_gradient(const Part<R, kReference>& part, const RowGradient& r,
+template <class Policy, bool kAligned, Terms kTerms, Order kOrder, class R, bool kHasRef, class T>
+__device__ void write_gradient(const Part<R, kHasRef>& part, const RowGradient& r,
                                const GradRow<T>& grad, int64_t token) {
-  const bool own = token >= 0 && token < part.span.size && visits<Policy>(token, part.span);
+  const bool own = token >= 0 && token < part.span.size && owns<Policy>(token, part.span);
   float own_x = 0, own_grad = 0;
   if (own) {
     own_x = fmaxf(part.x[token], kLowest);
-    const float y = kReference ? fmaxf(part.y[token], kLowest) : own_x;
+    const float y = kHasRef ? fmaxf(part.y[token], kLowest) : own_x;
     own_grad = gradient<kTerms>(r, part.kx, part.ky, own_x, y) + r.own;
   }
-  const auto eight = [&](int i, const auto& xs, const auto& ys) {
+  const auto each_vector = [&](int i, const auto& xs, const auto& ys) {
     float x[kLanes], y[kLanes], g[kLanes];
     unpack_finite(xs, x);
     unpack_finite(ys, y);
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) g[j] = gradient<kTerms>(r, part.kx, part.ky, x[j], y[j]);
-    grad.put_eight(i, g, x);
+    grad.put_vector(i, g, x);
   };
   const auto one = [&](int i, float x, float y) {
     x = fmaxf(x, kLowest);
     y = fmaxf(y, kLowest);
     grad.put(i, gradient<kTerms>(r, part.kx, part.ky, x, y), x);
   };
-  for_each<Policy, kAligned, kOrder>(part, eight, one);
+  for_each<Policy, kAligned, kOrder>(part, each_vector, one);
   // The token's entry once more, by the thread that wrote it: any other would race with that one.
   if (own) grad.put(token, own_grad, own_x);
 }

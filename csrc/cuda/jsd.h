@@ -57,7 +57,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> token_jsd(
   const Tensor scratch =
       torch::stable::new_empty(logits, {folds > mixes ? folds : mixes}, ScalarType::Byte);
   void* const memory = scratch.mutable_data_ptr();
-  check(forward(of.rows, of.policy, of.reference, states, RewardShape{}, memory, device.stream()));
+  check(forward(of.rows, of.policy, of.reference, states, RewardParams{}, memory, device.stream()));
   check(mix(of.rows, of.policy, of.reference, {states.policy_state, states.ref_state, beta},
             {floats(jsd), floats(mixture_kl), false}, memory, device.stream()));
   return {jsd, mixture_kl, policy_state, ref_state};

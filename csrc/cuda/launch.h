@@ -17,7 +17,7 @@ struct LaunchPolicy {
   // Loads of 8 logits (of each model) in flight per thread. By Little's law 4.8 TB/s over 132 SMs,
   // at 800 ns, needs 29 kB in flight per SM. Four blocks of 256 threads with two 16-byte loads of
   // two models each have 64 kB, so half of the threads may be computing; so have four of one model.
-  static constexpr int kUnroll = 2, kUnrollAlone = 4;
+  static constexpr int kUnroll = 2, kUnrollWithoutRef = 4;
   static constexpr bool kFastLoop = true;
 
   // At most 64 registers, so that four blocks fit: the 1024 threads counted on above. Softcaps are
@@ -50,7 +50,7 @@ struct PolicyLossLaunch {
   // Instructions: 13 per pair to fold, 10.6 for its gradient, 0.5 to fetch: 1.7 us per block and
   // SM. Rows that are not aligned take 5 more to fold: 2 us.
   struct Resident {
-    static constexpr int kThreads = 256, kUnroll = 1, kUnrollAlone = 1, kBlocksPerSm = 3;
+    static constexpr int kThreads = 256, kUnroll = 1, kUnrollWithoutRef = 1, kBlocksPerSm = 3;
     static constexpr bool kFastLoop = true;
   };
 
@@ -61,12 +61,12 @@ struct PolicyLossLaunch {
   // The guarded loop alone: its 5 instructions more per pair are few beside the memory's time, and
   // with both of them sm_100's 80 registers would spill.
   struct Reread {
-    static constexpr int kThreads = 768, kUnroll = 1, kUnrollAlone = 1, kBlocksPerSm = 1;
+    static constexpr int kThreads = 768, kUnroll = 1, kUnrollWithoutRef = 1, kBlocksPerSm = 1;
     static constexpr bool kFastLoop = false;
   };
   // Softcaps and types known at run time only need more registers, and are bound by instructions.
   struct RereadAny {
-    static constexpr int kThreads = 512, kUnroll = 1, kUnrollAlone = 1, kBlocksPerSm = 1;
+    static constexpr int kThreads = 512, kUnroll = 1, kUnrollWithoutRef = 1, kBlocksPerSm = 1;
     static constexpr bool kFastLoop = false;
   };
 };

@@ -32,7 +32,7 @@ template <class T, Cache kCache = Cache::stream>
 class Row {
  public:
   using Element = T;
-  using Eight = Packed<T>;
+  using Vector = Packed<T>;
 
   __device__ Row(const Logits& logits, int64_t offset)
       : at_(static_cast<const T*>(logits.data) + offset) {}
@@ -41,7 +41,7 @@ class Row {
   __device__ const T* at(int i) const { return at_ + i; }
   __device__ float operator[](int64_t i) const { return to_float(at_[i]); }
   template <bool kAligned>
-  __device__ __forceinline__ Eight eight(int i) const {
+  __device__ __forceinline__ Vector vector_at(int i) const {
     return load<kAligned, kCache>(at_ + i);
   }
 
@@ -88,7 +88,7 @@ template <Cache kCache>
 class Row<Any, kCache> {
  public:
   using Element = Any;
-  using Eight = Packed<Any>;
+  using Vector = Packed<Any>;
 
   __device__ Row(const Logits& logits, int64_t offset)
       : at_(logits.data), offset_(offset), dtype_(logits.dtype), softcap_(logits.softcap) {}
@@ -105,8 +105,8 @@ class Row<Any, kCache> {
   }
 
   template <bool kAligned>
-  __device__ __forceinline__ Eight eight(int i) const {
-    Eight packed{{}, dtype_, softcap_};
+  __device__ __forceinline__ Vector vector_at(int i) const {
+    Vector packed{{}, dtype_, softcap_};
     if (dtype_ == Dtype::float32)
       packed.set(load<kAligned, kCache>(as<float>() + i));
     else  // one 16-bit type is loaded like the other
@@ -143,8 +143,8 @@ class GradRow {
     from_float(grad, at_[i]);
   }
   // The first of them aligned.
-  __device__ __forceinline__ void put_eight(int i, float (&grad)[kLanes],
-                                            const float (&)[kLanes]) const {
+  __device__ __forceinline__ void put_vector(int i, float (&grad)[kLanes],
+                                             const float (&)[kLanes]) const {
     Packed<T> packed;
     pack(grad, packed);
     store(at_ + i, packed);
@@ -173,14 +173,14 @@ class GradRow<Any> {
   }
 
   // `value` is the softcapped logit.
-  __device__ void put_eight(int i, float (&grad)[kLanes], const float (&value)[kLanes]) const {
+  __device__ void put_vector(int i, float (&grad)[kLanes], const float (&value)[kLanes]) const {
     if (softcap_ != 0) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) grad[j] *= softcap_grad(value[j], softcap_);
     }
-    if (dtype_ == Dtype::float32) as<float>().put_eight(i, grad, value);
-    if (dtype_ == Dtype::bfloat16) as<__nv_bfloat16>().put_eight(i, grad, value);
-    if (dtype_ == Dtype::float16) as<__half>().put_eight(i, grad, value);
+    if (dtype_ == Dtype::float32) as<float>().put_vector(i, grad, value);
+    if (dtype_ == Dtype::bfloat16) as<__nv_bfloat16>().put_vector(i, grad, value);
+    if (dtype_ == Dtype::float16) as<__half>().put_vector(i, grad, value);
   }
 
  private:
@@ -199,9 +199,9 @@ class GradRow<Any> {
 // softcaps share one kernel: rare enough not to be worth nine.
 template <class Use>
 cudaError_t with_element_type(const Logits& policy, const Logits& reference, const Use& use) {
-  const bool alone = reference.data == nullptr;
-  const bool plain =
-      policy.softcap == 0 && (alone || (reference.softcap == 0 && reference.dtype == policy.dtype));
+  const bool has_ref = reference.data != nullptr;
+  const bool plain = policy.softcap == 0 &&
+                     (!has_ref || (reference.softcap == 0 && reference.dtype == policy.dtype));
   if (!plain) return use(Any{});
   if (policy.dtype == Dtype::float32) return use(float{});
   if (policy.dtype == Dtype::bfloat16) return use(__nv_bfloat16{});

@@ -8,7 +8,7 @@
 // Logits are read from memory again, or from the L2 cache where a batch is small enough.
 #pragma once
 
-#include "../mixture.h"
+#include "../common/mixture.h"
 #include "block.cuh"
 #include "part.cuh"
 
@@ -63,14 +63,14 @@ __device__ MixtureSums<float> mix_part(const P& part, const MixtureRow& r) {
     s.jsd += exp2f(b.larger) * b.jsd;
     s.kl += exp2f(tx) * b.policy;  // one instruction less than with b.p
   };
-  const auto eight = [&](int, const auto& xs, const auto& ys) {
+  const auto each_vector = [&](int, const auto& xs, const auto& ys) {
     float x[kLanes], y[kLanes];
     unpack(xs, x);
     unpack(ys, y);
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) absorb(x[j], y[j]);
   };
-  for_each<Policy, kAligned>(part, eight, [&](int, float x, float y) { absorb(x, y); });
+  for_each<Policy, kAligned>(part, each_vector, [&](int, float x, float y) { absorb(x, y); });
   return s;
 }
 
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
     mix_kernel(Rows rows, Split split, Logits policy, Logits reference, FinishedRows of,
                MixtureOutputs out,
                MixtureSums<float>* parts) {  // parts: [B T, n_parts], nullptr where that is 1
-  const Place place = place_of(blockIdx.x, rows, split);
+  const SplitOfRow place = split_of_row(blockIdx.x, rows, split);
   const uint32_t row = place.row;
   if (!counts(rows, row)) {  // the whole block returns
     if (parts == nullptr && threadIdx.x == 0) write_masked_mixture(out, row);
@@ -141,15 +141,15 @@ __device__ void write_mixture_gradient(const P& part, const MixtureRow& r, const
     const float tx = from_anchor(x, part.kx, r.anchor);
     return exp2f(tx) * (r.slope.a + r.slope.b * beside(r, tx, part.ky, y).policy);
   };
-  const auto eight = [&](int i, const auto& xs, const auto& ys) {
+  const auto each_vector = [&](int i, const auto& xs, const auto& ys) {
     float x[kLanes], y[kLanes], g[kLanes];
     unpack(xs, x);
     unpack(ys, y);
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) g[j] = gradient(x[j], y[j]);
-    grad.put_eight(i, g, x);
+    grad.put_vector(i, g, x);
   };
-  for_each<Policy, kAligned>(part, eight,
+  for_each<Policy, kAligned>(part, each_vector,
                              [&](int i, float x, float y) { grad.put(i, gradient(x, y), x); });
 }
 
@@ -157,7 +157,7 @@ template <class Policy, class T>
 __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
     mix_backward_kernel(Rows rows, Split split, Logits policy, Logits reference, FinishedRows of,
                         SavedMixture saved, GradLogits grad_logits) {
-  const Place place = place_of(blockIdx.x, rows, split);
+  const SplitOfRow place = split_of_row(blockIdx.x, rows, split);
   const uint32_t row = place.row;
   const auto grad = grad_row_of<T>(rows, policy, grad_logits, place);
   if (!counts(rows, row)) return write_zeros<Policy>(grad, place.size);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Policy::kThreads, kBlocks<Policy, T>)
   }
   __syncthreads();  // without it the others would use a slope that is not there yet
   const MixtureRow r = of_row;
-  const auto part = along(grad, part_of<Row<T>, true>(rows, policy, reference, place));
+  const auto part = aligned_to(grad, part_of<Row<T>, true>(rows, policy, reference, place));
   if (part.aligned())
     write_mixture_gradient<Policy, true>(part, r, grad);
   else

@@ -5,8 +5,8 @@
 
 #include <stdint.h>
 
-#include "../dtype.h"
-#include "../epilogues.h"
+#include "../common/dtype.h"
+#include "../common/epilogues.h"
 #include "runtime.h"
 
 namespace kl_kernels {
@@ -35,14 +35,8 @@ struct GradLogits {
   int64_t stride_b, stride_t;
 };
 
-// The logits may be a part of a vocabulary, and the token in another one: ELSEWHERE in schemas.py.
-constexpr int64_t kElsewhere = -(int64_t{1} << 62);
-
-// Of a part's state, and of a policy's alone: STATE_FIELDS and ALONE_FIELDS in schemas.py.
-constexpr int kStateFields = 9, kAloneFields = 4;
-
 // What the forward pass writes, each [B, T] or nullptr where it is not wanted. A state is [2, B,
-// T]: the anchors, then the sums; of a part [kStateFields or kAloneFields, B, T].
+// T]: the anchors, then the sums; of a part [kStateFields or kStateFieldsWithoutRef, B, T].
 struct Outputs {
   float *logprob, *ref_logprob, *kl, *forward_kl, *entropy;
   float *policy_state, *ref_state;
@@ -51,7 +45,7 @@ struct Outputs {
 };
 
 // How rewards are shaped, where they are wanted.
-struct RewardShape {
+struct RewardParams {
   const float* scores;         // [B]
   const int64_t* score_index;  // [B], -1 for nowhere
   float kl_coef;
@@ -66,7 +60,7 @@ struct Saved {
   const float *policy_state, *ref_state;  // [2, B, T]
   const float *kl, *entropy;
   double temperature;  // the policy's
-  bool part;           // of a vocabulary: a token may be kElsewhere
+  bool part;           // of a vocabulary: a token may be kNoToken
 };
 
 // What policy_loss knows of the tokens besides their logits, each [B, T] or nullptr.
@@ -100,7 +94,7 @@ int64_t scratch_bytes(const Rows& rows);
 
 // token_stats (no reference), token_kl, kl_rewards (rewards wanted) and fold_part in one.
 cudaError_t forward(const Rows& rows, const Logits& policy, const Logits& reference,
-                    const Outputs& outputs, const RewardShape& shape, void* scratch,
+                    const Outputs& outputs, const RewardParams& params, void* scratch,
                     cudaStream_t stream);
 
 // token_stats_backward and token_kl_backward in one.
@@ -122,7 +116,7 @@ cudaError_t mix_backward(const Rows& rows, const Logits& policy, const Logits& r
 // The terms [kPolicyLossTerms, B, T] of every token's loss, and the loss's gradient where wanted.
 // `temperature` is the policy's.
 cudaError_t policy_loss(const Rows& rows, const Logits& policy, const Logits& reference,
-                        const PolicyLossTokens& tokens, const PolicyLossShape& shape,
+                        const PolicyLossTokens& tokens, const PolicyLossParams& params,
                         double temperature, const GradLogits& grad_logits, float* terms,
                         cudaStream_t stream);
 

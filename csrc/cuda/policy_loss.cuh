@@ -10,15 +10,15 @@
 #include "cluster.cuh"
 #include "fold.cuh"
 #include "gradient.cuh"
-#include "held.cuh"
+#include "smem_row.cuh"
 
 namespace kl_kernels {
 
 // What the threads of a block tell each other. (Not static __shared__: tests run the blocks of a
 // cluster side by side on host threads.)
 template <int kThreads>
-struct alignas(16) BlockMemory {
-  Meeting<kThreads> meeting;
+struct alignas(16) BlockScratch {
+  WarpScratch<kThreads> scratch_of_warps;
   RowState<float> state;
   RowGradient gradient;
 };
@@ -38,33 +38,33 @@ __device__ inline PolicyLossInputs inputs_of(const PolicyLossTokens& tokens, uin
 }
 
 // In float64, like every finish; x and y are the token's logits.
-template <bool kReference>
+template <bool kHasRef>
 __device__ RowGradient finish_loss(const RowState<double>& found, const Logits& policy,
                                    const Logits& reference, double x, double y,
                                    const PolicyLossTokens& tokens, PolicyLossInputs inputs,
-                                   const PolicyLossShape& shape, double over_temperature,
+                                   const PolicyLossParams& params, double over_temperature,
                                    PolicyLoss& loss) {
   const RowState<double> s = within_reach(found);
   const double tx = from_anchor(x, static_cast<double>(policy.k), s.anchor);
-  const double ty = kReference ? from_anchor(y, static_cast<double>(reference.k), s.ref_anchor) : 0;
+  const double ty = kHasRef ? from_anchor(y, static_cast<double>(reference.k), s.ref_anchor) : 0;
   const Anchored<double> own = anchored(s.anchor, s.sums.sx);
   Anchored<double> ref{0, 1, 0};
-  if (kReference) ref = anchored(s.ref_anchor, s.sums.sy);
+  if (kHasRef) ref = anchored(s.ref_anchor, s.sums.sy);
   Finished<double> f = finish(s.sums, own.ln_of_sum, ref.ln_of_sum, tx, ty);
-  if (!kReference) f.kl = 0;  // of a policy alone, it is undefined
+  if (!kHasRef) f.kl = 0;  // of a policy alone, it is undefined
   const float logprob = static_cast<float>(f.logprob);
   if (tokens.old_logprobs == nullptr) inputs.old_logprob = logprob;
   if (tokens.ref_logprobs == nullptr) inputs.ref_logprob = logprob;
-  loss = policy_loss_epilogue(rounded(f), inputs, shape);
+  loss = policy_loss_epilogue(rounded(f), inputs, params);
   Upstream<double> g = loss.gradient;
-  if (!kReference) g.kl = 0;
+  if (!kHasRef) g.kl = 0;
   return row_gradient(g, own, ref, f.kl, f.entropy, over_temperature);
 }
 
-template <class Policy, Order kOrder, class R, bool kReference, class T>
-__device__ void write_loss_gradient(const Part<R, kReference>& part, const RowGradient& r,
+template <class Policy, Order kOrder, class R, bool kHasRef, class T>
+__device__ void write_loss_gradient(const Part<R, kHasRef>& part, const RowGradient& r,
                                     const GradRow<T>& grad, int64_t token) {
-  constexpr Terms kTerms = kReference ? Terms::kl : Terms::policy;
+  constexpr Terms kTerms = kHasRef ? Terms::kl : Terms::policy;
   part.aligned() ? write_gradient<Policy, true, kTerms, kOrder>(part, r, grad, token)
                  : write_gradient<Policy, false, kTerms, kOrder>(part, r, grad, token);
 }
@@ -72,16 +72,16 @@ __device__ void write_loss_gradient(const Part<R, kReference>& part, const RowGr
 // CUDA kernels
 
 // One cluster per row, one block per part of it.
-template <class Policy, class T, bool kReference, bool kResident>
+template <class Policy, class T, bool kHasRef, bool kResident>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
     policy_loss_kernel(Rows rows, Split split, Logits policy, Logits reference,
-                       PolicyLossTokens tokens, PolicyLossShape shape, double over_temperature,
+                       PolicyLossTokens tokens, PolicyLossParams params, double over_temperature,
                        GradLogits grad_logits,
                        float* terms) {  // terms: [kPolicyLossTerms, B, T]
-  using Memory = BlockMemory<Policy::kThreads>;
+  using Memory = BlockScratch<Policy::kThreads>;
   Memory& memory = *static_cast<Memory*>(dynamic_shared_memory());
   const Cluster cluster(split.n_parts);
-  const Place place = place_of(blockIdx.x, rows, split);
+  const SplitOfRow place = split_of_row(blockIdx.x, rows, split);
   const uint32_t row = place.row;
   const bool wants_gradient = grad_logits.data != nullptr;
   const bool writes_terms = place.part == 0 && threadIdx.x == 0;
@@ -96,27 +96,28 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
 
   // All of these are read before anybody writes a gradient, which may lie over the logits.
   constexpr Cache kCache = kResident ? Cache::stream : Cache::keep;
-  const auto part = part_of<Row<T, kCache>, kReference>(rows, policy, reference, place);
-  const auto held = [&] {
+  const auto part = part_of<Row<T, kCache>, kHasRef>(rows, policy, reference, place);
+  const auto in_smem = [&] {
     if constexpr (kResident)
-      return hold<Policy>(part, &memory + 1, split.part_size);
+      return copy_to_smem<Policy>(part, &memory + 1, split.part_size);
     else
       return part;
   }();
   const float x = token_logit<T>(policy, rows, row, token);
-  const float y = kReference ? token_logit<T>(reference, rows, row, token) : x;
-  const auto glance_at = [&] { return glance<Policy>(part, x, y); };
+  const float y = kHasRef ? token_logit<T>(reference, rows, row, token) : x;
+  const auto probe_token = [&] { return token_extent<Policy>(part, x, y); };
   const RowState<float> state =
-      part.aligned() ? fold_part<Policy, true, kReference>(held, glance_at, memory.meeting)
-                     : fold_part<Policy, false, kReference>(held, glance_at, memory.meeting);
+      part.aligned()
+          ? fold_part<Policy, true, kHasRef>(in_smem, probe_token, memory.scratch_of_warps)
+          : fold_part<Policy, false, kHasRef>(in_smem, probe_token, memory.scratch_of_warps);
   if (threadIdx.x == 0) memory.state = state;
   cluster.arrive();
   cluster.wait();  // without it blocks would merge states that are not there yet
   if (threadIdx.x < kWarp) {
     PolicyLoss loss;
     const RowGradient r =
-        finish_loss<kReference>(merge_cluster(cluster, memory.state), policy, reference, x, y,
-                                tokens, inputs, shape, over_temperature, loss);
+        finish_loss<kHasRef>(merge_cluster(cluster, memory.state), policy, reference, x, y, tokens,
+                             inputs, params, over_temperature, loss);
     if (threadIdx.x == 0) memory.gradient = r;
     if (writes_terms) write_terms(rows, row, loss, terms);
   }
@@ -129,14 +130,14 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
     constexpr Order kOrder = kResident ? Order::forwards : Order::backwards;
     const auto again = [&] {
       if constexpr (kResident)
-        return along(grad, Part<HeldRow<T>, kReference>(held));
+        return aligned_to(grad, Part<SmemRow<T>, kHasRef>(in_smem));
       else
-        return along(grad, part_of<Row<T>, kReference>(rows, policy, reference, place));
+        return aligned_to(grad, part_of<Row<T>, kHasRef>(rows, policy, reference, place));
     }();
     const int64_t here = token - place.begin;
     if (r.terms == Terms::none)
       write_zeros<Policy>(grad, place.size);
-    else if (!kReference || r.terms == Terms::policy)
+    else if (!kHasRef || r.terms == Terms::policy)
       write_loss_gradient<Policy, kOrder>(without_reference(again), r, grad, here);
     else
       write_loss_gradient<Policy, kOrder>(again, r, grad, here);
@@ -173,21 +174,21 @@ inline Split shares_of(int64_t vocab_size, int64_t n_parts) {
           static_cast<int>((vocab_size + n_parts * kLine - 1) / (n_parts * kLine) * kLine)};
 }
 
-template <class Policy, class T, bool kReference>
+template <class Policy, class T, bool kHasRef>
 int64_t resident_bytes(const Split& split) {
-  constexpr int kModels = kReference ? 2 : 1;
-  return sizeof(BlockMemory<Policy::kThreads>) + kModels * HeldRow<T>::bytes(split.part_size);
+  constexpr int kModels = kHasRef ? 2 : 1;
+  return sizeof(BlockScratch<Policy::kThreads>) + kModels * SmemRow<T>::bytes(split.part_size);
 }
 
 // The split of a row that stays on chip, by V, dtype, reference and device alone; n_parts is 0 if
 // it cannot. The smallest cluster that leaves room for three blocks per SM: while one of them waits
 // for its row or for the others, two keep the memory busy. Otherwise for two. Otherwise the largest
 // with which `rows_at_once`, which is asked for a split, are the most.
-template <class Policy, class T, bool kReference, class RowsAtOnce>
+template <class Policy, class T, bool kHasRef, class RowsAtOnce>
 Split resident_split(int64_t vocab_size, const SharedMemory& memory,
                      const RowsAtOnce& rows_at_once) {
   const auto fits = [&](const Split& split, int blocks_per_sm) {
-    const int64_t bytes = resident_bytes<Policy, T, kReference>(split);
+    const int64_t bytes = resident_bytes<Policy, T, kHasRef>(split);
     const bool all_have_some = (split.n_parts - 1) * int64_t{split.part_size} < vocab_size;
     return all_have_some && bytes <= memory.per_block &&
            blocks_per_sm * (bytes + memory.reserved) <= memory.per_sm;
@@ -218,29 +219,29 @@ Split reread_split(int64_t vocab_size, const SharedMemory& memory) {
 
 template <class Launch>
 cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Logits& reference,
-                               const PolicyLossTokens& tokens, const PolicyLossShape& shape,
+                               const PolicyLossTokens& tokens, const PolicyLossParams& params,
                                double temperature, const GradLogits& grad_logits, float* terms,
                                cudaStream_t stream) {
   SharedMemory memory;
   const cudaError_t error = shared_memory(memory);
   if (error != cudaSuccess) return error;
   const auto run = [&](auto kernel, const Grid& grid, const Split& split) {
-    return launch(kernel, grid, stream, rows, split, policy, reference, tokens, shape,
+    return launch(kernel, grid, stream, rows, split, policy, reference, tokens, params,
                   1 / temperature, grad_logits, terms);
   };
   return with_element_type(policy, reference, [&](auto element) {
     using T = decltype(element);
     const auto choose = [&](auto with_reference) {
-      constexpr bool kReference = decltype(with_reference)::value;
+      constexpr bool kHasRef = decltype(with_reference)::value;
       if constexpr (!std::is_same_v<T, Any>) {
         using Policy = typename Launch::Resident;
-        const auto kernel = policy_loss_kernel<Policy, T, kReference, true>;
+        const auto kernel = policy_loss_kernel<Policy, T, kHasRef, true>;
         const auto grid = [&](const Split& split, int64_t n_rows) {
-          const int64_t bytes = resident_bytes<Policy, T, kReference>(split);
+          const int64_t bytes = resident_bytes<Policy, T, kHasRef>(split);
           return Grid{n_rows * split.n_parts, Policy::kThreads, static_cast<int>(bytes),
                       split.n_parts, memory.per_block};
         };
-        const Split split = resident_split<Policy, T, kReference>(
+        const Split split = resident_split<Policy, T, kHasRef>(
             rows.vocab_size, memory,
             [&](const Split& split) { return clusters_at_once(kernel, grid(split, 1)); });
         if (split.n_parts > 0) return run(kernel, grid(split, rows.n_rows), split);
@@ -248,9 +249,9 @@ cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Log
       using Policy = std::conditional_t<std::is_same_v<T, Any>, typename Launch::RereadAny,
                                         typename Launch::Reread>;
       const Split split = reread_split<Policy>(rows.vocab_size, memory);
-      return run(policy_loss_kernel<Policy, T, kReference, false>,
+      return run(policy_loss_kernel<Policy, T, kHasRef, false>,
                  {rows.n_rows * split.n_parts, Policy::kThreads,
-                  sizeof(BlockMemory<Policy::kThreads>), split.n_parts},
+                  sizeof(BlockScratch<Policy::kThreads>), split.n_parts},
                  split);
     };
     return reference.data == nullptr ? choose(std::false_type{}) : choose(std::true_type{});

@@ -16,17 +16,18 @@ __global__ void __launch_bounds__(Policy::kThreads)
   if (by == 1) return;
   const int64_t n_parts = rows.n_rows * split.n_parts;
   for (int64_t i = blockIdx.x; i < n_parts; i += gridDim.x) {
-    const Place place = place_of(static_cast<uint32_t>(i), rows, split);
+    const SplitOfRow place = split_of_row(static_cast<uint32_t>(i), rows, split);
     const auto grad = grad_row_of<T>(rows, gradient, grad_logits, place);
-    const auto part = along(grad, part_of<Row<T>, false>(rows, gradient, gradient, place));
-    const auto eight = [&](int at, const auto& xs, const auto&) {
+    const auto part = aligned_to(grad, part_of<Row<T>, false>(rows, gradient, gradient, place));
+    const auto each_vector = [&](int at, const auto& xs, const auto&) {
       float x[kLanes];
       unpack(xs, x);
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) x[j] *= by;
-      grad.put_eight(at, x, x);
+      grad.put_vector(at, x, x);
     };
-    for_each<Policy, true>(part, eight, [&](int at, float x, float) { grad.put(at, x * by, x); });
+    for_each<Policy, true>(part, each_vector,
+                           [&](int at, float x, float) { grad.put(at, x * by, x); });
   }
 }
 

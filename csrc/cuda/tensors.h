@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../tensor_checks.h"
+#include "../common/tensor_checks.h"
 #include "operators.h"
 
 namespace kl_kernels {

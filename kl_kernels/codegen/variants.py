@@ -138,7 +138,7 @@ def variants(shape: Shape) -> list[Variant]:
     gae_args = GAEArgs(per_token, per_token, per_token.bool(), 0.99, 0.95, skip_masked=True)
     (gae,) = _launches(launch.gae, gae_args)
 
-    twice = ("fast", "careful")
+    twice = ("fast", "running max")
     return [
         _over_vocabulary("fold: policy and reference", fold_pair, twice, "pair"),
         _over_vocabulary("fold: policy", fold_policy, twice, "logit"),

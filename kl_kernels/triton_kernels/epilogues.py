@@ -1,6 +1,6 @@
 """What a finished row becomes, elementwise in float32: see the reference's `epilogues.py`.
 
-ESTIMATOR is an index into `schemas.ESTIMATORS`: k1, exact, k2, k3, abs.
+ESTIMATOR is an index into `schemas.ESTIMATORS`.
 """
 
 from typing import NamedTuple
@@ -8,26 +8,32 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from kl_kernels.schemas import ESTIMATORS
 from kl_kernels.triton_kernels.math import KEEP_NAN
+
+K1 = tl.constexpr(ESTIMATORS.index("k1"))
+EXACT = tl.constexpr(ESTIMATORS.index("exact"))
+K2 = tl.constexpr(ESTIMATORS.index("k2"))
+K3 = tl.constexpr(ESTIMATORS.index("k3"))
 
 
 @triton.jit
 def reward_epilogue(f, kl_coef, kl_clip, ESTIMATOR: tl.constexpr):
     """The KL reward without the score, and what to add to the advantage."""
     k1 = log_ratio_of(f.logprob, f.ref_logprob)
-    if ESTIMATOR == 0:
+    if ESTIMATOR == K1:
         estimate = k1
-    elif ESTIMATOR == 1:
+    elif ESTIMATOR == EXACT:
         estimate = f.kl
-    elif ESTIMATOR == 2:
+    elif ESTIMATOR == K2:
         estimate = 0.5 * k1 * k1
-    elif ESTIMATOR == 3:
+    elif ESTIMATOR == K3:
         estimate = exp_minus_linear(-k1)
     else:
         estimate = tl.abs(k1)
     k1, estimate = clamp(k1, kl_clip), clamp(estimate, kl_clip)
     correction = tl.zeros_like(k1)
-    if ESTIMATOR == 1:
+    if ESTIMATOR == EXACT:
         # Where the reference alone rules the token out, both are +inf.
         correction = tl.where(k1 == estimate, 0.0, (k1 - estimate) * -kl_coef)
     # Without a penalty an infinite KL is nobody's business: 0 * inf would be NaN.
@@ -87,15 +93,15 @@ def policy_loss_epilogue(
     grad_logprob = tl.where(constant, 0.0, importance_weight * unclipped)
 
     kl = f.kl
-    if ESTIMATOR != 1:
+    if ESTIMATOR != EXACT:
         d = clamp(log_ratio_of(f.logprob, ref_logprob), log_ratio_clamp)
         kl, slope = exp_minus_linear(-d), -expm1(-d)
-        if ESTIMATOR == 2:
+        if ESTIMATOR == K2:
             kl, slope = 0.5 * d * d, d
     grad_kl, grad_entropy = 0.0, 0.0
     if HAS_KL:
         loss += kl_coef * kl
-        if ESTIMATOR == 1:
+        if ESTIMATOR == EXACT:
             grad_kl = token_weight * kl_coef
         else:
             grad_logprob += kl_coef * slope

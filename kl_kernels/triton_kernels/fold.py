@@ -79,7 +79,7 @@ def fold_raised(s, x, y, k, ref_k, HAS_REF: tl.constexpr):
 
 
 @triton.jit
-def fold_careful(
+def fold_running_max(
     x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap,
     STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +172,7 @@ def fold_kernel(
         STEPS, N, LANE, HAS_REF,
     )  # fmt: skip
     if not sound:
-        s = fold_careful(
+        s = fold_running_max(
             x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
         )  # fmt: skip
     state_ptr = states_ptr + split.to(tl.int64) * n_rows + row

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from kl_kernels.triton_kernels.backward import gradient, own_gradient, store_own, store_zeros
-from kl_kernels.triton_kernels.epilogues import policy_loss_epilogue
-from kl_kernels.triton_kernels.fold import fold_anchored, fold_careful
+from kl_kernels.triton_kernels.epilogues import EXACT, policy_loss_epilogue
+from kl_kernels.triton_kernels.fold import fold_anchored, fold_running_max
 from kl_kernels.triton_kernels.math import Finished, coefficients, finish, within_reach
 from kl_kernels.triton_kernels.tiles import load, row_pointer, step_offsets
 
@@ -55,7 +55,7 @@ def policy_loss_kernel(
 ):  # fmt: skip
     """One program per row. HAS_KL, HAS_ENTROPY: whether they are part of the loss."""
     HAS_REF: tl.constexpr = ref_ptr is not None
-    HAS_KL_GRAD: tl.constexpr = HAS_KL and ESTIMATOR == 1
+    HAS_KL_GRAD: tl.constexpr = HAS_KL and ESTIMATOR == EXACT
     TILE: tl.constexpr = STEPS * N * LANE
     row = tl.program_id(0)
     terms_ptr += row
@@ -89,7 +89,7 @@ def policy_loss_kernel(
         STEPS, N, LANE, HAS_REF,
     )  # fmt: skip
     if not sound:
-        s = fold_careful(
+        s = fold_running_max(
             x_row, y_row, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kl_kernels.triton_kernels.backward import store_zeros
-from kl_kernels.triton_kernels.fold import fold_anchored, fold_careful
+from kl_kernels.triton_kernels.fold import fold_anchored, fold_running_max
 from kl_kernels.triton_kernels.math import (
     INF,
     KEEP_NAN,
@@ -37,7 +37,7 @@ EXPONENT = tl.constexpr(-(1 << 23))
 
 
 class Mixture(NamedTuple):
-    """What a logit's place in the mixture depends on besides tx and ty; see `csrc/mixture.h`."""
+    """A row's constants of the mixture, besides tx and ty; see `csrc/common/mixture.h`."""
 
     shift: tl.tensor  # log2(sx / sy); ty + shift is log2 q where tx is log2 p
     weight: tl.tensor  # 1 - beta
@@ -176,7 +176,7 @@ def mix_kernel(
             STEPS, N, LANE, True,
         )  # fmt: skip
         if not sound:
-            state = fold_careful(
+            state = fold_running_max(
                 x_row, y_row, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, True
             )  # fmt: skip
         state = within_reach(state)

@@ -11,7 +11,7 @@
 using namespace kl_kernels;
 
 struct SmallLaunch {
-  static constexpr int kThreads = 64, kUnroll = 2, kUnrollAlone = 4, kBlocksPerSm = 1,
+  static constexpr int kThreads = 64, kUnroll = 2, kUnrollWithoutRef = 4, kBlocksPerSm = 1,
                        kBlocksPerSmForAny = 1;
   static constexpr bool kFastLoop = true;
   static constexpr int kPart = 2048;  // two double tiles
@@ -20,11 +20,11 @@ struct SmallLaunch {
 
 struct SmallPolicyLossLaunch {
   struct Resident {
-    static constexpr int kThreads = 64, kUnroll = 2, kUnrollAlone = 4, kBlocksPerSm = 3;
+    static constexpr int kThreads = 64, kUnroll = 2, kUnrollWithoutRef = 4, kBlocksPerSm = 3;
     static constexpr bool kFastLoop = true;
   };
   struct Reread {
-    static constexpr int kThreads = 64, kUnroll = 2, kUnrollAlone = 4, kBlocksPerSm = 1;
+    static constexpr int kThreads = 64, kUnroll = 2, kUnrollWithoutRef = 4, kBlocksPerSm = 1;
     static constexpr bool kFastLoop = false;
   };
   using RereadAny = Reread;
@@ -35,7 +35,7 @@ extern "C" {
 int64_t host_scratch_bytes(const Rows* rows) { return forward_scratch_bytes<SmallLaunch>(*rows); }
 
 int host_forward(const Rows* rows, const Logits* policy, const Logits* reference,
-                 const Outputs* outputs, const RewardShape* shape, void* scratch) {
+                 const Outputs* outputs, const RewardParams* shape, void* scratch) {
   return launch_forward<SmallLaunch>(*rows, *policy, *reference, *outputs, *shape, scratch,
                                      nullptr);
 }
@@ -78,9 +78,9 @@ int host_blocks_per_row(int64_t vocab_size, bool float32, bool with_reference) {
   const auto n_parts = [&](auto element) {
     using T = decltype(element);
     const auto split = [&](auto reference) {
-      constexpr bool kReference = decltype(reference)::value;
-      return resident_split<Policy, T, kReference>(vocab_size, memory, [](const Split& split) {
-        const auto bytes = static_cast<int>(resident_bytes<Policy, T, kReference>(split));
+      constexpr bool kHasRef = decltype(reference)::value;
+      return resident_split<Policy, T, kHasRef>(vocab_size, memory, [](const Split& split) {
+        const auto bytes = static_cast<int>(resident_bytes<Policy, T, kHasRef>(split));
         return cuda_on_host::clusters_per_group(bytes, split.n_parts);
       });
     };
@@ -92,7 +92,7 @@ int host_blocks_per_row(int64_t vocab_size, bool float32, bool with_reference) {
 int host_blocks_of_last_cluster() { return cuda_on_host::blocks_of_last_cluster; }
 
 int host_policy_loss(const Rows* rows, const Logits* policy, const Logits* reference,
-                     const PolicyLossTokens* tokens, const PolicyLossShape* shape,
+                     const PolicyLossTokens* tokens, const PolicyLossParams* shape,
                      double temperature, const GradLogits* grad_logits, float* terms) {
   return launch_policy_loss<SmallPolicyLossLaunch>(*rows, *policy, *reference, *tokens, *shape,
                                                    temperature, *grad_logits, terms, nullptr);

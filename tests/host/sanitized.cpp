@@ -87,9 +87,9 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   float *policy_state = states.values, *ref_state = states.values + 2 * kRows;
   const Outputs outputs{value(0),     value(1),  value(2), value(3), value(4),
                         policy_state, ref_state, value(5), value(6), part_states.values};
-  const RewardShape shape{scores.values, score_index.values, 0.1f, Estimator::exact, INFINITY};
+  const RewardParams params{scores.values, score_index.values, 0.1f, Estimator::exact, INFINITY};
   Array<char> scratch(host_scratch_bytes(&rows));
-  check(launch_forward<SmallLaunch>(rows, policy, reference, outputs, shape, scratch.values,
+  check(launch_forward<SmallLaunch>(rows, policy, reference, outputs, params, scratch.values,
                                     nullptr));
 
   Array<T> grad(kRows * vocab_size);
@@ -107,8 +107,8 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   Outputs states_only{};
   states_only.policy_state = policy_state;
   states_only.ref_state = ref_state;
-  check(launch_forward<SmallLaunch>(no_token, policy, reference, states_only, shape, scratch.values,
-                                    nullptr));
+  check(launch_forward<SmallLaunch>(no_token, policy, reference, states_only, params,
+                                    scratch.values, nullptr));
   const FinishedRows finished{policy_state, ref_state, 0.3};
   const MixtureOutputs mixture{value(0), value(1), false};
   Array<char> mix_scratch(host_mix_scratch_bytes(&rows));
@@ -121,10 +121,11 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   Outputs alone{};
   alone.logprob = value(0);
   alone.policy_state = policy_state;
-  check(launch_forward<SmallLaunch>(rows, policy, Logits{}, alone, shape, scratch.values, nullptr));
+  check(
+      launch_forward<SmallLaunch>(rows, policy, Logits{}, alone, params, scratch.values, nullptr));
 
   const PolicyLossTokens tokens{value(0), ones.values, ones.values, nullptr, nullptr};
-  const PolicyLossShape loss{0.2f, 0.2f, INFINITY, 20, 0.1f, 0.1f, Estimator::exact};
+  const PolicyLossParams loss{0.2f, 0.2f, INFINITY, 20, 0.1f, 0.1f, Estimator::exact};
   Array<float> terms(kPolicyLossTerms * kRows);
   const auto policy_loss = [&](const Logits& against, const GradLogits& to) {
     check(launch_policy_loss<SmallPolicyLossLaunch>(rows, policy, against, tokens, loss, 1.1, to,

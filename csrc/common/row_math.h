@@ -15,6 +15,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #if defined(__CUDACC__)
 #define KL_HOST_DEVICE __host__ __device__ __forceinline__
@@ -28,6 +29,12 @@ namespace kl_kernels {
 
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kLog2e = 1.44269504088896340736;
+
+// The token of a row that is not among these logits; NO_TOKEN in kl_kernels/schemas.py.
+constexpr int64_t kNoToken = -(int64_t{1} << 62);
+
+// The numbers of fields in a part's state; STATE_FIELDS and state_fields() in schemas.py.
+constexpr int kStateFields = 9, kStateFieldsWithoutRef = 4;
 
 // kFloor stands for -inf after subtracting an anchor: 2^kFloor is 0, yet kFloor - kFloor is 0 and
 // not NaN. The anchor of an empty state lies above it, so that -inf cannot look like a maximum.

@@ -12,7 +12,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "kl_math.h"
+#include "row_math.h"
 
 namespace kl_kernels {
 

@@ -38,23 +38,23 @@ __device__ __forceinline__ Packed<T> load_across(const T* at) {
 }
 
 template <class T>
-class HeldRow {
+class SmemRow {
  public:
   using Element = T;
-  using Eight = Packed<T>;
+  using Vector = Packed<T>;
 
   // Of up to `size` logits, and before the first what makes up for its misalignment.
   __host__ __device__ static int64_t bytes(int64_t size) { return (size + kLanes) * sizeof(T); }
 
   // Of a part that begins at `from`.
-  __device__ HeldRow(void* memory, const T* from)
+  __device__ SmemRow(void* memory, const T* from)
       : at_(static_cast<T*>(memory) + misalignment(from) / static_cast<int>(sizeof(T))) {}
 
   __device__ bool aligned(int i) const { return is_aligned(at_ + i); }
   __device__ T* at(int i) const { return at_ + i; }
   __device__ float operator[](int64_t i) const { return to_float(at_[i]); }
   template <bool kAligned>
-  __device__ __forceinline__ Eight eight(int i) const {
+  __device__ __forceinline__ Vector vector_at(int i) const {
     if constexpr (kAligned)
       return load<true, Cache::keep>(at_ + i);
     else
@@ -65,50 +65,50 @@ class HeldRow {
   T* at_;
 };
 
-// Fetching is divided in waves: the first are folded while the last are on their way.
-constexpr int kWaves = 4;
+// Fetching is divided in stages: the first are folded while the last are on their way.
+constexpr int kStages = 4;
 
-// Until the block's copies of that wave are there, and those of the waves before it.
-__device__ __forceinline__ void await_wave(int wave) {
-  static_assert(kWaves == 4, "one case for each");
-  if (wave == 0) wait_for_copies<3>();
-  if (wave == 1) wait_for_copies<2>();
-  if (wave == 2) wait_for_copies<1>();
-  if (wave == 3) wait_for_copies<0>();
+// Until the block's copies of that stage are there, and those of the stages before it.
+__device__ __forceinline__ void await_stage(int stage) {
+  static_assert(kStages == 4, "one case for each");
+  if (stage == 0) wait_for_copies<3>();
+  if (stage == 1) wait_for_copies<2>();
+  if (stage == 2) wait_for_copies<1>();
+  if (stage == 3) wait_for_copies<0>();
   __syncthreads();  // without it a thread would read what another one's copies have not brought yet
 }
 
-template <class R, bool kReference>
-struct Arriving : Part<R, kReference> {
-  int wave;  // logits, whole tiles
+template <class R, bool kHasRef>
+struct ArrivingPart : Part<R, kHasRef> {
+  int stage;  // logits, whole tiles
 
   __device__ int begin(int i) const {
-    const int at = i * wave, tail = this->span.tail();
+    const int at = i * stage, tail = this->span.tail();
     return at < tail ? at : tail;
   }
 };
 
-template <bool, class R, bool kReference>
-__device__ __forceinline__ FirstTile<R> begin_first_tile(const Arriving<R, kReference>&, int) {
+template <bool, class R, bool kHasRef>
+__device__ __forceinline__ FirstTile<R> begin_first_tile(const ArrivingPart<R, kHasRef>&, int) {
   return {};
 }
-template <bool kAligned, class R, bool kReference>
-__device__ __forceinline__ void await_first_tile(const Arriving<R, kReference>& part, int i,
+template <bool kAligned, class R, bool kHasRef>
+__device__ __forceinline__ void await_first_tile(const ArrivingPart<R, kHasRef>& part, int i,
                                                  FirstTile<R>& tile) {
-  await_wave(0);
+  await_stage(0);
   if (i >= part.span.tail()) return;
-  tile.x = part.x.template eight<kAligned>(i);
-  tile.y = part.y.template eight<kAligned>(i);
+  tile.x = part.x.template vector_at<kAligned>(i);
+  tile.y = part.y.template vector_at<kAligned>(i);
 }
 
-// As for parts in global memory, each wave once it is there, as the first is since the first tile.
-template <class Policy, bool kAligned, class R, bool kReference, class Eight, class One>
-__device__ __forceinline__ void for_each(const Arriving<R, kReference>& part, const Eight& eight,
-                                         const One& one) {
-  for (int i = 0; i < kWaves; ++i) {
-    if (i > 0) await_wave(i);
-    for_each_eight<Policy, kAligned, Order::forwards>(part, part.begin(i), part.begin(i + 1),
-                                                      eight);
+// As for parts in global memory, each stage once it is there, as the first is since the first tile.
+template <class Policy, bool kAligned, class R, bool kHasRef, class EachVector, class One>
+__device__ __forceinline__ void for_each(const ArrivingPart<R, kHasRef>& part,
+                                         const EachVector& each_vector, const One& one) {
+  for (int i = 0; i < kStages; ++i) {
+    if (i > 0) await_stage(i);
+    for_each_vector<Policy, kAligned, Order::forwards>(part, part.begin(i), part.begin(i + 1),
+                                                       each_vector);
   }
   for_each_left<Policy>(part, one);
 }
@@ -121,7 +121,7 @@ __device__ Span vectors_of(const Row<T>& row, int size) {
 
 // Begins to copy the vectors with logits before `end` that do not have any before `begin`.
 template <class Policy, class T>
-__device__ __forceinline__ void fetch(const Row<T>& from, const HeldRow<T>& to, const Span& vectors,
+__device__ __forceinline__ void fetch(const Row<T>& from, const SmemRow<T>& to, const Span& vectors,
                                       int begin, int end) {
   constexpr int kPerVector = kAlignment / sizeof(T);
   const int head = vectors.head, tail = vectors.tail(kPerVector);
@@ -136,30 +136,30 @@ __device__ __forceinline__ void fetch(const Row<T>& from, const HeldRow<T>& to, 
     copy_async(to.at(i), from.at(i));
 }
 
-template <class Policy, class T, bool kReference>
-__device__ Arriving<HeldRow<T>, kReference> hold(const Part<Row<T>, kReference>& part, void* memory,
-                                                 int size) {
+template <class Policy, class T, bool kHasRef>
+__device__ ArrivingPart<SmemRow<T>, kHasRef> copy_to_smem(const Part<Row<T>, kHasRef>& part,
+                                                          void* memory, int size) {
   constexpr int kTile = Policy::kThreads * kLanes, kPerVector = kAlignment / sizeof(T);
   const int tiles = (part.span.tail() + kTile - 1) / kTile, n = part.span.size;
-  const HeldRow<T> x(memory, part.x.at(0));
-  const HeldRow<T> y(static_cast<char*>(memory) + HeldRow<T>::bytes(size), part.y.at(0));
-  const Arriving<HeldRow<T>, kReference> held{{x, kReference ? y : x, part.span, part.kx, part.ky},
-                                              (tiles + kWaves - 1) / kWaves * kTile};
+  const SmemRow<T> x(memory, part.x.at(0));
+  const SmemRow<T> y(static_cast<char*>(memory) + SmemRow<T>::bytes(size), part.y.at(0));
+  const ArrivingPart<SmemRow<T>, kHasRef> in_smem{{x, kHasRef ? y : x, part.span, part.kx, part.ky},
+                                                  (tiles + kStages - 1) / kStages * kTile};
   const Span xs = vectors_of(part.x, n), ys = vectors_of(part.y, n);
-  for (int i = 0; i < kWaves; ++i) {
-    const int begin = held.begin(i), end = i < kWaves - 1 ? held.begin(i + 1) : n;
+  for (int i = 0; i < kStages; ++i) {
+    const int begin = in_smem.begin(i), end = i < kStages - 1 ? in_smem.begin(i + 1) : n;
     fetch<Policy>(part.x, x, xs, begin, end);
-    if constexpr (kReference) fetch<Policy>(part.y, y, ys, begin, end);
+    if constexpr (kHasRef) fetch<Policy>(part.y, y, ys, begin, end);
     commit_copies();
   }
   // Loaded both before one of them is waited for.
   const int i = xs.left(kPerVector), j = ys.left(kPerVector);
   T left{}, ref_left{};
   if (i < n) left = *part.x.at(i);
-  if (kReference && j < n) ref_left = *part.y.at(j);
+  if (kHasRef && j < n) ref_left = *part.y.at(j);
   if (i < n) *x.at(i) = left;
-  if (kReference && j < n) *y.at(j) = ref_left;
-  return held;
+  if (kHasRef && j < n) *y.at(j) = ref_left;
+  return in_smem;
 }
 
 }  // namespace kl_kernels

@@ -4,7 +4,7 @@
 
 #include <cfloat>
 
-#include "kl_math.h"
+#include "row_math.h"
 
 namespace kl_kernels {
 
@@ -61,7 +61,7 @@ struct PolicyLossInputs {
   float ref_logprob;        // for k2 and k3
 };
 
-struct PolicyLossShape {
+struct PolicyLossParams {
   float clip_low, clip_high;
   float dual_clip, log_ratio_clamp;  // +inf: none
   float kl_coef, entropy_coef;
@@ -85,14 +85,14 @@ struct PolicyLoss {
 // pass.
 KL_HOST_DEVICE PolicyLoss policy_loss_epilogue(const Finished<float>& f,
                                                const PolicyLossInputs& row,
-                                               const PolicyLossShape& shape) {
-  const float log_ratio = clip(log_ratio_of(f.logprob, row.old_logprob), shape.log_ratio_clamp);
-  const float ratio = expf(log_ratio), lowest = 1 - shape.clip_low, highest = 1 + shape.clip_high;
+                                               const PolicyLossParams& params) {
+  const float log_ratio = clip(log_ratio_of(f.logprob, row.old_logprob), params.log_ratio_clamp);
+  const float ratio = expf(log_ratio), lowest = 1 - params.clip_low, highest = 1 + params.clip_high;
   const float clipped_ratio = ratio < lowest ? lowest : ratio > highest ? highest : ratio;
   const float unclipped = -row.advantage * ratio, clipped = -row.advantage * clipped_ratio;
   const bool clip_decides = clipped > unclipped;
   float loss = clip_decides ? clipped : unclipped;
-  const float bound = -row.advantage * shape.dual_clip;
+  const float bound = -row.advantage * params.dual_clip;
   const bool dual_clip_decides = row.advantage < 0 && loss > bound;
   if (dual_clip_decides) loss = bound;
   loss *= row.importance_weight;
@@ -102,23 +102,23 @@ KL_HOST_DEVICE PolicyLoss policy_loss_epilogue(const Finished<float>& f,
   double slope = constant ? 0 : row.importance_weight * unclipped;
 
   float kl = f.kl, kl_slope = 0;
-  if (shape.estimator != Estimator::exact) {
-    const float d = clip(log_ratio_of(f.logprob, row.ref_logprob), shape.log_ratio_clamp);
-    const bool k2 = shape.estimator == Estimator::k2;
+  if (params.estimator != Estimator::exact) {
+    const float d = clip(log_ratio_of(f.logprob, row.ref_logprob), params.log_ratio_clamp);
+    const bool k2 = params.estimator == Estimator::k2;
     kl = k2 ? d * d / 2 : k3_of(d);
     kl_slope = k2 ? d : -expm1f(-d);
   }
-  if (shape.kl_coef != 0) {  // without a penalty an infinite KL is nobody's business
-    loss += shape.kl_coef * kl;
-    slope += double(shape.kl_coef) * kl_slope;
+  if (params.kl_coef != 0) {  // without a penalty an infinite KL is nobody's business
+    loss += params.kl_coef * kl;
+    slope += double(params.kl_coef) * kl_slope;
   }
-  if (shape.entropy_coef != 0) loss -= shape.entropy_coef * f.entropy;
+  if (params.entropy_coef != 0) loss -= params.entropy_coef * f.entropy;
 
   const double m = row.token_weight;
-  const double kl_gradient = shape.estimator == Estimator::exact ? shape.kl_coef : 0.0f;
+  const double kl_gradient = params.estimator == Estimator::exact ? params.kl_coef : 0.0f;
   return {{row.token_weight * loss, float(clip_decides), float(dual_clip_decides),
            k3_of(-log_ratio), -log_ratio, ratio, kl, f.entropy},
-          {m * slope, m * kl_gradient, 0.0, -m * shape.entropy_coef}};
+          {m * slope, m * kl_gradient, 0.0, -m * params.entropy_coef}};
 }
 
 }  // namespace kl_kernels

@@ -52,14 +52,14 @@ coverage: $(VENV)/dev-ready
 	$(BIN)/python bench/covered.py
 	$(BIN)/python bench/readme.py
 
-# Changes of the core that no test notices. ARGS="'kl_kernels.algebra*'" for some of it.
+# Changes of the core that no test notices. ARGS="'kl_kernels.algebra.row*'" for some of it.
 mutants: $(VENV)/dev-ready
 	$(BIN)/python bench/mutants.py $(ARGS)
 	$(BIN)/python bench/readme.py
 
 # For every property a change that has to make it fail. ARGS=entropy for some.
 property-mutants: $(READY)
-	$(BIN)/python tests/property_mutants.py $(ARGS)
+	$(BIN)/python tests/algebra/property_mutants.py $(ARGS)
 
 # Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
 # CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.

@@ -7,7 +7,7 @@ import io
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from kl_kernels.study.figures import WIDTH
+from kl_kernels.lab.study.figures import WIDTH
 
 __all__ = ["WIDTH", "svg"]
 

@@ -11,8 +11,8 @@ from gpu_pictures import drawn, pictures, stem
 from gpu_table import PEERS
 from gpu_targets import TARGETS, verdict
 
-from kl_kernels.codegen.chips import CHIPS
-from kl_kernels.study.document import Block, Bullets, Heading, Picture, Table, Text
+from kl_kernels.lab.codegen.chips import CHIPS
+from kl_kernels.lab.documents import Block, Bullets, Heading, Picture, Table, Text
 
 __all__ = ["blocks", "pictures", "short_table"]
 FOLDER = Path(__file__).parent / "results"

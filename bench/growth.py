@@ -26,7 +26,7 @@ from formulas import Call, eager, gradient_of, make_inputs, one_visit, ours, two
 from formulas import with_gradient as gradient
 from machine import PeakMemory, record
 
-from kl_kernels.study.document import Block, Heading, Picture, Table, Text
+from kl_kernels.lab.documents import Block, Heading, Picture, Table, Text
 
 JOBS = ("forward", "forward+backward", "policy loss")
 OURS, EAGER, COMPILED = "kl_kernels", "eager", "torch.compile"

@@ -10,7 +10,7 @@ from drawing import WIDTH, svg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
-from kl_kernels.study.figures import PLAIN, label_ends
+from kl_kernels.lab.study.figures import PLAIN, label_ends
 
 # Okabe and Ito's: told apart by all eyes.
 COLOURS = {"kl_kernels": "#0072B2", "eager": "#D55E00", "torch.compile": "#009E73"}

@@ -25,8 +25,8 @@ from machine import PeakMemory, record
 from torch import Tensor
 
 import kl_kernels
-from kl_kernels.linear import MEMORY_BUDGETS
-from kl_kernels.tiles import Head, plan_tiles
+from kl_kernels.functional.hidden import MEMORY_BUDGETS
+from kl_kernels.partitioned.tiles import Head, plan_tiles
 
 JOBS = ("stats", "stats+backward", "kl", "kl+backward")
 

@@ -5,7 +5,7 @@ survived. Which files and which tests: `[tool.mutmut]` in pyproject.toml. It wor
 build/, where it remembers what it has done; a run that is stopped goes on where it was.
 
 python bench/mutants.py                            # everything
-python bench/mutants.py "kl_kernels.algebra*"      # some mutants, by name
+python bench/mutants.py "kl_kernels.algebra.row*"      # some mutants, by name
 python bench/mutants.py --collect                  # write down what has been run so far
 """
 

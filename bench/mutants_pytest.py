@@ -30,10 +30,9 @@ class Mutants:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         # What fixtures would import in every fork.
+        import kl_kernels.backends.triton.launch  # noqa: F401
         import torch._inductor  # noqa: F401
         import triton.runtime.interpreter  # noqa: F401
-
-        import kl_kernels.triton_kernels.launch  # noqa: F401
 
         stats = json.loads(Path("mutmut-stats.json").read_text())
         reached, duration = stats["tests_by_mangled_function_name"], stats["duration_by_test"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kl_kernels.validate.report.table import markdown
+from kl_kernels.lab.validate.report.table import markdown
 
 DTYPES = ("float32", "bfloat16")
 QUANTITIES = (

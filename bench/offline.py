@@ -2,7 +2,7 @@
 
 Every kernel is compiled for sm_90 as its own library launches it for logits of 8192 x 128256 in
 bfloat16, and its machine code is counted as `python -m kl_kernels codegen` counts ours. The least
-time on an H200 is what `kl_kernels/codegen/chips.py` predicts from these counts.
+time on an H200 is what `kl_kernels/lab/codegen/chips.py` predicts from these counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from machine import record
 from offline_figures import instructions, least_times
 from offline_jobs import JOBS, OURS, ROWS, VOCAB_SIZE
 
-from kl_kernels.study.document import Block, Bullets, Heading, Picture, Table, Text
+from kl_kernels.lab.documents import Block, Bullets, Heading, Picture, Table, Text
 
 
 def pictures(results: dict[str, Any]) -> dict[str, bytes]:
@@ -110,7 +110,7 @@ def main() -> int:
     from offline_count import ARCH, CHIP, our_rows, peer_rows, shown, slots_per_logit
     from offline_peers import CALLS
 
-    from kl_kernels.codegen.compile import empty_cache
+    from kl_kernels.lab.codegen.compile import empty_cache
 
     warnings.simplefilter("ignore")  # libraries warn about what this machine lacks
     results = record() | {

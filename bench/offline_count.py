@@ -1,6 +1,6 @@
 """Counts kernels in machine code: ours as codegen has them, others' as their libraries launch them.
 
-Needs a process in which TRITON_INTERPRET is not set, as `kl_kernels/codegen/compile.py` does.
+Needs a process in which TRITON_INTERPRET is not set, as `kl_kernels/lab/codegen/compile.py` does.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from offline_jobs import BACKWARD, KL, LOGPROB, OURS, ROWS, VOCAB_SIZE
 from offline_launches import Launch, recorded
 from offline_peers import CALLS, LEFT_OUT, Counted
 
-from kl_kernels.codegen import sass
-from kl_kernels.codegen.chips import CHIPS, Chip, limits, occupancy, second_look_hits
-from kl_kernels.codegen.compile import compile_for, compile_kernel, disassemble
-from kl_kernels.codegen.sass import Kernel, Loop
-from kl_kernels.codegen.variants import Shape, variants
+from kl_kernels.lab.codegen import sass
+from kl_kernels.lab.codegen.chips import CHIPS, Chip, limits, occupancy, second_look_hits
+from kl_kernels.lab.codegen.compile import compile_for, compile_kernel, disassemble
+from kl_kernels.lab.codegen.sass import Kernel, Loop
+from kl_kernels.lab.codegen.variants import Shape, variants
 
 ARCH, CHIP = "sm_90", "h200"
 WARP = 32

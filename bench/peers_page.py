@@ -7,7 +7,7 @@ from typing import Any
 from operations import OPERATIONS
 from peers_pictures import pictures, stem
 
-from kl_kernels.study.document import Block, Bullets, Heading, Picture, Table, Text
+from kl_kernels.lab.documents import Block, Bullets, Heading, Picture, Table, Text
 
 __all__ = ["blocks", "pictures", "short_table"]
 OURS = "kl_kernels"

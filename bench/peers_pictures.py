@@ -162,7 +162,7 @@ def sizes(panels: dict[str, tuple[list[str], Lines]]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    from kl_kernels.study.figures import label_ends
+    from kl_kernels.lab.study.figures import label_ends
 
     figure = Figure(figsize=(WIDTH, 4.2 * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False)

@@ -20,11 +20,11 @@ import numerics_page
 import report
 import testing_page
 
-from kl_kernels.study.document import Text, to_markdown
-from kl_kernels.study.outcomes import WINDOW
-from kl_kernels.study.plan import ADAPTIVE, described
-from kl_kernels.study.report import TITLE, contents
-from kl_kernels.study.statistics import Interval
+from kl_kernels.lab.documents import Text, to_markdown
+from kl_kernels.lab.study.outcomes import WINDOW
+from kl_kernels.lab.study.plan import ADAPTIVE, described
+from kl_kernels.lab.study.report import TITLE, contents
+from kl_kernels.lab.study.statistics import Interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"

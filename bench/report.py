@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kl_kernels.study.document import Block, Picture, to_html, to_markdown
+from kl_kernels.lab.documents import Block, Picture, to_html, to_markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks"

@@ -15,8 +15,8 @@ from typing import Any
 
 from machine import record
 
-from kl_kernels.study import arguments, command
-from kl_kernels.study.report import draw
+from kl_kernels.lab.study import arguments, command
+from kl_kernels.lab.study.report import draw
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "study.json"

@@ -27,7 +27,7 @@ from offline_jobs import ROWS
 from offline_jobs import VOCAB_SIZE as V
 from timing import Replay, interleaved, n_buffer_sets, n_rounds_of_sets, replay
 
-from kl_kernels.triton_kernels import launch
+from kl_kernels.backends.triton import launch
 
 RESULTS = Path(__file__).parent / "results"
 NOW = "as it is"

@@ -16,8 +16,8 @@ if (
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from kl_kernels._version import __version__
-from kl_kernels.divergence import token_jsd
-from kl_kernels.functional import (
+from kl_kernels.functional.divergence import token_jsd
+from kl_kernels.functional.logits import (
     KLRewards,
     TokenKL,
     TokenStats,
@@ -25,10 +25,12 @@ from kl_kernels.functional import (
     token_kl,
     token_stats,
 )
+from kl_kernels.functional.policy_loss import fused_policy_loss
+from kl_kernels.functional.selective import selective_log_softmax
+from kl_kernels.functional.topk import topk_kl
 from kl_kernels.monitor.audit import AuditLog
 from kl_kernels.monitor.constraint import UpdateConstraint
 from kl_kernels.monitor.monitor import KLMonitor
-from kl_kernels.policy_loss import fused_policy_loss
 from kl_kernels.rl.adaptive_controllers import (
     AdaptiveKLController,
     PIKLController,
@@ -49,8 +51,6 @@ from kl_kernels.rl.scores import (
     missing_eos_penalty,
     overlong_penalty,
 )
-from kl_kernels.selective import selective_log_softmax
-from kl_kernels.topk import topk_kl
 
 __all__ = [
     "AdaptiveKLController",
@@ -94,14 +94,14 @@ __all__ = [
 
 # With linear heads comes all of torch.compile: they are imported when they are asked for.
 LAZY = {
-    "linear_token_jsd": "linear_jsd",
-    "linear_token_kl": "linear",
-    "linear_token_stats": "linear",
+    "linear_token_jsd": "functional.hidden_jsd",
+    "linear_token_kl": "functional.hidden",
+    "linear_token_stats": "functional.hidden",
 }
 
 if TYPE_CHECKING:  # which would take any name to be there if it saw __getattr__
-    from kl_kernels.linear import linear_token_kl, linear_token_stats
-    from kl_kernels.linear_jsd import linear_token_jsd
+    from kl_kernels.functional.hidden import linear_token_kl, linear_token_stats
+    from kl_kernels.functional.hidden_jsd import linear_token_jsd
 else:
 
     def __getattr__(name: str) -> Any:

@@ -11,8 +11,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
-
-from kl_kernels import transforms
+from torch.autograd import forward_ad
 
 MOST_BY_ROUNDING = 0.01  # of a log-probability above 0, in nats
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -235,7 +234,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_logits(name: str, logits: Tensor) -> None:
     check_floating(name, logits)
-    transforms.check_no_tangent(name, logits)
+    check_no_tangent(name, logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)}; it has to be [..., V] with at least one logit"
@@ -288,7 +287,7 @@ def values_are_at_hand(tensor: Tensor) -> bool:
 
     Under vmap nobody can look. A DTensor's values are spread over ranks.
     """
-    is_plain = not (torch.compiler.is_compiling() or transforms.are_active() or is_dtensor(tensor))
+    is_plain = not (torch.compiler.is_compiling() or transforms_are_active() or is_dtensor(tensor))
     return tensor.device.type == "cpu" and is_plain
 
 
@@ -306,3 +305,32 @@ def check_token_range(
             f"{name} holds {int(token_ids[outside][0])} at an unmasked position; "
             f"accepted: 0 to {vocab_size - 1}"
         )
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of `torch.func` is at work."""
+    # Not public, but what torch.autograd.Function itself asks, and torch.compile knows it.
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
+def refuse_transforms(name: str) -> None:
+    """Otherwise torch would tell the user to change our source."""
+    if transforms_are_active():
+        raise NotImplementedError(
+            f"{name} takes no transforms of torch.func (grad, vjp, jacrev, vmap); use "
+            "torch.autograd, or token_stats, token_kl, token_jsd or kl_rewards, which do take them"
+        )
+
+
+def check_no_tangent(name: str, tensor: Tensor) -> None:
+    """Operators that only know backward drop tangents: torch would call the derivative 0."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise no_forward_mode(name)
+
+
+def no_forward_mode(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name} carries a tangent, but kl_kernels has no forward-mode derivatives "
+        "(torch.func.jvp, jacfwd, hessian); use backward"
+    )

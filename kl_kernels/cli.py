@@ -17,16 +17,16 @@ from kl_kernels import __version__
 from kl_kernels.text import printable
 
 COMMANDS = {
-    "ppo": ("kl_kernels.ppo.arguments", "train a language model with PPO and a KL penalty"),
-    "study": ("kl_kernels.study.arguments", "run PPO with many KL penalties and seeds, and report"),
-    "validate": ("kl_kernels.validate.command", "check every available backend against float64"),
-    "bench": ("kl_kernels.bench", "measure speed beside other packages (in a checkout)"),
+    "ppo": ("lab.ppo.arguments", "train a language model with PPO and a KL penalty"),
+    "study": ("lab.study.arguments", "run PPO with many KL penalties and seeds, and report"),
+    "validate": ("lab.validate.command", "check every available backend against float64"),
+    "bench": ("lab.bench", "measure speed beside other packages (in a checkout)"),
     "codegen": (
-        "kl_kernels.codegen.command",
+        "lab.codegen.command",
         "compile the Triton kernels, count instructions, predict times; no GPU is needed",
     ),
-    "audit": ("kl_kernels.monitor.audit_command", "verify an audit log, or show its records"),
-    "info": ("kl_kernels.info", "show versions, devices and which backends are available"),
+    "audit": ("monitor.audit_command", "verify an audit log, or show its records"),
+    "info": ("info", "show versions, devices and which backends are available"),
 }
 # A shell's exit code for a process that a signal ended: 128 and the signal's number.
 INTERRUPTED = 130
@@ -69,7 +69,7 @@ def _run(argv: list[str]) -> int:
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{_sentence(summary)}.")
         if name == wanted:  # the others' imports are not worth waiting for
-            importlib.import_module(module).add_arguments(command)
+            _module(module).add_arguments(command)
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:  # after --help and --version, and after what is refused
@@ -78,12 +78,16 @@ def _run(argv: list[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
+        return int(_module(COMMANDS[args.command][0]).run(args))
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"kl_kernels.{name}")
 
 
 def _sentence(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kl_kernels.dispatch import BACKENDS
+from kl_kernels.backends.dispatch import BACKENDS
 from kl_kernels.versions import versions
 
 

@@ -57,7 +57,7 @@ def _mend_interpreter():
         return
     from triton.runtime import interpreter
 
-    from kl_kernels.triton_kernels import launch
+    from kl_kernels.backends.triton import launch
 
     wide = dataclasses.replace(
         launch.CONFIG, lanes=512, steps=1, unaligned_steps=1, scale_programs=8

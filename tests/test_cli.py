@@ -8,12 +8,13 @@ import sys
 
 import pytest
 
-from kl_kernels import __version__, reference
+from kl_kernels import __version__
+from kl_kernels.backends import reference
+from kl_kernels.backends.dispatch import BACKENDS
 from kl_kernels.cli import COMMANDS, main
-from kl_kernels.dispatch import BACKENDS
-from kl_kernels.ppo.arguments import GROUPS, add_constants
-from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.validate import errors
+from kl_kernels.lab.ppo.arguments import GROUPS, add_constants
+from kl_kernels.lab.ppo.config import PPOConfig
+from kl_kernels.lab.validate import errors
 
 
 def test_info_tells_versions_and_every_backend(capsys):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import kl_kernels
-from kl_kernels import extras, native
+from kl_kernels import extras
+from kl_kernels.backends import compiled as native
 from kl_kernels.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent

@@ -1,5 +1,5 @@
 // What a finished row becomes: a shaped reward, or a policy loss and its gradient. Once for host
-// and device; kl_kernels/epilogues.py says the same in PyTorch.
+// and device; kl_kernels/algebra/epilogues.py says the same in PyTorch.
 #pragma once
 
 #include <cfloat>

@@ -1,5 +1,5 @@
 // A policy p and a reference q beside their mixture m = (1 - beta) p + beta q, once for host and
-// device, scalars and vectors of lanes. kl_kernels/algebra.py says the same in PyTorch (`mix`).
+// device, scalars and vectors of lanes. kl_kernels/algebra/row.py says the same in PyTorch (`mix`).
 //
 // The larger of the two is the one to divide by. With s = 2^-fall <= 1 the ratio of the smaller to
 // the larger, and c the smaller one's weight in the mixture,

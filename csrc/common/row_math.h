@@ -8,7 +8,7 @@
 //
 // fold absorbs a block of the vocabulary into sums, merge joins the states of two parts, finish
 // turns a state into KL divergences and log-probabilities, backward gives the gradient of any mix
-// of them. kl_kernels/algebra.py says the same in PyTorch and derives nothing more.
+// of them. kl_kernels/algebra/row.py says the same in PyTorch and derives nothing more.
 //
 // `Real` is float or double; fold and backward also take vectors of either (GCC's vector
 // extension), which is how the CPU kernels use them.

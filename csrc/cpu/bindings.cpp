@@ -1,5 +1,5 @@
 // The operators of kl_kernels/schemas.py for the CPU; the schemas themselves are defined in Python
-// (kl_kernels/native.py), this library only implements them.
+// (kl_kernels/backends/compiled.py), this library only implements them.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

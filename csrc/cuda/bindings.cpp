@@ -1,5 +1,5 @@
 // The operators of kl_kernels/schemas.py for CUDA: checks, allocation, device and stream. The
-// schemas themselves are defined in Python (kl_kernels/native.py), this library only implements
+// schemas themselves are defined in Python (kl_kernels/backends/compiled.py), this library only implements
 // them.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

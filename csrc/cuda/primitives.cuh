@@ -1,4 +1,4 @@
-// Instructions that CUDA C++ has no name for. tests/host provides the same functions.
+// Instructions that CUDA C++ has no name for. tests/backends/host provides the same functions.
 #pragma once
 
 #include "runtime.h"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kl_kernels.arguments import any_token
-from kl_kernels.functional import token_stats
+from kl_kernels.algebra.parts import any_token
+from kl_kernels.functional.logits import token_stats
 from kl_kernels.schemas import BackendName
 
 

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from kl_kernels.checks import check_choice
-from kl_kernels.functional import token_stats
+from kl_kernels.functional.logits import token_stats
 from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.rl.estimators import kl_penalty

@@ -18,14 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_kernels.divergence import token_jsd
-from kl_kernels.functional import token_stats
+from kl_kernels.functional.divergence import token_jsd
+from kl_kernels.functional.logits import token_stats
+from kl_kernels.functional.selective import selective_log_softmax
 from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.integrations.trl_callback import KLMonitorCallback
 from kl_kernels.integrations.trl_heads import DivergenceHead, LogprobHead
 from kl_kernels.schemas import BackendName
-from kl_kernels.selective import selective_log_softmax
 
 __all__ = ["KLMonitorCallback", "patch"]
 

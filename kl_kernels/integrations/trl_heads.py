@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_kernels.linear import linear_token_stats
-from kl_kernels.linear_jsd import linear_jsd_and_entropy
+from kl_kernels.functional.hidden import linear_token_stats
+from kl_kernels.functional.hidden_jsd import linear_jsd_and_entropy
 from kl_kernels.schemas import BackendName
 
 

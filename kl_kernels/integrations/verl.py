@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kl_kernels.arguments import any_token
+from kl_kernels.algebra.parts import any_token
 from kl_kernels.checks import check_mask, check_non_negative
-from kl_kernels.functional import token_kl, token_stats
+from kl_kernels.functional.logits import token_kl, token_stats
 from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.integrations.verl_losses import policy_loss

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kl_kernels import ops as _ops  # noqa: F401  registers torch.ops.kl_kernels
 from kl_kernels.checks import (
     check_batch,
     check_choice,
@@ -16,6 +15,7 @@ from kl_kernels.checks import (
     check_plain,
     check_unit_interval,
 )
+from kl_kernels.ops import library as _ops  # noqa: F401  registers torch.ops.kl_kernels
 from kl_kernels.schemas import BackendName, GAEArgs, output_dtype
 
 Masked = Literal["skip", "zero"]

@@ -40,8 +40,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from kl_kernels.algebra.epilogues import k3_of
 from kl_kernels.checks import check_choice, check_like, check_mask, check_positive
-from kl_kernels.epilogues import k3_of
 from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import select
 from kl_kernels.rl.straight_through import clamp_value, with_value

@@ -20,6 +20,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from kl_kernels.algebra.epilogues import k3_of
 from kl_kernels.checks import (
     check_batch,
     check_choice,
@@ -29,7 +30,6 @@ from kl_kernels.checks import (
     check_non_negative,
     check_number,
 )
-from kl_kernels.epilogues import k3_of
 from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import masked_mean, select
 from kl_kernels.schemas import output_dtype

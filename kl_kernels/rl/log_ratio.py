@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kl_kernels.epilogues import log_ratio_of
+from kl_kernels.algebra.epilogues import log_ratio_of
 from kl_kernels.rl.masked import select
 from kl_kernels.schemas import output_dtype
 

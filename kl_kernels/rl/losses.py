@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from kl_kernels.algebra.epilogues import k3_of
 from kl_kernels.checks import (
     check_batch,
     check_choice,
@@ -21,7 +22,6 @@ from kl_kernels.checks import (
     check_same_device,
     values_are_at_hand,
 )
-from kl_kernels.epilogues import k3_of
 from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import masked_mean, masked_var, select
 from kl_kernels.rl.straight_through import clamp_value

@@ -11,7 +11,7 @@ import torch
 from fuzz_truth import TRUTHS
 
 import kl_kernels
-from kl_kernels import native
+from kl_kernels.backends import compiled as native
 from kl_kernels.rl.losses import AGGREGATIONS
 from kl_kernels.schemas import OPERATORS
 

@@ -6,8 +6,8 @@ from test_far_logits import SIZES as SIZES_OF_FAR_LOGITS
 from test_far_logits import assert_true_or_nan
 
 import kl_kernels
-from kl_kernels.validate.cases import DIFFICULTIES, grid
-from kl_kernels.validate.errors import errors
+from kl_kernels.lab.validate.cases import DIFFICULTIES, grid
+from kl_kernels.lab.validate.errors import errors
 
 B, T = 3, 5
 

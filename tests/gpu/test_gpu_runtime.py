@@ -5,9 +5,9 @@ import torch
 from test_gpu_numbers import evaluate, make_inputs
 
 import kl_kernels
-from kl_kernels.validate.cases import Inputs
-from kl_kernels.validate.errors import gradient_error, value_error
-from kl_kernels.validate.truth import OUTPUTS, eager
+from kl_kernels.lab.validate.cases import Inputs
+from kl_kernels.lab.validate.errors import gradient_error, value_error
+from kl_kernels.lab.validate.truth import OUTPUTS, eager
 
 V = 131072
 

@@ -18,7 +18,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent
 # What a wheel could get wrong, without the minutes that the Triton interpreter takes.
-SELECTION = ("test_arguments", "test_cpu_backend", "test_stable_abi")
+SELECTION = (
+    "functional/test_arguments",
+    "backends/test_cpu_backend",
+    "backends/test_stable_abi",
+)
 
 
 def main() -> None:

@@ -10,15 +10,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kl_kernels.files import check_links, make_folder, write_text
+from kl_kernels.lab.ppo.checkpoint import RunFolder, create_run, open_run, save_model, save_state
+from kl_kernels.lab.ppo.config import PPOConfig
+from kl_kernels.lab.ppo.pretrain import train_tokenizer
+from kl_kernels.lab.ppo.report import MetricsLog
+from kl_kernels.lab.ppo.watch import make_sink
+from kl_kernels.lab.study import runs
+from kl_kernels.lab.study.plan import Plan, create_study, open_study
+from kl_kernels.lab.study.runs import jobs_of
 from kl_kernels.monitor.audit import AuditLog
-from kl_kernels.ppo.checkpoint import RunFolder, create_run, open_run, save_model, save_state
-from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.pretrain import train_tokenizer
-from kl_kernels.ppo.report import MetricsLog
-from kl_kernels.ppo.watch import make_sink
-from kl_kernels.study import runs
-from kl_kernels.study.plan import Plan, create_study, open_study
-from kl_kernels.study.runs import jobs_of
 
 
 @pytest.fixture(params=[0o000, 0o002, 0o022, 0o027, 0o077], ids=oct)

@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kl_kernels.lab.ppo.checkpoint import create_run, load_state, open_run, save_model, save_state
+from kl_kernels.lab.ppo.config import PPOConfig
+from kl_kernels.lab.ppo.model import load_model
+from kl_kernels.lab.ppo.pretrain import new_model, train_tokenizer
+from kl_kernels.lab.ppo.prompts import encode_prompts
+from kl_kernels.lab.ppo.report import read_metrics
+from kl_kernels.lab.ppo.reward import load_reward
+from kl_kernels.lab.study.plan import Plan, create_study, open_study
 from kl_kernels.monitor.audit import AuditLog
 from kl_kernels.monitor.chain import Head, head_path
 from kl_kernels.monitor.verify import verify_log
-from kl_kernels.ppo.checkpoint import create_run, load_state, open_run, save_model, save_state
-from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.model import load_model
-from kl_kernels.ppo.pretrain import new_model, train_tokenizer
-from kl_kernels.ppo.prompts import encode_prompts
-from kl_kernels.ppo.report import read_metrics
-from kl_kernels.ppo.reward import load_reward
-from kl_kernels.study.plan import Plan, create_study, open_study
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = [
@@ -36,7 +36,7 @@ SOURCES = [
 ]
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
-MAY_IMPORT_PICKLE = {"kl_kernels/ppo/checkpoint.py"}  # for the name of an error
+MAY_IMPORT_PICKLE = {"kl_kernels/lab/ppo/checkpoint.py"}  # for the name of an error
 
 
 def dangers(source: str, path: str = "x.py") -> list[str]:

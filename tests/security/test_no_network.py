@@ -68,7 +68,7 @@ def test_no_import_opens_a_connection():
     assert done.returncode == 0, done.stderr
     imported = json.loads(done.stdout.splitlines()[-1])
     assert len(imported) > 80
-    assert {"kl_kernels.ppo.command", "kl_kernels.study.command"} <= set(imported)
+    assert {"kl_kernels.lab.ppo.command", "kl_kernels.lab.study.command"} <= set(imported)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from kl_kernels.study.document import Bullets, Heading, Picture, Table, Text, to_html, to_markdown
-from kl_kernels.study.report import samples_table
+from kl_kernels.lab.documents import Bullets, Heading, Picture, Table, Text, to_html, to_markdown
+from kl_kernels.lab.study.report import samples_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = [

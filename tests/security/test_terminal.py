@@ -6,12 +6,12 @@ import json
 import pytest
 
 from kl_kernels import cli
-from kl_kernels.ppo.config import PPOConfig
-from kl_kernels.ppo.report import MetricsLog, summary
-from kl_kernels.ppo.reward import scores_of
-from kl_kernels.study.plan import Plan, StudyFolder
-from kl_kernels.study.report import samples_table
-from kl_kernels.study.runs import ChildFailed, jobs_of, run_all
+from kl_kernels.lab.ppo.config import PPOConfig
+from kl_kernels.lab.ppo.report import MetricsLog, summary
+from kl_kernels.lab.ppo.reward import scores_of
+from kl_kernels.lab.study.plan import Plan, StudyFolder
+from kl_kernels.lab.study.report import samples_table
+from kl_kernels.lab.study.runs import ChildFailed, jobs_of, run_all
 from kl_kernels.text import printable
 
 HOSTILE = [
@@ -100,7 +100,7 @@ def test_the_end_of_a_failed_run_s_log_is_printed_escaped(tmp_path, text):
     failing = dataclasses.replace(start, command=("kl_kernels_is_not_here",))
     start.log.write_text(f"before {text} after\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kl_kernels.study.runs.jobs_of", lambda *_: [failing])
+        patch.setattr("kl_kernels.lab.study.runs.jobs_of", lambda *_: [failing])
         with pytest.raises(ChildFailed, match="after") as error:
             run_all(plan, study, 1)
     assert_harmless(str(error.value))

@@ -1,0 +1,1 @@
+"""The backends: for each operator one function, of one argument."""

@@ -1,0 +1,135 @@
+"""Which backend runs an operator, and why not the others.
+
+A backend is any namespace that has the functions of `schemas.OPERATORS`: the module `reference`,
+the package `triton_kernels`, or the operators of a compiled library.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels.backends import compiled as native
+from kl_kernels.backends import reference
+from kl_kernels.backends import triton as triton_kernels
+from kl_kernels.checks import check_choice
+
+
+@dataclass(frozen=True)
+class Backend:
+    kernels: Callable[[], Any]  # the namespace with the operators
+    unavailable_reason: Callable[[], str | None]  # why this machine lacks it, or None
+    device_types: tuple[str, ...] = ()  # of the tensors it takes; empty: any
+    takes_float64: bool = False
+
+
+def _compiled(name: str) -> Backend:
+    reason = cache(partial(native.unavailable_reason, name))
+    return Backend(partial(native.namespace, name), reason, device_types=(name,))
+
+
+# Best first: without a request, the first that can take the tensors runs. "cuda" comes after
+# "triton" until it has been measured beside it.
+BACKENDS = {
+    "triton": Backend(
+        kernels=lambda: triton_kernels,
+        unavailable_reason=cache(triton_kernels.unavailable_reason),
+        # Triton's interpreter runs kernels on the host; compiled, they run on a GPU.
+        device_types=("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+    ),
+    "cuda": _compiled("cuda"),
+    "cpu": _compiled("cpu"),
+    "reference": Backend(lambda: reference, lambda: None, takes_float64=True),
+}
+# The interpreter is for checking kernels, a thousand times slower than anything else.
+ONLY_ON_REQUEST = {("triton", "cpu")}
+
+
+def refusal(name: str, device_type: str, *, float64: bool) -> str | None:
+    """Why backend `name` cannot run on such tensors, or None."""
+    backend = BACKENDS[name]
+    if reason := backend.unavailable_reason():
+        return reason
+    if backend.device_types and device_type not in backend.device_types:
+        return f"runs on {' and '.join(backend.device_types)} tensors, these are on {device_type}"
+    if float64 and not backend.takes_float64:
+        return "takes float32, bfloat16 and float16, one of these is float64"
+    return None
+
+
+@cache
+def _choose(requested: str | None, device_type: str, float64: bool) -> Any:
+    if requested is None:
+        candidates = [n for n in BACKENDS if (n, device_type) not in ONLY_ON_REQUEST]
+        usable = (n for n in candidates if refusal(n, device_type, float64=float64) is None)
+        name = next(usable)
+        if name == "reference":
+            _warn_of_reference(device_type, float64)
+        return BACKENDS[name].kernels()
+    check_choice("backend", requested, tuple(BACKENDS))
+    refusals = {n: refusal(n, device_type, float64=float64) for n in BACKENDS}
+    if refusals[requested] is not None:
+        possible = ", ".join(repr(n) for n, reason in refusals.items() if reason is None)
+        others = "; ".join(f"{n!r} {reason}" for n, reason in refusals.items() if reason)
+        raise ValueError(f"backend {requested!r} cannot run here; possible: {possible}; {others}")
+    return BACKENDS[requested].kernels()
+
+
+def _warn_of_reference(device_type: str, float64: bool) -> None:
+    if float64:
+        _warn(
+            "float64 tensors run in plain PyTorch, 14 times slower or more: the compiled backends "
+            "take float32, bfloat16 and float16"
+        )
+        return
+    reasons = {
+        name: refusal(name, device_type, float64=False)
+        for name, backend in BACKENDS.items()
+        if device_type in backend.device_types and (name, device_type) not in ONLY_ON_REQUEST
+    }
+    why = "; ".join(f"backend {name!r} {reason}" for name, reason in reasons.items())
+    _warn(
+        f"{device_type} tensors run in plain PyTorch in float64, 14 times slower or more: "
+        f"{why or 'no other backend takes them'}; imported from {native.DIRECTORY}"
+    )
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Say once per process what is slow, at the line that called this package."""
+    silence = 'backend="reference" asks for this, without a warning'
+    warnings.warn(f"kl_kernels: {reason}; {silence}", stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Which `stacklevel`, in `_warn`, is the nearest line outside of this package and torch.
+
+    Between the two may lie the dispatcher, autograd, or code that torch.compile has generated.
+    """
+    frame, level = sys._getframe(1), 1
+    while (outer := frame.f_back) is not None and _is_inner(frame.f_globals.get("__name__")):
+        frame, level = outer, level + 1
+    return level
+
+
+def _is_inner(module: str | None) -> bool:
+    return module is None or module.partition(".")[0] in ("kl_kernels", "torch")
+
+
+def choose(requested: str | None, tensors: Sequence[Tensor]) -> Any:
+    """The operators of the requested backend, or of the best that can take these tensors.
+
+    Raises:
+        ValueError: the request is unknown or impossible; the message lists what is possible, and
+            why the rest is not.
+    """
+    float64 = any(t.dtype == torch.float64 for t in tensors)
+    return _choose(requested, tensors[0].device.type, float64)

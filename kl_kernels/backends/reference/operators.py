@@ -1,0 +1,190 @@
+"""The reference backend's operators, but those on a mixture.
+
+Every other backend is checked against it. Only rows under the mask are read; all others are exactly
+0. Vocabulary is taken in blocks and rows in groups, so memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kl_kernels.algebra.epilogues import (
+    PolicyLossInputs,
+    PolicyLossParams,
+    policy_loss_epilogue,
+    scored_rewards,
+)
+from kl_kernels.algebra.row import (
+    Finished,
+    Upstream,
+    backward,
+    coefficients,
+    finish,
+    within_reach,
+)
+from kl_kernels.backends.reference.rows import Models, as_saved, blocks, row_groups, rows_of_state
+from kl_kernels.checks import check_token_range
+from kl_kernels.schemas import (
+    NO_TOKEN,
+    FoldPartArgs,
+    GAEArgs,
+    GAEOutputs,
+    KLRewardsArgs,
+    KLRewardsOutputs,
+    PolicyLossArgs,
+    ScaleGradientArgs,
+    TokenKLArgs,
+    TokenKLBackwardArgs,
+    TokenKLOutputs,
+    TokenStatsArgs,
+    TokenStatsBackwardArgs,
+    TokenStatsOutputs,
+    output_dtype,
+    pick,
+    state_fields,
+)
+
+
+def token_stats(a: TokenStatsArgs) -> TokenStatsOutputs:
+    return pick(TokenStatsOutputs, _token_kl(a))
+
+
+def token_kl(a: TokenKLArgs) -> TokenKLOutputs:
+    return _token_kl(a)
+
+
+def _token_kl(a: TokenStatsArgs | TokenKLArgs | PolicyLossArgs) -> TokenKLOutputs:
+    check_token_range(a.token_ids, a.mask, a.logits.shape[-1])
+    models, dtype = Models.of(a), output_dtype(a.logits)
+    finished = a.logits.new_zeros((5, *a.token_ids.shape), dtype=dtype)
+    states = a.logits.new_zeros((2, 2, *a.token_ids.shape), dtype=dtype)
+    for rows in row_groups(a.logits, a.mask):
+        state = models.fold(rows)
+        saved = within_reach(as_saved(state, dtype), dtype)
+        result = finish(state, *models.read(rows, a.token_ids[rows]))
+        for i, value in enumerate(result):
+            finished[i][rows] = value.to(dtype)
+        for i, value in enumerate((saved.anchor, saved.sx, saved.ref_anchor, saved.sy)):
+            states[i // 2, i % 2][rows] = value.to(dtype)
+    # Outputs of an operator may not share memory.
+    return TokenKLOutputs(*(t.clone() for t in (*finished, *states)))
+
+
+def fold_part(a: FoldPartArgs) -> Tensor:
+    models, fields = Models.of(a), state_fields(a.ref_logits is not None)
+    result = a.logits.new_zeros((len(fields), *a.token_ids.shape), dtype=output_dtype(a.logits))
+    for rows in row_groups(a.logits, a.mask):
+        s = as_saved(models.fold(rows), result.dtype)
+        outside = a.token_ids[rows] == NO_TOKEN
+        check_token_range(a.token_ids[rows], ~outside, a.logits.shape[-1])
+        xt, yt = models.read(rows, a.token_ids[rows].masked_fill(outside, 0))
+        found = s._asdict() | {
+            "token_tx": (xt - s.anchor).masked_fill(outside, torch.inf),
+            "token_ty": (yt - s.ref_anchor).masked_fill(outside, torch.inf),
+        }
+        for i, field in enumerate(fields):
+            result[i][rows] = found[field].to(result.dtype)
+    return result
+
+
+def token_stats_backward(a: TokenStatsBackwardArgs) -> None:
+    grads = a.grad_logprob, None, None, a.grad_entropy
+    no_kl = torch.zeros_like(a.entropy)
+    _backward(Models.of(a), a, grads, a.policy_state, no_kl)
+
+
+def token_kl_backward(a: TokenKLBackwardArgs) -> None:
+    grads = a.grad_logprob, a.grad_kl, a.grad_forward_kl, a.grad_entropy
+    _backward(Models.of(a), a, grads, a.ref_state, a.kl)
+
+
+def _backward(
+    models: Models,
+    a: TokenStatsBackwardArgs | TokenKLBackwardArgs,
+    grads: tuple[Tensor | None, ...],  # [B, T] each, in the order of Upstream
+    ref_state: Tensor,  # [2, B, T]
+    kl: Tensor,  # [B, T]
+) -> None:
+    if a.mask is not None:
+        a.grad_logits[~a.mask] = 0
+    for rows in row_groups(a.logits, a.mask):
+        zero = torch.zeros(len(rows[0]), dtype=torch.float64, device=a.logits.device)
+        upstream = Upstream(*(zero if g is None else g[rows].double() for g in grads))
+        anchor, sx = rows_of_state(a.policy_state, rows)
+        ref_anchor, sy = rows_of_state(ref_state, rows)
+        entropy = a.entropy[rows].double()
+        c = coefficients(upstream, sx, sy, kl[rows].double(), entropy, a.temperature)
+        for block in blocks(a.logits):
+            grad = backward(*models.from_anchors(rows, block, anchor, ref_anchor), c)
+            own = a.token_ids[rows] - block.start
+            has = ((own >= 0) & (own < grad.shape[-1])).nonzero().squeeze(-1)
+            grad[has, own[has]] += upstream.logprob[has] / a.temperature
+            models.store(grad, rows, block, a.grad_logits)
+
+
+def kl_rewards(a: KLRewardsArgs) -> KLRewardsOutputs:
+    out = token_kl(pick(TokenKLArgs, a))
+    shaped = scored_rewards(pick(Finished, out), a)
+    return KLRewardsOutputs(*shaped, *out)
+
+
+def policy_loss(a: PolicyLossArgs) -> Tensor:
+    out = _token_kl(a)
+    finished = pick(Finished, out)
+
+    def or_else(given: Tensor | None, default: Tensor) -> Tensor:
+        return default if given is None else given
+
+    row = PolicyLossInputs(
+        or_else(a.old_logprobs, out.logprob),
+        a.advantages,
+        a.token_weights,
+        or_else(a.importance_weights, torch.ones_like(out.logprob)),
+        or_else(a.ref_logprobs, out.logprob),
+    )
+    terms, upstream = policy_loss_epilogue(
+        Finished(*(t.double() for t in finished)),
+        PolicyLossInputs(*(t.double() for t in row)),
+        pick(PolicyLossParams, a),
+    )
+    if a.grad_logits is not None:
+        row_args = TokenStatsBackwardArgs(
+            grad_logprob=None,
+            grad_entropy=None,
+            logits=a.logits,
+            token_ids=a.token_ids,
+            mask=a.mask,
+            policy_state=out.policy_state,
+            entropy=out.entropy,
+            temperature=a.temperature,
+            softcap=a.softcap,
+            part=False,
+            grad_logits=a.grad_logits,
+        )
+        _backward(Models.of(a), row_args, upstream, out.ref_state, out.kl)
+    return torch.stack([torch.where(a.mask, term, 0.0) for term in terms]).to(out.logprob.dtype)
+
+
+def scale_gradient(a: ScaleGradientArgs) -> None:
+    a.gradient.mul_(a.factor)
+
+
+def gae(a: GAEArgs) -> GAEOutputs:
+    """Schulman et al. (2016), equation 16, from the last token back; 0 follows the last token.
+
+    Skipping hands a masked token's successor on to its predecessor, as if it were not there.
+    Otherwise masked rewards and values count as 0, and time passes over them.
+    """
+    r, v = (torch.where(a.mask, t, 0.0).double() for t in (a.rewards, a.values))
+    advantages = torch.zeros_like(r)
+    next_value, next_advantage = r.new_zeros(len(r)), r.new_zeros(len(r))
+    for t in reversed(range(r.shape[1])):
+        delta = r[:, t] + a.gamma * next_value - v[:, t]
+        advantage = delta + a.gamma * a.lam * next_advantage
+        counts = a.mask[:, t] | (not a.skip_masked)
+        next_value = torch.where(counts, v[:, t], next_value)
+        next_advantage = torch.where(counts, advantage, next_advantage)
+        advantages[:, t] = torch.where(a.mask[:, t], advantage, 0.0)
+    returns = torch.where(a.mask, advantages + v, 0.0)
+    return GAEOutputs(advantages.to(a.rewards.dtype), returns.to(a.rewards.dtype))

@@ -1,0 +1,380 @@
+"""The operators: allocate the outputs, choose sizes, launch. No host synchronisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels.backends.triton.backward import backward_kernel
+from kl_kernels.backends.triton.fold import (
+    PARTIAL_FIELDS,
+    PARTIAL_FIELDS_WITHOUT_REF,
+    finish_kernel,
+    fold_kernel,
+    part_kernel,
+)
+from kl_kernels.backends.triton.gae import gae_kernel
+from kl_kernels.backends.triton.math import LOG2E
+from kl_kernels.backends.triton.policy_loss import policy_loss_kernel
+from kl_kernels.backends.triton.scale import scale_kernel
+from kl_kernels.checks import check_token_range
+from kl_kernels.schemas import (
+    NO_TOKEN,
+    POLICY_LOSS_TERMS,
+    FoldPartArgs,
+    GAEArgs,
+    GAEOutputs,
+    KLRewardsArgs,
+    KLRewardsOutputs,
+    PolicyLossArgs,
+    ScaleGradientArgs,
+    TokenKLArgs,
+    TokenKLBackwardArgs,
+    TokenKLOutputs,
+    TokenStatsArgs,
+    TokenStatsBackwardArgs,
+    TokenStatsOutputs,
+    output_dtype,
+    pick,
+    state_fields,
+)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Sizes of the kernels' work, each a power of two."""
+
+    # One lane per thread and two loads of 16 bytes per tile: enough bytes in flight, within 64
+    # registers. Rows that are not aligned are read logit by logit, so they need more loads.
+    num_warps: int = 4
+    lanes: int = 128
+    steps: int = 2
+    unaligned_steps: int = 8
+    # 16 tiles of 2048 (bf16): the work around the loop stays small beside it, and V = 128k still
+    # makes four programs of a row, so that a few hundred rows fill a GPU.
+    fold_split: int = 32768
+    # No work around the loop to speak of.
+    backward_split: int = 16384
+    # A program has a whole row, and is as wide as can be: with 64 registers each it fills an SM,
+    # so that few rows share the L2 until their second look. An H200 has 50 MiB for 132 rows, 397 kB
+    # each. At V = 128256 in bf16 a row has 257 kB, a pair 513 kB. Predicted, not measured, with all
+    # rows in step: the second look hits
+    #     all of the row, 397 / 513 = 77 % of the pair, if what is read for the last time and what
+    #     is written makes room at once, as it is asked to (evict-first);
+    #     397 / (257 + 257) = 77 % of the row, 397 / (513 + 257) = 52 % of the pair, if not.
+    # Two programs of 512 threads per SM would halve that, but fill each other's pauses. Two loads
+    # of 16 bytes by 1024 threads keep 32 kB in flight, of the 29 kB that an H200's SM needs.
+    policy_loss_lanes: int = 1024
+    policy_loss_warps: int = 32
+    # Eight to an SM of an H200, enough to fill it; few, because mostly they only see a factor of 1.
+    scale_programs: int = 1056
+    finish_rows: int = 128
+    gae_block: int = 512
+
+
+# AMD's warps have 64 threads.
+CONFIG = (
+    LaunchConfig() if torch.version.hip is None else LaunchConfig(num_warps=2, policy_loss_warps=16)
+)
+VECTOR_BYTES = 16  # the widest load of one thread
+
+# Explicit because Triton's default is about to change: without fusion a fold costs a fifth more.
+# One stage: there is nothing to pipeline through shared memory.
+COMPILE: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
+
+
+def token_stats(a: TokenStatsArgs) -> TokenStatsOutputs:
+    out = TokenStatsOutputs(per_token(a.logits), per_token(a.logits), per_token(a.logits, 2))
+    _fold_and_finish(a, out)
+    return out
+
+
+def token_kl(a: TokenKLArgs) -> TokenKLOutputs:
+    out = _kl_outputs(a.logits)
+    _fold_and_finish(a, out)
+    return out
+
+
+def kl_rewards(a: KLRewardsArgs) -> KLRewardsOutputs:
+    rewards, correction, out = per_token(a.logits), per_token(a.logits), _kl_outputs(a.logits)
+    _fold_and_finish(
+        a,
+        out,
+        rewards_ptr=rewards,
+        correction_ptr=correction,
+        scores_ptr=a.scores,
+        score_index_ptr=a.score_index,
+        kl_coef=a.kl_coef,
+        kl_clip=a.kl_clip,
+        ESTIMATOR=a.estimator,
+    )
+    return KLRewardsOutputs(rewards, correction, *out)
+
+
+NO_REWARDS: dict[str, Any] = {
+    "rewards_ptr": None,
+    "correction_ptr": None,
+    "scores_ptr": None,
+    "score_index_ptr": None,
+    "kl_coef": 0.0,
+    "kl_clip": None,
+    "ESTIMATOR": 0,
+}
+
+
+def _kl_outputs(logits: Tensor) -> TokenKLOutputs:
+    states = {"policy_state": per_token(logits, 2), "ref_state": per_token(logits, 2)}
+    fields = [field for field in TokenKLOutputs._fields if field not in states]
+    return TokenKLOutputs(**{field: per_token(logits) for field in fields}, **states)
+
+
+def _fold_and_finish(
+    a: TokenStatsArgs | TokenKLArgs | KLRewardsArgs,
+    out: TokenStatsOutputs | TokenKLOutputs,
+    **rewards: Any,
+) -> None:
+    """Write the outputs; `rewards` are the arguments of `finish_kernel`'s reward epilogue."""
+    check_token_range(a.token_ids, a.mask, a.logits.shape[-1])
+    n_rows = a.token_ids.numel()
+    if n_rows == 0:
+        return
+    with torch.cuda.device_of(a.logits):
+        finish_kernel[(-(-n_rows // CONFIG.finish_rows),)](
+            states_ptr=_fold(a),
+            **models_of(a),
+            **splits_of(a, CONFIG.fold_split),
+            token_ids_ptr=a.token_ids,
+            mask_ptr=a.mask,
+            **{f"{field}_ptr": getattr(out, field, None) for field in TokenKLOutputs._fields},
+            **(NO_REWARDS | rewards),
+            ROWS=CONFIG.finish_rows,
+            num_warps=CONFIG.num_warps,
+            **COMPILE,
+        )
+
+
+def _fold(a: TokenStatsArgs | TokenKLArgs | KLRewardsArgs | FoldPartArgs) -> Tensor:
+    """The states of all splits, [fields, splits, B T]."""
+    ref_logits = getattr(a, "ref_logits", None)
+    sizes = splits_of(a, CONFIG.fold_split)
+    n_fields = PARTIAL_FIELDS_WITHOUT_REF if ref_logits is None else PARTIAL_FIELDS
+    shape = (n_fields, sizes["n_splits"], sizes["n_rows"])
+    states = torch.empty(shape, dtype=torch.float32, device=a.logits.device)
+    fold_kernel[(sizes["n_rows"] * sizes["n_splits"],)](
+        states_ptr=states,
+        **models_of(a),
+        **sizes,
+        token_ids_ptr=a.token_ids,
+        mask_ptr=a.mask,
+        SPLIT=CONFIG.fold_split,
+        **tile_of(a.logits, ref_logits),
+        **COMPILE,
+    )
+    return states
+
+
+def fold_part(a: FoldPartArgs) -> Tensor:
+    here = a.token_ids != NO_TOKEN
+    check_token_range(a.token_ids, here if a.mask is None else a.mask & here, a.logits.shape[-1])
+    n_rows = a.token_ids.numel()
+    state = per_token(a.logits, len(state_fields(a.ref_logits is not None)))
+    if n_rows == 0:
+        return state
+    with torch.cuda.device_of(a.logits):
+        part_kernel[(-(-n_rows // CONFIG.finish_rows),)](
+            states_ptr=_fold(a),
+            **models_of(a),
+            **splits_of(a, CONFIG.fold_split),
+            token_ids_ptr=a.token_ids,
+            mask_ptr=a.mask,
+            state_ptr=state,
+            ROWS=CONFIG.finish_rows,
+            num_warps=CONFIG.num_warps,
+            **COMPILE,
+        )
+    return state
+
+
+def token_stats_backward(a: TokenStatsBackwardArgs) -> None:
+    _backward(a)
+
+
+def token_kl_backward(a: TokenKLBackwardArgs) -> None:
+    if a.grad_kl is None and a.grad_forward_kl is None:
+        _backward(pick(TokenStatsBackwardArgs, a))  # the reference is not read
+    else:
+        _backward(a)
+
+
+def _backward(a: TokenStatsBackwardArgs | TokenKLBackwardArgs) -> None:
+    sizes = splits_of(a, CONFIG.backward_split)
+    if sizes["n_rows"] == 0:
+        return
+    with torch.cuda.device_of(a.logits):
+        backward_kernel[(sizes["n_rows"] * sizes["n_splits"],)](
+            grad_logprob_ptr=a.grad_logprob,
+            grad_kl_ptr=getattr(a, "grad_kl", None),
+            grad_forward_kl_ptr=getattr(a, "grad_forward_kl", None),
+            grad_entropy_ptr=a.grad_entropy,
+            **models_of(a),
+            **sizes,
+            token_ids_ptr=a.token_ids,
+            mask_ptr=a.mask,
+            policy_state_ptr=a.policy_state,
+            ref_state_ptr=getattr(a, "ref_state", None),
+            kl_ptr=getattr(a, "kl", None),
+            entropy_ptr=a.entropy,
+            **gradient_of(a.grad_logits),
+            temperature=a.temperature,
+            SPLIT=CONFIG.backward_split,
+            **tile_of(a.logits, getattr(a, "ref_logits", None), a.grad_logits),
+            **COMPILE,
+        )
+
+
+def policy_loss(a: PolicyLossArgs) -> Tensor:
+    check_token_range(a.token_ids, a.mask, a.logits.shape[-1])
+    terms = per_token(a.logits, len(POLICY_LOSS_TERMS))
+    if a.token_ids.numel() == 0:
+        return terms
+    with torch.cuda.device_of(a.logits):
+        policy_loss_kernel[(a.token_ids.numel(),)](
+            **models_of(a),
+            **rows_of(a.logits),
+            token_ids_ptr=a.token_ids,
+            mask_ptr=a.mask,
+            old_logprob_ptr=a.old_logprobs,
+            advantage_ptr=a.advantages,
+            token_weight_ptr=a.token_weights,
+            importance_weight_ptr=a.importance_weights,
+            ref_logprob_ptr=a.ref_logprobs,
+            terms_ptr=terms,
+            **gradient_of(a.grad_logits),
+            temperature=a.temperature,
+            clip_low=a.clip_low,
+            clip_high=a.clip_high,
+            dual_clip=a.dual_clip,
+            log_ratio_clamp=a.log_ratio_clamp,
+            kl_coef=a.kl_coef,
+            entropy_coef=a.entropy_coef,
+            ESTIMATOR=a.kl_estimator,
+            HAS_KL=a.kl_coef != 0,
+            HAS_ENTROPY=a.entropy_coef != 0,
+            **whole_row_tile(a.logits, a.ref_logits, a.grad_logits),
+            **COMPILE,
+        )
+    return terms
+
+
+def scale_gradient(a: ScaleGradientArgs) -> None:
+    if a.gradient.numel() == 0:
+        return
+    batch_stride, token_stride, _ = a.gradient.stride()
+    with torch.cuda.device_of(a.gradient):
+        scale_kernel[(CONFIG.scale_programs,)](
+            gradient_ptr=a.gradient,
+            factor_ptr=a.factor,
+            **rows_of(a.gradient),
+            batch_stride=batch_stride,
+            token_stride=token_stride,
+            **tile_of(a.gradient),
+            **COMPILE,
+        )
+
+
+def gae(a: GAEArgs) -> GAEOutputs:
+    out = GAEOutputs(torch.empty_like(a.rewards), torch.empty_like(a.rewards))
+    n_sequences, n_tokens = a.rewards.shape
+    if a.rewards.numel():
+        with torch.cuda.device_of(a.rewards):
+            gae_kernel[(n_sequences,)](
+                rewards_ptr=a.rewards,
+                values_ptr=a.values,
+                mask_ptr=a.mask,
+                advantages_ptr=out.advantages,
+                returns_ptr=out.returns,
+                n_tokens=n_tokens,
+                gamma=a.gamma,
+                lam=a.lam,
+                SKIP_MASKED=a.skip_masked,
+                BLOCK_T=CONFIG.gae_block,
+                num_warps=CONFIG.num_warps,
+                **COMPILE,
+            )
+    return out
+
+
+def per_token(logits: Tensor, *leading: int) -> Tensor:
+    """Room for numbers of each token, [*leading, B, T]."""
+    shape = (*leading, *logits.shape[:-1])
+    return torch.empty(shape, dtype=output_dtype(logits), device=logits.device)
+
+
+# Kernel arguments by the names they have in every kernel.
+
+
+def models_of(a: Any) -> dict[str, Any]:
+    """The logits of an operator's arguments, with their strides and what is done to them."""
+    ref_logits = getattr(a, "ref_logits", None)
+    ref_temperature = a.temperature if ref_logits is None else a.ref_temperature
+    ref_strides = (a.logits if ref_logits is None else ref_logits).stride()
+    return {
+        "logits_ptr": a.logits,
+        "ref_ptr": ref_logits,
+        "batch_stride": a.logits.stride(0),
+        "token_stride": a.logits.stride(1),
+        "ref_batch_stride": ref_strides[0],
+        "ref_token_stride": ref_strides[1],
+        "k": LOG2E.value / a.temperature,
+        "ref_k": LOG2E.value / ref_temperature,
+        "softcap": a.softcap,
+        "ref_softcap": None if ref_logits is None else a.ref_softcap,
+    }
+
+
+def rows_of(logits: Tensor) -> dict[str, int]:  # [B, T, V]
+    n_batch, n_tokens, vocab_size = logits.shape
+    return {"n_rows": n_batch * n_tokens, "n_tokens": n_tokens, "vocab_size": vocab_size}
+
+
+def splits_of(a: Any, split: int) -> dict[str, int]:
+    return {**rows_of(a.logits), "n_splits": -(-a.logits.shape[-1] // split)}
+
+
+def gradient_of(grad_logits: Tensor | None) -> dict[str, Any]:  # [B, T, V]
+    batch_stride, token_stride = (0, 0) if grad_logits is None else grad_logits.stride()[:2]
+    return {
+        "grad_logits_ptr": grad_logits,
+        "grad_batch_stride": batch_stride,
+        "grad_token_stride": token_stride,
+    }
+
+
+def tile_of(*tensors: Tensor | None) -> dict[str, int]:
+    """The [STEPS, N, LANE] that one program reads at a time, in loads as wide as rows are aligned.
+
+    The widest dtype decides, so that both tensors of a pair are read in the same pattern.
+    """
+    logits = [t for t in tensors if t is not None]
+    lane, steps = VECTOR_BYTES // max(t.itemsize for t in logits), CONFIG.steps
+    if not all(map(_rows_are_aligned, logits)):
+        lane, steps = 1, CONFIG.unaligned_steps
+    return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
+
+
+def whole_row_tile(*tensors: Tensor | None) -> dict[str, int]:
+    lanes, num_warps = CONFIG.policy_loss_lanes, CONFIG.policy_loss_warps
+    return {**tile_of(*tensors), "N": lanes, "num_warps": num_warps}
+
+
+def _rows_are_aligned(t: Tensor) -> bool:  # [B, T, V]
+    """Whether every row starts at a multiple of the widest load.
+
+    The answer holds for any rows of the tensor, and for an expanded row as for its copies (a stride
+    of 0 counts as V), so that a row's rounding does not depend on the company it is in.
+    """
+    steps = [(stride or t.shape[-1]) * t.itemsize for stride in t.stride()[:2]]
+    return all(start % VECTOR_BYTES == 0 for start in (t.data_ptr(), *steps))

@@ -1,0 +1,279 @@
+"""A row beside the mixture of policy and reference: its divergence, and the gradient of that.
+
+`mix_kernel` has a whole row: it folds it, and looks at it a second time from its end back to its
+start, so that what was read last is read again first, from the L2. Where states are given, the row
+is finished and the logits a part of it: only the second look remains.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from kl_kernels.backends.triton.backward import store_zeros
+from kl_kernels.backends.triton.fold import fold_anchored, fold_running_max
+from kl_kernels.backends.triton.math import (
+    INF,
+    KEEP_NAN,
+    LN2,
+    soft_capped,
+    soft_capped_grad,
+    within_reach,
+)
+from kl_kernels.backends.triton.tiles import (
+    halves,
+    load_pair,
+    only_column,
+    row_pointer,
+    step_offsets,
+)
+
+# Nothing of a row is 2^100 times smaller than its neighbour and counts.
+MOST_FALL = tl.constexpr(100.0)
+
+# The bits of a float.
+ROOT_OF_HALF = tl.constexpr(0x3F3504F3)
+EXPONENT = tl.constexpr(-(1 << 23))
+
+
+class Mixture(NamedTuple):
+    """A row's constants of the mixture, besides tx and ty; see `csrc/common/mixture.h`."""
+
+    shift: tl.tensor  # log2(sx / sy); ty + shift is log2 q where tx is log2 p
+    weight: tl.tensor  # 1 - beta
+    ref_weight: tl.tensor  # beta
+
+
+class Beside(NamedTuple):
+    larger: tl.tensor  # of p and q, times sx
+    p: tl.tensor  # over the larger
+    policy: tl.tensor  # log2(m / p)
+    jsd: tl.tensor  # (1 - beta) p log2(m / p) + beta q log2(m / q), over the larger
+
+
+@triton.jit
+def log2(x):
+    """Of 0 < x <= 1 that is no subnormal, within 3e-7 of itself, in half of tl.log2's instructions.
+
+    x = 2^k (1 + z) with 1 + z between the roots of 1/2 and 2, and log2(1 + z) is z times the
+    polynomial of degree 8 that is minimax in relative error.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - ROOT_OF_HALF) & EXPONENT
+    z = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    q = tl.fma(z, 0.12583696842, -0.20726978779)
+    q = tl.fma(q, z, 0.21571564674)
+    q = tl.fma(q, z, -0.23894481361)
+    q = tl.fma(q, z, 0.28791624308)
+    q = tl.fma(q, z, -0.36070367694)
+    q = tl.fma(q, z, 0.48091062903)
+    q = tl.fma(q, z, -0.72134733200)
+    q = tl.fma(q, z, 1.44269502163)
+    return tl.fma(exponent.to(tl.float32), 2.0**-23, z * q)
+
+
+@triton.jit
+def beside_mixture(tx, ty, m):
+    """The larger of p and q is the one to divide by: nothing overflows, equal logits give 0.
+
+    With s = 2^-fall the ratio of the smaller to the larger and c its weight in the mixture,
+    log2(m / larger) = log2(1 + c (s - 1)). The bound on `fall` also takes -inf - -inf = NaN, which
+    has no weight.
+    """
+    moved = ty + m.shift
+    q_is_larger = moved > tx
+    fall = tl.minimum(tl.abs(moved - tx), MOST_FALL)
+    s = tl.exp2(-fall)
+    c = tl.where(q_is_larger, m.weight, m.ref_weight)
+    of_mixture = tl.fma(s - 1.0, c, 1.0)
+    of_larger = log2(of_mixture)
+    return Beside(
+        tl.exp2(tl.maximum(tx, moved)),
+        tl.where(q_is_larger, s, 1.0),
+        of_larger + tl.where(q_is_larger, fall, 0.0),
+        tl.fma(of_mixture, of_larger, c * s * fall),
+    )
+
+
+@triton.jit
+def mixture_of(sx, sy, weight, ref_weight):
+    # Rounded: of equal sums the GPU's own quotient is often 1 - 2^-24.
+    return Mixture(tl.log2(tl.div_rn(sx, sy)), weight, ref_weight)
+
+
+@triton.jit
+def mix_tile(
+    jsd, kl, x_ptr, y_ptr, n_rest, anchor, ref_anchor, m, k, ref_k, softcap, ref_softcap,
+    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """Add a tile's logits, only `n_rest` of them unless that is None, to the sums [N]."""
+    x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, n_rest, STEPS, N, LANE, True)
+    for step in tl.static_range(len(x)):
+        jsd, kl = mix_columns(jsd, kl, x[step], y[step], anchor, ref_anchor, m, k, ref_k)
+    return jsd, kl
+
+
+@triton.jit
+def mix_columns(jsd, kl, x, y, anchor, ref_anchor, m, k, ref_k):
+    """Add x, y [N, WIDTH], one column after the other, as `tiles.fold_columns` does."""
+    if x.shape[1] == 1:
+        tx = tl.fma(only_column(x), k, -anchor)
+        ty = tl.fma(only_column(y), ref_k, -ref_anchor)
+        b = beside_mixture(tx, ty, m)
+        jsd = tl.fma(b.larger, b.jsd, jsd)
+        kl = tl.fma(b.larger * b.p, b.policy, kl)
+    else:
+        x0, x1 = halves(x)
+        y0, y1 = halves(y)
+        jsd, kl = mix_columns(jsd, kl, x0, y0, anchor, ref_anchor, m, k, ref_k)
+        jsd, kl = mix_columns(jsd, kl, x1, y1, anchor, ref_anchor, m, k, ref_k)
+    return jsd, kl
+
+
+# Sizes that change from batch to batch must not compile anew; LANE says what is known of strides.
+@triton.jit(
+    do_not_specialize=[
+        "n_rows", "n_tokens",
+        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
+    ]
+)  # fmt: skip
+def mix_kernel(
+    logits_ptr, ref_ptr,  # [B, T, V]
+    mask_ptr,  # [B, T] or None
+    policy_state_ptr, ref_state_ptr,  # [2, B, T]: written, or read where GIVEN
+    jsd_ptr, mixture_kl_ptr,  # [B, T]
+    n_rows, n_tokens, vocab_size,
+    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
+    weight, ref_weight, k, ref_k, softcap, ref_softcap,
+    GIVEN: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """One program per row."""
+    TILE: tl.constexpr = STEPS * N * LANE
+    row = tl.program_id(0)
+    policy_state_ptr += row
+    ref_state_ptr += row
+    if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
+        if tl.load(mask_ptr + row) == 0:
+            tl.store(jsd_ptr + row, 0.0)
+            tl.store(mixture_kl_ptr + row, 0.0)
+            if not GIVEN:
+                tl.store(policy_state_ptr, 0.0)
+                tl.store(policy_state_ptr + n_rows, 0.0)
+                tl.store(ref_state_ptr, 0.0)
+                tl.store(ref_state_ptr + n_rows, 0.0)
+            return
+
+    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)
+    y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
+    n_full = (vocab_size - 1) // TILE
+    n_rest = vocab_size - n_full * TILE
+    if GIVEN:
+        anchor, sx = tl.load(policy_state_ptr), tl.load(policy_state_ptr + n_rows)
+        ref_anchor, sy = tl.load(ref_state_ptr), tl.load(ref_state_ptr + n_rows)
+    else:
+        state, sound = fold_anchored(
+            x_row, y_row, -INF, -INF, n_full, n_rest, k, ref_k, softcap, ref_softcap,
+            STEPS, N, LANE, True,
+        )  # fmt: skip
+        if not sound:
+            state = fold_running_max(
+                x_row, y_row, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, True
+            )  # fmt: skip
+        state = within_reach(state)
+        anchor, sx, ref_anchor, sy = state.anchor, state.sx, state.ref_anchor, state.sy
+        tl.store(policy_state_ptr, anchor)
+        tl.store(policy_state_ptr + n_rows, sx)
+        tl.store(ref_state_ptr, ref_anchor)
+        tl.store(ref_state_ptr + n_rows, sy)
+
+    m = mixture_of(sx, sy, weight, ref_weight)
+    zero = tl.zeros((N,), tl.float32)
+    x_ptr, y_ptr = x_row + n_full * TILE, y_row + n_full * TILE
+    jsd, kl = mix_tile(
+        zero, zero, x_ptr, y_ptr, n_rest, anchor, ref_anchor, m, k, ref_k, softcap, ref_softcap,
+        STEPS, N, LANE,
+    )  # fmt: skip
+    for _ in range(n_full):
+        x_ptr -= TILE
+        y_ptr -= TILE
+        jsd, kl = mix_tile(
+            jsd, kl, x_ptr, y_ptr, None, anchor, ref_anchor, m, k, ref_k, softcap, ref_softcap,
+            STEPS, N, LANE,
+        )  # fmt: skip
+    # NaN of a row is in its sums, and not in what is bounded.
+    nan_of_row = m.shift - m.shift
+    row_jsd = tl.sum(jsd, 0) * (-LN2 / sx) + nan_of_row
+    row_kl = tl.sum(kl, 0) * (-LN2 / sx) + nan_of_row
+    if not GIVEN:
+        row_jsd = tl.maximum(row_jsd, 0.0, KEEP_NAN)
+    tl.store(jsd_ptr + row, row_jsd)
+    tl.store(mixture_kl_ptr + row, row_kl)
+
+
+@triton.jit
+def mixture_gradient(
+    x_row, y_row, offsets, mask, a, b, anchor, ref_anchor, m, k, ref_k, softcap, ref_softcap
+):  # fmt: skip
+    """(1 - beta) p (log(p / m) - KL(p || m)), as 2^tx (a + b log2(m / p))."""
+    raw = tl.load(x_row + offsets, mask).to(tl.float32)
+    ref_raw = tl.load(y_row + offsets, mask).to(tl.float32)
+    tx = tl.fma(soft_capped(raw, softcap), k, -anchor)
+    ty = tl.fma(soft_capped(ref_raw, ref_softcap), ref_k, -ref_anchor)
+    grad = tl.exp2(tx) * tl.fma(beside_mixture(tx, ty, m).policy, b, a)
+    return soft_capped_grad(grad, raw, softcap)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_rows", "n_tokens", "n_splits",
+        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
+        "grad_batch_stride", "grad_token_stride",
+    ]
+)  # fmt: skip
+def mix_backward_kernel(
+    grad_jsd_ptr,  # [B, T]
+    logits_ptr, ref_ptr,  # [B, T, V]
+    mask_ptr,  # [B, T] or None
+    policy_state_ptr, ref_state_ptr,  # [2, B, T]
+    mixture_kl_ptr,  # [B, T]
+    grad_logits_ptr,  # [B, T, V], may be logits_ptr: each logit is read before its place is written
+    n_rows, n_tokens, vocab_size, n_splits,
+    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
+    grad_batch_stride, grad_token_stride,
+    weight, ref_weight, temperature, k, ref_k, softcap, ref_softcap,
+    SPLIT: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """One program per row and split of the vocabulary."""
+    row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
+    TILE: tl.constexpr = STEPS * N * LANE
+    tile = step_offsets(0, STEPS * N, LANE)
+    start = split * SPLIT
+    end = tl.minimum(start + SPLIT, vocab_size)
+    last = end - (end - start) % TILE
+    grad_row = row_pointer(
+        grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, LANE
+    )  # fmt: skip
+    if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
+        if tl.load(mask_ptr + row) == 0:
+            store_zeros(grad_row, start, end, STEPS, N, LANE)
+            return
+
+    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)
+    y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
+    anchor, sx = tl.load(policy_state_ptr + row), tl.load(policy_state_ptr + n_rows + row)
+    ref_anchor, sy = tl.load(ref_state_ptr + row), tl.load(ref_state_ptr + n_rows + row)
+    m = mixture_of(sx, sy, weight, ref_weight)
+    scale = -tl.load(grad_jsd_ptr + row).to(tl.float32) * weight / (temperature * sx)
+    a, b = scale * tl.load(mixture_kl_ptr + row) + (m.shift - m.shift), scale * LN2
+    for i in range(start, last, TILE):
+        grad = mixture_gradient(
+            x_row, y_row, i + tile, None, a, b, anchor, ref_anchor, m,
+            k, ref_k, softcap, ref_softcap,
+        )  # fmt: skip
+        tl.store(grad_row + i + tile, grad.to(grad_logits_ptr.dtype.element_ty))
+    rest = last + tile
+    grad = mixture_gradient(
+        x_row, y_row, rest, rest < end, a, b, anchor, ref_anchor, m,
+        k, ref_k, softcap, ref_softcap,
+    )  # fmt: skip
+    tl.store(grad_row + rest, grad.to(grad_logits_ptr.dtype.element_ty), rest < end)

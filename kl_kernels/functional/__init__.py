@@ -1,0 +1,1 @@
+"""The public functions, and what checks and shapes their arguments."""

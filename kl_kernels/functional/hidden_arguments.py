@@ -1,0 +1,162 @@
+"""What the functions on linear heads are given: checks, scales, and the memory they may use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kl_kernels import checks
+from kl_kernels.functional.arguments import as_tokens, needs_gradient
+from kl_kernels.functional.dtensor_heads import check_reduced
+from kl_kernels.partitioned.heads import Options
+from kl_kernels.partitioned.shards import Shard, check_no_vocab_start, shard_of
+from kl_kernels.schemas import BackendName
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
+
+# Bytes of memory_budget=None. On a CPU the tile that was just multiplied is then still in its last
+# cache when the kernels read it: from 16 to 64 MiB the time is flat, at 256 MiB it is a tenth more
+# (bench/linear.py --budgets). A GPU needs tiles of thousands of rows and columns to be busy, and
+# few enough of them that launching the kernels of a tile takes no longer than running them; that
+# figure is a guess, which no GPU has confirmed.
+MEMORY_BUDGETS = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+
+def default_memory_budget(device: torch.device) -> int:
+    return MEMORY_BUDGETS.get(device.type, MEMORY_BUDGETS["cuda"])
+
+
+def shard(weight: Tensor, group: ProcessGroup | None, vocab_start: int | None) -> Shard | None:
+    if group is not None:
+        return shard_of(len(weight), group, vocab_start)
+    check_no_vocab_start(vocab_start)
+    return None
+
+
+def scaled(softcap: float | None, logit_scale: float) -> float | None:
+    """Of c tanh(s x / c) / T = c' tanh(x / c') / T', c' = c / s; and T' = T / s."""
+    return None if softcap is None else softcap / logit_scale
+
+
+def checked_budget(memory_budget: int | None, hidden: Tensor) -> int:
+    if memory_budget is None:
+        return default_memory_budget(hidden.device)
+    return int(checks.check_positive("memory_budget", memory_budget))
+
+
+def reference_options(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    *,
+    temperature: float,
+    ref_temperature: float | None,
+    softcap: float | None,
+    ref_softcap: float | None,
+    logit_scale: float,
+    ref_logit_scale: float | None,
+    memory_budget: int | None,
+    group: ProcessGroup | None,
+    vocab_start: int | None,
+    backend: BackendName | None,
+) -> Options:
+    """Of two heads, once they are checked; what is None of the reference is the policy's."""
+    check_head("", hidden, weight, bias)
+    temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
+    check_head("ref_", ref_hidden, ref_weight, ref_bias)
+    ref_temperature, ref_softcap, ref_logit_scale = check_scale(
+        "ref_",
+        temperature if ref_temperature is None else ref_temperature,
+        ref_softcap,
+        logit_scale if ref_logit_scale is None else ref_logit_scale,
+    )
+    check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    return Options(
+        temperature / logit_scale, ref_temperature / ref_logit_scale,
+        scaled(softcap, logit_scale), scaled(ref_softcap, ref_logit_scale),
+        checked_budget(memory_budget, hidden), backend, shard(weight, group, vocab_start),
+    )  # fmt: skip
+
+
+def as_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:  # [...] -> [B, T] bool
+    if mask is None:
+        return None
+    check_per_token("mask", mask, hidden)
+    return as_tokens(checks.check_mask("mask", mask))
+
+
+def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.refuse_transforms("a function of linear heads")
+    names = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    for name, tensor in zip(names, (hidden, weight) if bias is None else (hidden, weight, bias)):
+        checks.check_floating(name, tensor)
+        checks.check_same_kind(name, tensor, names[0], hidden)
+        checks.check_same_device(name, tensor, names[0], hidden)
+        if tensor is not hidden:
+            check_reduced(name, tensor)
+    if hidden.ndim == 0:
+        raise ValueError(f"{names[0]} has shape (); it has to be [..., d]")
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{names[1]} has shape {tuple(weight.shape)}; {names[0]} of shape "
+            f"{tuple(hidden.shape)} needs [V, {hidden.shape[-1]}] with at least one row"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{names[2]} has shape {tuple(bias.shape)}; {names[1]} of shape "
+            f"{tuple(weight.shape)} needs ({weight.shape[0]},)"
+        )
+
+
+def check_scale(
+    prefix: str, temperature: float, softcap: float | None, logit_scale: float
+) -> tuple[float, float | None, float]:
+    """The three as Python floats."""
+    temperature = checks.check_positive(f"{prefix}temperature", temperature)
+    logit_scale = checks.check_positive(f"{prefix}logit_scale", logit_scale)
+    if softcap is not None:
+        softcap = checks.check_positive(f"{prefix}softcap", softcap)
+    return temperature, softcap, logit_scale
+
+
+def check_reference(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None
+) -> None:
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; "
+            "all but the last dimension have to be equal"
+        )
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} rows, weight {weight.shape[0]}; "
+            "they have to be equal (slice both to the vocabulary they share)"
+        )
+    checks.check_same_kind("ref_hidden", ref_hidden, "hidden", hidden)
+    checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
+    for name, tensor in (
+        ("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)
+    ):  # fmt: skip
+        if tensor is not None and needs_gradient(tensor):
+            raise ValueError(
+                f"{name} requires grad, but the reference is a constant: "
+                "detach it, or compute it under torch.no_grad()"
+            )
+
+
+def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    checks.check_tensor(name, tensor)
+    checks.check_same_kind(name, tensor, "hidden", hidden)
+    if tensor.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; hidden of shape {tuple(hidden.shape)} "
+            f"needs {tuple(hidden.shape[:-1])}"
+            + checks.shift_advice(name, tensor.shape, "hidden", hidden.shape[:-1])
+        )
+    checks.check_same_device(name, tensor, "hidden", hidden)

@@ -1,0 +1,260 @@
+"""The generalised Jensen-Shannon divergence of two linear heads' logits, which are never there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels import checks
+from kl_kernels.algebra.parts import Whole, any_token
+from kl_kernels.functional.arguments import as_rows, shaped
+from kl_kernels.functional.dtensor_heads import takes_dtensor_heads
+from kl_kernels.functional.hidden import linear_token_kl
+from kl_kernels.functional.hidden_arguments import as_mask, reference_options
+from kl_kernels.ops.autograd import once, only_first
+from kl_kernels.partitioned.heads import (
+    Options,
+    Place,
+    differentiate,
+    fold_heads,
+    full_precision,
+    heads_of,
+)
+from kl_kernels.partitioned.shards import add_shards
+from kl_kernels.partitioned.tiles import Head, Rows, Tiles, plan_tiles, untraced
+from kl_kernels.schemas import (
+    MIXTURE_SUMS,
+    BackendName,
+    MixturePartArgs,
+    TokenJSDBackwardArgs,
+)
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
+
+
+@untraced
+@takes_dtensor_heads
+def linear_token_jsd(
+    hidden: Tensor,  # [..., d]
+    weight: Tensor,  # [V, d]
+    ref_hidden: Tensor,  # [..., ref_d]
+    ref_weight: Tensor,  # [V, ref_d]
+    mask: Tensor | None = None,  # [...]
+    *,
+    beta: float = 0.5,
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float | None = None,
+    memory_budget: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence per token, from two models' hidden states and output
+    layers.
+
+    The result is that of `token_jsd` on the logits of both heads, logit_scale (hidden @ weight.T +
+    bias), which never exist in full: with p and q the softmax of student and teacher and their
+    mixture m = (1 - beta) p + beta q, jsd = beta KL(q || m) + (1 - beta) KL(p || m), beta = 0 is
+    KL(q || p) and beta = 1 is KL(p || q) (Agarwal et al. 2023, arXiv 2306.13649, equation 1). The
+    mixture is known once both models' rows are finished, so that forward multiplies both heads
+    twice and backward once more; at beta = 0 and 1 each once.
+
+    Args:
+        hidden: [..., d] the policy's (student's) hidden states; float32, bfloat16, float16 or
+            float64.
+        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`.
+        ref_hidden: [..., ref_d] the reference's (teacher's) hidden states of the same positions;
+            must not require grad.
+        ref_weight: [V, ref_d] of the reference's head, over the same vocabulary; must not require
+            grad.
+        mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
+            are skipped, and give 0. Finding the other rows synchronises a GPU. None: all rows
+            count.
+        beta: weight of the reference in the mixture, 0 to 1.
+        bias: [V] of the policy's head. None: no bias.
+        ref_bias: [V] of the reference's head. None: no bias, whatever the policy's.
+        temperature: divides the policy's logits; finite and above 0.
+        ref_temperature: divides the reference's logits. None: the policy's temperature.
+        softcap: Gemma's soft cap of the policy, after `logit_scale` and before the temperature;
+            finite and above 0. None: no cap.
+        ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
+        logit_scale: multiplies the policy's logits (Cohere; 1 / logits_scaling for Granite); finite
+            and above 0.
+        ref_logit_scale: multiplies the reference's logits. None: the policy's logit_scale.
+        memory_budget: bytes for the tiles of both heads and for copies of their factors in float32.
+            None: 64 MiB on a CPU, 512 MiB elsewhere. The results are the same up to rounding.
+        group: the process group that the vocabulary is sharded over: weights and biases are this
+            rank's rows, hidden states are the same on all ranks. Backward takes one collective, to
+            sum the gradient of the hidden states. None: the heads are whole.
+        vocab_start: with a group, the global token id of this rank's first row. None: all shards
+            are of one size, and in the order of the ranks.
+        backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
+
+    Returns:
+        The divergence, [...], in nats, float32 (float64 for float64 heads), differentiable with
+        respect to hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
+            memory_budget is too small for any tile.
+
+    Examples:
+        >>> import torch, kl_kernels
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> student, teacher = torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 40.0]])
+        >>> round(kl_kernels.linear_token_jsd(student, weight, teacher, weight).item(), 4)  # ln 2
+        0.6931
+    """
+    jsd, _ = linear_jsd_and_entropy(
+        hidden, weight, ref_hidden, ref_weight,
+        beta=beta, bias=bias, ref_bias=ref_bias, mask=mask,
+        temperature=temperature, ref_temperature=ref_temperature,
+        softcap=softcap, ref_softcap=ref_softcap,
+        logit_scale=logit_scale, ref_logit_scale=ref_logit_scale,
+        memory_budget=memory_budget, group=group, vocab_start=vocab_start, backend=backend,
+    )  # fmt: skip
+    return jsd
+
+
+def linear_jsd_and_entropy(
+    hidden: Tensor,  # [..., d]
+    weight: Tensor,  # [V, d]
+    ref_hidden: Tensor,  # [..., ref_d]
+    ref_weight: Tensor,  # [V, ref_d]
+    *,
+    beta: float,
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,  # [...]
+    **given: Any,
+) -> tuple[Tensor, Tensor]:
+    """`linear_token_jsd`, with the policy's entropy, which comes with it and has no gradient.
+
+    Both are [...]; `given` are the further options of `linear_token_jsd`.
+    """
+    beta = checks.check_unit_interval("beta", beta)
+    options = reference_options(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, **given)
+    if beta in (0, 1):
+        kl = linear_token_kl(
+            hidden, weight, ref_hidden, ref_weight, any_token(hidden),
+            bias=bias, ref_bias=ref_bias, mask=mask, **given,
+        )  # fmt: skip
+        return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
+    jsd, entropy = LinearTokenJSD.apply(
+        as_rows(hidden), weight, bias, as_rows(ref_hidden), ref_weight, ref_bias,
+        as_mask(mask, hidden), beta, options,
+    )  # fmt: skip
+    shape = hidden.shape[:-1]
+    return shaped(jsd, shape), shaped(entropy, shape)
+
+
+class LinearTokenJSD(torch.autograd.Function):
+    """(divergence, the policy's entropy), [B, T], of two heads' logits, for 0 < beta < 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [B, T, d]
+        weight: Tensor,  # [V, d]
+        bias: Tensor | None,  # [V]
+        ref_hidden: Tensor,  # [B, T, ref_d]
+        ref_weight: Tensor,  # [V, ref_d]
+        ref_bias: Tensor | None,  # [V]
+        mask: Tensor | None,  # [B, T]
+        beta: float,
+        options: Options,
+    ) -> tuple[Tensor, Tensor]:
+        heads = heads_of(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        token_ids = any_token(hidden)
+        rows = Rows(token_ids, mask)
+        with full_precision(weight):
+            whole = fold_heads(heads, rows, token_ids, options)
+            jsd, mixture_kl = _mixture_sums(heads, rows, whole, beta, options).unbind()
+        ctx.beta, ctx.options = beta, options
+        ctx.save_for_backward(
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask,
+            whole.policy_state, whole.ref_state, mixture_kl,
+        )  # fmt: skip
+        entropy = rows.put(whole.outputs.entropy[0], jsd.dtype)
+        ctx.mark_non_differentiable(entropy)
+        return rows.put(jsd[0].clamp_min(0.0), jsd.dtype), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_jsd: Tensor, _entropy: None) -> tuple[Tensor | None, ...]:
+        *head_tensors, mask, policy_state, ref_state, mixture_kl = ctx.saved_tensors
+        rows, o = Rows(grad_jsd, mask), ctx.options
+        per_row = rows.take(grad_jsd)[None], policy_state, ref_state, mixture_kl
+
+        def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:
+            logits = tile[None]
+            grad, saved_policy, saved_ref, saved_kl = (
+                value[..., place.rows].contiguous() for value in per_row
+            )
+            args = TokenJSDBackwardArgs(
+                grad_jsd=grad,
+                logits=logits,
+                ref_logits=ref_tiles[0][None],
+                mask=None,
+                policy_state=saved_policy,
+                ref_state=saved_ref,
+                mixture_kl=saved_kl,
+                beta=ctx.beta,
+                temperature=o.temperature,
+                ref_temperature=o.ref_temperature,
+                softcap=o.softcap,
+                ref_softcap=o.ref_softcap,
+                grad_logits=logits,
+            )
+            torch.ops.kl_kernels.token_jsd_backward_(*args, o.backend)
+
+        heads = heads_of(*head_tensors)
+        with torch.no_grad(), full_precision(heads[0].weight):
+            gradients = differentiate(heads, rows, o, over_logits, ctx.needs_input_grad[:3])
+        gradients = [once(g, of) for g, of in zip(gradients, head_tensors)]
+        return only_first(ctx, *gradients)
+
+
+def _mixture_sums(
+    heads: list[Head], rows: Rows, whole: Whole, beta: float, options: Options
+) -> Tensor:
+    """Of the rows that count, [len(MIXTURE_SUMS), 1, n], from logits that are multiplied anew."""
+    plan = plan_tiles(heads, rows.n, options.memory_budget)
+    tiles = [Tiles(head, rows, plan) for head in heads]
+    states = whole.policy_state, whole.ref_state
+    total = whole.policy_state.new_zeros((len(MIXTURE_SUMS), 1, rows.n), dtype=torch.float64)
+
+    def sums(which: slice) -> Tensor:  # [len(MIXTURE_SUMS), 1, rows]
+        logits, ref_logits = (of_head.logits(which)[None] for of_head in tiles)
+        policy_state, ref_state = (state[..., which].contiguous() for state in states)
+        args = MixturePartArgs(
+            logits=logits,
+            ref_logits=ref_logits,
+            mask=None,
+            policy_state=policy_state,
+            ref_state=ref_state,
+            beta=beta,
+            temperature=options.temperature,
+            ref_temperature=options.ref_temperature,
+            softcap=options.softcap,
+            ref_softcap=options.ref_softcap,
+        )
+        found: Tensor = torch.ops.kl_kernels.mixture_part(*args, options.backend)
+        return found
+
+    for columns in plan.column_slices():
+        for of_head in tiles:
+            of_head.at(columns)
+        parts = [sums(which) for which in plan.row_slices()]
+        total += torch.cat(parts, dim=-1)
+    if options.shard is not None:
+        total = add_shards(total, options.shard)
+    return total.to(heads[0].tile_dtype)

@@ -1,0 +1,289 @@
+"""The policy loss and its gradient in one visit of the logits."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kl_kernels import checks
+from kl_kernels.functional.arguments import (
+    check_inplace,
+    check_reference,
+    check_scaled_logits,
+    needs_gradient,
+)
+from kl_kernels.functional.dtensors import loss_takes_dtensors
+from kl_kernels.functional.logits import token_stats
+from kl_kernels.ops.autograd import PolicyLoss
+from kl_kernels.rl.losses import Aggregation, check_clipping, token_weights
+from kl_kernels.schemas import (
+    ESTIMATORS,
+    POLICY_LOSS_TERMS,
+    BackendName,
+    Execution,
+    PolicyLossArgs,
+    output_dtype,
+)
+
+LossEstimator = Literal["exact", "k2", "k3"]
+ImportanceSamplingLevel = Literal["token", "sequence"]
+
+
+@loss_takes_dtensors
+def fused_policy_loss(
+    logits: Tensor,  # [B, T, V]
+    token_ids: Tensor,  # [B, T]
+    old_logprobs: Tensor | None,  # [B, T]
+    advantages: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    *,
+    ref_logits: Tensor | None = None,  # [B, T, V]
+    ref_logprobs: Tensor | None = None,  # [B, T]
+    kl_loss_coef: float = 0.0,
+    kl_estimator: LossEstimator = "exact",
+    entropy_coef: float = 0.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,  # [B, T]
+    importance_sampling_level: ImportanceSamplingLevel = "token",
+    aggregation: Aggregation = "token-mean",
+    denominator: float | Tensor | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    loss_scale: float | Tensor | None = None,
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: BackendName | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's or GRPO's clipped loss with KL and entropy, and its gradient, reading each logit once.
+
+    With logprob, KL and entropy as `token_kl` gives them, r = exp(logprob - old_logprobs), A the
+    advantage, rho the importance weight and m the weight of a token in the aggregation,
+
+        loss = sum m (rho max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+                      + kl_loss_coef KL - entropy_coef entropy)
+
+    (Schulman et al. 2017, arXiv 1707.06347, equation 7; the KL in the loss is GRPO's, Shao et al.
+    2024, arXiv 2402.03300.) It equals `ppo_policy_loss` and `aggregate` on the outputs of
+    `token_kl`. Those look at the logits twice, once for the statistics and once for the gradient.
+    Here the gradient of a row is computed while the row is still on chip, and `backward` only hands
+    it out, multiplied by the upstream gradient where that is not 1. A token whose clip decides,
+    without KL and entropy, costs no second look at all.
+
+    Args:
+        logits: [B, T, V] of the policy; float32, bfloat16, float16 or float64. Row t must hold the
+            logits that `token_ids[:, t]` was sampled from: `model(ids).logits[:, prompt - 1 : -1]`
+            of a causal LM, with `token_ids = ids[:, prompt:]`. The only argument that gets a
+            gradient.
+        token_ids: [B, T] the sampled tokens; int64 or int32, in [0, V) where the mask is True.
+        old_logprobs: [B, T] log-probability of each token under the policy that sampled it, any
+            float dtype. None: under this very policy, so that r is 1.
+        advantages: [B, T] as `compute_gae` makes them, or one per sequence expanded over its
+            tokens; any dtype but complex, taken as constants.
+        mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone): 1 at response
+            tokens; other rows are not read.
+        ref_logits: [B, T, V] of the reference, the same rows, on the same device; must not require
+            grad. With "k2" and "k3" they are read once, for the token's log-probability.
+        ref_logprobs: [B, T] the reference's log-probabilities in their place, for "k2" and "k3".
+        kl_loss_coef: coefficient of the KL to the reference in the loss; finite, 0 or above. With 0
+            and a reference the KL is a metric all the same.
+        kl_estimator: "exact" (the KL over the vocabulary and its gradient), or "k2" or "k3" of the
+            sampled token, as GRPO has it; `kl_penalty` tells which gradient those have.
+        entropy_coef: coefficient of the entropy bonus; finite.
+        clip_low: the ratio is clipped below at 1 - clip_low; 0 or above.
+        clip_high: the ratio is clipped above at 1 + clip_high; 0 or above.
+        dual_clip: the loss is at most -A dual_clip where A < 0 (Ye et al. 2020, arXiv 1912.09729);
+            above 1, 3 is usual. None: no bound.
+        weights: [B, T] importance weights rho, as `importance_weights` makes them for the engine
+            that sampled; constants. None: 1.
+        importance_sampling_level: "token". "sequence" (GSPO) is refused: its ratio needs every
+            token of a sequence before the gradient of any.
+        aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or
+            "seq-mean-token-sum-norm", as verl names them: m is 1 / N, 1 / S, 1 / (S L) or 1 / (S T)
+            with N tokens, S sequences that have tokens, L tokens in the token's own sequence.
+        denominator: takes the place of N ("token-mean") or of S (the others) where this call sees
+            a part of the batch: what `global_denominator` returns, a number or 0-dim tensor, above
+            0 unless no token is under the mask. None: the count of this call.
+        log_ratio_clamp: the log-ratio is clamped to [-log_ratio_clamp, log_ratio_clamp] so that r
+            stays finite, also in k2 and k3; the gradient passes. Above 0. None: no clamp.
+        loss_scale: the factor that the loss will be multiplied by before `backward`, as by a
+            gradient scaler: a number or a 0-dim tensor, above 0. The gradient is stored multiplied
+            by it. float16 logits need one: their gradients, around 1 / tokens, would underflow.
+            None: 1.
+        temperature: divides the policy's logits; finite and above 0.
+        ref_temperature: divides the reference's logits. None: the policy's temperature.
+        softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
+            no cap.
+        ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
+        inplace_backward: write the gradient over the logits, in this very call. They are gone then,
+            and another backward that needs them raises torch's error about tensors modified in
+            place. Rows outside the mask become 0. Where no gradient is asked for
+            (`torch.no_grad()`, or logits that do not require grad) none is made, and the logits
+            stay as they are.
+        backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
+
+    Returns:
+        (loss, metrics): a 0-dim float32 loss (float64 for float64 logits) and 0-dim detached
+        tensors over the unmasked tokens of this call: clip_fraction, clip_fraction_dual, approx_kl
+        (k3 of KL(old || policy)), approx_kl_k1, ratio_mean, ratio_max, entropy, and kl where there
+        is a reference (the exact one, or the estimate), in nats.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range;
+            importance_sampling_level is "sequence": compute that loss from the outputs of
+            `token_kl`.
+        RuntimeError: `backward` is called a second time: the first gave the gradient away.
+
+    Examples:
+        >>> import torch, kl_kernels
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
+        >>> token_ids, mask = torch.tensor([[1, 3]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> advantages = torch.tensor([[1.0, -1.0]])
+        >>> loss, metrics = kl_kernels.fused_policy_loss(logits, token_ids, None, advantages, mask)
+        >>> loss.backward()
+        >>> logits.grad[0, 0].tolist()  # -A ([token] - p) / 2
+        [0.125, -0.375, 0.125, 0.125]
+        >>> round(metrics["entropy"].item(), 4)
+        1.3863
+    """
+    checks.refuse_transforms("fused_policy_loss")
+    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    if logits.ndim != 3:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
+    checks.check_token_ids(token_ids, logits)
+    checks.check_per_token("advantages", advantages, logits)
+    checks.check_per_token("mask", mask, logits)
+    mask = checks.check_mask("mask", mask)
+    clip_low, clip_high, dual_clip, log_ratio_clamp = check_clipping(
+        clip_low, clip_high, dual_clip, log_ratio_clamp
+    )
+    entropy_coef = checks.check_finite("entropy_coef", entropy_coef)
+    _check_level(importance_sampling_level)
+    loss_scale = _check_scale(logits, loss_scale)
+    check_inplace(logits, inplace_backward)
+    kl_loss_coef = _check_kl(ref_logits, ref_logprobs, kl_loss_coef, kl_estimator)
+    if ref_logits is not None:
+        ref_temperature, ref_softcap = check_reference(
+            ref_logits, logits, ref_temperature, ref_softcap
+        )
+        if kl_estimator != "exact":
+            ref_stats = token_stats(
+                ref_logits,
+                token_ids,
+                mask=mask,
+                temperature=ref_temperature,
+                softcap=ref_softcap,
+                backend=backend,
+            )
+            ref_logprobs = ref_stats.logprob
+            ref_logits = None
+
+    def constant(name: str, value: Tensor | None) -> Tensor | None:  # [B, T]
+        if value is None:
+            return None
+        checks.check_per_token(name, value, logits)
+        return value.detach().to(output_dtype(logits))
+
+    for name, given in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if given is not None:
+            checks.check_per_token(name, given, logits)
+            checks.check_logprobs(name, given, mask)
+    has_kl = ref_logits is not None or ref_logprobs is not None
+    scaled_weights = token_weights(mask, aggregation, denominator, dtype=output_dtype(logits))
+    if loss_scale is not None:
+        scaled_weights = scaled_weights * loss_scale
+    if not needs_gradient(logits):
+        # The function is told of requires_grad alone, not of no_grad, and would make a gradient.
+        logits = logits.detach()
+    args = PolicyLossArgs(
+        logits=logits,
+        ref_logits=ref_logits,
+        token_ids=token_ids.long(),
+        mask=mask,
+        old_logprobs=constant("old_logprobs", old_logprobs),
+        advantages=advantages.detach().to(output_dtype(logits)),
+        token_weights=scaled_weights,
+        importance_weights=constant("weights", weights),
+        ref_logprobs=constant("ref_logprobs", ref_logprobs),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        log_ratio_clamp=log_ratio_clamp,
+        kl_coef=kl_loss_coef,
+        kl_estimator=ESTIMATORS.index(kl_estimator if has_kl else "exact"),
+        entropy_coef=entropy_coef,
+        temperature=temperature,
+        ref_temperature=ref_temperature,
+        softcap=softcap,
+        ref_softcap=ref_softcap,
+        grad_logits=None,
+    )
+    loss, terms = PolicyLoss.apply(*args, *Execution(inplace_backward, backend))
+    if loss_scale is not None:
+        loss = loss / loss_scale
+    return loss, _metrics(terms, mask, has_kl)
+
+
+def _metrics(terms: Tensor, mask: Tensor, has_kl: bool) -> dict[str, Tensor]:  # [terms, B, T]
+    means = terms[1:].flatten(1).sum(1) / mask.sum().clamp_min(1)
+    metrics = dict(zip(POLICY_LOSS_TERMS[1:], means.unbind()))
+    ratio = terms[POLICY_LOSS_TERMS.index("ratio_mean")]
+    metrics["ratio_max"] = ratio.amax() if ratio.numel() else means.new_zeros(())
+    if not has_kl:
+        del metrics["kl"]
+    return metrics
+
+
+def _check_level(level: str) -> None:
+    checks.check_choice("importance_sampling_level", level, get_args(ImportanceSamplingLevel))
+    if level == "sequence":
+        raise ValueError(
+            "importance_sampling_level is 'sequence'; a sequence's ratio (GSPO) needs all of its "
+            "tokens before the gradient of any, so one visit of the logits cannot do; accepted: "
+            "'token'. Compute the loss from token_kl(...).logprob instead"
+        )
+
+
+def _check_scale(logits: Tensor, loss_scale: float | Tensor | None) -> float | Tensor | None:
+    """`loss_scale`; what is a tensor stays one, so that no GPU is waited for."""
+    if loss_scale is None:
+        if logits.dtype == torch.float16 and needs_gradient(logits):
+            raise ValueError(
+                "loss_scale is None and logits are float16, in which gradients of 1 / tokens "
+                "underflow; pass what the loss will be multiplied by (GradScaler.get_scale())"
+            )
+        return None
+    if not isinstance(loss_scale, Tensor):
+        return checks.check_positive("loss_scale", loss_scale)
+    checks.check_tensor("loss_scale", loss_scale)
+    if loss_scale.ndim != 0:
+        raise ValueError(f"loss_scale has shape {tuple(loss_scale.shape)}; it must be 0-dim")
+    if checks.values_are_at_hand(loss_scale):
+        return checks.check_positive("loss_scale", loss_scale)
+    return loss_scale
+
+
+def _check_kl(
+    ref_logits: Tensor | None, ref_logprobs: Tensor | None, kl_loss_coef: float, kl_estimator: str
+) -> float:
+    """`kl_loss_coef`, as a Python float."""
+    kl_loss_coef = checks.check_non_negative("kl_loss_coef", kl_loss_coef)
+    checks.check_choice("kl_estimator", kl_estimator, get_args(LossEstimator))
+    if ref_logits is not None and ref_logprobs is not None:
+        raise ValueError("ref_logits and ref_logprobs are both given; pass one of them")
+    if kl_estimator == "exact" and ref_logprobs is not None:
+        raise ValueError(
+            "kl_estimator is 'exact' and ref_logprobs is given; the KL over the vocabulary needs "
+            "ref_logits, 'k2' and 'k3' need ref_logprobs"
+        )
+    if kl_loss_coef != 0 and ref_logits is None and ref_logprobs is None:
+        raise ValueError(
+            f"kl_loss_coef is {kl_loss_coef} without a reference; pass ref_logits, or ref_logprobs"
+        )
+    return kl_loss_coef

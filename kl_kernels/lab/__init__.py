@@ -1,0 +1,1 @@
+"""Applications and tools on top of the library, which imports none of them."""

@@ -1,0 +1,142 @@
+"""Prompts: text or chats from a file, or starts of the corpus's paragraphs, and their tokens.
+
+A text file has one prompt per line. A file whose name ends in .jsonl has one chat per line,
+
+    {"messages": [{"role": "user", "content": "What is a class?"}]}
+
+which the tokenizer's chat template turns into a prompt for the assistant's next message.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kl_kernels.lab.ppo.config import PPOConfig
+
+Chat = list[dict[str, Any]]
+Prompt = str | Chat
+
+HINT = (
+    "hint: this model has a chat template, which prompts of plain text are not put into; for "
+    "chats, give --prompts a .jsonl file with messages"
+)
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Read the prompts of a file; lines without text are left out.
+
+    Raises:
+        ValueError: the file cannot be read, holds no prompt, or has a line that is none.
+    """
+    try:
+        # Not splitlines, which also splits at characters that a text may hold (U+2028, form feed).
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts is {path!r}, which cannot be read: {error}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"prompts is {path!r}, which holds no line of text; one is a prompt")
+    if not path.endswith(".jsonl"):
+        return [line for _, line in numbered]
+    return [_chat(line, f"prompts is {path!r}, whose line {number}") for number, line in numbered]
+
+
+def _chat(line: str, where: str) -> Chat:
+    try:
+        messages = json.loads(line)["messages"]
+        roles = [message["role"] for message in messages]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        roles = []
+    if not roles or not all(isinstance(role, str) for role in roles):
+        raise ValueError(
+            f'{where} is no chat; it must read {{"messages": [{{"role": "user", "content": "..."}}]'
+            "}"
+        )
+    if roles[-1] == "assistant":
+        raise ValueError(
+            f"{where} ends with a message of the assistant, whose message is what is sampled"
+        )
+    chat: Chat = messages
+    return chat
+
+
+def encode_prompts(
+    config: PPOConfig,
+    prompts: list[Prompt] | None,
+    paragraphs: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,  # tokens the model can read; None: as many as there are
+) -> list[list[int]]:
+    """Encode the given prompts, or the start of every paragraph that is longer than its start.
+
+    Raises:
+        ValueError: there are none, or one of them does not fit into the context with its answer, or
+            is a chat that the tokenizer cannot put into words.
+    """
+    room = context - config.answer_tokens if context else None
+    if room is not None and room < 1:
+        raise ValueError(
+            f"answer_tokens is {config.answer_tokens}, but the model's context of {context} tokens "
+            "must hold a prompt as well; lower answer_tokens"
+        )
+    if prompts is None:
+        return _starts(config, paragraphs, tokenizer, room)
+    encoded = [_encode(config, prompt, tokenizer) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded):
+        if not ids:
+            raise ValueError(f"{_named(prompt)} has no tokens; a prompt must have one or more")
+        if room is not None and len(ids) > room:
+            raise ValueError(
+                f"{_named(prompt)} has {len(ids)} tokens; with {config.answer_tokens} for the "
+                f"answer, the model's context of {context} has room for {room}; shorten it, or "
+                "lower answer_tokens"
+            )
+    return encoded
+
+
+def _starts(
+    config: PPOConfig, paragraphs: list[str], tokenizer: PreTrainedTokenizerBase, room: int | None
+) -> list[list[int]]:
+    if room is not None and config.prompt_tokens > room:
+        raise ValueError(
+            f"prompt_tokens is {config.prompt_tokens}; with {config.answer_tokens} for the answer, "
+            f"the model's context has room for {room}; lower prompt_tokens or answer_tokens"
+        )
+    encoded = [tokenizer(paragraph).input_ids for paragraph in paragraphs]
+    starts = [ids[: config.prompt_tokens] for ids in encoded if len(ids) > config.prompt_tokens]
+    if not starts:
+        raise ValueError(
+            f"prompt_tokens is {config.prompt_tokens}, and no paragraph of the corpus is longer; "
+            "lower it"
+        )
+    return starts
+
+
+def _encode(config: PPOConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if isinstance(prompt, str):
+        text: list[int] = tokenizer(prompt).input_ids
+        return text
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"prompts is {config.prompts!r}, which holds chats, but the model's tokenizer has no "
+            "chat template; give a text file, one prompt per line, or a model made for chats"
+        )
+    try:
+        # The template writes the special tokens; to have them added once more would double them.
+        chat: list[int] = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=False
+        )
+    except Exception as error:  # a template is a program of the folder's
+        raise ValueError(
+            f"{_named(prompt)} does not fit the model's chat template: {error}"
+        ) from error
+    return chat
+
+
+def _named(prompt: Prompt) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    return f"the prompt {text[:40]!r}"

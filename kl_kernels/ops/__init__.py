@@ -1,0 +1,1 @@
+"""The operators as torch knows them: registration, gradients, transforms."""

@@ -1,0 +1,317 @@
+"""The operators' gradients.
+
+Undefined upstream gradients stay None, so that a backward kernel can skip what nobody asked for;
+without any gradient to pass on, nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels.checks import transforms_are_active
+from kl_kernels.ops import transforms
+from kl_kernels.ops.library import are_neighbours, library, new_gradient
+from kl_kernels.schemas import (
+    Execution,
+    KLRewardsArgs,
+    KLRewardsOutputs,
+    PolicyLossArgs,
+    ScaleGradientArgs,
+    TokenJSDArgs,
+    TokenJSDBackwardArgs,
+    TokenJSDOutputs,
+    TokenKLArgs,
+    TokenKLBackwardArgs,
+    TokenKLOutputs,
+    TokenStatsArgs,
+    TokenStatsBackwardArgs,
+    TokenStatsOutputs,
+    pick,
+)
+
+
+def gradient_buffer(logits: Tensor, inplace_backward: bool) -> Tensor:
+    """Where the gradient is to go: over the logits if that is asked for and possible.
+
+    Kernels read a copy of logits that are not neighbours in memory: nothing to be had there.
+    """
+    if not (inplace_backward and are_neighbours(logits)):
+        return new_gradient(logits)
+    # Whoever else saved these logits for a backward of their own is told that they are gone.
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()
+
+
+# Fields of a backward operator's arguments that backward fills in.
+LATER: Any = None
+
+
+def keep(ctx: Any, backward: Any) -> None:
+    """Save the arguments of a backward operator; `kept` returns them."""
+    ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in backward))
+    ctx.numbers = type(backward)(*(None if isinstance(arg, Tensor) else arg for arg in backward))
+
+
+def kept(ctx: Any) -> Any:
+    pairs = zip(ctx.saved_tensors, ctx.numbers)
+    return type(ctx.numbers)(*(number if tensor is None else tensor for tensor, number in pairs))
+
+
+def only_first(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the first inputs, and None for the others."""
+    return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+
+
+def with_execution(cls: type[Any], inputs: Sequence[Any]) -> tuple[Any, Execution]:
+    n = len(cls._fields)
+    return cls(*inputs[:n]), Execution(*inputs[n:])
+
+
+def _run_backward(name: str, args: tuple[Any, ...], execution: Execution) -> Tensor:
+    """Run a backward operator whose arguments lack `grad_logits`, the last."""
+    *given, _ = args
+    logits = args.logits  # type: ignore[attr-defined]
+    if not execution.inplace_backward or transforms_are_active():  # inputs stay as they are
+        result: Tensor = operator(name)(*given, execution.backend)
+        return result
+    grad_logits = gradient_buffer(logits, inplace_backward=True)
+    getattr(torch.ops.kl_kernels, name + "_")(*given, grad_logits, execution.backend)
+    return grad_logits
+
+
+def token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, execution = with_execution(TokenStatsArgs, inputs)
+    save_token_stats(ctx, a, TokenStatsOutputs(*output), execution, part=False)
+
+
+def save_token_stats(
+    ctx: Any, a: TokenStatsArgs, out: TokenStatsOutputs, execution: Execution, *, part: bool
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(out.policy_state)
+    ctx.execution = execution
+    backward = TokenStatsBackwardArgs(
+        grad_logprob=LATER,
+        grad_entropy=LATER,
+        logits=a.logits,
+        token_ids=a.token_ids,
+        mask=a.mask,
+        policy_state=out.policy_state,
+        entropy=out.entropy,
+        temperature=a.temperature,
+        softcap=a.softcap,
+        part=part,
+        grad_logits=LATER,
+    )
+    keep(ctx, backward)
+
+
+def token_stats_grad(ctx: Any, *grads: Any) -> Tensor | None:
+    grad = TokenStatsOutputs(*grads)
+    if grad.logprob is None and grad.entropy is None:
+        return None
+    backward = kept(ctx)._replace(grad_logprob=grad.logprob, grad_entropy=grad.entropy)
+    return _run_backward("token_stats_backward", backward, ctx.execution)
+
+
+def _token_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return only_first(ctx, token_stats_grad(ctx, *grads))
+
+
+def token_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, execution = with_execution(TokenKLArgs, inputs)
+    save_token_kl(ctx, a, TokenKLOutputs(*output), execution, part=False)
+
+
+def save_token_kl(
+    ctx: Any, a: TokenKLArgs, out: TokenKLOutputs, execution: Execution, *, part: bool
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(out.ref_logprob, out.policy_state, out.ref_state)
+    ctx.execution = execution
+    backward = TokenKLBackwardArgs(
+        grad_logprob=LATER,
+        grad_kl=LATER,
+        grad_forward_kl=LATER,
+        grad_entropy=LATER,
+        logits=a.logits,
+        ref_logits=a.ref_logits,
+        token_ids=a.token_ids,
+        mask=a.mask,
+        policy_state=out.policy_state,
+        ref_state=out.ref_state,
+        kl=out.kl,
+        entropy=out.entropy,
+        temperature=a.temperature,
+        ref_temperature=a.ref_temperature,
+        softcap=a.softcap,
+        ref_softcap=a.ref_softcap,
+        part=part,
+        grad_logits=LATER,
+    )
+    keep(ctx, backward)
+
+
+def token_kl_grad(ctx: Any, *grads: Any) -> Tensor | None:
+    grad = TokenKLOutputs(*grads)
+    backward = kept(ctx)._replace(
+        grad_logprob=grad.logprob,
+        grad_kl=grad.kl,
+        grad_forward_kl=grad.forward_kl,
+        grad_entropy=grad.entropy,
+    )
+    if grad.kl is not None or grad.forward_kl is not None:
+        return _run_backward("token_kl_backward", backward, ctx.execution)
+    if grad.logprob is not None or grad.entropy is not None:
+        # Without a KL gradient the reference logits are not read a second time.
+        stats = pick(TokenStatsBackwardArgs, backward)
+        return _run_backward("token_stats_backward", stats, ctx.execution)
+    return None
+
+
+def _token_kl_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return only_first(ctx, token_kl_grad(ctx, *grads))
+
+
+def _kl_rewards_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, execution = with_execution(KLRewardsArgs, inputs)
+    out = KLRewardsOutputs(*output)
+    # Marking replaces what was marked before: all of it at once.
+    save_token_kl(ctx, pick(TokenKLArgs, a), pick(TokenKLOutputs, out), execution, part=False)
+    ctx.mark_non_differentiable(
+        out.rewards, out.advantage_correction, out.ref_logprob, out.policy_state, out.ref_state
+    )
+
+
+def _kl_rewards_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    grad = pick(TokenKLOutputs, KLRewardsOutputs(*grads))
+    return only_first(ctx, token_kl_grad(ctx, *grad))
+
+
+def token_jsd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, execution = with_execution(TokenJSDArgs, inputs)
+    save_token_jsd(ctx, a, TokenJSDOutputs(*output), execution)
+
+
+def save_token_jsd(ctx: Any, a: TokenJSDArgs, out: TokenJSDOutputs, execution: Execution) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(out.mixture_kl, out.policy_state, out.ref_state)
+    ctx.execution = execution
+    backward = TokenJSDBackwardArgs(
+        grad_jsd=LATER,
+        logits=a.logits,
+        ref_logits=a.ref_logits,
+        mask=a.mask,
+        policy_state=out.policy_state,
+        ref_state=out.ref_state,
+        mixture_kl=out.mixture_kl,
+        beta=a.beta,
+        temperature=a.temperature,
+        ref_temperature=a.ref_temperature,
+        softcap=a.softcap,
+        ref_softcap=a.ref_softcap,
+        grad_logits=LATER,
+    )
+    keep(ctx, backward)
+
+
+def token_jsd_grad(ctx: Any, *grads: Any) -> Tensor | None:
+    grad = TokenJSDOutputs(*grads)
+    if grad.jsd is None:
+        return None
+    backward = kept(ctx)._replace(grad_jsd=grad.jsd)
+    return _run_backward("token_jsd_backward", backward, ctx.execution)
+
+
+def _token_jsd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return only_first(ctx, token_jsd_grad(ctx, *grads))
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "kl_kernels has no second derivatives: a fused operator is differentiable once"
+    )
+
+
+_FUNCTIONS = {}  # what `torch.func` differentiates in the place of the operators
+
+for _name, _setup, _backward in (
+    ("token_stats", token_stats_setup, _token_stats_backward),
+    ("token_kl", token_kl_setup, _token_kl_backward),
+    ("token_jsd", token_jsd_setup, _token_jsd_backward),
+    ("kl_rewards", _kl_rewards_setup, _kl_rewards_backward),
+    ("token_stats_backward", _backward_setup, _no_second_derivative),
+    ("token_kl_backward", _backward_setup, _no_second_derivative),
+    ("token_jsd_backward", _backward_setup, _no_second_derivative),
+):
+    torch.library.register_autograd(
+        f"kl_kernels::{_name}", _backward, setup_context=_setup, lib=library
+    )
+    _FUNCTIONS[_name] = transforms.function(_name, _setup, _backward)
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """The operator `name`, in a form that `torch.func` can differentiate where it is at work."""
+    if transforms_are_active():
+        apply: Callable[..., Any] = _FUNCTIONS[name].apply
+        return apply
+    whole: Callable[..., Any] = getattr(torch.ops.kl_kernels, name)
+    return whole
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _of: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        _no_second_derivative(ctx, grad)
+
+
+def once(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
+    """The gradient, not differentiable again with respect to what it is the gradient of.
+
+    (`once_differentiable` looks at upstream gradients alone. Where those are constants, it would
+    let the second derivative silently be 0.)
+    """
+    if gradient is None or not torch.is_grad_enabled():  # no create_graph
+        return gradient
+    result: Tensor = _Once.apply(gradient, of)
+    return result
+
+
+class PolicyLoss(torch.autograd.Function):
+    """The operator `policy_loss`, whose gradient is there before anybody asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """(loss, terms), from the operator's arguments, `grad_logits` None, and `Execution`."""
+        a, execution = with_execution(PolicyLossArgs, inputs)
+        if ctx.needs_input_grad[0]:
+            buffer = gradient_buffer(a.logits, execution.inplace_backward)
+            a = a._replace(logits=a.logits.detach(), grad_logits=buffer)
+        terms = torch.ops.kl_kernels.policy_loss(*a, execution.backend)
+        ctx.save_for_backward(a.grad_logits)  # and not the logits, which can go
+        ctx.backend = execution.backend
+        ctx.mark_non_differentiable(terms)
+        return terms[0].sum(), terms
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _terms: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            _no_second_derivative(ctx, grad_loss)
+        (gradient,) = ctx.saved_tensors
+        # It is given away, scaled in place: a second backward is to be refused.
+        torch.autograd.graph.increment_version(gradient)
+        scale = ScaleGradientArgs(gradient, grad_loss)
+        torch.ops.kl_kernels.scale_gradient(*scale, ctx.backend)
+        return only_first(ctx, gradient)

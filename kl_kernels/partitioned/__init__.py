@@ -1,0 +1,1 @@
+"""Vocabularies in parts: shards of ranks, tiles of linear heads."""

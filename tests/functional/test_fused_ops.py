@@ -1,0 +1,27 @@
+"""Every backend against float64 eager formulas: forward and every gradient, on hard inputs.
+
+The grid: each difficulty of `validate.cases` at each dtype. Sizes are 1 and 2 (degenerate), one
+below a SIMD width or tile, one either side of a power of two, and a real vocabulary; kernels take
+different paths for tails and whole blocks, so no size is a multiple of another.
+"""
+
+import pytest
+
+from kl_kernels.lab.validate.cases import DIFFICULTIES, grid
+from kl_kernels.lab.validate.errors import errors
+
+# Triton's are the ends alone: its interpreter takes a second and a half for each case, and all
+# that lies between is run by test_triton_backend.py, on smaller tiles.
+SIZES = {
+    "reference": (1, 2, 37, 1023, 1025, 9001),
+    "cpu": (1, 2, 37, 1023, 1025, 9001, 50257),
+    "triton": (1, 1025),
+}
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+@pytest.mark.parametrize("backend", SIZES)
+def test_outputs_and_gradients_are_true(backend, difficulty):
+    cases = [case for case in grid(SIZES[backend]) if case.difficulty == difficulty]
+    wrong = [e for case in cases for e in errors(case, backend) if not e.accepted]
+    assert not wrong, "\n".join(map(str, wrong))

@@ -49,13 +49,13 @@ coverage: $(VENV)/dev-ready
 	cd $(TREE) && PYTHONPATH=$(abspath $(TREE)) OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest \
 	    -n auto --dist worksteal --cov=kl_kernels --cov-report=json:../python.json $(ARGS)
 	$(BIN)/gcovr --root $(TREE) --filter $(TREE)/csrc/ --json-summary build/coverage/cpp.json
-	$(BIN)/python bench/covered.py
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.quality.covered
+	$(BIN)/python -m bench.readme
 
 # Changes of the core that no test notices. ARGS="'kl_kernels.algebra.row*'" for some of it.
 mutants: $(VENV)/dev-ready
-	$(BIN)/python bench/mutants.py $(ARGS)
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.quality.mutants $(ARGS)
+	$(BIN)/python -m bench.readme
 
 # For every property a change that has to make it fail. ARGS=entropy for some.
 property-mutants: $(READY)
@@ -65,7 +65,7 @@ property-mutants: $(READY)
 # CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.
 integrations: $(TRAINERS:%=integration-%)
 	$(BIN)/python tests/trainers/compatibility.py $(CHECK)
-	$(BIN)/python bench/readme.py $(CHECK)
+	$(BIN)/python -m bench.readme $(CHECK)
 
 integration-%: build/trainers/%/ready
 	build/trainers/$*/bin/python -m pytest tests/trainers/$* $(ARGS)
@@ -75,51 +75,51 @@ validate: $(READY)
 
 # How far every backend and torch eager are from float64. ARGS="--resume DIR" publishes a report.
 numerics: $(READY)
-	$(BIN)/python bench/numerics.py $(ARGS)
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.quality.numerics $(ARGS)
+	$(BIN)/python -m bench.readme
 
 bench-cpu: $(READY)
-	$(BIN)/python bench/side_by_side.py $(ARGS)
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.cpu.side_by_side $(ARGS)
+	$(BIN)/python -m bench.readme
 
 bench-traffic: $(READY)
-	$(BIN)/python bench/traffic.py
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.cpu.traffic
+	$(BIN)/python -m bench.readme
 
 # ARGS="--resume DIR" publishes a study that make study has run.
 bench-study: $(READY)
-	$(BIN)/python bench/study.py $(ARGS)
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.quality.study $(ARGS)
+	$(BIN)/python -m bench.readme
 
 bench-linear: $(READY)
-	$(BIN)/python bench/linear.py $(ARGS)
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.cpu.linear $(ARGS)
+	$(BIN)/python -m bench.readme
 
 bench-monitor: $(READY)
-	$(BIN)/python bench/monitor_rates.py $(ARGS)
-	$(BIN)/python bench/sampling_gap_rates.py
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.quality.monitor_rates $(ARGS)
+	$(BIN)/python -m bench.quality.sampling_gap_rates
+	$(BIN)/python -m bench.readme
 
 # Instructions of this package's kernels and of other libraries', counted without a GPU.
 bench-offline: $(READY) $(COUNTED)/ready
-	PYTHONPATH=$(COUNTED) $(BIN)/python bench/offline.py $(ARGS)
+	PYTHONPATH=$(COUNTED) $(BIN)/python -m bench.offline.measure $(ARGS)
 
 bench-growth: $(READY)
-	$(BIN)/python bench/growth.py $(ARGS)
+	$(BIN)/python -m bench.cpu.growth $(ARGS)
 
 # Against BASE, any git revision: exit code 1 if an op has become slower.
 bench-compare: $(READY)
-	$(BIN)/python bench/revisions.py --base "$(BASE)" $(ARGS)
+	$(BIN)/python -m bench.quality.revisions --base "$(BASE)" $(ARGS)
 
 # Beside other packages. ARGS=--save publishes the results, ARGS=--full takes all sizes.
 bench: $(VENV)/bench-ready
 	$(BIN)/python -m kl_kernels bench $(ARGS)
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.readme
 
 # On a machine with a GPU: its own python and torch, nothing installed. ARGS=DIR for the results, and
 # ARGS="--parts counters sweep peers" for what ncu counts, other sizes of work, and other packages.
 gpu:
-	$(PYTHON) bench/make_gpu.py $(ARGS)
+	$(PYTHON) -m bench.gpu.make_gpu $(ARGS)
 
 # The sdist, the wheel that comes of it, and the SBOM: what is in them, and what the wheel does, alone
 # in an environment outside of the tree. PYTHONS: further ones, with its dependencies and pytest.
@@ -173,7 +173,7 @@ format: $(VENV)/dev-ready
 
 # The libraries' own files and nothing that they depend on. flash-attention's kernels are taken from
 # its sources, for an installation would build CUDA code.
-$(COUNTED)/ready: bench/offline_peers.txt $(READY)
+$(COUNTED)/ready: bench/offline/peers.txt $(READY)
 	$(BIN)/python -m pip install --no-deps --target $(COUNTED) -r $<
 	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download --no-deps --no-build-isolation \
 	    --no-binary :all: --dest $(COUNTED) flash-attn==2.8.3.post2

@@ -1,7 +1,7 @@
 """Renders the committed results files into README.md and docs/, between their markers.
 
-python bench/readme.py          # rewrite them
-python bench/readme.py --check  # exit 1 if one is not what the files say
+python -m bench.readme          # rewrite them
+python -m bench.readme --check  # exit 1 if one is not what the files say
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gpu_page
-import monitoring_page
-import numerics_page
-import report
-import testing_page
-
+from bench.common import report
+from bench.gpu import page as gpu_page
+from bench.quality import monitoring_page, numerics_page, testing_page
 from kl_kernels.lab.documents import Text, to_markdown
 from kl_kernels.lab.study.outcomes import WINDOW
 from kl_kernels.lab.study.plan import ADAPTIVE, described

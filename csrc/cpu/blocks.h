@@ -120,5 +120,19 @@ KL_INLINE Floats position(Floats logits, float k, float anchor) {
 
 KL_INLINE bool is_finite(double value) { return value * 0 == 0; }
 
+// A sum and what rounding took from it. Equal weights (a flat row) lose the same part of a unit at
+// every addition, and KL is the difference of the logarithms of two such sums; beside one weight
+// that is nearly all of a row, all the others of its lane lose theirs.
+struct CompensatedSum {
+  Floats sum{}, lost{};
+
+  KL_INLINE void add(Floats value) {  // no larger than the sum, but for the first few
+    const Floats next = sum + value;
+    lost += value - (next - sum);
+    sum = next;
+  }
+  double total() const { return kl_kernels::total(sum) + kl_kernels::total(lost); }
+};
+
 }  // namespace
 }  // namespace kl_kernels

@@ -7,19 +7,6 @@
 namespace kl_kernels {
 namespace {
 
-// A sum and what rounding took from it. Equal weights (a flat row) lose the same part of a unit at
-// every addition, and KL is the difference of the logarithms of two such sums.
-struct CompensatedSum {
-  Floats sum{}, lost{};
-
-  KL_INLINE void add(Floats value) {  // no larger than the sum, but for the first few
-    const Floats next = sum + value;
-    lost += value - (next - sum);
-    sum = next;
-  }
-  double total() const { return kl_kernels::total(sum) + kl_kernels::total(lost); }
-};
-
 // Logits measured from an anchor, and their weights.
 struct Weighed {
   Floats t, weight;

@@ -77,19 +77,20 @@ MixtureSums<double> mix_row(const Row& policy, const Row& reference, int64_t voc
   const MixtureScale scale(policy, reference, of);
   double jsd = 0, kl = 0;
   const auto add = [&](const auto* x, const auto* y, int64_t n) {
-    Floats block_jsd{}, block_kl{};
+    CompensatedSum block_jsd;
+    Floats block_kl{};
     const auto absorb = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
       const Beside<Floats> b = scale.beside(xs, ys);
       const Floats larger = exp2(b.larger);
-      block_jsd += larger * b.jsd;
       block_kl += larger * b.p * b.policy;
+      return larger * b.jsd;
     };
     for (int64_t i = 0; i < n; i += kPair) {
       const Pair xs = load_pair(x + i), ys = load_pair(y + i);
-      absorb(xs.first, ys.first);
-      absorb(xs.second, ys.second);
+      const Floats first = absorb(xs.first, ys.first);
+      block_jsd.add(first + absorb(xs.second, ys.second));
     }
-    jsd += total(block_jsd);
+    jsd += block_jsd.total();
     kl += total(block_kl);
   };
   Staged x, y;

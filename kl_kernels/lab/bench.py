@@ -49,14 +49,16 @@ def run(args: argparse.Namespace) -> int:
     chosen = [f"--only={args.only}"] if args.only else []
     chosen += ["--full"] if args.full else []
     if args.list:
-        return _python(root, "names.py", *chosen)
+        return _python(root, "-m", "bench.peers.names", *chosen)
     extras.need("bench", *extras.of_extra("bench"))
     options = [f"--threads={args.threads}", *(["--save"] if args.save else [])]
     options += [f"--results={args.results.resolve()}"] if args.results else []
     given = {name: getattr(args, name) for name in ("seconds", "commit")}
     options += [f"--{name}={value}" for name, value in given.items() if value is not None]
     columns = ["--benchmark-columns=median,iqr,min,max,rounds", "--benchmark-warmup=off", "-q"]
-    code = _python(root, "-m", "pytest", ".", "--benchmark-only", *chosen, *options, *columns)
+    code = _python(
+        root, "-m", "pytest", "bench/peers", "--benchmark-only", *chosen, *options, *columns
+    )
     return 2 if code == USAGE_ERROR else code
 
 
@@ -68,7 +70,7 @@ def _checkout() -> Path:
     """
     here = Path.cwd()
     for folder in (extras.ROOT, here, *here.parents):
-        if (folder / "bench" / "test_bench_ops.py").is_file():
+        if (folder / "bench" / "peers" / "test_bench_ops.py").is_file():
             return folder
     raise ValueError(
         "bench is no part of the installed package; run it in a checkout of the repository"
@@ -76,8 +78,8 @@ def _checkout() -> Path:
 
 
 def _python(root: Path, *arguments: str) -> int:
-    """Run Python in the folder of the benchmarks, on the package that runs here."""
+    """Run Python in the checkout, on the package that runs here."""
     paths = [str(extras.ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=root / "bench", env=environment, check=False).returncode
+    return subprocess.run(command, cwd=root, env=environment, check=False).returncode

@@ -1,7 +1,7 @@
 """Detectors: each watches one series for one thing, and says so once until it is over.
 
 `observe(step, value)` takes finite values; the monitor keeps others from it. False-alarm rates are
-per run of 600 steps of AR(1) noise, simulated by bench/monitor_rates.py; all of them are in
+per run of 600 steps of AR(1) noise, simulated by bench/quality/monitor_rates.py; all of them are in
 docs/monitoring.md.
 """
 

@@ -1,4 +1,4 @@
-"""Kernels as another library might have them, counted by `bench/offline.py`: prints the figures.
+"""Kernels as another library might have them, counted by `bench/offline/`: prints the figures.
 
 A script: Triton compiles only where TRITON_INTERPRET was never set.
 """
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 @triton.jit
@@ -58,10 +58,9 @@ def library_function(logits):
 
 
 def main():
-    from offline_calls import empty
-    from offline_count import count, figures
-    from offline_launches import recorded
-
+    from bench.offline.calls import empty
+    from bench.offline.count import count, figures
+    from bench.offline.launches import recorded
     from kl_kernels.lab.codegen.compile import empty_cache
 
     first, second = recorded(lambda: library_function(empty(8192, 128256)))

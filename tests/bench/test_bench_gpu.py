@@ -17,11 +17,11 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(BENCH.parent))
 
 
 def test_the_benchmarks_run_dry(tmp_path):
-    command = [sys.executable, BENCH / "gpu.py", "--dry-run", "--turns", "2"]
+    command = [sys.executable, "-m", "bench.gpu.measure", "--dry-run", "--turns", "2"]
     environment = {"PYTHONPATH": str(BENCH.parent), "PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--results", tmp_path, "--commit", "abc"],
@@ -44,7 +44,7 @@ def test_the_benchmarks_run_dry(tmp_path):
 
 
 def test_a_wrong_kernel_is_not_timed(bench):
-    from gpu_jobs import JOBS, make_buffers
+    from bench.gpu.jobs import JOBS, make_buffers
 
     buffers = make_buffers(6, 500, ("cpu",), "cpu", 0)
     for job in JOBS.values():
@@ -62,7 +62,7 @@ def test_a_wrong_kernel_is_not_timed(bench):
 
 
 def test_peers_compute_what_ours_do(bench):
-    from gpu_jobs import JOBS, make_buffers
+    from bench.gpu.jobs import JOBS, make_buffers
 
     buffers = make_buffers(6, 500, ("cpu",), "cpu", 0)
     for name, job in JOBS.items():
@@ -73,8 +73,8 @@ def test_peers_compute_what_ours_do(bench):
 
 
 def test_buffers_exceed_the_cache_and_replays_the_clock(bench):
-    from gpu import ROWS, Case, cases
-    from timing import CACHES, MOST_LAUNCHES, n_buffer_sets, n_rounds_of_sets
+    from bench.common.timing import CACHES, MOST_LAUNCHES, n_buffer_sets, n_rounds_of_sets
+    from bench.gpu.measure import ROWS, Case, cases
 
     l2_bytes = 60 << 20
     for case in cases():
@@ -91,14 +91,14 @@ def test_buffers_exceed_the_cache_and_replays_the_clock(bench):
 
 
 def test_chips_are_called_by_their_names(bench):
-    from machine import chip_name
+    from bench.common.machine import chip_name
 
     assert chip_name("NVIDIA H200") == "h200"
     assert chip_name("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
 
 
 def test_a_step_that_fails_or_hangs_costs_no_other(bench, tmp_path):
-    from make_gpu import Log, Step
+    from bench.gpu.make_gpu import Log, Step
 
     python = [sys.executable, "-c"]
     log = Log(tmp_path / "log")
@@ -117,7 +117,7 @@ def test_a_step_that_fails_or_hangs_costs_no_other(bench, tmp_path):
 
 
 def test_every_gpu_backend_has_a_numerics_report_of_its_own(bench, tmp_path):
-    from make_gpu import report_steps
+    from bench.gpu.make_gpu import report_steps
 
     arguments = argparse.Namespace(dry_run=False, results=tmp_path, commit="abc")
     steps = {step.name: step.command for step in report_steps(arguments)}
@@ -132,7 +132,7 @@ def test_every_gpu_backend_has_a_numerics_report_of_its_own(bench, tmp_path):
 
 def test_without_a_gpu_it_says_so_at_once(tmp_path):
     done = subprocess.run(
-        [sys.executable, BENCH / "make_gpu.py", tmp_path],
+        [sys.executable, "-m", "bench.gpu.make_gpu", tmp_path],
         capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 2

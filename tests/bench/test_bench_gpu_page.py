@@ -17,11 +17,11 @@ CEILINGS = {"read": 4000.0, "copy": 3800.0, "add": 3900.0}
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(BENCH.parent))
 
 
 def measurement(case, contender, share):
-    """What bench/gpu.py writes of a contender at `share` of the ceiling."""
+    """What bench/gpu/measure.py writes of a contender at `share` of the ceiling."""
     rate = share * CEILINGS[case.ceiling]
     median = case.bytes_moved / rate / 1e3
     gradient = "gradient" in case.job or case.job == "policy loss"
@@ -36,7 +36,7 @@ def measurement(case, contender, share):
 @pytest.fixture
 def results(bench):
     """Every case, at 95 % of its ceiling, and torch.compile at 40 %."""
-    from gpu import cases
+    from bench.gpu.measure import cases
 
     return {
         "device": "NVIDIA H200", "driver": "1", "cuda": "13.0", "commit": "abc",
@@ -52,7 +52,7 @@ def results(bench):
 
 
 def test_a_page_shows_every_measurement_and_names_its_pictures(results):
-    import gpu_page
+    from bench.gpu import page as gpu_page
 
     blocks, pictures = gpu_page.blocks(results), gpu_page.pictures(results)
     assert {b.name for b in blocks if isinstance(b, Picture)} == set(pictures)
@@ -68,8 +68,8 @@ def test_a_page_shows_every_measurement_and_names_its_pictures(results):
 
 
 def test_the_readme_has_the_first_size_of_each_job_and_how_many_targets_are_met(results):
-    import gpu_page
-    from gpu_jobs import JOBS
+    from bench.gpu import page as gpu_page
+    from bench.gpu.jobs import JOBS
 
     text = gpu_page.short_table(results)
     table = [line for line in text.splitlines() if line.startswith("|")]
@@ -100,7 +100,7 @@ SPOILT = {  # by target: what a measurement has to be, and what of it makes the 
 
 @pytest.mark.parametrize("begins", SPOILT)
 def test_each_target_is_met_until_its_own_figures_are_spoilt(results, begins):
-    from gpu_targets import TARGETS, verdict
+    from bench.gpu.targets import TARGETS, verdict
 
     assert all(verdict(t, results, b).startswith("met") for t in TARGETS for b in BACKENDS)
     (target,) = [t for t in TARGETS if t.says.startswith(begins)]
@@ -115,7 +115,7 @@ def test_each_target_is_met_until_its_own_figures_are_spoilt(results, begins):
 
 
 def test_every_target_is_spoilt(bench):
-    from gpu_targets import TARGETS
+    from bench.gpu.targets import TARGETS
 
     assert len(SPOILT) == len(TARGETS)
 
@@ -132,7 +132,7 @@ def offline(**kernel):
 
 
 def test_predictions_take_the_measured_ceiling_and_the_slowest_resource(results):
-    import gpu_page
+    from bench.gpu import page as gpu_page
 
     limits = {"memory": 0.8, "issue": 0.5, "mufu": 0.4}
     rows = {
@@ -169,7 +169,7 @@ def ncu_table(*kernels):
 
 
 def test_counters_are_read_from_ncus_table(bench):
-    from counters import STALL, kernels
+    from bench.gpu.counters import STALL, kernels
 
     stalls = {
         "long_scoreboard": "8.25", "wait": "2", "barrier": "0.5", "selected": "1", "membar": "0",
@@ -195,7 +195,7 @@ def test_counters_are_read_from_ncus_table(bench):
 
 
 def test_a_program_that_ncu_cannot_watch_is_told_of(bench, tmp_path):
-    from counters import counted, kernels
+    from bench.gpu.counters import counted, kernels
 
     ncu = tmp_path / "ncu"
     ncu.write_text("#!/bin/sh\necho no permission >&2\nexit 3\n")
@@ -210,7 +210,7 @@ def test_a_program_that_ncu_cannot_watch_is_told_of(bench, tmp_path):
 
 
 def test_counters_stand_beside_what_was_counted(results):
-    import gpu_page
+    from bench.gpu import page as gpu_page
 
     row = {
         "backend": "triton", "job": "token_kl", "kernel": "fold_kernel(int)",
@@ -230,7 +230,7 @@ def test_counters_stand_beside_what_was_counted(results):
 
 
 def test_what_ncu_watches_runs(bench):
-    command = [sys.executable, BENCH / "counters.py", "--rows", "5", "--vocab-size", "300"]
+    command = [sys.executable, "-m", "bench.gpu.counters", "--rows", "5", "--vocab-size", "300"]
     environment = {"PYTHONPATH": str(BENCH.parent), "PATH": "", "OMP_NUM_THREADS": "1"}
     for job in ("token_kl", "policy loss"):
         done = subprocess.run(
@@ -242,7 +242,7 @@ def test_what_ncu_watches_runs(bench):
 
 
 def test_parts_of_make_gpu_run_dry_beside_each_other(tmp_path):
-    command = [sys.executable, BENCH / "make_gpu.py", tmp_path, "--dry-run", "--commit", "abc"]
+    command = [sys.executable, "-m", "bench.gpu.make_gpu", tmp_path, "--dry-run", "--commit", "abc"]
     done = subprocess.run(
         [*command, "--parts", "sweep", "speed", "peers"], capture_output=True, text=True
     )
@@ -259,8 +259,7 @@ def test_parts_of_make_gpu_run_dry_beside_each_other(tmp_path):
 
 
 def test_a_sweep_restores_the_sizes_and_leaves_out_what_fails(bench):
-    import sweep
-
+    from bench.gpu import sweep
     from kl_kernels.backends.triton import launch
 
     before = launch.CONFIG

@@ -1,4 +1,4 @@
-"""`bench/growth.py` recovers slopes, and `bench/bootstrap.py` intervals, that are known."""
+"""`bench.cpu.growth` recovers slopes, and `bench.common.bootstrap` intervals, that are known."""
 
 import importlib
 
@@ -8,14 +8,14 @@ import pytest
 
 @pytest.fixture
 def growth(monkeypatch, request):
-    monkeypatch.syspath_prepend(request.config.rootpath / "bench")
-    return importlib.import_module("growth")
+    monkeypatch.syspath_prepend(request.config.rootpath)
+    return importlib.import_module("bench.cpu.growth")
 
 
 @pytest.fixture
 def interval(monkeypatch, request):
-    monkeypatch.syspath_prepend(request.config.rootpath / "bench")
-    return importlib.import_module("bootstrap").interval
+    monkeypatch.syspath_prepend(request.config.rootpath)
+    return importlib.import_module("bench.common.bootstrap").interval
 
 
 SIZES = [2**i for i in range(10)]

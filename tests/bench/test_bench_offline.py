@@ -1,4 +1,4 @@
-"""`bench/offline.py` counts a foreign kernel as its own host code launches it."""
+"""`bench/offline/measure.py` counts a foreign kernel as its own host code launches it."""
 
 import json
 import os

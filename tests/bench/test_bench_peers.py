@@ -14,12 +14,12 @@ TINY = {"logits": (8, 301, 0), "head": (6, 301, 16), "gae": (2048, 0, 0)}
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(BENCH.parent))
 
 
 def tiny_case(name, dtype=torch.float32):
-    from compare import Case
-    from operations import OPERATIONS, Size
+    from bench.peers.compare import Case
+    from bench.peers.operations import OPERATIONS, Size
 
     operation = OPERATIONS[name]
     kind = "gae" if name == "GAE" else "head" if "hidden" in operation.sources else "logits"
@@ -27,8 +27,8 @@ def tiny_case(name, dtype=torch.float32):
 
 
 def test_every_operation_is_compared_with_several(bench):
-    from operations import OPERATIONS
-    from peers import FAMILIES, OURS, REGISTRY, contenders
+    from bench.peers.contenders import FAMILIES, OURS, REGISTRY, contenders
+    from bench.peers.operations import OPERATIONS
 
     for operation in OPERATIONS:
         names = [c.name for c in contenders(operation)]
@@ -45,9 +45,9 @@ def test_every_operation_is_compared_with_several(bench):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_whoever_runs_here_is_right_and_whoever_does_not_says_why(bench, dtype):
-    from compare import check
-    from operations import OPERATIONS
-    from peers import Unavailable, contenders
+    from bench.peers.compare import check
+    from bench.peers.contenders import Unavailable, contenders
+    from bench.peers.operations import OPERATIONS
 
     ran, reasons = set(), []
     for operation in OPERATIONS:
@@ -68,8 +68,8 @@ def test_whoever_runs_here_is_right_and_whoever_does_not_says_why(bench, dtype):
 
 @pytest.mark.parametrize("name", ["exact KL", "exact KL + gradient", "GAE", "PPO step"])
 def test_a_wrong_contender_is_not_timed(bench, name):
-    from compare import Wrong, check
-    from peers import contenders
+    from bench.peers.compare import Wrong, check
+    from bench.peers.contenders import contenders
 
     case = tiny_case(name)
     right = contenders(name)[0]
@@ -95,8 +95,8 @@ def test_a_wrong_contender_is_not_timed(bench, name):
 
 
 def test_a_peer_may_round_like_its_logits_only_if_it_says_so(bench):
-    from compare import Wrong, check
-    from peers import contenders
+    from bench.peers.compare import Wrong, check
+    from bench.peers.contenders import contenders
 
     case = tiny_case("token logprob", torch.bfloat16)
     exact = contenders("token logprob")[1]
@@ -111,15 +111,15 @@ def test_a_peer_may_round_like_its_logits_only_if_it_says_so(bench):
 
 
 def test_what_cannot_fit_is_left_out_with_its_size(bench):
-    from compare import too_large
-    from operations import Size
+    from bench.peers.compare import too_large
+    from bench.peers.operations import Size
 
     assert too_large(Size(64, 131072), 1 << 34) == ""
     assert "34 GB" in too_large(Size(8192, 131072), 1 << 34)
 
 
 def test_the_checked_part_of_large_inputs_is_the_beginning(bench, monkeypatch):
-    import operations
+    from bench.peers import operations
 
     x = operations.make_inputs(operations.Size(64, 100), torch.float32, "cpu")
     monkeypatch.setattr(operations, "LOGITS_CHECKED", 1600)
@@ -166,8 +166,7 @@ def made_up():
 
 
 def test_the_page_has_every_number_and_every_reason(bench):
-    import peers_page
-
+    from bench.peers import page as peers_page
     from kl_kernels.lab.documents import to_markdown
 
     text = to_markdown("", peers_page.blocks(made_up()), "benchmarks", suffix=".svg")
@@ -182,7 +181,7 @@ def test_the_page_has_every_number_and_every_reason(bench):
 
 
 def test_the_readme_shows_the_first_size_of_each_operation(bench):
-    import peers_page
+    from bench.peers import page as peers_page
 
     lines = peers_page.short_table(made_up()).splitlines()
     assert lines[2].startswith(
@@ -195,7 +194,7 @@ def test_the_readme_shows_the_first_size_of_each_operation(bench):
 
 
 def test_pictures_are_the_same_twice_and_say_what_is_there(bench):
-    import peers_pictures
+    from bench.peers import pictures as peers_pictures
 
     found = peers_pictures.pictures(made_up())
     assert set(found) == {"peers_times", "peers_memory", "peers_sizes"}
@@ -204,7 +203,7 @@ def test_pictures_are_the_same_twice_and_say_what_is_there(bench):
 
 
 def test_a_picture_of_other_results_is_stale(bench, monkeypatch, tmp_path):
-    import report
+    from bench.common import report
 
     results, pictures = tmp_path / "results", tmp_path / "pictures"
     results.mkdir()
@@ -255,7 +254,7 @@ def test_the_command_passes_its_options_on(calls):
     ((command, options),) = calls
     assert {"--save", "--threads=1", "--only=GAE", "--benchmark-only"} <= set(command)
     assert "--full" not in command
-    assert options["cwd"] == BENCH
+    assert options["cwd"] == BENCH.parent
 
 
 @pytest.mark.parametrize("folder", [".", "bench", "docs/how-to"])
@@ -268,13 +267,12 @@ def test_the_command_finds_the_checkout_that_it_is_called_in(calls, folder, monk
     monkeypatch.chdir(BENCH.parent / folder)
     assert cli.main(["bench"]) == 3
     ((_, options),) = calls
-    assert options["cwd"] == BENCH
+    assert options["cwd"] == BENCH.parent
     assert options["env"]["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
 
 
 def test_listed_names_are_what_only_takes_and_what_results_are_told_under(capfd, bench):
-    from compare import benchmarks, name_of
-
+    from bench.peers.compare import benchmarks, name_of
     from kl_kernels import cli
 
     assert cli.main(["bench", "--list"]) == 0

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 @pytest.fixture
 def report(monkeypatch, request):
-    monkeypatch.syspath_prepend(request.config.rootpath / "bench")
-    return importlib.import_module("report")
+    monkeypatch.syspath_prepend(request.config.rootpath)
+    return importlib.import_module("bench.common.report")
 
 
 def test_letters_are_8_pixels_high_where_a_picture_is_400_wide(report, monkeypatch):

@@ -1,4 +1,4 @@
-"""`bench/revisions.py` sees differences that are there, and none between two of the same."""
+"""`bench.quality.revisions` sees differences that are there, and none between equals."""
 
 import importlib
 import subprocess
@@ -9,8 +9,8 @@ import pytest
 
 @pytest.fixture
 def revisions(monkeypatch, request):
-    monkeypatch.syspath_prepend(request.config.rootpath / "bench")
-    return importlib.import_module("revisions")
+    monkeypatch.syspath_prepend(request.config.rootpath)
+    return importlib.import_module("bench.quality.revisions")
 
 
 def noisy(seed, factor=1.0):

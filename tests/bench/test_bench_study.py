@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module", autouse=True)
 def bench_study():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(HERE.parent / "bench")
-        patch.syspath_prepend(HERE / "study")
-        yield importlib.import_module("study")
+        patch.syspath_prepend(HERE.parents[1])
+        patch.syspath_prepend(HERE.parent / "lab" / "study")
+        yield importlib.import_module("bench.quality.study")
 
 
 @pytest.fixture(scope="module")

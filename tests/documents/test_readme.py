@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_documents_say_what_the_results_files_say():
     done = subprocess.run(
-        [sys.executable, "bench/readme.py", "--check"],
+        [sys.executable, "-m", "bench.readme", "--check"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
-    assert done.returncode == 0, "run `python bench/readme.py`"
+    assert done.returncode == 0, "run `python -m bench.readme`"

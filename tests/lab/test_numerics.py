@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kl_kernels import versions
-from kl_kernels.backends import reference
+from kl_kernels.backends.reference import operators as reference
 from kl_kernels.cli import main
 from kl_kernels.lab.validate import command
 from kl_kernels.lab.validate.cases import NEG_INF, Inputs

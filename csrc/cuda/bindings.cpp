@@ -1,6 +1,6 @@
 // The operators of kl_kernels/schemas.py for CUDA: checks, allocation, device and stream. The
-// schemas themselves are defined in Python (kl_kernels/backends/compiled.py), this library only implements
-// them.
+// schemas themselves are defined in Python (kl_kernels/backends/compiled.py), this library only
+// implements them.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,4 +1,5 @@
-// What CUDA provides. tests/backends/host runs the kernels on host threads and provides the same names.
+// What CUDA provides. tests/backends/host runs the kernels on host threads and provides the same
+// names.
 #pragma once
 
 #if defined(KL_CUDA_ON_HOST)

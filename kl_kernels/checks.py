@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
@@ -334,3 +335,20 @@ def no_forward_mode(name: str) -> NotImplementedError:
         f"{name} carries a tangent, but kl_kernels has no forward-mode derivatives "
         "(torch.func.jvp, jacfwd, hessian); use backward"
     )
+
+
+def callers_level() -> int:
+    """The `stacklevel` of a warning, in the function that warns, at the nearest line outside.
+
+    Outside is what is neither this package nor torch.
+
+    Between the two may lie the dispatcher, autograd, or code that torch.compile has generated.
+    """
+    frame, level = sys._getframe(1), 1
+    while (outer := frame.f_back) is not None and _is_inner(frame.f_globals.get("__name__")):
+        frame, level = outer, level + 1
+    return level
+
+
+def _is_inner(module: str | None) -> bool:
+    return module is None or module.partition(".")[0] in ("kl_kernels", "torch")

@@ -299,6 +299,11 @@ def pick(cls: type[A], args: Any) -> A:
     return cls(*(getattr(args, field) for field in cls._fields))  # type: ignore[attr-defined]
 
 
+def tensor_fields(cls: type[Any]) -> tuple[int, ...]:
+    """The places of the fields that are tensors."""
+    return tuple(i for i, kind in enumerate(argument_types(cls).values()) if "Tensor" in kind)
+
+
 def argument_types(cls: type[Any]) -> dict[str, str]:
     """The torch schema's type of each field."""
     return {name: _torch_type(t) for name, t in get_type_hints(cls, include_extras=True).items()}
@@ -325,7 +330,7 @@ def schema(name: str, *options: str, returns_gradient: bool = False) -> str:
     types = argument_types(operator.args)
     outputs = operator.outputs
     if returns_gradient:
-        del types["grad_logits"]
+        types = {field: kind for field, kind in types.items() if field != "grad_logits"}
         outputs = "grad_logits"
     arguments = ", ".join([*(f"{kind} {field}" for field, kind in types.items()), *options])
     return f"({arguments}) -> {_returned(outputs)}"

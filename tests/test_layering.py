@@ -8,6 +8,7 @@ import ast
 from pathlib import Path
 
 import kl_kernels
+from kl_kernels.schemas import OPERATORS
 
 PACKAGE = Path(kl_kernels.__file__).parent
 
@@ -102,3 +103,10 @@ def test_the_ground_has_no_circle():
         free = {own for own in GROUND - done if below[own] <= done}
         assert free, {own: below[own] for own in GROUND - done}
         done |= free
+
+
+def test_no_file_of_a_backend_is_called_like_an_operator():
+    """A submodule that is imported becomes an attribute of its package, over the operator's."""
+    for backend in ("triton", "reference"):
+        files = {path.stem for path in (PACKAGE / "backends" / backend).glob("*.py")}
+        assert not files & OPERATORS.keys(), backend

@@ -7,7 +7,6 @@ the package `triton_kernels`, or the operators of a compiled library.
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from kl_kernels.backends import compiled as native
 from kl_kernels.backends import reference
 from kl_kernels.backends import triton as triton_kernels
-from kl_kernels.checks import check_choice
+from kl_kernels.checks import callers_level, check_choice
 
 
 @dataclass(frozen=True)
@@ -106,22 +105,7 @@ def _warn_of_reference(device_type: str, float64: bool) -> None:
 def _warn(reason: str) -> None:
     """Say once per process what is slow, at the line that called this package."""
     silence = 'backend="reference" asks for this, without a warning'
-    warnings.warn(f"kl_kernels: {reason}; {silence}", stacklevel=_callers_level())
-
-
-def _callers_level() -> int:
-    """Which `stacklevel`, in `_warn`, is the nearest line outside of this package and torch.
-
-    Between the two may lie the dispatcher, autograd, or code that torch.compile has generated.
-    """
-    frame, level = sys._getframe(1), 1
-    while (outer := frame.f_back) is not None and _is_inner(frame.f_globals.get("__name__")):
-        frame, level = outer, level + 1
-    return level
-
-
-def _is_inner(module: str | None) -> bool:
-    return module is None or module.partition(".")[0] in ("kl_kernels", "torch")
+    warnings.warn(f"kl_kernels: {reason}; {silence}", stacklevel=callers_level())
 
 
 def choose(requested: str | None, tensors: Sequence[Tensor]) -> Any:
@@ -131,5 +115,7 @@ def choose(requested: str | None, tensors: Sequence[Tensor]) -> Any:
         ValueError: the request is unknown or impossible; the message lists what is possible, and
             why the rest is not.
     """
-    float64 = any(t.dtype == torch.float64 for t in tensors)
+    float64 = False
+    for tensor in tensors:  # not any(): a generator costs a microsecond
+        float64 = float64 or tensor.dtype is torch.float64
     return _choose(requested, tensors[0].device.type, float64)

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.algebra.parts import any_token
-from kl_kernels.functional.arguments import (
-    as_mask,
-    as_rows,
-    check_inplace,
-    check_reference,
-    check_scaled_logits,
-    shaped,
-)
+from kl_kernels.functional.arguments import prepare_mask, prepare_models, shaped
 from kl_kernels.functional.dtensors import takes_dtensors
 from kl_kernels.functional.logits import token_kl
 from kl_kernels.partitioned.shards import operator_over
@@ -97,12 +90,16 @@ def token_jsd(
         >>> round(kl_kernels.token_jsd(p.log(), q.log(), beta=0.5).item(), 4)  # ln 2
         0.6931
     """
-    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
-    ref_temperature, ref_softcap = check_reference(
-        ref_logits, logits, temperature if ref_temperature is None else ref_temperature, ref_softcap
+    models = prepare_models(
+        logits,
+        ref_logits,
+        temperature,
+        ref_temperature,
+        softcap,
+        ref_softcap,
+        inplace_backward,
     )
     beta = checks.check_unit_interval("beta", beta)
-    check_inplace(logits, inplace_backward)
     if beta in (0, 1):
         kl = token_kl(
             logits,
@@ -119,16 +116,7 @@ def token_jsd(
             backend=backend,
         )
         return kl.kl if beta == 1 else kl.forward_kl
-    args = TokenJSDArgs(
-        logits=as_rows(logits),
-        ref_logits=as_rows(ref_logits),
-        mask=as_mask(mask, logits),
-        beta=beta,
-        temperature=temperature,
-        ref_temperature=ref_temperature,
-        softcap=softcap,
-        ref_softcap=ref_softcap,
-    )
+    args = TokenJSDArgs(mask=prepare_mask(mask, logits), beta=beta, **models._asdict())
     operator = operator_over("token_jsd", logits, group, vocab_start)
     jsd, *_ = operator(*args, *Execution(inplace_backward, backend))
     return shaped(jsd, logits.shape[:-1])

@@ -34,12 +34,11 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.functional.arguments import (
-    as_mask,
-    as_rows,
-    as_tokens,
-    check_inplace,
-    check_reference,
-    check_scaled_logits,
+    check_batch_of_logits,
+    prepare_mask,
+    prepare_models,
+    prepare_policy,
+    prepare_token_ids,
     shaped,
 )
 from kl_kernels.functional.dtensors import takes_dtensors
@@ -195,15 +194,13 @@ def token_stats(
         >>> logits.grad.round(decimals=4).tolist()  # [token] - p
         [[0.5, -0.25, -0.25]]
     """
-    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
-    checks.check_token_ids(token_ids, logits)
-    check_inplace(logits, inplace_backward)
+    models = prepare_policy(logits, temperature, softcap, inplace_backward)
     args = TokenStatsArgs(
-        logits=as_rows(logits),
-        token_ids=as_tokens(token_ids).long(),
-        mask=as_mask(mask, logits),
-        temperature=temperature,
-        softcap=softcap,
+        logits=models.logits,
+        token_ids=prepare_token_ids(token_ids, logits),
+        mask=prepare_mask(mask, logits),
+        temperature=models.temperature,
+        softcap=models.softcap,
     )
     operator = operator_over("token_stats", logits, group, vocab_start)
     logprob, entropy, _ = operator(*args, *Execution(inplace_backward, backend))
@@ -272,22 +269,17 @@ def token_kl(
         >>> round((out.logprob - out.ref_logprob).item(), 4)  # k1, of the sampled token alone
         1.6094
     """
-    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
-    ref_temperature, ref_softcap = check_reference(
-        ref_logits, logits, temperature if ref_temperature is None else ref_temperature, ref_softcap
+    models = prepare_models(
+        logits,
+        ref_logits,
+        temperature,
+        ref_temperature,
+        softcap,
+        ref_softcap,
+        inplace_backward,
     )
-    checks.check_token_ids(token_ids, logits)
-    check_inplace(logits, inplace_backward)
-    args = TokenKLArgs(
-        logits=as_rows(logits),
-        ref_logits=as_rows(ref_logits),
-        token_ids=as_tokens(token_ids).long(),
-        mask=as_mask(mask, logits),
-        temperature=temperature,
-        ref_temperature=ref_temperature,
-        softcap=softcap,
-        ref_softcap=ref_softcap,
-    )
+    ids, kept = prepare_token_ids(token_ids, logits), prepare_mask(mask, logits)
+    args = TokenKLArgs(token_ids=ids, mask=kept, **models._asdict())
     operator = operator_over("token_kl", logits, group, vocab_start)
     *outputs, _, _ = operator(*args, *Execution(inplace_backward, backend))
     return TokenKL(*(shaped(output, token_ids.shape) for output in outputs))
@@ -375,14 +367,17 @@ def kl_rewards(
         >>> out.rewards  # -0.1 (ln 0.731 - ln 0.5), then the score
         tensor([[-0.0380,  3.0000]])
     """
-    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
-    ref_temperature, ref_softcap = check_reference(
-        ref_logits, logits, temperature if ref_temperature is None else ref_temperature, ref_softcap
+    models = prepare_models(
+        logits,
+        ref_logits,
+        temperature,
+        ref_temperature,
+        softcap,
+        ref_softcap,
+        inplace_backward,
     )
-    if logits.ndim != 3:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
-    checks.check_token_ids(token_ids, logits)
-    check_inplace(logits, inplace_backward)
+    check_batch_of_logits(logits)
+    ids = prepare_token_ids(token_ids, logits)
     checks.check_per_token("mask", mask, logits)
     checks.check_per_sequence("scores", scores, "mask", mask)
     mask = checks.check_mask("mask", mask)
@@ -391,19 +386,14 @@ def kl_rewards(
     if kl_clip is not None:
         kl_clip = checks.check_positive("kl_clip", kl_clip)
     args = KLRewardsArgs(
-        logits=logits,
-        ref_logits=ref_logits,
-        token_ids=token_ids.long(),
+        token_ids=ids,
         mask=mask,
         scores=clip_scores(scores.detach().to(output_dtype(logits)), score_clip),
         score_index=score_indices(score_position, mask),
         kl_coef=kl_coef,
         estimator=ESTIMATORS.index(kl_estimator),
         kl_clip=kl_clip,
-        temperature=temperature,
-        ref_temperature=ref_temperature,
-        softcap=softcap,
-        ref_softcap=ref_softcap,
+        **models._asdict(),
     )
     operator = operator_over("kl_rewards", logits, group, vocab_start)
     outputs = operator(*args, *Execution(inplace_backward, backend))

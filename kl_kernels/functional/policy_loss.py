@@ -9,10 +9,11 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.functional.arguments import (
-    check_inplace,
-    check_reference,
-    check_scaled_logits,
+    check_batch_of_logits,
     needs_gradient,
+    prepare_models,
+    prepare_policy,
+    prepare_token_ids,
 )
 from kl_kernels.functional.dtensors import loss_takes_dtensors
 from kl_kernels.functional.logits import token_stats
@@ -152,11 +153,20 @@ def fused_policy_loss(
         1.3863
     """
     checks.refuse_transforms("fused_policy_loss")
-    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    if logits.ndim != 3:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it has to be [B, T, V]")
-    checks.check_token_ids(token_ids, logits)
+    if ref_logits is None:
+        models = prepare_policy(logits, temperature, softcap, inplace_backward)
+    else:
+        models = prepare_models(
+            logits,
+            ref_logits,
+            temperature,
+            ref_temperature,
+            softcap,
+            ref_softcap,
+            inplace_backward,
+        )
+    check_batch_of_logits(logits)
+    ids = prepare_token_ids(token_ids, logits)
     checks.check_per_token("advantages", advantages, logits)
     checks.check_per_token("mask", mask, logits)
     mask = checks.check_mask("mask", mask)
@@ -166,23 +176,18 @@ def fused_policy_loss(
     entropy_coef = checks.check_finite("entropy_coef", entropy_coef)
     _check_level(importance_sampling_level)
     loss_scale = _check_scale(logits, loss_scale)
-    check_inplace(logits, inplace_backward)
     kl_loss_coef = _check_kl(ref_logits, ref_logprobs, kl_loss_coef, kl_estimator)
-    if ref_logits is not None:
-        ref_temperature, ref_softcap = check_reference(
-            ref_logits, logits, ref_temperature, ref_softcap
+    if ref_logits is not None and kl_estimator != "exact":
+        ref_stats = token_stats(
+            ref_logits,
+            token_ids,
+            mask=mask,
+            temperature=models.ref_temperature,
+            softcap=models.ref_softcap,
+            backend=backend,
         )
-        if kl_estimator != "exact":
-            ref_stats = token_stats(
-                ref_logits,
-                token_ids,
-                mask=mask,
-                temperature=ref_temperature,
-                softcap=ref_softcap,
-                backend=backend,
-            )
-            ref_logprobs = ref_stats.logprob
-            ref_logits = None
+        ref_logprobs = ref_stats.logprob
+        models = models._replace(ref_logits=None)
 
     def constant(name: str, value: Tensor | None) -> Tensor | None:  # [B, T]
         if value is None:
@@ -194,17 +199,15 @@ def fused_policy_loss(
         if given is not None:
             checks.check_per_token(name, given, logits)
             checks.check_logprobs(name, given, mask)
-    has_kl = ref_logits is not None or ref_logprobs is not None
+    has_kl = models.ref_logits is not None or ref_logprobs is not None
     scaled_weights = token_weights(mask, aggregation, denominator, dtype=output_dtype(logits))
     if loss_scale is not None:
         scaled_weights = scaled_weights * loss_scale
     if not needs_gradient(logits):
         # The function is told of requires_grad alone, not of no_grad, and would make a gradient.
-        logits = logits.detach()
+        models = models._replace(logits=logits.detach())
     args = PolicyLossArgs(
-        logits=logits,
-        ref_logits=ref_logits,
-        token_ids=token_ids.long(),
+        token_ids=ids,
         mask=mask,
         old_logprobs=constant("old_logprobs", old_logprobs),
         advantages=advantages.detach().to(output_dtype(logits)),
@@ -218,11 +221,8 @@ def fused_policy_loss(
         kl_coef=kl_loss_coef,
         kl_estimator=ESTIMATORS.index(kl_estimator if has_kl else "exact"),
         entropy_coef=entropy_coef,
-        temperature=temperature,
-        ref_temperature=ref_temperature,
-        softcap=softcap,
-        ref_softcap=ref_softcap,
         grad_logits=None,
+        **models._asdict(),
     )
     loss, terms = PolicyLoss.apply(*args, *Execution(inplace_backward, backend))
     if loss_scale is not None:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from kl_kernels import checks
-from kl_kernels.functional.arguments import as_mask, as_rows, as_tokens, check_scaled_logits, shaped
+from kl_kernels.functional.arguments import (
+    as_rows,
+    as_tokens,
+    prepare_mask,
+    prepare_policy,
+    shaped,
+)
 from kl_kernels.functional.dtensors import takes_dtensors
 from kl_kernels.functional.logits import token_stats
 from kl_kernels.ops.autograd import LATER, once, only_first
@@ -77,15 +83,21 @@ def _sampled(
     group: ProcessGroup | None = None,  # of DTensors that shard the vocabulary
     vocab_start: int | None = None,
 ) -> Tensor:
-    mask = as_mask(row_mask, logits, "row_mask")
+    mask = prepare_mask(row_mask, logits, "row_mask")
     checks.check_per_token("index", index, logits)
     checks.check_token_dtype(index, "index")
     if group is None:
         checks.check_token_range(as_tokens(index), mask, logits.shape[-1], "index")
-    return token_stats(
-        logits, index, row_mask, temperature=temperature, group=group,
-        vocab_start=vocab_start, backend=backend,
-    ).logprob  # fmt: skip
+    stats = token_stats(
+        logits,
+        index,
+        row_mask,
+        temperature=temperature,
+        group=group,
+        vocab_start=vocab_start,
+        backend=backend,
+    )
+    return stats.logprob
 
 
 @takes_dtensors
@@ -96,14 +108,16 @@ def _selected(
     row_mask: Tensor | None,  # [...]
     backend: BackendName | None,
 ) -> Tensor:
-    mask = as_mask(row_mask, logits, "row_mask")
+    mask = prepare_mask(row_mask, logits, "row_mask")
     checks.refuse_transforms("selective_log_softmax of several tokens per position")
-    temperature, _ = check_scaled_logits("", logits, temperature, None, stacklevel=6)
+    models = prepare_policy(logits, temperature, None)
     check_several("index", index, logits)
     rows = as_rows(index)
     kept = rows if mask is None else rows.masked_fill(~mask[..., None], 0)
     checks.check_token_range(kept, None, logits.shape[-1], "index")
-    selected = _SelectedLogprobs.apply(as_rows(logits), kept.long(), mask, temperature, backend)
+    selected = _SelectedLogprobs.apply(
+        models.logits, kept.long(), mask, models.temperature, backend
+    )
     return shaped(selected, index.shape)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.functional.arguments import (
-    as_mask,
     as_rows,
-    check_scaled_logits,
     needs_gradient,
+    prepare_mask,
+    prepare_policy,
     shaped,
 )
 from kl_kernels.functional.dtensors import takes_dtensors
@@ -89,7 +89,7 @@ def topk_kl(
         0.1733
     """
     checks.refuse_transforms("topk_kl")
-    temperature, softcap = check_scaled_logits("", logits, temperature, softcap)
+    models = prepare_policy(logits, temperature, softcap)
     beta = checks.check_unit_interval("beta", beta)
     checks.check_tensor("topk_ids", topk_ids)
     check_several("topk_ids", topk_ids, logits)
@@ -97,14 +97,16 @@ def topk_kl(
     checks.check_like("topk_logprobs", topk_logprobs, "topk_ids", topk_ids)
     if needs_gradient(topk_logprobs):
         raise ValueError("topk_logprobs requires grad, but the reference is a constant: detach it")
-    kept = as_mask(mask, logits)
+    kept = prepare_mask(mask, logits)
     ids, ref = as_rows(topk_ids).long(), as_rows(topk_logprobs).double().contiguous()
     listed = ref != -torch.inf if kept is None else (ref != -torch.inf) & kept[..., None]
     checks.check_token_range(ids, listed, logits.shape[-1], "topk_ids")
     _check_distinct(ids, listed)
     eps = torch.finfo(topk_logprobs.dtype).eps
     ref = _at_most_0(ref.masked_fill(~listed, -torch.inf), max(1e-3, 16 * eps))
-    events = _Events.apply(as_rows(logits), ids, listed, kept, temperature, softcap, backend)
+    events = _Events.apply(
+        models.logits, ids, listed, kept, models.temperature, models.softcap, backend
+    )
     if kept is not None:  # of a masked row none is known, and the gradient of all -inf is NaN
         events = torch.where(kept[..., None], events, 0.0)
     q, has_tail = _with_tail(ref, eps)

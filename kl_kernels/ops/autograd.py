@@ -16,6 +16,7 @@ from kl_kernels.checks import transforms_are_active
 from kl_kernels.ops import transforms
 from kl_kernels.ops.library import are_neighbours, library, new_gradient
 from kl_kernels.schemas import (
+    OPERATORS,
     Execution,
     KLRewardsArgs,
     KLRewardsOutputs,
@@ -31,6 +32,7 @@ from kl_kernels.schemas import (
     TokenStatsBackwardArgs,
     TokenStatsOutputs,
     pick,
+    tensor_fields,
 )
 
 
@@ -52,13 +54,27 @@ LATER: Any = None
 
 def keep(ctx: Any, backward: Any) -> None:
     """Save the arguments of a backward operator; `kept` returns them."""
-    ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in backward))
-    ctx.numbers = type(backward)(*(None if isinstance(arg, Tensor) else arg for arg in backward))
+    cls, numbers = type(backward), list(backward)
+    places = TENSORS_OF[cls]
+    ctx.save_for_backward(*[backward[i] for i in places])
+    for i in places:
+        numbers[i] = None
+    ctx.kept = cls, numbers
 
 
-def kept(ctx: Any) -> Any:
-    pairs = zip(ctx.saved_tensors, ctx.numbers)
-    return type(ctx.numbers)(*(number if tensor is None else tensor for tensor, number in pairs))
+def kept(ctx: Any, *grads: Tensor | None) -> Any:
+    """The arguments that `keep` saved, with upstream gradients as the first of them."""
+    cls, numbers = ctx.kept
+    args = list(numbers)
+    for i, tensor in zip(TENSORS_OF[cls], ctx.saved_tensors):
+        args[i] = tensor
+    args[: len(grads)] = grads
+    return cls(*args)
+
+
+TENSORS_OF = {
+    args: tensor_fields(args) for name, (args, _) in OPERATORS.items() if name.endswith("_backward")
+}
 
 
 def only_first(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -114,7 +130,7 @@ def token_stats_grad(ctx: Any, *grads: Any) -> Tensor | None:
     grad = TokenStatsOutputs(*grads)
     if grad.logprob is None and grad.entropy is None:
         return None
-    backward = kept(ctx)._replace(grad_logprob=grad.logprob, grad_entropy=grad.entropy)
+    backward = kept(ctx, grad.logprob, grad.entropy)
     return _run_backward("token_stats_backward", backward, ctx.execution)
 
 
@@ -158,12 +174,7 @@ def save_token_kl(
 
 def token_kl_grad(ctx: Any, *grads: Any) -> Tensor | None:
     grad = TokenKLOutputs(*grads)
-    backward = kept(ctx)._replace(
-        grad_logprob=grad.logprob,
-        grad_kl=grad.kl,
-        grad_forward_kl=grad.forward_kl,
-        grad_entropy=grad.entropy,
-    )
+    backward = kept(ctx, grad.logprob, grad.kl, grad.forward_kl, grad.entropy)
     if grad.kl is not None or grad.forward_kl is not None:
         return _run_backward("token_kl_backward", backward, ctx.execution)
     if grad.logprob is not None or grad.entropy is not None:
@@ -223,7 +234,7 @@ def token_jsd_grad(ctx: Any, *grads: Any) -> Tensor | None:
     grad = TokenJSDOutputs(*grads)
     if grad.jsd is None:
         return None
-    backward = kept(ctx)._replace(grad_jsd=grad.jsd)
+    backward = kept(ctx, grad.jsd)
     return _run_backward("token_jsd_backward", backward, ctx.execution)
 
 

@@ -29,6 +29,7 @@ from kl_kernels.schemas import (
     output_dtype,
     schema,
     state_fields,
+    tensor_fields,
 )
 
 library = torch.library.Library("kl_kernels", "DEF")
@@ -36,26 +37,33 @@ library = torch.library.Library("kl_kernels", "DEF")
 BACKEND = "str? backend"
 
 
-def _laid_out(arg: Any) -> Any:
-    """Kernels may rely on this: logits have stride 1 over V, everything per token is contiguous."""
-    if not isinstance(arg, Tensor) or (_is_logits(arg) and are_neighbours(arg)):
-        return arg
-    return arg.contiguous()
-
-
-def _is_logits(arg: Any) -> bool:
-    return isinstance(arg, Tensor) and arg.ndim == 3 and arg.is_floating_point()
-
-
 def are_neighbours(logits: Tensor) -> bool:
     """Whether neighbouring logits are neighbours in memory."""
     return logits.stride(-1) == 1 or logits.shape[-1] == 1
 
 
+LOGITS = {"logits", "ref_logits", "grad_logits", "gradient"}
+# Each operator's class of arguments, and (place, whether it is logits) of its tensors.
+LAYOUTS = {
+    name: (args, tuple((i, args._fields[i] in LOGITS) for i in tensor_fields(args)))
+    for name, (args, _) in OPERATORS.items()
+}
+
+
 def _run(name: str, args: Sequence[Any], backend: str | None) -> Any:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    operator = getattr(dispatch.choose(backend, tensors), name)
-    return operator(OPERATORS[name].args._make(map(_laid_out, args)))
+    """Run the operator on what kernels may rely on.
+
+    Logits have stride 1 over V, everything per token is contiguous.
+    """
+    cls, places = LAYOUTS[name]
+    laid_out, tensors = list(args), []
+    for i, is_logits in places:
+        if (tensor := laid_out[i]) is None:
+            continue
+        if not (is_logits and are_neighbours(tensor)):
+            laid_out[i] = tensor = tensor.contiguous()
+        tensors.append(tensor)
+    return getattr(dispatch.choose(backend, tensors), name)(cls(*laid_out))
 
 
 def _define(name: str, schema: str, implementation: Any, fake: Any) -> None:
@@ -79,7 +87,7 @@ def _define_differentiable(name: str) -> None:
     n, outputs = len(OPERATORS[name].args._fields), OPERATORS[name].outputs
 
     def implementation(*args: Any) -> Any:
-        return _run(name, args[:n], Execution._make(args[n:]).backend)
+        return _run(name, args[:n], args[-1])  # the gradient alone may be in place
 
     def fake(logits: Tensor, *_: Any) -> Any:
         is_state = [field.endswith("_state") for field in outputs._fields]

@@ -168,7 +168,7 @@ def test_a_copy_is_announced_only_where_one_is_made():
     for logits in (x, x[:, :, :-1], x[:, :1], x[..., 1:], x[:1].transpose(0, 1), x[..., :1]):
         rows = kl_kernels.functional.arguments.as_rows(logits)
         is_view = rows.data_ptr() == logits.data_ptr() and rows.stride(-1) == 1
-        assert is_view == (not kl_kernels.functional.arguments._has_to_be_copied(logits))
+        assert is_view == (not kl_kernels.functional.arguments._are_copied(logits))
 
 
 def test_memory_does_not_grow_over_ten_thousand_calls():

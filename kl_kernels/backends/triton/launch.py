@@ -16,10 +16,10 @@ from kl_kernels.backends.triton.fold import (
     fold_kernel,
     part_kernel,
 )
-from kl_kernels.backends.triton.gae import gae_kernel
+from kl_kernels.backends.triton.loss import policy_loss_kernel
 from kl_kernels.backends.triton.math import LOG2E
-from kl_kernels.backends.triton.policy_loss import policy_loss_kernel
 from kl_kernels.backends.triton.scale import scale_kernel
+from kl_kernels.backends.triton.scan import gae_kernel
 from kl_kernels.checks import check_token_range
 from kl_kernels.schemas import (
     NO_TOKEN,

@@ -147,16 +147,23 @@ def short_table(results: Results) -> str:
             cells = [times(by.get(name)) for name in ("torch.compile", "torch eager")]
             others = [m for m in case if m["family"] not in ("ours", "plain")]
             best = min(others, key=lambda m: m["ratio"], default=None)
-            cells.append(f"{times(best)} {labelled(best)}" if best else "none")
+            cells.append(f"{times(best)} {without_way(best)}" if best else "none")
             size = f" of {case[0]['size']}" if case[0]["width"] else ""
             ours = f"{number(by[OURS]['median_ms'])} ms"
             lines.append(f"| {operation}{size} | {ours} | {' | '.join(cells)} |")
     first = next(iter(cases.values()))[0]
     lines.append(
-        f"\nMedian time of {first['size']} logits in {first['dtype']}; the others as multiples of "
-        f"ours. {made(results)} From `bench/results/peers.json`."
+        f"\nMedian times for {first['size']} logits in {first['dtype']}; others in multiples of "
+        "ours, the median over rounds: below 1x is faster than ours. "
+        f"{made(results)} From `bench/results/peers.json`."
     )
     return "\n".join(lines)
+
+
+def without_way(m: Results) -> str:
+    """Whose it is, and what is left out of it."""
+    name = m["contender"].partition(" (")[0]
+    return f"{name} ({m['note']})" if m["note"] else name
 
 
 def times(m: Results | None) -> str:

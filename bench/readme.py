@@ -16,10 +16,11 @@ from typing import Any
 
 from bench.common import report
 from bench.gpu import page as gpu_page
+from bench.peers import page as peers_page
 from bench.quality import monitoring_page, numerics_page, testing_page
 from kl_kernels.lab.documents import Text, to_markdown
 from kl_kernels.lab.study.outcomes import WINDOW
-from kl_kernels.lab.study.plan import ADAPTIVE, described
+from kl_kernels.lab.study.plan import ADAPTIVE
 from kl_kernels.lab.study.report import TITLE, contents
 from kl_kernels.lab.study.statistics import Interval
 
@@ -57,33 +58,6 @@ def cpu_table(results: dict[str, Any]) -> str:
         f"{results['device']} with {results['threads']} threads that read "
         f"{results['read_gb_per_s']:.0f} GB/s; torch {results['facts']['torch']}, commit "
         f"{results['commit']}. From `bench/results/cpu.json`, made by `make bench-cpu`."
-    )
-    return "\n".join(lines)
-
-
-def study_section(results: dict[str, Any]) -> str:
-    """Where runs of each KL penalty ended, beside where all of them started, and the verdicts."""
-    lines = [
-        "![proxy reward and gold score against the distance from the reference]"
-        "(docs/study/overoptimisation.png)",
-        "",
-        "| KL penalty | proxy reward (trained on) | gold score (never seen) "
-        "| gold lost from its peak | KL [nats per answer] | tokens |",
-        "|---|---|---|---|---|---|",
-    ]
-    columns = ("proxy", "gold", "gold_drop", "kl", "length")
-    for name, row in {"before training": results["start"], **results["table"]}.items():
-        cells = (str(Interval(**row[column])) if column in row else "" for column in columns)
-        label = name if name == "before training" else described(name)
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    tested = [claim["holds"] for claim in results["claims"] if claim["holds"] is not None]
-    intervals = ", 95 % t-intervals" if results["n_seeds"] > 1 else ""
-    lines.append(
-        f"\nMeans over the last {WINDOW} of {results['updates']} updates and over "
-        f"{results['n_seeds']} seed(s){intervals}; commit {results['commit']}. From "
-        "`bench/results/study.json`, made by `make bench-study`. "
-        f"[docs/study.md](docs/study.md) has learning curves, texts, how good estimators of the KL "
-        f"are, and the conclusions with their verdicts: {sum(tested)} of {len(tested)} hold."
     )
     return "\n".join(lines)
 
@@ -152,26 +126,9 @@ def linear_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def heads_table(results: dict[str, Any]) -> str:
-    """Linear heads beside what users would take instead, whoever is faster."""
-    lines = [
-        "| from hidden states, on a CPU | time | over ours | largest error |",
-        "|---|---|---|---|",
-    ]
-    heads = [m for m in results["measurements"] if m["width"]]
-    for m in heads:
-        ours = m["contender"] == "kl_kernels"
-        name = f"**{m['contender']}**" if ours else m["contender"]
-        ratio = "" if ours else f"{m['ratio']:.2f}x"
-        error = f"{m['value_error']:.0e}"
-        lines.append(f"| {m['operation']}: {name} | {m['median_ms']:.0f} ms | {ratio} | {error} |")
-    sizes = ", ".join(sorted({f"{m['size']} in {m['dtype']}" for m in heads}))
-    lines.append(
-        f"\nRows x vocabulary x width: {sizes}; below 1x is faster than ours. Errors are relative "
-        f"to 1 + the true value. {results['device']} with {results['threads']} threads, commit "
-        f"{results['commit']}. From `bench/results/peers.json`, made by `make bench`."
-    )
-    return "\n".join(lines)
+def gpu_section(results: dict[str, Any]) -> str:
+    """A line for each job, then everything that was measured."""
+    return f"{gpu_page.short_table(results)}\n\n{report.section('gpu_h200', results)}"
 
 
 TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF"}
@@ -203,13 +160,7 @@ NOT_MEASURED = "Not measured yet."
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 
 DOCUMENTS: dict[str, Sections] = {
-    "README.md": {
-        "gpu_h200": gpu_page.short_table,
-        "cpu": cpu_table,
-        "traffic": traffic_sentence,
-        "peers": heads_table,
-        "study": study_section,
-    },
+    "README.md": {"peers": peers_page.short_table},
     "docs/numerics.md": {"numerics": numerics_page.tables},
     "docs/monitoring.md": {
         "monitor": monitoring_page.noise_and_changes,
@@ -221,6 +172,9 @@ DOCUMENTS: dict[str, Sections] = {
     "docs/how-to/compatibility.md": {"compatibility": compatibility_tables},
     "docs/benchmarks.md": {
         **{name: partial(report.section, name) for name in report.MODULES},
+        "gpu_h200": gpu_section,
+        "cpu": cpu_table,
+        "traffic": traffic_sentence,
         "linear": linear_table,
     },
 }

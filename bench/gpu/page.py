@@ -67,7 +67,7 @@ def blocks(results: Results) -> list[Block]:
 
 
 def short_table(results: Results) -> str:
-    """For the README: the first size of each job."""
+    """The first size of each job."""
     backends = results["backends"]
     lines = [
         "| | rows x V | " + " | ".join(f"`{b}` (spread), share" for b in backends)
@@ -87,8 +87,7 @@ def short_table(results: Results) -> str:
     lines.append(
         "\nMicroseconds, and the share of what plain kernels do in the same run: "
         f"{ceilings(results)}; the others as multiples of the best of ours. "
-        f"{met} of {len(verdicts)} targets are met: [docs/benchmarks.md](docs/benchmarks.md) has "
-        f"them, and more sizes. {made(results)} "
+        f"{met} of {len(verdicts)} targets are met. {made(results)} "
         f"From `bench/results/gpu_{stem(results)}.json`, made by `make gpu`."
     )
     return "\n".join(lines)

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from bench.peers.operations import OPERATIONS
-from bench.peers.pictures import pictures, stem
+from bench.peers.pictures import WHOLE, main_case, pictures, stem
 from kl_kernels.lab.documents import Block, Bullets, Heading, Picture, Table, Text
 
 __all__ = ["blocks", "pictures", "short_table"]
 OURS = "kl_kernels"
+SHORT = (  # what the README shows
+    "logprob + entropy + gradient",
+    "exact KL + gradient",
+    "policy loss",
+    "linear logprob + entropy",
+)
 MEMORY = {
     "cpu": "resident memory that a call needs at its worst, measured in a process of its own",
     "cuda": "what a call allocates at its worst, results included",
@@ -25,8 +31,12 @@ def blocks(results: Results) -> list[Block]:
             "before it is timed. Each round times ours and one other, one after the other; "
             "**x ours** is the median over rounds of what the other took over what ours took."
         ),
-        Picture(f"{stem(results)}_times", "Time of each operation, ours in blue. " + made(results)),
     ]
+    if WHOLE in main_case(results):
+        found.append(Picture(f"{stem(results)}_step", f"Time of a {WHOLE}. " + made(results)))
+    found.append(
+        Picture(f"{stem(results)}_times", "Time of each operation, ours in blue. " + made(results))
+    )
     if any(points(results).values()):
         found.append(
             Picture(f"{stem(results)}_sizes", "The exact KL at more sizes. " + made(results))
@@ -123,35 +133,39 @@ def made(results: Results) -> str:
 
 
 def short_table(results: Results) -> str:
-    """For the README: the main size, a line for each operation."""
-    first: dict[str, dict[str, Results]] = {}
-    for m in results["measurements"]:
-        case = first.setdefault(m["operation"], {})
-        size = next(iter(case.values()), m)["size"]
-        if m["size"] == size and m["contender"] not in case:  # the first dtype's
-            case[m["contender"]] = m
-    columns = ("torch.compile", "torch eager", "TRL", "verl")
+    """For the README: a picture, and four operations beside what a user would take instead."""
+    cases = main_case(results)
     lines = [
-        "| | size | kl_kernels | torch.compile | eager | TRL | verl | page faults |",
-        "|---|---|---|---|---|---|---|---|",
+        f"![Time of a {WHOLE}, ours and others'](docs/benchmarks/{stem(results)}_step.svg)",
+        "",
+        "| | kl_kernels | torch.compile | torch eager | fastest other package |",
+        "|---|---|---|---|---|",
     ]
-    for operation, by in first.items():
-        ours = by[OURS]
-        ratios = []
-        for name in columns:
-            m = by.get(name) or by.get(f"{name} chunked")
-            m = by.get("Python loop") if operation == "GAE" and name == "torch eager" else m
-            ratios.append(f"{m['ratio']:.1f}x" if m else "")
-        faults = [f"{by[n]['page_faults']:.0f}" for n in (OURS, "torch.compile") if n in by]
-        lines.append(
-            f"| {operation} | {ours['size']}, {ours['dtype']} | {number(ours['median_ms'])} ms "
-            f"({number(ours['fastest_ms'])} to {number(ours['slowest_ms'])}) | "
-            f"{' | '.join(ratios)} | {' / '.join(faults)} |"
-        )
+    for operation in SHORT:
+        if case := cases.get(operation):
+            by = {m["contender"]: m for m in case}
+            cells = [times(by.get(name)) for name in ("torch.compile", "torch eager")]
+            others = [m for m in case if m["family"] not in ("ours", "plain")]
+            best = min(others, key=lambda m: m["ratio"], default=None)
+            cells.append(f"{times(best)} {without_way(best)}" if best else "none")
+            size = f" of {case[0]['size']}" if case[0]["width"] else ""
+            ours = f"{number(by[OURS]['median_ms'])} ms"
+            lines.append(f"| {operation}{size} | {ours} | {' | '.join(cells)} |")
+    first = next(iter(cases.values()))[0]
     lines.append(
-        "\nMedians, and how many times as long the others took in the same rounds; sizes are rows "
-        "x vocabulary (x width of the hidden states); page faults of a call: ours / torch.compile. "
-        f"{made(results)} [docs/benchmarks.md](docs/benchmarks.md) has more sizes, memory, errors "
-        "and peers. From `bench/results/peers.json`, made by `make bench ARGS=--save`."
+        f"\nMedian times for {first['size']} logits in {first['dtype']}; others in multiples of "
+        "ours, the median over rounds: below 1x is faster than ours. "
+        f"{made(results)} From `bench/results/peers.json`."
     )
     return "\n".join(lines)
+
+
+def without_way(m: Results) -> str:
+    """Whose it is, and what is left out of it."""
+    name = m["contender"].partition(" (")[0]
+    return f"{name} ({m['note']})" if m["note"] else name
+
+
+def times(m: Results | None) -> str:
+    """How many times as long as ours, with a second digit where that is less."""
+    return "" if m is None else f"{m['ratio']:.{1 if m['ratio'] >= 1 else 2}f}x"

@@ -11,6 +11,7 @@ from bench.common.machine import chip_name
 from bench.peers.operations import OPERATIONS
 
 OURS = "kl_kernels"
+WHOLE = "PPO step"  # the operation with a picture of its own
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#B5B5B5", "#333333"
 COLOURS = {
     OURS: BLUE,
@@ -28,6 +29,10 @@ def pictures(results: Results) -> dict[str, bytes]:
         f"{name}_times": bars(main, "median_ms", milliseconds, times_slower, "Time"),
         f"{name}_memory": bars(main, "extra_mb", megabytes, times_more, "Peak extra memory"),
     }
+    if WHOLE in main:
+        found[f"{name}_step"] = bars(
+            {WHOLE: main[WHOLE]}, "median_ms", milliseconds, times_slower, "Time"
+        )
     if lines := by_size(results):
         found[f"{name}_sizes"] = sizes(lines)
     return found

@@ -180,17 +180,45 @@ def test_the_page_has_every_number_and_every_reason(bench):
     assert text.count("(benchmarks/peers_") == 3
 
 
-def test_the_readme_shows_the_first_size_of_each_operation(bench):
+def with_a_step(*others):
+    """The same, and a PPO step, of ours and others: contender, family, ratio, note."""
+    results = made_up()
+    like = results["measurements"][0]
+    results["measurements"] += [
+        like | {"operation": operation, "contender": contender, "family": family, "ratio": ratio,
+                "median_ms": 2.0 * ratio, "note": note}
+        for operation in ("PPO step", "policy loss")
+        for contender, family, ratio, note in (("kl_kernels", "ours", 1.0, ""), *others)
+    ]  # fmt: skip
+    return results
+
+
+def test_the_readme_shows_the_first_size_beside_the_fastest_of_the_others(bench):
     from bench.peers import page as peers_page
 
-    lines = peers_page.short_table(made_up()).splitlines()
-    assert lines[2].startswith(
-        "| exact KL + gradient | 64 x 1000, bfloat16 | 2.00 ms (1.50 to 300)"
-    )
-    assert "| 8.0x | 50.0x |  |  | 123 / 123 |" in lines[2]
-    assert lines[3].startswith("| GAE | 64 x 1000, float32 |")
-    assert "|  | 40.0x |  | 41.0x |" in lines[3]
-    assert "commit abc123" in lines[-1]
+    others = [
+        ("torch.compile", "plain", 0.5, ""), ("torch eager", "plain", 1.04, ""),
+        ("TRL", "trl", 3.0, ""), ("Liger (compiled)", "liger", 0.333, "no entropy"),
+    ]  # fmt: skip
+    lines = peers_page.short_table(with_a_step(*others)).splitlines()
+    assert lines[0].endswith("(docs/benchmarks/peers_step.svg)")
+    assert lines[4:6] == [
+        "| exact KL + gradient | 2.00 ms | 8.0x | 50.0x | none |",
+        "| policy loss | 2.00 ms | 0.50x | 1.0x | 0.33x Liger (no entropy) |",
+    ]
+    assert "64 x 1000 logits in bfloat16" in lines[-1]
+    assert "A CPU with 2 threads; torch 9.9, trl 1.16.0; commit abc123" in lines[-1]
+
+
+def test_the_readmes_picture_is_drawn_where_there_is_a_whole_step(bench):
+    from bench.peers import page as peers_page
+    from bench.peers import pictures as peers_pictures
+    from kl_kernels.lab.documents import Picture
+
+    results = with_a_step(("TRL", "trl", 3.0, ""))
+    shown = {b.name for b in peers_page.blocks(results) if isinstance(b, Picture)}
+    assert shown == set(peers_pictures.pictures(results))
+    assert "peers_step" in shown
 
 
 def test_pictures_are_the_same_twice_and_say_what_is_there(bench):

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from kl_kernels import __version__
-from kl_kernels.backends.reference import operators as reference
 from kl_kernels.backends.dispatch import BACKENDS
+from kl_kernels.backends.reference import operators as reference
 from kl_kernels.cli import COMMANDS, main
 from kl_kernels.lab.ppo.arguments import GROUPS, add_constants
 from kl_kernels.lab.ppo.config import PPOConfig

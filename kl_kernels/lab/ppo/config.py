@@ -10,13 +10,18 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from kl_kernels.checks import check_choice, check_integer, check_number
 from kl_kernels.monitor.constraint import ACTIONS, Action, UpdateConstraint
 from kl_kernels.monitor.names import NAMES
-from kl_kernels.rl.early_stop import When
+from kl_kernels.rl.early_stop import KLEarlyStop, When
 from kl_kernels.rl.scores import MissingEOS
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Subset = TypeVar("Subset", bound="DataclassInstance")
 
 
 def option(
@@ -352,6 +357,14 @@ class PPOConfig:
             return None
         return UpdateConstraint(self.max_update_kl or None, self.max_ratio or None, self.constraint)
 
+    def kl_early_stop(self) -> KLEarlyStop | None:
+        return KLEarlyStop(self.target_kl, when=self.early_stop) if self.target_kl else None
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """Rank of the adapter that is trained; None: the model is trained itself."""
+        return self.lora_rank if self.reference == "adapter" else None
+
     @property
     def kl_in_loss(self) -> bool:
         """Whether the loss holds a differentiable KL."""
@@ -362,6 +375,10 @@ class PPOConfig:
     def corrects_advantages(self) -> bool:
         """Whether the KL's gradient at the sampled token comes through its advantage."""
         return self.kl_in == "reward" and not self.kl_in_loss
+
+    def subset(self, kind: type[Subset]) -> Subset:
+        """Make a `kind`, a dataclass, each field of which is named like a constant of this one."""
+        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

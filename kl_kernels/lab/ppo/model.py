@@ -161,17 +161,17 @@ def weights_dtypes(folder: str | Path) -> list[torch.dtype]:
     return [dtype for name, dtype in TRAINABLE.items() if name in names]
 
 
-def kept_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
+def saved_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     """Dtype that a trained model is saved in: that of its files, if they have one."""
     return dtypes[0] if len(dtypes) == 1 else torch.float32
 
 
-def said_of_dtypes(dtypes: list[torch.dtype]) -> str | None:
+def dtype_note(dtypes: list[torch.dtype]) -> str | None:
     """Note on the dtype for the user; None where training changes nothing."""
     if dtypes == [torch.float32]:
         return None
     came, goes = (
         " and ".join(str(dtype).removeprefix("torch.") for dtype in kind)
-        for kind in (dtypes, [kept_dtype(dtypes)])
+        for kind in (dtypes, [saved_dtype(dtypes)])
     )
     return f"the model's {came} weights are trained in float32 and saved as {goes}"

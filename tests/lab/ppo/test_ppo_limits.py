@@ -19,14 +19,14 @@ LIMITS = {"max_update_kl": 1e-9, "learning_rate": 1e-2, "updates": 3}
 @pytest.fixture
 def reached(monkeypatch):
     """The weights that each update reached, before anything is undone."""
-    weights, update = [], loop.Trainer.update
+    weights, run_epochs = [], loop.Trainer.run_epochs
 
-    def recorded(trainer, *arguments):
-        steps = update(trainer, *arguments)
+    def recorded(trainer, *arguments, **options):
+        result = run_epochs(trainer, *arguments, **options)
         weights.append(copy.deepcopy(trainer.policy.state_dict()))
-        return steps
+        return result
 
-    monkeypatch.setattr(loop.Trainer, "update", recorded)
+    monkeypatch.setattr(loop.Trainer, "run_epochs", recorded)
     return weights
 
 

@@ -169,12 +169,12 @@ def test_ranks_draw_what_longer_answers_drew(tiny, monkeypatch):
     assert whole.mask.sum(1).tolist() == [short.index(end) + 1, 12]
     assert short.index(end) < 11
     state = torch.get_rng_state()
-    monkeypatch.setattr(Ranks, "largest", lambda self, own: torch.tensor(12))
+    monkeypatch.setattr(Ranks, "max", lambda self, local: torch.tensor(12))
     for ranks in (Ranks(0, 2, None), Ranks(1, 2, None)):
         torch.manual_seed(0)
         part = sample(lm, tokenizer, prompts, 12, ranks)
         assert torch.equal(torch.get_rng_state(), state)
-        expected = whole.rows(torch.tensor([ranks.rank]))
+        expected = whole.select(torch.tensor([ranks.rank]))
         assert torch.equal(part.ids, expected.ids)
         assert torch.equal(part.mask, expected.mask)
         assert torch.equal(part.attention_mask, expected.attention_mask)

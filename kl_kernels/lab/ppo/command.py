@@ -64,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
         ranks.shut_down()
         if ranks.is_main:
             raise
-        return 2  # said once is enough
+        return 2  # the main rank prints the error
     ranks.shut_down()
     return status
 
 
 def _run(args: argparse.Namespace, ranks: Ranks) -> int:
-    config, folder, inputs = _prepared(args, ranks)
+    config, folder, inputs = _prepare_run(args, ranks)
     if ranks.is_main:
         print(f"run folder: {folder.path}", *inputs.hints(), sep="\n")
     try:
@@ -83,12 +83,12 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     return 0
 
 
-def _prepared(args: argparse.Namespace, ranks: Ranks) -> tuple[PPOConfig, RunFolder, Inputs]:
+def _prepare_run(args: argparse.Namespace, ranks: Ranks) -> tuple[PPOConfig, RunFolder, Inputs]:
     """Check everything, and then make the run folder, or open it."""
     names = {field.name for field in dataclasses.fields(PPOConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
     if args.resume:
-        folder, config = _resumed(Path(args.resume), args.out, given)
+        folder, config = _open_resumed(Path(args.resume), args.out, given)
         ranks.check_batch_size(config.batch_size, config.minibatches)
         inputs = Inputs(config)
         if given:
@@ -156,7 +156,9 @@ class Inputs:
         return [hint for hint in (dtype_note(self.dtypes), chat) if hint]
 
 
-def _resumed(path: Path, out: str | None, given: dict[str, object]) -> tuple[RunFolder, PPOConfig]:
+def _open_resumed(
+    path: Path, out: str | None, given: dict[str, object]
+) -> tuple[RunFolder, PPOConfig]:
     folder, config = open_run(path)
     if out or given.keys() - {"updates"}:
         raise ValueError(
@@ -180,7 +182,7 @@ class Task(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
     reward: RewardFunction
-    gold: GoldScore | None  # None: the reward was given, and nobody knows what it is a proxy of
+    gold: GoldScore | None  # None: the user gave the reward, and only it is known
 
 
 def prepare(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -> Task:

@@ -142,7 +142,7 @@ def train(
 
             # 8. Checkpoint: on resuming, metrics after it are dropped.
             last = update == config.updates or result.action == "stop"
-            if last:  # before the checkpoint, after which nothing samples these answers again
+            if last:  # before the checkpoint: a run resumed from it has no answers to summarise
                 logger.log_drift(ranks.gather(rollout.kl), batch.samples, drawn, tokenizer)
             if last or update % config.checkpoint_every == 0:
                 save_checkpoint(run, update, ranks, state, logger)

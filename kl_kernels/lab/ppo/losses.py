@@ -1,4 +1,4 @@
-"""The loss of a minibatch, and how far the policy has moved since its rollout."""
+"""The loss of a minibatch, and the distance of the policy from its rollout."""
 
 from __future__ import annotations
 

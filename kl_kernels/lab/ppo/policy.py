@@ -1,7 +1,7 @@
 """The policy: a causal LM with a value head, sampled from and scored so that both agree.
 
 Sequences are `[prompt | answer]`, prompts padded on the left and answers on the right, so that all
-answers start in the same column. Padding is known by masks, never by the token it is written with.
+answers start in the same column. Masks tell what is padding, never its token.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Policy(nn.Module):
         attention_mask: Tensor,  # [B, P + T] bool
         n_answer: int,  # T
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, T, V] that each answer token was drawn from, and values [B, T] before it."""
+        """Compute logits [B, T, V] and values [B, T], each before its answer token is drawn."""
         logits, hidden = causal_lm(self.lm, ids, attention_mask, n_answer)
         return logits, self.value_head(hidden.detach()).squeeze(-1)
 
@@ -90,7 +90,7 @@ def prepare(
 
 
 def is_sharded(policy: nn.Module) -> bool:
-    """Whether FSDP2 has spread the weights over the ranks."""
+    """Tell whether FSDP2 has spread the weights over the ranks."""
     return isinstance(policy, FSDPModule)
 
 
@@ -100,7 +100,7 @@ def causal_lm(
     attention_mask: Tensor,  # [B, P + T] bool
     n_answer: int,  # T
 ) -> tuple[Tensor, Tensor]:
-    """Logits [B, T, V] and last hidden states [B, T, H] one step before each answer token.
+    """Compute logits [B, T, V] and last hidden states [B, T, H] before each answer token.
 
     Positions count unpadded tokens, so left padding changes nothing. The results are views.
     """

@@ -66,7 +66,7 @@ def encode_prompts(
     prompts: list[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    path: str,  # that they were read from
+    path: str,  # to the file that they were read from
     context: int | None,  # tokens the model can read; None: as many as there are
     answer_tokens: int,
 ) -> list[list[int]]:
@@ -145,7 +145,7 @@ def _encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, path: str) -> li
         chat: list[int] = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, return_dict=False
         )
-    except Exception as error:  # a template is a program that came with the folder
+    except Exception as error:  # a template is a program, which may raise anything
         raise ValueError(
             f"{_quoted(prompt)} does not fit the model's chat template: {error}"
         ) from error

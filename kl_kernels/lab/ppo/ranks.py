@@ -68,7 +68,7 @@ class Ranks:
             )
 
     def local_rows(self, n: int) -> slice:
-        """Rows of this rank, out of `n`."""
+        """Slice this rank's rows out of `n`."""
         share = n // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 

@@ -33,7 +33,7 @@ class MetricsLog:
     """metrics.jsonl, a line per update, flushed to disk before the update's checkpoint."""
 
     def __init__(self, path: Path, *, keep: int) -> None:
-        """Go on after the first `keep` lines; later ones belong to no checkpoint."""
+        """Open the file, and keep its first `keep` lines; later ones belong to no checkpoint."""
         self.path = path
         lines = path.read_text(encoding="utf-8").splitlines()[:keep] if path.exists() else []
         if len(lines) < keep:

@@ -70,7 +70,7 @@ def load_reward(spec: str) -> RewardFunction:
 def score_answers(
     reward: RewardFunction, prompts: list[str], answers: list[str], ranks: Ranks
 ) -> Tensor:  # [b] float32
-    """Score the local answers; what `compute_scores` refuses on any rank is an error on all."""
+    """Score the local answers; an answer without a score is an error on all ranks."""
     return ranks.on_each(lambda: compute_scores(reward, prompts, answers))
 
 
@@ -105,7 +105,7 @@ def compute_scores(
     # Tensors, NumPy's arrays and pandas' columns have tolist.
     scores = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(scores, Sequence) or isinstance(scores, (str, bytes)):
-        raise ValueError(f"the reward function returned {_described(returned)}; {ACCEPTED}")
+        raise ValueError(f"the reward function returned {_describe(returned)}; {ACCEPTED}")
     if len(scores) != len(answers):
         raise ValueError(
             f"the reward function returned {len(scores)} scores for {len(answers)} answers; "
@@ -115,7 +115,7 @@ def compute_scores(
     for i, score in enumerate(found.tolist()):
         if not math.isfinite(score):
             raise ValueError(
-                f"the reward function returned {_described(scores[i])} for answer {i} of "
+                f"the reward function returned {_describe(scores[i])} for answer {i} of "
                 f"{len(answers)}, {answers[i][:80]!r}; {ACCEPTED}, within float32"
             )
     return found
@@ -131,7 +131,7 @@ def _number(score: Any) -> float:
         return math.inf
 
 
-def _described(x: Any) -> str:
+def _describe(x: Any) -> str:
     text = repr(x)
     return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(x).__name__}"
 

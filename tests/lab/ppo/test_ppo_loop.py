@@ -1,4 +1,4 @@
-"""The loop notices a policy that is not what it samples from, and loses nothing when stopped."""
+"""The loop notices a policy that differs from its samples' policy, and resumes bit for bit."""
 
 import copy
 import dataclasses
@@ -47,8 +47,8 @@ def test_every_form_of_the_kl_starts_at_ratio_one_and_kl_zero(tmp_path, model_fo
 
 
 @pytest.mark.parametrize("changes", [{}, {"kl_in": "loss"}])
-def test_rewards_and_beta_in_another_unit_teach_the_same(tmp_path, model_folder, changes):
-    """Whitening divides rewards by their spread, so the KL in the loss has to be divided as well.
+def test_rewards_and_beta_in_another_unit_train_the_same(tmp_path, model_folder, changes):
+    """Whitening divides rewards by their spread, so the KL in the loss must be divided as well.
 
     Two updates: after the first, the value head's steps no longer scale with the rewards.
     """
@@ -68,7 +68,7 @@ def test_rewards_and_beta_in_another_unit_teach_the_same(tmp_path, model_folder,
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_whitening_s_units_are_multiplied(whiten_rewards):
-    """What a nat costs in whitened advantages, from standard deviations taken one by one."""
+    """The cost of a nat in whitened advantages follows from standard deviations, one by one."""
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
     rewards, values = torch.randn(2, 3, 4) * 5
@@ -89,7 +89,7 @@ def test_whitening_s_units_are_multiplied(whiten_rewards):
 
 
 def test_one_token_answers_feel_corrected_exact_kl_as_they_feel_k1(tmp_path, model_folder):
-    """With no earlier token to credit, exact KL and its correction add up to k1.
+    """Exact KL and its correction add up to k1 where there is no earlier token to credit.
 
     Three updates: the KL is 0 in the first, and the value heads differ after the second.
     """
@@ -155,7 +155,7 @@ def test_the_start_check_refuses(nonsense):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, model_folder):
-    """Stopped in the middle of update 4, after metrics that its last checkpoint does not cover."""
+    """The run stops in the middle of update 4, after metrics that no checkpoint covers."""
     options = {"updates": 5, "checkpoint_every": 2}
     whole = train(tmp_path / "whole", model_folder, **options)
 
@@ -183,7 +183,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, model_folder):
 
 
 def test_a_reference_that_is_the_policy_without_its_adapter(tmp_path, model_folder):
-    """Only the adapter learns, and the KL is to the model it was put on."""
+    """The adapter alone learns, and the KL is to the model it was put on."""
     start = load_model(model_folder)[0].state_dict()
     train(tmp_path / "run", model_folder, updates=3, reference="adapter", learning_rate=1e-2)
     saved = load_state(tmp_path / "run" / "checkpoint.pt")
@@ -212,7 +212,7 @@ def test_a_reference_that_is_the_policy_without_its_adapter(tmp_path, model_fold
         ({"score_clip": 2.0, "missing_eos_penalty": 5.0}, [-4.0, 2.0, -7.0]),
     ],
 )
-def test_scores_are_paid_by_length_and_ending(changes, expected):
+def test_scores_are_shaped_by_length_and_ending(changes, expected):
     """Answers of 1, 2 and 3 tokens; only the second holds EOS, and the first EOS as padding."""
     eos = 9
     ids = torch.tensor([[1, eos, eos, eos], [1, eos, eos, eos], [1, 2, 3, 0]])

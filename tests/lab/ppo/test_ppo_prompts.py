@@ -32,7 +32,7 @@ def chat_folder(model_folder, tmp_path) -> Path:
 
 @pytest.fixture
 def seen(tmp_path, monkeypatch):
-    """Arguments of a reward, and the prompts it was given."""
+    """Arguments of a reward that keeps the prompts it is given."""
     (tmp_path / "seeing.py").write_text(
         "prompts_seen = []\n"
         "def see(prompts, answers):\n"
@@ -192,7 +192,7 @@ def test_a_model_of_any_context_takes_any_prompt(tiny):
 
 
 def test_the_longest_prompt_that_fits_is_answered_in_full(tmp_path, model_folder, seen):
-    """26 tokens and 6 of the answer are the 32 of the context."""
+    """The prompt's 26 tokens and the answer's 6 are the 32 of the context."""
     tokenizer = load_model(model_folder)[1]
     text = tokenizer.decode(torch.arange(40, 66))
     assert len(tokenizer(text).input_ids) == 26

@@ -38,7 +38,7 @@ def test_reward_is_blind_to_the_order_of_tokens(tiny, words):
 
 
 def test_fitted_reward_learns_what_gold_counts(tiny):
-    """Counting a token is within reach of one weight per token, so new answers rank as by gold."""
+    """One weight per token can count a token, so new answers rank as by gold."""
     lm, tokenizer = tiny
     constants = PPOConfig(reward_pairs=400, answer_tokens=12, label_sharpness=10.0).subset(
         RewardModelConstants
@@ -158,7 +158,7 @@ def test_bad_scores_are_one_sentence_that_names_the_answer(scores, message):
 
 
 def test_an_error_in_a_reward_function_keeps_its_traceback():
-    """A ValueError of its own would be printed as if an argument of the command were wrong."""
+    """A ValueError that passed through would be printed as if an argument were wrong."""
 
     def reward(prompts, answers):
         return [float(answer) for answer in answers]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import kl_kernels
 from kl_kernels.algebra.epilogues import both_rule_out, k3_of, log_ratio_of
 from kl_kernels.integrations import openrlhf, verl
-from kl_kernels.lab.ppo.losses import moved
+from kl_kernels.lab.ppo.losses import kl_after_update
 from kl_kernels.rl.log_ratio import masked_log_ratio
 
 INF, NAN = math.inf, math.nan
@@ -401,13 +401,12 @@ def test_ppo_measures_no_move_of_what_both_policies_rule_out():
     logits, _, token_ids, mask = rows()
     logprobs = sampled(logits, token_ids).float()
     samples = SimpleNamespace(ids=None, attention_mask=None, answers=token_ids, mask=mask)
-    batch = SimpleNamespace(logprobs=logprobs, samples=samples, rows=lambda rows: batch)
-    ranks = SimpleNamespace(rows=lambda n: slice(None), total=lambda x: x, largest=lambda x: x)
-    config = SimpleNamespace(minibatches=1)
+    batch = SimpleNamespace(logprobs=logprobs, samples=samples, select=lambda rows: batch)
+    ranks = SimpleNamespace(local_rows=lambda n: slice(None), sum=lambda x: x, max=lambda x: x)
 
     def policy(*_):
         return logits, None
 
-    kl, ratio = moved(config, policy, batch, ranks)
+    kl, ratio = kl_after_update(policy, batch, 1, ranks)
     assert kl == pytest.approx(0, abs=1e-9)
     assert ratio == pytest.approx(1, abs=1e-5)

@@ -14,7 +14,7 @@ from kl_kernels.lab.ppo.checkpoint import RunFolder, create_run, open_run, save_
 from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.lab.ppo.pretrain import train_tokenizer
 from kl_kernels.lab.ppo.report import MetricsLog
-from kl_kernels.lab.ppo.watch import make_sink
+from kl_kernels.lab.ppo.run_logger import make_sink
 from kl_kernels.lab.study import runs
 from kl_kernels.lab.study.plan import Plan, create_study, open_study
 from kl_kernels.lab.study.runs import jobs_of

@@ -210,10 +210,10 @@ def test_a_reward_is_a_module_on_the_path_and_a_name_in_it(spec):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    config = PPOConfig(hidden_size=8, layers=1, vocab_size=300)
     tokenizer = train_tokenizer(["a b c"], 300)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(folder, new_model(config, tokenizer), tokenizer)
+    lm = new_model(tokenizer, hidden_size=8, layers=1, context=64)
+    save_model(folder, lm, tokenizer)
     return folder
 
 
@@ -273,7 +273,7 @@ def test_a_chat_template_runs_in_a_sandbox(model, mark, tmp_path):
     tokenizer = load_model(model)[1]
     chat = [{"role": "user", "content": "x"}]
     with pytest.raises(ValueError, match=r"does not fit the model's chat template: .*unsafe"):
-        encode_prompts(PPOConfig(), [chat], [], tokenizer, None)
+        encode_prompts([chat], tokenizer, path="", context=None, answer_tokens=40)
 
 
 def test_the_code_would_run_where_it_is_trusted(model, tmp_path):

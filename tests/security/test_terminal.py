@@ -8,7 +8,7 @@ import pytest
 from kl_kernels import cli
 from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.lab.ppo.report import MetricsLog, summary
-from kl_kernels.lab.ppo.reward import scores_of
+from kl_kernels.lab.ppo.reward import compute_scores
 from kl_kernels.lab.study.plan import Plan, StudyFolder
 from kl_kernels.lab.study.report import samples_table
 from kl_kernels.lab.study.runs import ChildFailed, jobs_of, run_all
@@ -80,7 +80,7 @@ def test_metrics_hold_samples_escaped_as_json_has_them(tmp_path, text):
 def test_errors_are_printed_escaped(tmp_path, text, capsys):
     """Of an answer, of a folder's configuration, and of its files' names."""
     with pytest.raises(ValueError, match="returned None") as error:
-        scores_of(lambda prompts, answers: [None], ["p"], [text])
+        compute_scores(lambda prompts, answers: [None], ["p"], [text])
     assert_harmless(str(error.value))
     (tmp_path / "config.json").write_text(json.dumps({text: 1}))
     assert cli.main(["ppo", "--resume", str(tmp_path)]) == 2

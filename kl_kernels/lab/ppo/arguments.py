@@ -1,4 +1,4 @@
-"""The arguments of `python -m kl_kernels ppo`, without what a run imports: help needs no extra."""
+"""The arguments of `python -m kl_kernels ppo`, without a run's imports: help needs no extra."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def add_constants(parser: argparse.ArgumentParser) -> None:
 
     Ranges and choices are left to `PPOConfig`, so that each is checked, and put in words, once.
     """
-    parser.usage = "%(prog)s [options]"  # of all of them it would fill a screen
+    parser.usage = "%(prog)s [options]"  # a list of all options would fill a screen
     parser.epilog = LITERATURE
     group: Any = parser
     for f in dataclasses.fields(PPOConfig):

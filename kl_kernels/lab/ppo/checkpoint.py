@@ -1,4 +1,4 @@
-"""Run folders: what a run leaves on disk, written so that a crash at any moment loses nothing."""
+"""Run folders: the files of a run, written so that a crash at any moment loses nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kl_kernels.files import (
 )
 from kl_kernels.lab.ppo.config import PPOConfig
 
-if TYPE_CHECKING:  # `ppo --help` and `study --help` are for those who lack transformers, too
+if TYPE_CHECKING:  # `ppo --help` and `study --help` also work without transformers
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -43,7 +43,7 @@ class RunFolder:
 
     @property
     def reference(self) -> Path:
-        return self.path / "reference"  # Hugging Face folder: what the policy starts from
+        return self.path / "reference"  # Hugging Face folder: the policy's start
 
     @property
     def reward_model(self) -> Path:
@@ -79,7 +79,7 @@ class RunFolder:
 
 
 def create_run(path: Path, config: PPOConfig) -> RunFolder:
-    """A new run folder holding `config`.
+    """Make a new run folder that holds `config`.
 
     Raises:
         ValueError: the folder exists and is not empty, or cannot be written.
@@ -99,7 +99,7 @@ def create_run(path: Path, config: PPOConfig) -> RunFolder:
 
 
 def open_run(path: Path) -> tuple[RunFolder, PPOConfig]:
-    """A run folder to continue, and its configuration.
+    """Open a run folder to continue; returns it and its configuration.
 
     Raises:
         ValueError: the folder holds no run, one of another version, or links that lead out of it.
@@ -119,7 +119,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote: tensors and plain values. A file from elsewhere cannot run code.
+    """Load tensors and plain values that `save_state` wrote; no file can run code here.
 
     Raises:
         ValueError: it holds something else, or is damaged.
@@ -140,7 +140,7 @@ def save_model(
     weights: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """A Hugging Face folder, complete or absent; an older one of that name is replaced.
+    """Save a Hugging Face folder, complete or absent; an older one of that name is replaced.
 
     `weights`: in place of the model's own, of which this process may hold a part. All are saved in
     `dtype`, which the folder's config.json names, too.
@@ -149,12 +149,12 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(FOLDER_MODE)  # not by save_pretrained, which would write through a link
     lm.save_pretrained(partial, state_dict=_cast(weights or lm.state_dict(), dtype))
-    lm.config.dtype = dtype  # save_pretrained wrote the one it is trained in
+    lm.config.dtype = dtype  # save_pretrained wrote the dtype of training
     lm.config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    # As the umask had it for a file written as usual; safetensors makes its own for the user alone.
+    # All files get the mode that the umask gave config.json; safetensors' are for the user alone.
     mode = (partial / "config.json").stat().st_mode & FILE_MODE
-    for file in partial.rglob("*"):  # a tokenizer of several chat templates has a folder of them
+    for file in partial.rglob("*"):  # a tokenizer with several chat templates has a folder of them
         if file.is_dir():
             file.chmod(file.stat().st_mode & FOLDER_MODE)
             continue
@@ -167,7 +167,7 @@ def save_model(
 
 
 def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied weights stay one, and are saved once
+    cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied weights stay tied, and are saved once
     for weight in weights.values():
         key = weight.data_ptr(), weight.shape
         if key not in cast:
@@ -176,7 +176,7 @@ def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of torch's global generators, the only randomness of a run, alike on all its ranks."""
+    """Read torch's global generators, the only randomness of a run, alike on all its ranks."""
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 

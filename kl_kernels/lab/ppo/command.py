@@ -26,19 +26,25 @@ from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.lab.ppo.loop import train
 from kl_kernels.lab.ppo.model import (
     check_model_folder,
-    kept_dtype,
+    dtype_note,
     load_model,
-    said_of_dtypes,
+    saved_dtype,
     weights_dtypes,
 )
-from kl_kernels.lab.ppo.pretrain import pretrain, train_tokenizer
-from kl_kernels.lab.ppo.prompts import HINT, encode_prompts, read_prompts
+from kl_kernels.lab.ppo.pretrain import PretrainConstants, pretrain, train_tokenizer
+from kl_kernels.lab.ppo.prompts import HINT, encode_prompts, paragraph_starts, read_prompts
 from kl_kernels.lab.ppo.ranks import Ranks, launch
-from kl_kernels.lab.ppo.reference import check_peft
+from kl_kernels.lab.ppo.ref_model import check_peft
 from kl_kernels.lab.ppo.report import draw, read_metrics, summary, table
-from kl_kernels.lab.ppo.reward import RewardFunction, TokenReward, fit_reward_model, load_reward
+from kl_kernels.lab.ppo.reward import (
+    RewardFunction,
+    RewardModelConstants,
+    TokenReward,
+    fit_reward_model,
+    load_reward,
+)
+from kl_kernels.lab.ppo.run_logger import check_library
 from kl_kernels.lab.ppo.task import GoldScore, load_corpus
-from kl_kernels.lab.ppo.watch import check_library
 
 INTERRUPTED = 130  # the shell's status for a process ended by Ctrl-C
 
@@ -55,49 +61,49 @@ def run(args: argparse.Namespace) -> int:
     try:
         status = _run(args, ranks)
     except ValueError:
-        ranks.leave()
-        if ranks.first:
+        ranks.shut_down()
+        if ranks.is_main:
             raise
-        return 2  # said once is enough
-    ranks.leave()
+        return 2  # the main rank prints the error
+    ranks.shut_down()
     return status
 
 
 def _run(args: argparse.Namespace, ranks: Ranks) -> int:
-    config, folder, inputs = _prepared(args, ranks)
-    if ranks.first:
+    config, folder, inputs = _prepare_run(args, ranks)
+    if ranks.is_main:
         print(f"run folder: {folder.path}", *inputs.hints(), sep="\n")
     try:
         _train(config, folder, inputs, ranks)
     except KeyboardInterrupt:
-        if ranks.first:
+        if ranks.is_main:
             print(f"\ninterrupted; continue with --resume {folder.path}", flush=True)
         return INTERRUPTED
-    ranks.wait()
+    ranks.barrier()
     return 0
 
 
-def _prepared(args: argparse.Namespace, ranks: Ranks) -> tuple[PPOConfig, RunFolder, Inputs]:
-    """Everything checked, and then the run folder."""
+def _prepare_run(args: argparse.Namespace, ranks: Ranks) -> tuple[PPOConfig, RunFolder, Inputs]:
+    """Check everything, and then make the run folder, or open it."""
     names = {field.name for field in dataclasses.fields(PPOConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
     if args.resume:
-        folder, config = _resumed(Path(args.resume), args.out, given)
-        ranks.check(config)
+        folder, config = _open_resumed(Path(args.resume), args.out, given)
+        ranks.check_batch_size(config.batch_size, config.minibatches)
         inputs = Inputs(config)
         if given:
-            ranks.on_first(lambda: write_text(folder.config, config.to_json()))
+            ranks.on_main(lambda: write_text(folder.config, config.to_json()))
         return config, folder, inputs
     config = PPOConfig(**given)
-    ranks.check(config)
+    ranks.check_batch_size(config.batch_size, config.minibatches)
     inputs = Inputs(config)
     default = Path("runs") / time.strftime("ppo-%Y%m%d-%H%M%S")
     out = Path(args.out) if args.out else default
-    return config, ranks.on_first(lambda: create_run(out, config)), inputs
+    return config, ranks.on_main(lambda: create_run(out, config)), inputs
 
 
 class Inputs:
-    """What the arguments name, loaded as far as that is quick, so that errors come at once."""
+    """Loads the files that arguments name, as far as that is quick, so that errors come at once."""
 
     def __init__(self, config: PPOConfig) -> None:
         check_library(config.log_to)
@@ -111,28 +117,48 @@ class Inputs:
         self.paragraphs = load_corpus() if needs_corpus else []
         self.lm = load_model(config.model) if config.model else None
         self.dtypes = weights_dtypes(config.model) if config.model else [torch.float32]
-        # A model that is yet to be pretrained will have this tokenizer.
+        # Pretraining will give the model this tokenizer.
         tokenizer = self.lm[1] if self.lm else train_tokenizer(self.paragraphs, config.vocab_size)
         self.encode(config, tokenizer)
 
     def encode(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """The tokens of every prompt; ValueError if one cannot be answered."""
+        """Encode every prompt.
+
+        Raises:
+            ValueError: one cannot be answered.
+        """
         context: int | None = config.context
         if self.lm:
             model = self.lm[0].config.get_text_config()
             context = getattr(model, "max_position_embeddings", None)
-        return encode_prompts(config, self.prompts, self.paragraphs, tokenizer, context)
+        if self.prompts is None:
+            return paragraph_starts(
+                self.paragraphs,
+                tokenizer,
+                context=context,
+                prompt_tokens=config.prompt_tokens,
+                answer_tokens=config.answer_tokens,
+            )
+        return encode_prompts(
+            self.prompts,
+            tokenizer,
+            path=config.prompts,
+            context=context,
+            answer_tokens=config.answer_tokens,
+        )
 
     def hints(self) -> list[str]:
-        """Notes on the given model that its user should read before it is trained."""
+        """Collect notes on the given model that its user should read before it is trained."""
         if self.lm is None:
             return []
         is_text = self.prompts is None or isinstance(self.prompts[0], str)
         chat = HINT if is_text and self.lm[1].chat_template else None
-        return [hint for hint in (said_of_dtypes(self.dtypes), chat) if hint]
+        return [hint for hint in (dtype_note(self.dtypes), chat) if hint]
 
 
-def _resumed(path: Path, out: str | None, given: dict[str, object]) -> tuple[RunFolder, PPOConfig]:
+def _open_resumed(
+    path: Path, out: str | None, given: dict[str, object]
+) -> tuple[RunFolder, PPOConfig]:
     folder, config = open_run(path)
     if out or given.keys() - {"updates"}:
         raise ValueError(
@@ -150,20 +176,21 @@ def _resumed(path: Path, out: str | None, given: dict[str, object]) -> tuple[Run
 
 
 class Task(NamedTuple):
-    """What a run trains, on what, towards what."""
+    """The task of a run: the model, its prompts, and the reward to raise."""
 
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
     reward: RewardFunction
-    gold: GoldScore | None  # what a given reward is a proxy of, nobody knows
+    gold: GoldScore | None  # None: the user gave the reward, and only it is known
 
 
 def prepare(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -> Task:
-    """The task, and in the folder what it is made of; what the folder has is not made again."""
+    """Make the task, and its models in the folder; those that the folder has are kept."""
     if inputs.lm is None:
-        if not ranks.on_first(folder.reference.is_dir):
-            ranks.on_first(lambda: pretrain(config, inputs.paragraphs, folder))
+        if not ranks.on_main(folder.reference.is_dir):
+            constants = config.subset(PretrainConstants)
+            ranks.on_main(lambda: pretrain(constants, inputs.paragraphs, folder))
         lm, tokenizer = load_model(folder.reference)
     else:
         lm, tokenizer = inputs.lm
@@ -174,7 +201,7 @@ def prepare(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) 
     if inputs.reward:
         return Task(lm, tokenizer, prompts, inputs.reward, None)
     gold = GoldScore.of_corpus(inputs.paragraphs)
-    ranks.on_first(lambda: _fit_reward(config, folder, lm, tokenizer, prompts, gold))
+    ranks.on_main(lambda: _fit_reward(config, folder, lm, tokenizer, prompts, gold))
     reward = TokenReward(tokenizer)
     reward.load_state_dict(load_state(folder.reward_model))
     return Task(lm, tokenizer, prompts, reward, gold)
@@ -183,8 +210,8 @@ def prepare(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) 
 def _train(config: PPOConfig, folder: RunFolder, inputs: Inputs, ranks: Ranks) -> None:
     task = prepare(config, folder, inputs, ranks)
     lm, weights = train(config, folder, *task)
-    if ranks.first:
-        save_model(folder.policy, lm, task.tokenizer, weights, kept_dtype(inputs.dtypes))
+    if ranks.is_main:
+        save_model(folder.policy, lm, task.tokenizer, weights, saved_dtype(inputs.dtypes))
         _report(config, folder)
 
 
@@ -207,9 +234,9 @@ def _fit_reward(
     prompts: list[list[int]],
     gold: GoldScore,
 ) -> None:
-    """Once per run: the run folder keeps it."""
+    """Fit the reward model, unless the run folder has it."""
     if folder.reward_model.is_file():
         return
     torch.manual_seed(config.seed)
-    reward = fit_reward_model(config, lm, tokenizer, prompts, gold)
+    reward = fit_reward_model(lm, tokenizer, prompts, gold, config.subset(RewardModelConstants))
     save_state(folder.reward_model, reward.state_dict())

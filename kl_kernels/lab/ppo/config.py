@@ -10,13 +10,18 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from kl_kernels.checks import check_choice, check_integer, check_number
 from kl_kernels.monitor.constraint import ACTIONS, Action, UpdateConstraint
 from kl_kernels.monitor.names import NAMES
-from kl_kernels.rl.early_stop import When
+from kl_kernels.rl.early_stop import KLEarlyStop, When
 from kl_kernels.rl.scores import MissingEOS
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Subset = TypeVar("Subset", bound="DataclassInstance")
 
 
 def option(
@@ -30,7 +35,7 @@ def option(
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """A field of the configuration; `reason` is also its help on the command line."""
+    """Define a field of the configuration; `reason` is also its help on the command line."""
     return field(
         default=default,
         metadata={
@@ -56,7 +61,7 @@ class PPOConfig:
         TypeError: a value is not of its field's type.
     """
 
-    # What is trained, on what, towards what. Empty: the embedded task.
+    # Model, prompts and reward. Empty: the embedded task.
     model: str = option(
         "",
         "folder of a Hugging Face causal language model with its tokenizer; nothing is "
@@ -78,7 +83,7 @@ class PPOConfig:
     )
     seed: int = option(0, "seed of every random choice", at_least=0)
 
-    # The tiny language model: as much as two cores can pretrain in a minute.
+    # The tiny language model, so small that two cores can pretrain it in a minute.
     vocab_size: int = option(
         2048,
         "tokens of the byte-pair vocabulary that is fitted to the corpus; of a larger one, many "
@@ -192,7 +197,7 @@ class PPOConfig:
         8.0, "for pi: updates by which the KL is expected to lag behind beta", at_least=0
     )
 
-    # What an answer is paid.
+    # From scores to rewards.
     score_clip: float = option(0.0, "limit of a score's absolute value; 0: none", at_least=0)
     length_exponent: float = option(
         0.0,
@@ -258,7 +263,7 @@ class PPOConfig:
     adam_eps: float = option(1e-5, "Adam's epsilon [37 details]", above=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
 
-    # Limits, and who watches them.
+    # Limits, monitoring and logging.
     target_kl: float = option(
         0.0,
         "stop passing over a batch once KL(old policy || policy) exceeds this, in nats per "
@@ -335,7 +340,7 @@ class PPOConfig:
         self.update_constraint()
 
     def _check_estimator(self) -> None:
-        """Refuse estimators whose expected policy gradient is another one, and say so.
+        """Refuse estimators whose expected policy gradient is not the KL's.
 
         A value near the KL is no reason to train on one: see `kl_kernels.kl_penalty`.
         """
@@ -352,16 +357,28 @@ class PPOConfig:
             return None
         return UpdateConstraint(self.max_update_kl or None, self.max_ratio or None, self.constraint)
 
+    def kl_early_stop(self) -> KLEarlyStop | None:
+        return KLEarlyStop(self.target_kl, when=self.early_stop) if self.target_kl else None
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """Rank of the adapter that is trained; None: the model is trained itself."""
+        return self.lora_rank if self.reference == "adapter" else None
+
     @property
     def kl_in_loss(self) -> bool:
-        """Whether the loss holds a differentiable KL."""
+        """Tell whether the loss holds a differentiable KL."""
         shared = self.kl_estimator == "exact" and self.exact_kl_gradient == "loss"
         return self.kl_in == "loss" or shared
 
     @property
     def corrects_advantages(self) -> bool:
-        """Whether the KL's gradient at the sampled token comes through its advantage."""
+        """Tell whether the KL's gradient at the sampled token comes through its advantage."""
         return self.kl_in == "reward" and not self.kl_in_loss
+
+    def subset(self, kind: type[Subset]) -> Subset:
+        """Make a `kind`, a dataclass whose fields are constants or properties of this one."""
+        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -372,7 +389,7 @@ class PPOConfig:
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
-    """`value` as a Python `kind`: a config.json may hold anything, a script numbers of numpy's."""
+    """Make `value` a Python `kind`: a config.json may hold anything, a script NumPy's numbers."""
     if kind is float:
         return check_number(name, value)
     if kind is int:

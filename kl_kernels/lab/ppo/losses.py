@@ -1,16 +1,17 @@
-"""The loss of a minibatch, and how far the policy has moved since its rollout."""
+"""The loss of a minibatch, and the distance of the policy from its rollout."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kl_kernels import fused_policy_loss, ppo_value_loss, token_stats
 from kl_kernels.algebra.epilogues import k3_of
-from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.lab.ppo.policy import Policy
 from kl_kernels.lab.ppo.ranks import Ranks
-from kl_kernels.lab.ppo.reference import Reference
+from kl_kernels.lab.ppo.ref_model import RefModel
 from kl_kernels.lab.ppo.rollout import Batch
 from kl_kernels.rl.log_ratio import masked_log_ratio
 
@@ -20,91 +21,103 @@ RATIO_TOLERANCE = 1e-3
 KL_TOLERANCE = 1e-4  # nats per token
 
 
+@dataclass(frozen=True)
+class LossConstants:
+    """Constants of `ppo_loss`, as `PPOConfig` has them."""
+
+    clip: float
+    value_clip: float
+    value_coef: float
+    kl_estimator: str
+
+
 def ppo_loss(
-    config: PPOConfig,
     policy: Policy,
-    reference: Reference,
+    ref_model: RefModel,
     batch: Batch,
-    kl_loss_coef: float,
     ranks: Ranks,
+    kl_loss_coef: float,
+    constants: LossConstants,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Clipped policy loss + KL to the reference + value loss, and what they were made of.
+    """Compute clipped policy loss + KL to the reference + value loss, and their metrics.
 
     Each logit of both models is read once for the loss and its gradient together; the reference is
-    run only for an exact KL in the loss. The loss is that of this rank's rows, such that its mean
+    run only for an exact KL in the loss. The loss is that of the local rows, such that its mean
     over ranks, and so DDP's mean of gradients, is the batch's; the metrics are the batch's.
     """
     n_tokens = batch.samples.mask.sum()
-    batch = batch.each(lambda tensor: tensor[ranks.rows(len(tensor))])
+    batch = batch.map(lambda tensor: tensor[ranks.local_rows(len(tensor))])
     samples, n_answer = batch.samples, batch.samples.mask.shape[1]
     logits, values = policy(samples.ids, samples.attention_mask, n_answer)
-    sampled = config.kl_estimator == "k2"
-    exact = kl_loss_coef > 0 and not sampled
+    is_k2 = constants.kl_estimator == "k2"
+    is_exact = kl_loss_coef > 0 and not is_k2
     loss, metrics = fused_policy_loss(
         logits,
         samples.answers,
         batch.logprobs,
         batch.advantages,
         samples.mask,
-        ref_logits=reference(samples.ids, samples.attention_mask, n_answer) if exact else None,
-        ref_logprobs=batch.ref_logprobs if sampled else None,
+        ref_logits=ref_model(samples.ids, samples.attention_mask, n_answer) if is_exact else None,
+        ref_logprobs=batch.ref_logprobs if is_k2 else None,
         kl_loss_coef=kl_loss_coef,
-        kl_estimator="k2" if sampled else "exact",
-        clip_low=config.clip,
-        clip_high=config.clip,
-        denominator=n_tokens / ranks.n,
+        kl_estimator="k2" if is_k2 else "exact",
+        clip_low=constants.clip,
+        clip_high=constants.clip,
+        denominator=n_tokens / ranks.world_size,
     )
     value_loss, _ = ppo_value_loss(
         values,
         batch.values,
         batch.returns,
         samples.mask,
-        clip_range=config.value_clip,
-        denominator=n_tokens / ranks.n,
+        clip_range=constants.value_clip,
+        denominator=n_tokens / ranks.world_size,
     )
-    # This rank's share of what is averaged over tokens.
-    share = samples.mask.sum() / n_tokens.clamp_min(1)
+    # Means over tokens count by the local share of them, sums of the loss as they are.
+    token_share = samples.mask.sum() / n_tokens.clamp_min(1)
     kl = metrics.get("kl", torch.zeros_like(loss))
-    of_tokens = share * torch.stack([kl, metrics["approx_kl"], metrics["clip_fraction"]])
-    of_ranks = torch.stack([loss.detach(), value_loss.detach()]) / ranks.n
-    total = ranks.total(torch.cat([of_ranks, of_tokens]))
-    policy_loss, value_loss_, kl_loss, approx_kl, clip_fraction = total.tolist()
-    return loss + config.value_coef * value_loss, {
+    token_means = token_share * torch.stack([kl, metrics["approx_kl"], metrics["clip_fraction"]])
+    losses = torch.stack([loss.detach(), value_loss.detach()]) / ranks.world_size
+    batch_means = ranks.sum(torch.cat([losses, token_means])).tolist()
+    policy_loss, batch_value_loss, kl_loss, approx_kl, clip_fraction = batch_means
+    return loss + constants.value_coef * value_loss, {
         "policy_loss": policy_loss - kl_loss_coef * kl_loss,
-        "value_loss": value_loss_,
+        "value_loss": batch_value_loss,
         "kl_loss": kl_loss,
         "approx_kl": approx_kl,
-        "ratio_max": ranks.largest(metrics["ratio_max"]).item(),
+        "ratio_max": ranks.max(metrics["ratio_max"]).item(),
         "clip_fraction": clip_fraction,
     }
 
 
 @torch.no_grad()
-def moved(config: PPOConfig, policy: Policy, batch: Batch, ranks: Ranks) -> tuple[float, float]:
-    """Mean KL(old policy || policy) in nats per token (k3), and the largest policy ratio."""
+def kl_after_update(
+    policy: Policy, batch: Batch, minibatches: int, ranks: Ranks
+) -> tuple[float, float]:
+    """Measure KL(old policy || policy) in nats per token (k3), and the largest policy ratio."""
     device = batch.logprobs.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    largest = torch.ones((), device=device)
-    for rows in torch.arange(len(batch.logprobs)).chunk(config.minibatches):
-        part = batch.rows(rows[ranks.rows(len(rows))].to(device))
+    kl_sum = torch.zeros((), dtype=torch.float64, device=device)
+    ratio_max = torch.ones((), device=device)
+    for rows in torch.arange(len(batch.logprobs)).chunk(minibatches):
+        part = batch.select(rows[ranks.local_rows(len(rows))].to(device))
         samples = part.samples
         logits, _ = policy(samples.ids, samples.attention_mask, samples.mask.shape[1])
         logprob = token_stats(logits, samples.answers, mask=samples.mask).logprob
         log_ratio = masked_log_ratio(logprob, part.logprobs, samples.mask)
-        total = total + k3_of(-log_ratio).double().sum()
-        largest = torch.maximum(largest, log_ratio.exp().amax())
-    kl = ranks.total(total) / batch.samples.mask.sum().clamp_min(1)
-    return kl.item(), ranks.largest(largest).item()
+        kl_sum = kl_sum + k3_of(-log_ratio).double().sum()
+        ratio_max = torch.maximum(ratio_max, log_ratio.exp().amax())
+    kl = ranks.sum(kl_sum) / batch.samples.mask.sum().clamp_min(1)
+    return kl.item(), ranks.max(ratio_max).item()
 
 
-def check_ratio(approx_kl: float, ratio_max: float) -> None:
-    """Before the first step the policy is the one that sampled, so that every ratio is 1.
+def check_initial_ratio(approx_kl: float, ratio_max: float) -> None:
+    """Check that before the first step, every ratio of the policy to its rollout is 1.
 
     Raises:
-        RuntimeError: it is not; whatever makes it differ would be trained on as if it were the
-            policy's doing.
+        RuntimeError: one is not; the error that causes it would be trained on as if the policy had
+            changed.
     """
-    # Of ratios near 1, k3 is half the mean square of what they are off by.
+    # Near a ratio of 1, k3 is half the mean square of the ratios' deviations.
     for deviation in (ratio_max - 1, (2 * abs(approx_kl)) ** 0.5):
         if not deviation <= RATIO_TOLERANCE:
             raise RuntimeError(
@@ -113,8 +126,8 @@ def check_ratio(approx_kl: float, ratio_max: float) -> None:
             )
 
 
-def check_reference(kl: float) -> None:
-    """Before the first step the policy is its own reference, so that no token has a KL to it.
+def check_initial_kl(kl: float) -> None:
+    """Check that before the first step, no token has a KL to the reference.
 
     Raises:
         RuntimeError: one has.

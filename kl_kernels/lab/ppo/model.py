@@ -1,4 +1,4 @@
-"""A causal LM and its tokenizer, from a folder on disk alone, and checked before a run begins."""
+"""A causal LM and its tokenizer, loaded only from a folder on disk, and checked before a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-# Left to itself, transformers asks on the terminal whether to run a folder's code.
+# By default, transformers asks on the terminal whether to run a folder's code.
 FROM_DISK_ALONE = {"local_files_only": True, "trust_remote_code": False}
 
 HUB = re.compile(r"(?:https://huggingface\.co/)?([\w-][\w.-]*(?:/[\w-][\w.-]*)?)/?")
 
-# As a safetensors header writes them. Other types of numbers are those of quantised models.
+# Names of dtypes in a safetensors header. Its other types of numbers are quantised.
 TRAINABLE = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -40,7 +40,7 @@ def check_model_folder(folder: str) -> None:
     """
     path = Path(folder)
     if not path.exists():
-        raise ValueError(f"model is {folder!r}; there is no such folder{_download(folder)}")
+        raise ValueError(f"model is {folder!r}; there is no such folder{_download_hint(folder)}")
     if not (path / "config.json").is_file():
         raise ValueError(
             f"model is {folder!r}; it must be a folder with a Hugging Face causal LM "
@@ -70,13 +70,13 @@ def check_model_folder(folder: str) -> None:
 
 
 def _indexed_files(path: Path) -> list[Any]:
-    """Index of the weights' files, where a model has several of them."""
+    """List the weights' files from the index of a model that has several; [] without one."""
     index = path / SAFE_WEIGHTS_INDEX_NAME
     return list(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else []
 
 
-def _download(name: str) -> str:
-    """The line that gets a model of the Hugging Face Hub, if `name` may be one's."""
+def _download_hint(name: str) -> str:
+    """Write the command that downloads `name`, if that may be a model of the Hugging Face Hub."""
     found = HUB.fullmatch(name)
     if not found:
         return ""
@@ -102,7 +102,7 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
             folder,
             dtype=torch.float32,
             use_safetensors=True,
-            # transformers' choice: a folder's own may name a kernel to be fetched from the hub
+            # None leaves it to transformers: a folder may name a kernel to be fetched from the hub
             attn_implementation=None,
             **FROM_DISK_ALONE,
         )
@@ -110,8 +110,8 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"model is {str(folder)!r}, which does not load: {error}") from error
     _check_tokenizer(str(folder), lm, tokenizer)
-    # A folder may bring settings of its own (top-k, repetition penalty, ...). Sampling from
-    # anything but softmax(logits) makes log-ratios wrong, and the policy is paid to diverge.
+    # A folder may bring its own settings (top-k, repetition penalty, ...). Sampling from anything
+    # but softmax(logits) makes log-ratios wrong, and rewards the policy for diverging.
     lm.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -126,7 +126,7 @@ def _check_tokenizer(folder: str, lm: PreTrainedModel, tokenizer: PreTrainedToke
             f"the tokenizer in {folder!r} has no EOS token, so answers cannot end; set eos_token "
             "in its tokenizer_config.json to the token that ends a text"
         )
-    # A padding token is not asked for: padding is known by masks.
+    # A padding token is not needed: masks tell what is padding.
     last, rows = max(tokenizer.get_vocab().values()), lm.get_input_embeddings().num_embeddings
     if last >= rows:
         raise ValueError(
@@ -137,7 +137,7 @@ def _check_tokenizer(folder: str, lm: PreTrainedModel, tokenizer: PreTrainedToke
 
 
 def weights_dtypes(folder: str | Path) -> list[torch.dtype]:
-    """The dtypes of the weights in a model's folder, as its files have them.
+    """List the dtypes of the weights in a model's folder, as its files have them.
 
     config.json may name another one.
 
@@ -145,9 +145,9 @@ def weights_dtypes(folder: str | Path) -> list[torch.dtype]:
         ValueError: the weights cannot be read, or are quantised.
     """
     path, names = Path(folder), set[str]()
-    alone = (path / SAFE_WEIGHTS_NAME).exists()  # transformers then reads no index
+    one_file = (path / SAFE_WEIGHTS_NAME).exists()  # transformers then reads no index
     try:
-        for name in [SAFE_WEIGHTS_NAME] if alone else set(_indexed_files(path)):
+        for name in [SAFE_WEIGHTS_NAME] if one_file else set(_indexed_files(path)):
             with safe_open(path / name, "pt") as file:
                 names |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -161,17 +161,17 @@ def weights_dtypes(folder: str | Path) -> list[torch.dtype]:
     return [dtype for name, dtype in TRAINABLE.items() if name in names]
 
 
-def kept_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
-    """Dtype that a trained model is saved in: that of its files, if they have one."""
+def saved_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
+    """Choose the dtype to save a trained model in: that of its files, if they share one."""
     return dtypes[0] if len(dtypes) == 1 else torch.float32
 
 
-def said_of_dtypes(dtypes: list[torch.dtype]) -> str | None:
-    """Note on the dtype for the user; None where training changes nothing."""
+def dtype_note(dtypes: list[torch.dtype]) -> str | None:
+    """Write a note on the dtype for the user; None where training changes nothing."""
     if dtypes == [torch.float32]:
         return None
-    came, goes = (
-        " and ".join(str(dtype).removeprefix("torch.") for dtype in kind)
-        for kind in (dtypes, [kept_dtype(dtypes)])
+    loaded, saved = (
+        " and ".join(str(dtype).removeprefix("torch.") for dtype in some)
+        for some in (dtypes, [saved_dtype(dtypes)])
     )
-    return f"the model's {came} weights are trained in float32 and saved as {goes}"
+    return f"the model's {loaded} weights are trained in float32 and saved as {saved}"

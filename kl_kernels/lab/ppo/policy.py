@@ -1,7 +1,7 @@
 """The policy: a causal LM with a value head, sampled from and scored so that both agree.
 
 Sequences are `[prompt | answer]`, prompts padded on the left and answers on the right, so that all
-answers start in the same column. Padding is known by masks, never by the token it is written with.
+answers start in the same column. Masks tell what is padding, never its token.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from kl_kernels.lab.ppo.ranks import ALONE, ExponentialRace, Ranks
+from kl_kernels.lab.ppo.ranks import SINGLE_PROCESS, ExponentialRace, Ranks
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,29 @@ class Samples:
     def answers(self) -> Tensor:  # [B, T]
         return self.ids[:, -self.mask.shape[1] :]
 
-    def each(self, f: Callable[[Tensor], Tensor]) -> Samples:
+    def map(self, f: Callable[[Tensor], Tensor]) -> Samples:
         return Samples(f(self.ids), f(self.attention_mask), f(self.mask))
 
-    def rows(self, rows: Tensor) -> Samples:  # [b] int64
-        return self.each(lambda tensor: tensor[rows])
+    def select(self, rows: Tensor) -> Samples:  # [b] int64
+        return self.map(lambda tensor: tensor[rows])
 
 
 class Policy(nn.Module):
     """A causal LM and a value head on its detached last hidden states.
 
-    Detached, because the value loss would otherwise bend the language model; the head learns with a
-    rate of its own. Never in training mode: dropout would make the ratio of an unchanged policy
-    differ from 1.
+    The states are detached because the value loss would otherwise bend the language model; the head
+    has a learning rate to itself. The policy is never in training mode: dropout would make the
+    ratio of an unchanged policy differ from 1.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
         width = lm.config.get_text_config().hidden_size
-        estimate = nn.Linear(width, 1)
-        nn.init.zeros_(estimate.weight)  # no opinion before the first return
-        nn.init.zeros_(estimate.bias)
-        self.value_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), estimate)
+        output = nn.Linear(width, 1)
+        nn.init.zeros_(output.weight)  # every value is 0 before the first return
+        nn.init.zeros_(output.bias)
+        self.value_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), output)
         self.eval()
 
     def forward(
@@ -62,7 +64,7 @@ class Policy(nn.Module):
         attention_mask: Tensor,  # [B, P + T] bool
         n_answer: int,  # T
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, T, V] that each answer token was drawn from, and values [B, T] before it."""
+        """Compute logits [B, T, V] and values [B, T], each before its answer token is drawn."""
         logits, hidden = causal_lm(self.lm, ids, attention_mask, n_answer)
         return logits, self.value_head(hidden.detach()).squeeze(-1)
 
@@ -71,14 +73,24 @@ class Policy(nn.Module):
         return self.lm.device
 
     def generate(self, ids: Tensor, **options: Any) -> Tensor:  # [B, P] -> [B, P + at most T]
-        """The language model's, through this module, whose weights a sharded policy gathers."""
-        # A rank whose answers have ended goes on with the others, who need its shards.
+        """Generate with the language model, through this module, which gathers sharded weights."""
+        # A rank whose answers have ended goes on with the others, which need its shards.
         generated: Tensor = self.lm.generate(ids, synced_gpus=is_sharded(self), **options)
         return generated
 
 
+def prepare(
+    policy: Policy, optimizer: Optimizer, accelerator: Accelerator
+) -> tuple[Policy, Optimizer]:
+    """Wrap the policy for its ranks: as it is for one, in DDP, or sharded in place by FSDP2."""
+    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    if is_sharded(policy):
+        register_fsdp_forward_method(policy, "generate")
+    return wrapped, optimizer
+
+
 def is_sharded(policy: nn.Module) -> bool:
-    """Whether FSDP2 has spread the weights over the ranks."""
+    """Tell whether FSDP2 has spread the weights over the ranks."""
     return isinstance(policy, FSDPModule)
 
 
@@ -88,7 +100,7 @@ def causal_lm(
     attention_mask: Tensor,  # [B, P + T] bool
     n_answer: int,  # T
 ) -> tuple[Tensor, Tensor]:
-    """Logits [B, T, V] and last hidden states [B, T, H] one step before each answer token.
+    """Compute logits [B, T, V] and last hidden states [B, T, H] before each answer token.
 
     Positions count unpadded tokens, so left padding changes nothing. The results are views.
     """
@@ -124,19 +136,19 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     n_answer: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Samples:
-    """One answer of at most `n_answer` tokens per prompt, drawn from softmax(logits) itself.
+    """Draw one answer of at most `n_answer` tokens per prompt, from softmax(logits) itself.
 
-    Of several ranks, each is given all prompts and answers its own rows of them. To `generate` this
-    is greedy decoding, which warps nothing; told to sample, it keeps only the 50 likeliest tokens
-    without saying so, and the loss's log-probabilities are then of another distribution.
+    Each rank is given all prompts and answers its local rows of them. `generate` is told to decode
+    greedily, which changes no logit. Told to sample, it would silently keep only the 50 likeliest
+    tokens, and the loss's log-probabilities would be those of another distribution.
     """
     eos = tokenizer.eos_token_id
     filler = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    own = ranks.rows(len(prompts))
-    prompt_ids, prompt_mask = (rows[own] for rows in pad_left(prompts, filler, lm.device))
-    race = ExponentialRace(len(prompts), own)
+    local = ranks.local_rows(len(prompts))
+    prompt_ids, prompt_mask = (rows[local] for rows in pad_left(prompts, filler, lm.device))
+    race = ExponentialRace(len(prompts), local)
     ids = lm.generate(
         prompt_ids,
         attention_mask=prompt_mask.long(),
@@ -151,8 +163,12 @@ def sample(
     return Samples(ids, torch.cat((prompt_mask, mask), 1), mask)
 
 
+def prompt_texts(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+
+
 def answer_texts(samples: Samples, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The answers as text, without special tokens and without what follows the first EOS."""
+    """Decode the answers, without special tokens and without what follows the first EOS."""
     return [
         tokenizer.decode(ids[mask], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for ids, mask in zip(samples.answers, samples.mask)

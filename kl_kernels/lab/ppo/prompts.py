@@ -15,8 +15,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kl_kernels.lab.ppo.config import PPOConfig
-
 Chat = list[dict[str, Any]]
 Prompt = str | Chat
 
@@ -33,7 +31,7 @@ def read_prompts(path: str) -> list[Prompt]:
         ValueError: the file cannot be read, holds no prompt, or has a line that is none.
     """
     try:
-        # Not splitlines, which also splits at characters that a text may hold (U+2028, form feed).
+        # splitlines would also split at characters that a text may hold (U+2028, form feed).
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts is {path!r}, which cannot be read: {error}") from error
@@ -65,78 +63,95 @@ def _chat(line: str, where: str) -> Chat:
 
 
 def encode_prompts(
-    config: PPOConfig,
-    prompts: list[Prompt] | None,
-    paragraphs: list[str],
+    prompts: list[Prompt],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    path: str,  # to the file that they were read from
     context: int | None,  # tokens the model can read; None: as many as there are
+    answer_tokens: int,
 ) -> list[list[int]]:
-    """Encode the given prompts, or the start of every paragraph that is longer than its start.
+    """Encode the given prompts.
 
     Raises:
-        ValueError: there are none, or one of them does not fit into the context with its answer, or
-            is a chat that the tokenizer cannot put into words.
+        ValueError: one of them has no tokens, does not fit into the context with its answer, or is
+            a chat that the tokenizer cannot put into words.
     """
-    room = context - config.answer_tokens if context else None
-    if room is not None and room < 1:
-        raise ValueError(
-            f"answer_tokens is {config.answer_tokens}, but the model's context of {context} tokens "
-            "must hold a prompt as well; lower answer_tokens"
-        )
-    if prompts is None:
-        return _starts(config, paragraphs, tokenizer, room)
-    encoded = [_encode(config, prompt, tokenizer) for prompt in prompts]
+    room = _room_for_prompt(context, answer_tokens)
+    encoded = [_encode(prompt, tokenizer, path) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
         if not ids:
-            raise ValueError(f"{_named(prompt)} has no tokens; a prompt must have one or more")
+            raise ValueError(f"{_quoted(prompt)} has no tokens; a prompt must have one or more")
         if room is not None and len(ids) > room:
             raise ValueError(
-                f"{_named(prompt)} has {len(ids)} tokens; with {config.answer_tokens} for the "
-                f"answer, the model's context of {context} has room for {room}; shorten it, or "
-                "lower answer_tokens"
+                f"{_quoted(prompt)} has {len(ids)} tokens; with {answer_tokens} for the answer, "
+                f"the model's context of {context} has room for {room}; shorten it, or lower "
+                "answer_tokens"
             )
     return encoded
 
 
-def _starts(
-    config: PPOConfig, paragraphs: list[str], tokenizer: PreTrainedTokenizerBase, room: int | None
+def paragraph_starts(
+    paragraphs: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int | None,
+    prompt_tokens: int,
+    answer_tokens: int,
 ) -> list[list[int]]:
-    if room is not None and config.prompt_tokens > room:
+    """Encode the start of every paragraph that is longer than `prompt_tokens`.
+
+    Raises:
+        ValueError: no paragraph is, or a start does not fit into the context with its answer.
+    """
+    room = _room_for_prompt(context, answer_tokens)
+    if room is not None and prompt_tokens > room:
         raise ValueError(
-            f"prompt_tokens is {config.prompt_tokens}; with {config.answer_tokens} for the answer, "
+            f"prompt_tokens is {prompt_tokens}; with {answer_tokens} for the answer, "
             f"the model's context has room for {room}; lower prompt_tokens or answer_tokens"
         )
     encoded = [tokenizer(paragraph).input_ids for paragraph in paragraphs]
-    starts = [ids[: config.prompt_tokens] for ids in encoded if len(ids) > config.prompt_tokens]
+    starts = [ids[:prompt_tokens] for ids in encoded if len(ids) > prompt_tokens]
     if not starts:
         raise ValueError(
-            f"prompt_tokens is {config.prompt_tokens}, and no paragraph of the corpus is longer; "
-            "lower it"
+            f"prompt_tokens is {prompt_tokens}, and no paragraph of the corpus is longer; lower it"
         )
     return starts
 
 
-def _encode(config: PPOConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _room_for_prompt(context: int | None, answer_tokens: int) -> int | None:
+    """Count the tokens that the context leaves for a prompt; None if it has no limit."""
+    if not context:
+        return None
+    room = context - answer_tokens
+    if room < 1:
+        raise ValueError(
+            f"answer_tokens is {answer_tokens}, but the model's context of {context} tokens "
+            "must hold a prompt as well; lower answer_tokens"
+        )
+    return room
+
+
+def _encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
     if isinstance(prompt, str):
         text: list[int] = tokenizer(prompt).input_ids
         return text
     if not tokenizer.chat_template:
         raise ValueError(
-            f"prompts is {config.prompts!r}, which holds chats, but the model's tokenizer has no "
+            f"prompts is {path!r}, which holds chats, but the model's tokenizer has no "
             "chat template; give a text file, one prompt per line, or a model made for chats"
         )
     try:
-        # The template writes the special tokens; to have them added once more would double them.
+        # The template writes the special tokens; added once more, they would be doubled.
         chat: list[int] = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, return_dict=False
         )
-    except Exception as error:  # a template is a program of the folder's
+    except Exception as error:  # a template is a program, which may raise anything
         raise ValueError(
-            f"{_named(prompt)} does not fit the model's chat template: {error}"
+            f"{_quoted(prompt)} does not fit the model's chat template: {error}"
         ) from error
     return chat
 
 
-def _named(prompt: Prompt) -> str:
+def _quoted(prompt: Prompt) -> str:
     text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
     return f"the prompt {text[:40]!r}"

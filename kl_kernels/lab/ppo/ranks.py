@@ -1,8 +1,8 @@
 """One run on several processes (ranks), each with an equal share of every batch.
 
-All ranks draw the same random numbers, always for the whole batch, and each works on its own rows:
-what is trained does not depend on their number, but for rounding. Whatever is written, or said, is
-the first rank's business.
+All ranks draw the same random numbers, always for the whole batch, and each works on its local rows
+of it: the number of ranks changes the training by rounding alone. Only the main rank, the first,
+writes and prints.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.rl.collectives import from_all_ranks
 
 T = TypeVar("T")
 
-# How long the others wait for the first rank to pretrain; a rank that dies is noticed at once.
-PATIENCE = timedelta(hours=6)
+# Time that the others give the main rank to pretrain; a rank that dies is noticed at once.
+GROUP_TIMEOUT = timedelta(hours=6)
 
 
 def launch() -> tuple[Accelerator, Ranks]:
-    """The process group that torchrun asks for, or `accelerate launch`; of one process, none.
+    """Join the process group of torchrun or `accelerate launch`; a process by itself has none.
 
     (Without a GPU `accelerate launch --cpu` starts one process, whatever it is asked for; it takes
     --multi_gpu to start several, which then find that there is no GPU.)
@@ -36,10 +35,10 @@ def launch() -> tuple[Accelerator, Ranks]:
     accelerator = Accelerator(
         # Kernels for CPU and CUDA exist; their float64 reference rules other accelerators out.
         cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
     )
     if accelerator.num_processes == 1:
-        return accelerator, ALONE
+        return accelerator, SINGLE_PROCESS
     group = dist.group.WORLD
     return accelerator, Ranks(accelerator.process_index, accelerator.num_processes, group)
 
@@ -49,56 +48,60 @@ class Ranks:
     """This process's place among those of the run."""
 
     rank: int
-    n: int
+    world_size: int
     group: dist.ProcessGroup | None  # None: there is one process
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def check(self, config: PPOConfig) -> None:
-        """ValueError if the ranks' shares of a minibatch would not be equal."""
-        if config.batch_size % (config.minibatches * self.n):
+    def check_batch_size(self, batch_size: int, minibatches: int) -> None:
+        """Check that the ranks' shares of a minibatch are equal.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if batch_size % (minibatches * self.world_size):
             raise ValueError(
-                f"batch_size is {config.batch_size}; on {self.n} processes it has to be a multiple "
-                f"of minibatches x processes, {config.minibatches} x {self.n}"
+                f"batch_size is {batch_size}; on {self.world_size} processes it has to be a "
+                f"multiple of minibatches x processes, {minibatches} x {self.world_size}"
             )
 
-    def rows(self, n: int) -> slice:
-        """This rank's of `n` rows."""
-        share = n // self.n
+    def local_rows(self, n: int) -> slice:
+        """Slice this rank's rows out of `n`."""
+        share = n // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def all_rows(self, own: Tensor) -> Tensor:  # [b, ...] -> [B, ...]
-        """The whole batch, from each rank's rows of it."""
+    def gather(self, local: Tensor) -> Tensor:  # [b, ...] -> [B, ...]
+        """Put the whole batch together from each rank's local rows."""
         if self.group is None:
-            return own
-        # Adding zeros changes no number; a sum of bools is none.
-        summed = own.byte() if own.dtype == torch.bool else own
-        return from_all_ranks(summed, self.group).flatten(0, 1).to(own.dtype)
+            return local
+        # The gathering adds up zeros, which changes no number, but a sum of bools is not a bool.
+        summed = local.byte() if local.dtype == torch.bool else local
+        return from_all_ranks(summed, self.group).flatten(0, 1).to(local.dtype)
 
-    def total(self, own: Tensor) -> Tensor:  # [...] -> [...]
-        return self.all_rows(own[None]).sum(0)
+    def sum(self, local: Tensor) -> Tensor:  # [...] -> [...]
+        return self.gather(local[None]).sum(0)
 
-    def largest(self, own: Tensor) -> Tensor:  # [...] -> [...]
-        return self.all_rows(own[None]).amax(0)
+    def max(self, local: Tensor) -> Tensor:  # [...] -> [...]
+        return self.gather(local[None]).amax(0)
 
-    def wait(self) -> None:
-        """For all ranks to get here."""
+    def barrier(self) -> None:
+        """Wait until all ranks get here."""
         if self.group is not None:
             dist.barrier(self.group)
 
-    def leave(self) -> None:
-        """The last thing a process does: a group still there may abort it at its exit."""
+    def shut_down(self) -> None:
+        """Destroy the group, last of all: one that is still there may abort the process's exit."""
         if self.group is not None:
             dist.destroy_process_group()
 
-    def on_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank, which alone runs it; or its error, everywhere."""
+    def on_main(self, make: Callable[[], T]) -> T:
+        """Run `make` on the main rank alone; return its result, or raise its error, on all."""
         if self.group is None:
             return make()
         found: list[Any] = [None, None]
-        if self.first:
+        if self.is_main:
             try:
                 found[0] = make()
             except Exception as error:
@@ -109,11 +112,10 @@ class Ranks:
         made: T = found[0]
         return made
 
-    def each(self, make: Callable[[], T]) -> T:
+    def on_each(self, make: Callable[[], T]) -> T:
         """Return `make()` of this rank, or raise on all ranks the ValueError of any.
 
-        A rank that ended on its own would end the others before the first of them, which alone
-        speaks, has said why.
+        A rank that ended by itself would end the others before the main rank has printed why.
         """
         if self.group is None:
             return make()
@@ -122,7 +124,7 @@ class Ranks:
             found[0] = make()
         except ValueError as error:
             found[1] = str(error)
-        messages: list[str | None] = [None] * self.n
+        messages: list[str | None] = [None] * self.world_size
         dist.all_gather_object(messages, found[1], group=self.group)
         for message in messages:
             if message is not None:
@@ -131,34 +133,34 @@ class Ranks:
         return made
 
 
-ALONE = Ranks(0, 1, None)
+SINGLE_PROCESS = Ranks(0, 1, None)
 
 
 class ExponentialRace(LogitsProcessor):
     """Makes the likeliest token a sample from softmax(logits), by noise drawn for all ranks' rows.
 
-    With E_i exponential, argmax p_i / E_i is i with probability p_i; it is what torch.multinomial
-    does, except that it would draw noise for this rank's rows alone.
+    With E_i exponential, argmax p_i / E_i is i with probability p_i. torch.multinomial does the
+    same, except that it would draw noise for the local rows alone.
     """
 
-    def __init__(self, n_rows: int, own: slice) -> None:
+    def __init__(self, n_rows: int, local: slice) -> None:
         self.n_rows = n_rows
-        self.own = own
+        self.local = local
         self.steps = 0
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:  # [b, S], [b, V] -> [b, V]
         self.steps += 1
         p = logits.softmax(-1)
-        self.like = p[:1]
-        return p / self._noise()[self.own]
+        self.one_row = p[:1]  # the noise's width, dtype and device
+        return p / self._draw_noise()[self.local]
 
     def catch_up(self, ranks: Ranks) -> int:
-        """Draw what ranks with longer answers drew; returns how many tokens longer they are."""
-        longest = int(ranks.largest(torch.tensor(self.steps, device=self.like.device)))
+        """Draw the noise of ranks with longer answers; returns how many tokens longer they are."""
+        longest = int(ranks.max(torch.tensor(self.steps, device=self.one_row.device)))
         missing = longest - self.steps
         for _ in range(missing):
-            self._noise()
+            self._draw_noise()
         return missing
 
-    def _noise(self) -> Tensor:  # [B, V]
-        return self.like.new_empty(self.n_rows, self.like.shape[-1]).exponential_()
+    def _draw_noise(self) -> Tensor:  # [B, V]
+        return self.one_row.new_empty(self.n_rows, self.one_row.shape[-1]).exponential_()

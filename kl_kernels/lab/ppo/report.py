@@ -1,4 +1,4 @@
-"""What a run tells: a line while it goes, metrics.jsonl, and at the end a table and a picture."""
+"""A run's report: a line while it goes, metrics.jsonl, and at the end a table and a picture."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kl_kernels.files import opener, write_atomically, write_text
 from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.text import printable
 
-if TYPE_CHECKING:  # drawn at the end of a run alone
+if TYPE_CHECKING:  # imported only to draw, at the end of a run
     from matplotlib.figure import Figure
 
-Record = dict[str, Any]  # one update: see the end of the loop in loop.py
+Record = dict[str, Any]  # one update: phase 7 in loop.py
 
 COLUMNS = {
     "update": "update",
@@ -33,7 +33,7 @@ class MetricsLog:
     """metrics.jsonl, a line per update, flushed to disk before the update's checkpoint."""
 
     def __init__(self, path: Path, *, keep: int) -> None:
-        """Go on after the first `keep` lines; later ones belong to no checkpoint."""
+        """Open the file, and keep its first `keep` lines; later ones belong to no checkpoint."""
         self.path = path
         lines = path.read_text(encoding="utf-8").splitlines()[:keep] if path.exists() else []
         if len(lines) < keep:
@@ -51,7 +51,7 @@ def read_metrics(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def live_line(record: Record) -> str:
+def progress_line(record: Record) -> str:
     gold = "" if record["gold"] is None else f" gold {record['gold']:.2f}"
     return (
         f"reward {record['proxy']:.2f}{gold} | KL {record['kl']:.1f} beta {record['kl_coef']:.3f} "
@@ -60,7 +60,7 @@ def live_line(record: Record) -> str:
 
 
 def table(records: list[Record]) -> str:
-    """About a dozen of the updates, first and last among them."""
+    """Set about a dozen of the updates as a table, first and last among them."""
     step = max(1, round(len(records) / 12))
     shown = [r for r in records if r["update"] % step == 0 or r is records[0] or r is records[-1]]
     rows = [list(COLUMNS.values())]
@@ -71,30 +71,31 @@ def table(records: list[Record]) -> str:
 
 
 def drift_line(drift: dict[str, Any]) -> str:
-    """The tokens that carry the last answers' KL."""
+    """Name the tokens that carry the last answers' KL."""
     tokens = (f"{token['text']!r} {token['share']:.0%}" for token in drift["tokens"][:5])
     return f"tokens with most of that KL at the end: {', '.join(tokens)}"
 
 
 def summary(config: PPOConfig, records: list[Record], drift: dict[str, Any]) -> str:
-    """Start against end: what a reader would work out from the table, and how answers changed."""
+    """Compare start and end: rewards and KL in words, and a sample of each."""
     first, last_third = records[0], records[-max(1, len(records) // 3) :]
 
-    def over(name: str) -> float:
+    def late_mean(name: str) -> float:
         return fmean(record[name] for record in last_third)
 
-    rise = (over("proxy") - first["proxy"]) / first["proxy_sd"] if first["proxy_sd"] else 0.0
+    rise = (late_mean("proxy") - first["proxy"]) / first["proxy_sd"] if first["proxy_sd"] else 0.0
     lines = [
-        f"proxy reward: {first['proxy']:.2f} at the start, {over('proxy'):.2f} over the last third "
+        f"proxy reward: {first['proxy']:.2f} at the start, "
+        f"{late_mean('proxy'):.2f} over the last third "
         f"({rise:+.1f} standard deviations of the first batch)"
     ]
     if first["gold"] is not None:
         lines.append(
             f"gold score:   {first['gold']:.2f} at the start, "
-            f"{over('gold'):.2f} over the last third"
+            f"{late_mean('gold'):.2f} over the last third"
         )
     target = f", target {config.kl_target:g}" if config.controller != "fixed" else ""
-    lines.append(f"KL per answer: {over('kl'):.1f} nats over the last third{target}")
+    lines.append(f"KL per answer: {late_mean('kl'):.1f} nats over the last third{target}")
     lines.append(drift_line(drift))
     lines += [
         f"a sample, prompt | answer, of update {r['update']}:\n    {one_line(r['sample'])}"
@@ -104,19 +105,19 @@ def summary(config: PPOConfig, records: list[Record], drift: dict[str, Any]) -> 
 
 
 def one_line(text: str) -> str:
-    """A sample as a terminal may show it, and a table."""
+    """Make a sample safe to print: one line, without control characters."""
     return printable(" ".join(text.split()))
 
 
 def draw(path: Path, config: PPOConfig, records: list[Record]) -> None:
-    """Rewards, KL, beta and entropy over the updates, as a PNG."""
+    """Draw rewards, KL, beta and entropy over the updates, as a PNG."""
     figure = curves(config, records)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=200))
 
 
 def curves(config: PPOConfig, records: list[Record]) -> Figure:
-    """A panel for each of them below the other; 6 inches wide, it can be read at 400 pixels."""
-    # Without pyplot: no global state, and no display is looked for.
+    """Draw each of them in a panel of its own; 6 inches wide, it can be read at 400 pixels."""
+    # pyplot would keep global state and look for a display.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from numbers import Real
 from typing import Any
@@ -29,8 +30,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.lab.ppo.policy import answer_texts, sample
+from kl_kernels.lab.ppo.ranks import Ranks
 
 Scores = Sequence[float] | np.ndarray | Tensor
 RewardFunction = Callable[[list[str], list[str]], Scores]
@@ -39,7 +40,7 @@ ACCEPTED = "it must return a list, tensor or array with one finite number per an
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """The function that "module:function" names.
+    """Import the function that "module:function" names.
 
     Raises:
         ValueError: it cannot be imported, or is not a function of prompts and answers.
@@ -61,13 +62,37 @@ def load_reward(spec: str) -> RewardFunction:
         raise ValueError(
             f"reward is {spec!r}, which cannot be called as function(prompts, answers): {error}"
         ) from error
-    except ValueError:  # some functions written in C tell nobody what they take
+    except ValueError:  # some functions written in C have no signature
         pass
     return function
 
 
-def scores_of(reward: RewardFunction, prompts: list[str], answers: list[str]) -> Tensor:
-    """[B] float32.
+def score_answers(
+    reward: RewardFunction, prompts: list[str], answers: list[str], ranks: Ranks
+) -> Tensor:  # [b] float32
+    """Score the local answers; an answer without a score is an error on all ranks."""
+    return ranks.on_each(lambda: compute_scores(reward, prompts, answers))
+
+
+def score_metrics(
+    scores: Tensor,  # [b]
+    answers: list[str],  # [b]
+    gold: Callable[[str], float] | None,
+    ranks: Ranks,
+) -> dict[str, float | None]:
+    """Summarise the scores of all ranks' answers."""
+    scores = ranks.gather(scores)
+    gold_mean = None
+    if gold:
+        local_golds = scores.new_tensor(list(map(gold, answers)), dtype=torch.float64)
+        gold_mean = ranks.gather(local_golds).mean().item()
+    return {"proxy": scores.mean().item(), "proxy_sd": scores.std().item(), "gold": gold_mean}
+
+
+def compute_scores(
+    reward: RewardFunction, prompts: list[str], answers: list[str]
+) -> Tensor:  # [B] float32
+    """Call the reward function, and check that it returned one finite number per answer.
 
     Raises:
         ValueError: the reward function did not return one finite number per answer.
@@ -77,10 +102,10 @@ def scores_of(reward: RewardFunction, prompts: list[str], answers: list[str]) ->
         returned: Any = reward(prompts, answers)
     except (ValueError, OSError) as error:
         raise RuntimeError(f"the reward function raised {type(error).__name__}: {error}") from error
-    # Tensors, NumPy's arrays and pandas' columns.
+    # Tensors, NumPy's arrays and pandas' columns have tolist.
     scores = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(scores, Sequence) or isinstance(scores, (str, bytes)):
-        raise ValueError(f"the reward function returned {_described(returned)}; {ACCEPTED}")
+        raise ValueError(f"the reward function returned {_describe(returned)}; {ACCEPTED}")
     if len(scores) != len(answers):
         raise ValueError(
             f"the reward function returned {len(scores)} scores for {len(answers)} answers; "
@@ -90,14 +115,14 @@ def scores_of(reward: RewardFunction, prompts: list[str], answers: list[str]) ->
     for i, score in enumerate(found.tolist()):
         if not math.isfinite(score):
             raise ValueError(
-                f"the reward function returned {_described(scores[i])} for answer {i} of "
+                f"the reward function returned {_describe(scores[i])} for answer {i} of "
                 f"{len(answers)}, {answers[i][:80]!r}; {ACCEPTED}, within float32"
             )
     return found
 
 
 def _number(score: Any) -> float:
-    """Python's numbers, NumPy's, and tensors of one; NaN for anything else."""
+    """Take Python's numbers, NumPy's, and tensors of one; anything else is NaN."""
     if hasattr(score, "item") and math.prod(score.shape) == 1:
         score = score.item()
     try:
@@ -106,7 +131,7 @@ def _number(score: Any) -> float:
         return math.inf
 
 
-def _described(x: Any) -> str:
+def _describe(x: Any) -> str:
     text = repr(x)
     return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(x).__name__}"
 
@@ -114,8 +139,8 @@ def _described(x: Any) -> str:
 class TokenReward:
     """One weight per token, summed over the answer: blind to the order of the tokens.
 
-    Repeating the best token is therefore the best answer, which is what a policy without a KL
-    penalty finds out. Scores have mean 0 and standard deviation 1 on the reference's answers.
+    Repeating the best token is therefore the best answer, and a policy without a KL penalty finds
+    that out. Scores have mean 0 and standard deviation 1 on the reference's answers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -146,12 +171,25 @@ class TokenReward:
         self.mean, self.sd = state["mean"], state["sd"]
 
 
+@dataclass(frozen=True)
+class RewardModelConstants:
+    """Constants of `fit_reward_model`, as `PPOConfig` has them."""
+
+    reward_pairs: int
+    label_sharpness: float
+    reward_epochs: int
+    reward_lr: float
+    reward_weight_decay: float
+    batch_size: int
+    answer_tokens: int
+
+
 def fit_reward_model(
-    config: PPOConfig,
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     gold: Callable[[str], float],
+    constants: RewardModelConstants,
 ) -> TokenReward:
     """Fit a `TokenReward` to pairs of the reference's answers, labelled by the gold score.
 
@@ -159,16 +197,16 @@ def fit_reward_model(
     sigmoid(label_sharpness x gold difference), so some labels are wrong, as people's are.
     """
     reward = TokenReward(tokenizer)
-    answers = sample_answers(config, lm, tokenizer, prompts)
+    answers = sample_answers(lm, tokenizer, prompts, constants)
     encoded = reward.encode(answers)
     gold_scores = torch.tensor([gold(answer) for answer in answers]).view(-1, 2)
-    first_wins = torch.bernoulli(torch.sigmoid(config.label_sharpness * -gold_scores.diff()))
+    first_wins = torch.bernoulli(torch.sigmoid(constants.label_sharpness * -gold_scores.diff()))
 
     held_out = len(gold_scores) // 10
     optimizer = torch.optim.AdamW(
-        reward.weights.parameters(), config.reward_lr, weight_decay=config.reward_weight_decay
+        reward.weights.parameters(), constants.reward_lr, weight_decay=constants.reward_weight_decay
     )
-    for _ in range(config.reward_epochs):
+    for _ in range(constants.reward_epochs):
         for rows in (held_out + torch.randperm(len(gold_scores) - held_out)).split(64):
             pairs = [encoded[2 * row + side] for row in rows.tolist() for side in (0, 1)]
             margin = -reward.score(pairs).view(-1, 2).diff()  # first minus second
@@ -191,18 +229,18 @@ def fit_reward_model(
 
 
 def sample_answers(
-    config: PPOConfig,
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    constants: RewardModelConstants,
 ) -> list[str]:
-    """Two answers in a row for each of `reward_pairs` random prompts."""
+    """Sample two answers in a row for each of `reward_pairs` random prompts."""
     answers: list[str] = []
-    progress = tqdm(total=2 * config.reward_pairs, desc="preferences", unit="answer")
-    while len(answers) < 2 * config.reward_pairs:
-        n = min(config.batch_size, config.reward_pairs - len(answers) // 2)
+    progress = tqdm(total=2 * constants.reward_pairs, desc="preferences", unit="answer")
+    while len(answers) < 2 * constants.reward_pairs:
+        n = min(constants.batch_size, constants.reward_pairs - len(answers) // 2)
         chosen = torch.randint(len(prompts), (n,)).repeat_interleave(2).tolist()
-        samples = sample(lm, tokenizer, [prompts[i] for i in chosen], config.answer_tokens)
+        samples = sample(lm, tokenizer, [prompts[i] for i in chosen], constants.answer_tokens)
         answers += answer_texts(samples, tokenizer)
         progress.update(2 * n)
     progress.close()

@@ -1,4 +1,4 @@
-"""One rollout: answers, their scores, and what each of their tokens is taught."""
+"""One rollout: shaped scores, the KL rewards of every token, and the advantages they make."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from kl_kernels import (
     missing_eos_penalty,
     overlong_penalty,
 )
-from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.lab.ppo.policy import Policy, Samples
 from kl_kernels.lab.ppo.ranks import Ranks
-from kl_kernels.lab.ppo.reference import Reference
+from kl_kernels.lab.ppo.ref_model import RefModel
+from kl_kernels.rl.scores import MissingEOS
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything the optimisation of one update needs, a row per answer, of all ranks."""
+    """Everything that the steps of one update need, a row per answer, of all ranks."""
 
     samples: Samples
     logprobs: Tensor  # [B, T] under the policy that sampled them
@@ -35,96 +35,135 @@ class Batch:
     advantages: Tensor  # [B, T] whitened
     returns: Tensor  # [B, T]
 
-    def each(self, f: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         rest = (self.logprobs, self.ref_logprobs, self.values, self.advantages, self.returns)
-        return Batch(self.samples.each(f), *map(f, rest))
+        return Batch(self.samples.map(f), *map(f, rest))
 
-    def rows(self, rows: Tensor) -> Batch:  # [b] int64
-        return self.each(lambda tensor: tensor[rows])
+    def select(self, rows: Tensor) -> Batch:  # [b] int64
+        return self.map(lambda tensor: tensor[rows])
+
+
+@dataclass(frozen=True)
+class ScoreConstants:
+    """Constants of `shape_scores`, as `PPOConfig` has them."""
+
+    length_exponent: float
+    score_clip: float
+    missing_eos_penalty: float
+    missing_eos: MissingEOS
+    answer_tokens: int
+    overlong_buffer: int
+    overlong_factor: float
 
 
 def shape_scores(
-    config: PPOConfig,
     scores: Tensor,  # [B]
     samples: Samples,
     eos: int,
+    constants: ScoreConstants,
 ) -> Tensor:  # [B]
-    """Scores as the policy is paid them: by length, clipped, less the price of not ending."""
+    """Normalise scores by length, clip them, and subtract penalties for how answers end."""
     mask = samples.mask
-    scores = length_normalized_scores(scores, mask, exponent=config.length_exponent)
-    if config.score_clip:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
-    if config.missing_eos_penalty:
+    scores = length_normalized_scores(scores, mask, exponent=constants.length_exponent)
+    if constants.score_clip:
+        scores = scores.clamp(-constants.score_clip, constants.score_clip)
+    if constants.missing_eos_penalty:
         ended = ((samples.answers == eos) & mask).any(1)
         scores = missing_eos_penalty(
-            scores, ended, config.missing_eos_penalty, mode=config.missing_eos
+            scores, ended, constants.missing_eos_penalty, mode=constants.missing_eos
         )
-    if config.overlong_buffer:
+    if constants.overlong_buffer:
         scores = scores + overlong_penalty(
-            mask.sum(1), config.answer_tokens, config.overlong_buffer, factor=config.overlong_factor
+            mask.sum(1),
+            constants.answer_tokens,
+            constants.overlong_buffer,
+            factor=constants.overlong_factor,
         )
     return scores
 
 
+@dataclass(frozen=True)
+class KLRewardConstants:
+    """Constants of `compute_kl_rewards`, as `PPOConfig` has them."""
+
+    kl_in: str
+    kl_estimator: str
+    kl_clip: float
+    minibatches: int
+
+
 @torch.no_grad()
-def shape_rewards(
-    config: PPOConfig,
+def compute_kl_rewards(
     policy: Policy,
-    reference: Reference,
+    ref_model: RefModel,
     samples: Samples,
     scores: Tensor,  # [B]
     kl_coef: float,
+    constants: KLRewardConstants,
 ) -> tuple[KLRewards, Tensor]:
-    """Rewards, KL and log-probabilities of the samples, and their values [B, T].
+    """Compute rewards, KL and log-probabilities of the samples, and their values [B, T].
 
     Log-probabilities are recomputed instead of taken from `generate`, whose cached keys round
     differently. A minibatch at a time, so that memory is that of an optimisation step.
     """
     pieces, values = [], []
     n_answer = samples.mask.shape[1]
-    for rows in torch.arange(len(scores)).chunk(config.minibatches):
-        part = samples.rows(rows.to(samples.ids.device))
+    for rows in torch.arange(len(scores)).chunk(constants.minibatches):
+        part = samples.select(rows.to(samples.ids.device))
         logits, value = policy(part.ids, part.attention_mask, n_answer)
         pieces.append(
             kl_rewards(
                 logits,
-                reference(part.ids, part.attention_mask, n_answer),
+                ref_model(part.ids, part.attention_mask, n_answer),
                 part.answers,
                 scores[rows],
                 part.mask,
-                kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
-                kl_estimator="k1" if config.kl_estimator == "k1" else "exact",
-                kl_clip=config.kl_clip or None,
+                kl_coef=kl_coef if constants.kl_in == "reward" else 0.0,
+                kl_estimator="k1" if constants.kl_estimator == "k1" else "exact",
+                kl_clip=constants.kl_clip or None,
             )
         )
         values.append(value)
     return KLRewards(*map(torch.cat, zip(*pieces))), torch.cat(values)
 
 
-def teach(
-    config: PPOConfig,
+@dataclass(frozen=True)
+class AdvantageConstants:
+    """Constants of `compute_advantages`, as `PPOConfig` has them."""
+
+    gamma: float
+    lam: float
+    whiten_rewards: bool
+    corrects_advantages: bool
+
+
+def compute_advantages(
     samples: Samples,
-    shaped: KLRewards,
+    rollout: KLRewards,
     values: Tensor,  # [B, T]
     ranks: Ranks,
+    constants: AdvantageConstants,
 ) -> tuple[Batch, float]:
-    """Whitened advantages and returns, and how many of their units one of the scores' makes.
+    """Compute whitened advantages, returns, and the whitened units in one unit of the score.
 
-    Whitening measures rewards in standard deviations; so must a KL in the loss be measured.
+    Whitening measures rewards in standard deviations, so a KL in the loss must be measured in them,
+    too: its coefficient is multiplied by that number.
     """
-    mask, rewards = samples.mask, shaped.rewards
-    per_unit = 1.0
-    if config.whiten_rewards:
-        per_unit = _per_sd(rewards, mask, ranks)
+    mask, rewards = samples.mask, rollout.rewards
+    units_per_score = 1.0
+    if constants.whiten_rewards:
+        units_per_score = _inverse_std(rewards, mask, ranks)
         rewards = masked_whiten(rewards, mask, shift_mean=False, group=ranks.group)
-    advantages, returns = compute_gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-    if config.corrects_advantages:
-        advantages = advantages + per_unit * shaped.advantage_correction
-    per_unit *= _per_sd(advantages, mask, ranks)
+    advantages, returns = compute_gae(
+        rewards, values, mask, gamma=constants.gamma, lam=constants.lam
+    )
+    if constants.corrects_advantages:
+        advantages = advantages + units_per_score * rollout.advantage_correction
+    units_per_score *= _inverse_std(advantages, mask, ranks)
     advantages = masked_whiten(advantages, mask, group=ranks.group)
-    batch = Batch(samples, shaped.logprob, shaped.ref_logprob, values, advantages, returns)
-    return batch.each(ranks.all_rows), per_unit
+    batch = Batch(samples, rollout.logprob, rollout.ref_logprob, values, advantages, returns)
+    return batch.map(ranks.gather), units_per_score
 
 
-def _per_sd(x: Tensor, mask: Tensor, ranks: Ranks) -> float:
+def _inverse_std(x: Tensor, mask: Tensor, ranks: Ranks) -> float:
     return 1 / masked_var(x, mask, group=ranks.group).sqrt().clamp_min(1e-8).item()

@@ -1,4 +1,4 @@
-"""The embedded task: write about Python. Its text, its prompts, and the gold score of an answer.
+"""The embedded task, to write about Python: its text, and the gold score of an answer.
 
 The text is the language reference that every CPython carries for its own help(); it differs a
 little from version to version, so nothing here depends on its exact words.
@@ -27,7 +27,7 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def load_corpus() -> list[str]:
-    """Paragraphs of prose, one line each, in a fixed order and without repetitions.
+    """Load paragraphs of prose, one line each, in a fixed order and without repetitions.
 
     Raises:
         ValueError: this Python was installed without its help texts.
@@ -49,7 +49,7 @@ def load_corpus() -> list[str]:
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Neither a heading nor code nor grammar: long enough, and letters for the most part."""
+    """Tell prose from headings, code and grammar: it is long, and letters for the most part."""
     letters = sum(character.isalpha() for character in paragraph)
     return len(paragraph) >= 60 and letters >= 0.68 * len(paragraph)
 
@@ -64,7 +64,7 @@ def is_content(word: str) -> bool:
 
 @dataclass(frozen=True)
 class GoldScore:
-    """What an answer is really worth. It is reported, and labels preferences; nothing trains on it.
+    """The true worth of an answer. It is reported, and labels preferences; nothing trains on it.
 
     Up to 4 points for naming topics, up to 3 for wording that occurs in the corpus, and up to -4
     for repeating oneself. The reward model sees which tokens an answer holds but not their order,
@@ -91,7 +91,7 @@ class GoldScore:
             return 0.0
         topics = len(self.topic_words.intersection(words))
         pairs = list(pairwise(words))
-        # A doubled word never counts as wording, whatever slips the corpus may hold.
+        # A doubled word never counts as wording, even if the corpus has it as a slip.
         idiomatic = sum(a != b and (a, b) in self.bigrams for a, b in pairs) / len(pairs)
         content = [word for word in words if is_content(word)]
         repeated = 1 - len(set(content)) / len(content) if content else 0.0

@@ -10,7 +10,7 @@ from kl_kernels.lab.ppo.command import Task
 from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.lab.ppo.model import load_model
 from kl_kernels.lab.ppo.policy import answer_texts, sample
-from kl_kernels.lab.ppo.reward import scores_of
+from kl_kernels.lab.ppo.reward import compute_scores
 from kl_kernels.lab.study.plan import StudyFolder, described
 
 N_PROMPTS = 5
@@ -37,7 +37,7 @@ def answers_side_by_side(
         samples = sample(lm.to(task.lm.device).eval(), task.tokenizer, prompts,
                          config.answer_tokens)  # fmt: skip
         answers = answer_texts(samples, task.tokenizer)
-        proxies = scores_of(task.reward, texts, answers).tolist()
+        proxies = compute_scores(task.reward, texts, answers).tolist()
         for row, answer, proxy in zip(found, answers, proxies):
             gold = task.gold(answer) if task.gold else None
             row["answers"][name] = {"text": answer, "proxy": proxy, "gold": gold}

@@ -8,7 +8,7 @@ from pathlib import Path
 from kl_kernels.lab.ppo.checkpoint import RunFolder, open_run
 from kl_kernels.lab.ppo.command import INTERRUPTED, Inputs, Task, prepare
 from kl_kernels.lab.ppo.config import PPOConfig
-from kl_kernels.lab.ppo.ranks import ALONE
+from kl_kernels.lab.ppo.ranks import SINGLE_PROCESS
 
 
 def is_prepared(folder: RunFolder) -> bool:
@@ -17,7 +17,7 @@ def is_prepared(folder: RunFolder) -> bool:
 
 def load_task(folder: RunFolder, config: PPOConfig) -> Task:
     """The task of a prepared folder."""
-    return prepare(config, folder, Inputs(config), ALONE)
+    return prepare(config, folder, Inputs(config), SINGLE_PROCESS)
 
 
 def main() -> int:

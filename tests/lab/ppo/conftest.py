@@ -19,7 +19,7 @@ def paragraphs() -> list[str]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, paragraphs) -> Path:
-    """GPT-2, whose absolute positions make it notice a wrong position, with dropout in its config.
+    """A GPT-2, which notices a wrong position as its positions are absolute, with dropout.
 
     Weights are drawn large, so that its distributions are far from uniform.
     """

@@ -36,7 +36,7 @@ def vowels(prompts, answers):
 
 
 def train(folder, model_folder, *, reward=vowels, **changes):
-    """The metrics of a new run, or of one that goes on in `folder`; all but the time it took."""
+    """Start a run in `folder`, or go on there; returns its metrics, but for the time it took."""
     config = dataclasses.replace(CONFIG, **changes)
     run = RunFolder(folder) if folder.exists() else create_run(folder, config)
     lm, tokenizer = load_model(model_folder)

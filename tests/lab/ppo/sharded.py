@@ -1,4 +1,4 @@
-"""The command, its policy sharded by FSDP2 on CPUs; accelerate shards on GPUs alone."""
+"""The command with a policy that FSDP2 shards on CPUs; accelerate shards only on GPUs."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command as a newcomer meets it: what it leaves behind, and what it says when it refuses."""
+"""The command as a newcomer meets it: the files it leaves, and its words when it refuses."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_embedded_task_end_to_end(tmp_path, capsys):
-    """Pretraining, reward model, updates and report, all tiny."""
+    """Run pretraining, reward model, updates and report, all tiny."""
     out = tmp_path / "run"
     tiny = ["--hidden-size", "8", "--layers", "1", "--vocab-size", "400", "--pretrain-steps", "3"]
     assert run(*MICRO, *tiny, "--out", out, "--updates", "3", "--seed", "3") == 0
@@ -176,7 +176,7 @@ def test_resuming_with_other_constants_is_refused(tmp_path):
 
 @pytest.fixture
 def finished(tmp_path, model_folder, monkeypatch):
-    """A run of three updates whose scores, and so the controller's steps, are of NumPy."""
+    """Finish a run of three updates whose scores, and so the controller's steps, are NumPy's."""
     (tmp_path / "of_numpy.py").write_text(
         "import numpy as np\n"
         "def length(prompts, answers):\n"
@@ -190,7 +190,7 @@ def finished(tmp_path, model_folder, monkeypatch):
 
 
 def contents(folder):
-    """What a run has to show, but for the time it took."""
+    """Read the results of a run, but for the time it took."""
     records = read_metrics(folder / "metrics.jsonl")
     for record in records:
         del record["seconds"]
@@ -229,7 +229,7 @@ def test_a_run_cannot_be_resumed_with_fewer_updates_than_it_has(finished):
 
 
 def test_a_run_killed_behind_its_last_checkpoint_can_be_finished(finished, monkeypatch):
-    """Whatever is left to write comes from the folder, as nothing is sampled again."""
+    """The rest of the report comes from the folder, as nothing is sampled again."""
     folder, _ = finished
 
     class Killed(BaseException):
@@ -268,7 +268,7 @@ def test_every_constant_is_an_option_with_a_reason(field):
     else:
         assert vars(parse(option, str(field.default)))[field.name] == field.default
     assert field.metadata["reason"]
-    assert field.name not in vars(parse()), "an option that is not given has to stay out"
+    assert field.name not in vars(parse()), "an option that is not given must stay out"
 
 
 def test_defaults_are_the_configuration_s_own():

@@ -1,4 +1,4 @@
-"""A run that is killed where nothing can be cleaned up goes on to the metrics it would have had."""
+"""A run that is killed without a chance to clean up resumes to the same metrics."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ REWARD = (
 
 
 def killed_after(lines, folder, *arguments):
-    """A process that dies somewhere after so many updates: while it writes, or between."""
+    """Kill a process some time after so many updates: while it writes, or between."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(folder)))}
     command = [sys.executable, "-m", "kl_kernels", "ppo", *map(str, arguments)]
     with open(folder / "output.txt", "w") as output:

@@ -1,4 +1,4 @@
-"""Updates that go too far are undone to the bit, and batches that have been learned are left."""
+"""Updates that go too far are undone bit for bit; early stopping leaves the rest of a batch."""
 
 import copy
 
@@ -18,15 +18,15 @@ LIMITS = {"max_update_kl": 1e-9, "learning_rate": 1e-2, "updates": 3}
 
 @pytest.fixture
 def reached(monkeypatch):
-    """The weights that each update reached, before anything is undone."""
-    weights, update = [], loop.Trainer.update
+    """Weights that each update reached, before anything is undone."""
+    weights, run_epochs = [], loop.Trainer.run_epochs
 
-    def recorded(trainer, *arguments):
-        steps = update(trainer, *arguments)
+    def recorded(trainer, *arguments, **options):
+        result = run_epochs(trainer, *arguments, **options)
         weights.append(copy.deepcopy(trainer.policy.state_dict()))
-        return steps
+        return result
 
-    monkeypatch.setattr(loop.Trainer, "update", recorded)
+    monkeypatch.setattr(loop.Trainer, "run_epochs", recorded)
     return weights
 
 
@@ -62,7 +62,7 @@ def test_a_skipped_update_leaves_moments_and_step_counts_as_they_were(tmp_path, 
 
 
 def test_a_kept_update_is_within_its_limits_after_its_last_step_too(tmp_path, model_folder):
-    """One step per update: only the look after it can find what it did."""
+    """With one step per update, only the measurement after it can find that it went too far."""
     options = LIMITS | {"minibatches": 1, "epochs": 1}
     records = train(tmp_path / "run", model_folder, constraint="skip", **options)
     assert all(record["approx_kl"] < 1e-9 for record in records), "the step was measured beforehand"
@@ -103,7 +103,7 @@ def test_raising_ends_the_run_before_its_checkpoint(tmp_path, model_folder):
 
 @pytest.mark.parametrize(("rule", "steps"), [("before_step", 1), ("after_epoch", 2)])
 def test_early_stopping_leaves_the_rest_of_the_batch(tmp_path, model_folder, rule, steps):
-    """Two epochs of two minibatches; the first step is enough to move the policy too far."""
+    """An update has two epochs of two minibatches, and its first step already goes too far."""
     options = {"updates": 2, "learning_rate": 1e-2, "target_kl": 1e-9, "early_stop": rule}
     for record in train(tmp_path / "run", model_folder, **options):
         assert record["stopped_early"]

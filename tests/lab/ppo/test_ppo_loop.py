@@ -1,4 +1,4 @@
-"""The loop notices a policy that is not what it samples from, and loses nothing when stopped."""
+"""The loop notices a policy that differs from its samples' policy, and resumes bit for bit."""
 
 import copy
 import dataclasses
@@ -9,15 +9,20 @@ import torch
 from micro import CONFIG, train, vowels
 
 from kl_kernels import KLRewards, compute_gae
-from kl_kernels.lab.ppo import loop, policy, pretrain, reference
+from kl_kernels.lab.ppo import loop, policy, pretrain, ref_model
 from kl_kernels.lab.ppo.checkpoint import RunFolder, create_run, load_state
 from kl_kernels.lab.ppo.config import PPOConfig
-from kl_kernels.lab.ppo.losses import check_ratio, check_reference
+from kl_kernels.lab.ppo.losses import check_initial_kl, check_initial_ratio
 from kl_kernels.lab.ppo.model import load_model
 from kl_kernels.lab.ppo.policy import Policy, Samples
-from kl_kernels.lab.ppo.ranks import ALONE
+from kl_kernels.lab.ppo.ranks import SINGLE_PROCESS
 from kl_kernels.lab.ppo.report import read_metrics
-from kl_kernels.lab.ppo.rollout import shape_scores, teach
+from kl_kernels.lab.ppo.rollout import (
+    AdvantageConstants,
+    ScoreConstants,
+    compute_advantages,
+    shape_scores,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +47,8 @@ def test_every_form_of_the_kl_starts_at_ratio_one_and_kl_zero(tmp_path, model_fo
 
 
 @pytest.mark.parametrize("changes", [{}, {"kl_in": "loss"}])
-def test_rewards_and_beta_in_another_unit_teach_the_same(tmp_path, model_folder, changes):
-    """Whitening divides rewards by their spread, so the KL in the loss has to be divided as well.
+def test_rewards_and_beta_in_another_unit_train_the_same(tmp_path, model_folder, changes):
+    """Whitening divides rewards by their spread, so the KL in the loss must be divided as well.
 
     Two updates: after the first, the value head's steps no longer scale with the rewards.
     """
@@ -63,27 +68,28 @@ def test_rewards_and_beta_in_another_unit_teach_the_same(tmp_path, model_folder,
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_whitening_s_units_are_multiplied(whiten_rewards):
-    """What a nat costs in whitened advantages, from standard deviations taken one by one."""
+    """The cost of a nat in whitened advantages follows from standard deviations, one by one."""
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
     rewards, values = torch.randn(2, 3, 4) * 5
-    shaped = KLRewards(rewards, *torch.zeros(5, 3, 4))
+    rollout = KLRewards(rewards, *torch.zeros(5, 3, 4))
     samples = Samples(torch.zeros(3, 4), mask, mask)
     config = dataclasses.replace(CONFIG, whiten_rewards=whiten_rewards)
-    batch, per_unit = teach(config, samples, shaped, values, ALONE)
+    constants = config.subset(AdvantageConstants)
+    batch, units_per_score = compute_advantages(samples, rollout, values, SINGLE_PROCESS, constants)
 
     reward_sd = rewards[mask].std() if whiten_rewards else 1.0
     mean = rewards[mask].mean()
-    paid = (rewards - mean) / reward_sd + mean if whiten_rewards else rewards
-    advantages = compute_gae(paid, values, mask, gamma=config.gamma, lam=config.lam)[0]
+    shaped = (rewards - mean) / reward_sd + mean if whiten_rewards else rewards
+    advantages = compute_gae(shaped, values, mask, gamma=config.gamma, lam=config.lam)[0]
     advantage_sd = advantages[mask].std()
-    assert per_unit == pytest.approx(1 / (reward_sd * advantage_sd).item(), rel=1e-5)
+    assert units_per_score == pytest.approx(1 / (reward_sd * advantage_sd).item(), rel=1e-5)
     whitened = (advantages - advantages[mask].mean()) / advantage_sd
     torch.testing.assert_close(batch.advantages[mask], whitened[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_one_token_answers_feel_corrected_exact_kl_as_they_feel_k1(tmp_path, model_folder):
-    """With no earlier token to credit, exact KL and its correction add up to k1.
+    """Exact KL and its correction add up to k1 where there is no earlier token to credit.
 
     Three updates: the KL is 0 in the first, and the value heads differ after the second.
     """
@@ -108,14 +114,14 @@ def test_dropout_is_noticed(tmp_path, model_folder, monkeypatch):
 
 
 def test_another_reference_is_noticed(tmp_path, model_folder, monkeypatch):
-    make = loop.make_reference
+    make = loop.make_ref_model
 
-    def other(config, lm, device):
+    def other(lm, device, lora_rank):
         changed = copy.deepcopy(lm)
         changed.get_input_embeddings().weight.data.mul_(1.1)
-        return lm, make(config, changed, device)[1]
+        return lm, make(changed, device, lora_rank)[1]
 
-    monkeypatch.setattr(loop, "make_reference", other)
+    monkeypatch.setattr(loop, "make_ref_model", other)
     with pytest.raises(RuntimeError, match="before the first step a token's KL"):
         train(tmp_path / "run", model_folder)
 
@@ -130,7 +136,7 @@ def test_logits_one_position_late_are_told(tmp_path, model_folder, monkeypatch, 
         return right(lm, *longer, n_answer)
 
     monkeypatch.setattr(policy, "causal_lm", late)
-    monkeypatch.setattr(reference, "causal_lm", late)
+    monkeypatch.setattr(ref_model, "causal_lm", late)
     records = train(tmp_path / "run", model_folder, updates=3, batch_size=32)
     told = [record["update"] for record in records if "sampling_gap" in record["events"]]
     assert told == ([1] if shift else [])
@@ -138,18 +144,18 @@ def test_logits_one_position_late_are_told(tmp_path, model_folder, monkeypatch, 
 
 @pytest.mark.parametrize("nonsense", [math.nan, math.inf, 0.01])
 def test_the_start_check_refuses(nonsense):
-    check_ratio(0.0, 1.0)
-    check_reference(0.0)
+    check_initial_ratio(0.0, 1.0)
+    check_initial_kl(0.0)
     with pytest.raises(RuntimeError):
-        check_ratio(nonsense, 1.0)
+        check_initial_ratio(nonsense, 1.0)
     with pytest.raises(RuntimeError):
-        check_ratio(0.0, 1 + nonsense)
+        check_initial_ratio(0.0, 1 + nonsense)
     with pytest.raises(RuntimeError):
-        check_reference(nonsense)
+        check_initial_kl(nonsense)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, model_folder):
-    """Stopped in the middle of update 4, after metrics that its last checkpoint does not cover."""
+    """The run stops in the middle of update 4, after metrics that no checkpoint covers."""
     options = {"updates": 5, "checkpoint_every": 2}
     whole = train(tmp_path / "whole", model_folder, **options)
 
@@ -177,14 +183,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, model_folder):
 
 
 def test_a_reference_that_is_the_policy_without_its_adapter(tmp_path, model_folder):
-    """Only the adapter learns, and the KL is to the model it was put on."""
+    """The adapter alone learns, and the KL is to the model it was put on."""
     start = load_model(model_folder)[0].state_dict()
     train(tmp_path / "run", model_folder, updates=3, reference="adapter", learning_rate=1e-2)
     saved = load_state(tmp_path / "run" / "checkpoint.pt")
     trained = {n for n, w in saved["policy"].items() if "lora" in n and "_B." in n and w.any()}
     assert trained, "nothing was learned"
-    base = {n.replace("lm.base_model.model.", "").replace("base_layer.", ""): w
-            for n, w in saved["policy"].items() if "lora" not in n}  # fmt: skip
+    base = {
+        name.replace("lm.base_model.model.", "").replace("base_layer.", ""): weight
+        for name, weight in saved["policy"].items()
+        if "lora" not in name
+    }
     for name, weight in start.items():
         assert torch.equal(base[name], weight), name
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[2]["kl"] > 1e-3
@@ -203,22 +212,24 @@ def test_a_reference_that_is_the_policy_without_its_adapter(tmp_path, model_fold
         ({"score_clip": 2.0, "missing_eos_penalty": 5.0}, [-4.0, 2.0, -7.0]),
     ],
 )
-def test_scores_are_paid_by_length_and_ending(changes, expected):
+def test_scores_are_shaped_by_length_and_ending(changes, expected):
     """Answers of 1, 2 and 3 tokens; only the second holds EOS, and the first EOS as padding."""
     eos = 9
     ids = torch.tensor([[1, eos, eos, eos], [1, eos, eos, eos], [1, 2, 3, 0]])
     mask = torch.arange(4) < torch.tensor([[1], [2], [3]])
     samples = Samples(ids, mask, mask)
     config = dataclasses.replace(CONFIG, answer_tokens=4, **changes)
-    paid = shape_scores(config, torch.tensor([1.0, 4.0, -6.0]), samples, eos)
-    assert paid.tolist() == pytest.approx(expected)
+    constants = config.subset(ScoreConstants)
+    shaped = shape_scores(torch.tensor([1.0, 4.0, -6.0]), samples, eos, constants)
+    assert shaped.tolist() == pytest.approx(expected)
 
 
 def test_pretraining_goes_on_bit_for_bit(tmp_path, paragraphs, monkeypatch):
     config = PPOConfig(vocab_size=300, hidden_size=8, layers=1, pretrain_steps=6, pretrain_batch=2)
     monkeypatch.setattr(pretrain, "STEPS_PER_CHECKPOINT", 2)
     whole, stopped = (create_run(tmp_path / name, config) for name in ("whole", "stopped"))
-    pretrain.pretrain(config, paragraphs, whole)
+    constants = config.subset(pretrain.PretrainConstants)
+    pretrain.pretrain(constants, paragraphs, whole)
 
     windows, calls = pretrain.random_windows, []
 
@@ -231,9 +242,9 @@ def test_pretraining_goes_on_bit_for_bit(tmp_path, paragraphs, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "random_windows", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pretrain.pretrain(config, paragraphs, stopped)
+            pretrain.pretrain(constants, paragraphs, stopped)
     assert load_state(stopped.pretraining)["step"] == 2
-    pretrain.pretrain(config, paragraphs, stopped)
+    pretrain.pretrain(constants, paragraphs, stopped)
 
     weights = [load_model(run.reference)[0].state_dict() for run in (whole, stopped)]
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""A model is taken from a folder with the dtype it has there, or refused with what to do."""
+"""A model keeps the dtype it has in its folder, or is refused with advice."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def reward(tmp_path, monkeypatch) -> list[str]:
 
 
 def recast(folder: Path, *dtypes: torch.dtype) -> None:
-    """The folder's weights in the first dtype, but for some in each of the others."""
+    """Cast the folder's weights to the first dtype, but for one to each of the others."""
     path = folder / "model.safetensors"
     weights = load_file(path)
     for i, name in enumerate(weights):
@@ -45,7 +45,7 @@ def dtypes_in(folder: Path) -> set[torch.dtype]:
 def test_a_model_is_trained_in_float32_and_saved_as_it_came(
     folder, tmp_path, reward, dtype, capsys
 ):
-    """Over a run, a run resumed, and a run that starts from what the first one saved."""
+    """The dtype survives a run, a resumed run, and a run that starts from the saved policy."""
     recast(folder, dtype)
     name = str(dtype).removeprefix("torch.")
     said = f"the model's {name} weights are trained in float32 and saved as {name}\n"
@@ -62,7 +62,7 @@ def test_a_model_is_trained_in_float32_and_saved_as_it_came(
     assert capsys.readouterr().out.count(said) == 1
     assert dtypes_in(again / "policy") == {dtype}
 
-    # What training goes on from is not rounded to the dtype; what is saved is that, rounded once.
+    # Training goes on from float32 weights; the saved policy is those, rounded once.
     trained = load_state(out / "checkpoint.pt")["policy"]
     assert {w.dtype for w in trained.values()} == {torch.float32}
     saved = load_file(out / "policy" / "model.safetensors")
@@ -175,7 +175,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny, tmp_path):
 
 
 def test_an_embedding_larger_than_the_tokenizer_is_trained(tiny, tmp_path, reward):
-    """As many models have it; a token without a text is sampled like any other."""
+    """Many models have such an embedding; a token without a text is sampled like any other."""
     lm, tokenizer = tiny
     lm.resize_token_embeddings(len(tokenizer) + 200)
     save_model(tmp_path / "model", lm, tokenizer)

@@ -18,7 +18,7 @@ from kl_kernels.lab.ppo.policy import (
 
 
 def chi_square(counts, probabilities):
-    """Pearson's statistic and its degrees of freedom, rare tokens pooled."""
+    """Compute Pearson's statistic and its degrees of freedom, rare tokens pooled."""
     expected = probabilities * counts.sum()
     common = expected >= 5
     pooled = [torch.cat((t[common], t[~common].sum()[None])) for t in (counts, expected)]
@@ -35,7 +35,7 @@ def check_first_token_distribution(lm, tokenizer):
         logits = lm(ids).logits[0, -1].double()
     counts = torch.bincount(drawn.flatten(), minlength=len(logits)).double()
     statistic, dof = chi_square(counts, logits.softmax(-1))
-    assert dof > 60, "the distribution has to be wide for this to notice top-k 50"
+    assert dof > 60, "the distribution must be wide for this to notice top-k 50"
     assert statistic < dof + 5 * (2 * dof) ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""What a bar promises comes from updates alone, not from what was before the first of them."""
+"""A bar estimates the time left from updates alone, not from the time before the first one."""
 
 import pytest
 

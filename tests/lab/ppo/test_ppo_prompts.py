@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro import CONFIG, MICRO, run
+from micro import MICRO, run
 from tokenizers.processors import TemplateProcessing
 
 from kl_kernels.lab.ppo import command
@@ -32,7 +32,7 @@ def chat_folder(model_folder, tmp_path) -> Path:
 
 @pytest.fixture
 def seen(tmp_path, monkeypatch):
-    """Arguments of a reward, and the prompts it was given."""
+    """Arguments of a reward that keeps the prompts it is given."""
     (tmp_path / "seeing.py").write_text(
         "prompts_seen = []\n"
         "def see(prompts, answers):\n"
@@ -76,7 +76,7 @@ def test_a_chat_s_special_tokens_are_the_template_s_alone(chat_folder):
     )
     assert tokenizer("ab").input_ids[0] == tokenizer.eos_token_id, "it adds one to plain text"
     chat = [{"role": "user", "content": "ab"}]
-    (ids,) = encode_prompts(CONFIG, [chat], [], tokenizer, None)
+    (ids,) = encode_prompts([chat], tokenizer, path="", context=None, answer_tokens=6)
     expected = tokenizer("[user]ab<eos>[assistant]", add_special_tokens=False).input_ids
     assert ids == expected
     assert ids.count(tokenizer.eos_token_id) == 1
@@ -154,7 +154,7 @@ def test_a_prompt_without_tokens_is_named(tiny):
             return type("Encoding", (), {"input_ids": []})
 
     with pytest.raises(ValueError, match="the prompt 'a' has no tokens"):
-        encode_prompts(CONFIG, ["a"], [], Silent(), None)
+        encode_prompts(["a"], Silent(), path="", context=None, answer_tokens=6)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,12 @@ def test_prompts_longer_than_every_paragraph_are_refused(tmp_path):
 
 def test_a_model_of_any_context_takes_any_prompt(tiny):
     tokenizer = tiny[1]
-    (ids,) = encode_prompts(CONFIG, ["xyz " * 100], [], tokenizer, None)
+    (ids,) = encode_prompts(["xyz " * 100], tokenizer, path="", context=None, answer_tokens=6)
     assert len(ids) > 100
 
 
 def test_the_longest_prompt_that_fits_is_answered_in_full(tmp_path, model_folder, seen):
-    """26 tokens and 6 of the answer are the 32 of the context."""
+    """The prompt's 26 tokens and the answer's 6 are the 32 of the context."""
     tokenizer = load_model(model_folder)[1]
     text = tokenizer.decode(torch.arange(40, 66))
     assert len(tokenizer(text).input_ids) == 26

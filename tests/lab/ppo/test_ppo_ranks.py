@@ -1,4 +1,4 @@
-"""Several processes train what one trains, and the first alone writes and speaks."""
+"""Several processes train as one does, and only the main one writes and prints."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def rewards(tmp_path, monkeypatch):
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-# Told to use CPUs, accelerate starts one process; its launcher of several is named after GPUs.
+# With --cpu accelerate starts one process; --multi_gpu starts several, also without a GPU.
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
 
 
@@ -59,7 +59,7 @@ def torchrun(folder, *arguments, launcher=TORCHRUN, program=("-m", "kl_kernels")
 
 
 def often_ending(model_folder, folder):
-    """The model, with EOS likely: answers differ in length, and ranks in their share of tokens."""
+    """Make EOS likely: answers differ in length, and ranks in their share of tokens."""
     lm, tokenizer = load_model(model_folder)
     with torch.no_grad():
         end = lm.get_input_embeddings().weight[tokenizer.eos_token_id]
@@ -97,7 +97,7 @@ def test_two_processes_train_as_one_also_when_resumed(rewards, model_folder):
 
     assert_same_training(rewards / "one", rewards / "two")
 
-    # Each process scored its half, and only one of them wrote and spoke.
+    # Each process scored its half, and only one of them wrote and printed.
     assert [(rewards / f"rank{i}.txt").read_text() for i in (0, 1)] == ["4\n" * 4] * 2
     files = [sorted(p.name for p in (rewards / name).iterdir()) for name in ("one", "two")]
     assert files[0] == files[1]
@@ -105,7 +105,7 @@ def test_two_processes_train_as_one_also_when_resumed(rewards, model_folder):
 
 
 def test_shards_train_as_one_process_and_resume_as_any_number_of_them(rewards, model_folder):
-    """FSDP2's shards for two updates, one process for one, shards again."""
+    """Two updates run on FSDP2's shards, one in a single process, the last on shards again."""
     model = often_ending(model_folder, rewards / "model")
     common = [*MICRO, "--model", model, "--reward", "own_rewards:vowels"]
     common += ["--learning-rate", "3e-3", "--answer-tokens", "12", "--max-update-kl", "1e9"]
@@ -129,7 +129,7 @@ def test_ctrl_c_ends_all_processes_and_tells_how_to_go_on(rewards, model_folder)
 
 
 def test_a_bad_score_of_any_process_is_said_once(rewards, model_folder):
-    """The first process speaks, also of answers that another one has."""
+    """The main process prints errors, also about answers that another one has."""
     arguments = [*MICRO, "--model", model_folder, "--reward", "own_rewards:bad_on_the_second"]
     ended = torchrun(rewards, *arguments, "--out", "run")
     assert ended.returncode != 0
@@ -156,7 +156,7 @@ def test_a_race_is_won_as_torch_multinomial_draws():
 
 
 def test_ranks_draw_what_longer_answers_drew(tiny, monkeypatch):
-    """Rank by rank in one process: the longest answer of all is known beforehand."""
+    """The ranks run one by one in a process: the longest answer of all is known beforehand."""
     lm, tokenizer = tiny
     prompts = [[4], [7, 8, 9]]
     torch.manual_seed(0)
@@ -169,12 +169,12 @@ def test_ranks_draw_what_longer_answers_drew(tiny, monkeypatch):
     assert whole.mask.sum(1).tolist() == [short.index(end) + 1, 12]
     assert short.index(end) < 11
     state = torch.get_rng_state()
-    monkeypatch.setattr(Ranks, "largest", lambda self, own: torch.tensor(12))
+    monkeypatch.setattr(Ranks, "max", lambda self, local: torch.tensor(12))
     for ranks in (Ranks(0, 2, None), Ranks(1, 2, None)):
         torch.manual_seed(0)
         part = sample(lm, tokenizer, prompts, 12, ranks)
         assert torch.equal(torch.get_rng_state(), state)
-        expected = whole.rows(torch.tensor([ranks.rank]))
+        expected = whole.select(torch.tensor([ranks.rank]))
         assert torch.equal(part.ids, expected.ids)
         assert torch.equal(part.mask, expected.mask)
         assert torch.equal(part.attention_mask, expected.attention_mask)

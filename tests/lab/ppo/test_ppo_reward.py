@@ -12,7 +12,13 @@ import torch
 
 from kl_kernels.lab.ppo.config import PPOConfig
 from kl_kernels.lab.ppo.policy import answer_texts, sample
-from kl_kernels.lab.ppo.reward import TokenReward, fit_reward_model, load_reward, scores_of
+from kl_kernels.lab.ppo.reward import (
+    RewardModelConstants,
+    TokenReward,
+    compute_scores,
+    fit_reward_model,
+    load_reward,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +38,11 @@ def test_reward_is_blind_to_the_order_of_tokens(tiny, words):
 
 
 def test_fitted_reward_learns_what_gold_counts(tiny):
-    """Counting a token is within reach of one weight per token, so new answers rank as by gold."""
+    """One weight per token can count a token, so new answers rank as by gold."""
     lm, tokenizer = tiny
-    config = PPOConfig(reward_pairs=400, answer_tokens=12, label_sharpness=10.0)
+    constants = PPOConfig(reward_pairs=400, answer_tokens=12, label_sharpness=10.0).subset(
+        RewardModelConstants
+    )
     prompts = [[5, 6, 7], [8, 9]]
     torch.manual_seed(0)
     samples = sample(lm, tokenizer, prompts * 100, 12)
@@ -43,7 +51,7 @@ def test_fitted_reward_learns_what_gold_counts(tiny):
     def gold(answer):
         return answer.count(commonest)
 
-    reward = fit_reward_model(config, lm, tokenizer, prompts, gold)
+    reward = fit_reward_model(lm, tokenizer, prompts, gold, constants)
     answers = answer_texts(samples, tokenizer)
     scores = torch.tensor([reward([], answers), [gold(answer) for answer in answers]])
     assert torch.corrcoef(scores)[0, 1] > 0.9
@@ -51,9 +59,11 @@ def test_fitted_reward_learns_what_gold_counts(tiny):
 
 def test_fitted_reward_is_standardised_and_survives_saving(tiny):
     lm, tokenizer = tiny
-    config = PPOConfig(reward_pairs=64, answer_tokens=6, reward_epochs=1)
+    constants = PPOConfig(reward_pairs=64, answer_tokens=6, reward_epochs=1).subset(
+        RewardModelConstants
+    )
     torch.manual_seed(0)
-    reward = fit_reward_model(config, lm, tokenizer, [[5, 6, 7]], len)
+    reward = fit_reward_model(lm, tokenizer, [[5, 6, 7]], len, constants)
     again = TokenReward(tokenizer)
     again.load_state_dict(reward.state_dict())
     answers = [" class", " object value", ""]
@@ -73,7 +83,7 @@ def module(tmp_path, monkeypatch):
 
 def test_a_reward_function_is_found_by_name(module):
     reward = load_reward("my_rewards:length")
-    assert scores_of(reward, ["p", "p"], ["abc", ""]).tolist() == [3.0, 0.0]
+    assert compute_scores(reward, ["p", "p"], ["abc", ""]).tolist() == [3.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,7 @@ def test_a_bad_reward_is_one_sentence(module, spec, message):
     ids=repr,
 )
 def test_scores_are_numbers_of_any_kind(scores):
-    found = scores_of(lambda prompts, answers: scores, ["p", "q"], ["a", "b"])
+    found = compute_scores(lambda prompts, answers: scores, ["p", "q"], ["a", "b"])
     assert found.tolist() == [1.0, 0.0]
     assert found.dtype == torch.float32
 
@@ -142,19 +152,19 @@ def test_scores_are_numbers_of_any_kind(scores):
 )
 def test_bad_scores_are_one_sentence_that_names_the_answer(scores, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        scores_of(lambda prompts, answers: scores, ["p", "q"], ["a", "b\x1b"])
+        compute_scores(lambda prompts, answers: scores, ["p", "q"], ["a", "b\x1b"])
     assert "one finite number per answer" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_an_error_in_a_reward_function_keeps_its_traceback():
-    """A ValueError of its own would be printed as if an argument of the command were wrong."""
+    """A ValueError that passed through would be printed as if an argument were wrong."""
 
     def reward(prompts, answers):
         return [float(answer) for answer in answers]
 
     with pytest.raises(RuntimeError, match="raised ValueError: could not convert") as error:
-        scores_of(reward, ["p"], ["a"])
+        compute_scores(reward, ["p"], ["a"])
     assert isinstance(error.value.__cause__, ValueError)
 
 

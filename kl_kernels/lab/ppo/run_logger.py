@@ -1,4 +1,4 @@
-"""What is said about a run while it goes: alarms on the terminal, an audit log, a dashboard."""
+"""The log of a run while it goes: progress and alarms, metrics, an audit log, a dashboard."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from kl_kernels import KLRewards, extras
 from kl_kernels.files import PRIVATE_FOLDER_MODE, make_folder, write_text
 from kl_kernels.lab.ppo.checkpoint import RunFolder
 from kl_kernels.lab.ppo.config import PPOConfig
-from kl_kernels.lab.ppo.policy import Samples
+from kl_kernels.lab.ppo.policy import Samples, prompt_texts
+from kl_kernels.lab.ppo.progress import UpdateProgress
 from kl_kernels.lab.ppo.ranks import Ranks
-from kl_kernels.lab.ppo.report import Record
+from kl_kernels.lab.ppo.report import MetricsLog, Record, progress_line
 from kl_kernels.monitor.audit import AuditLog
 from kl_kernels.monitor.drift import summarize_drift
 from kl_kernels.monitor.events import Event, Sink
@@ -26,11 +27,12 @@ from kl_kernels.monitor.sinks import MLflowSink, TensorBoardSink, WandbSink, lib
 from kl_kernels.rl.controllers import KLUpdate
 
 
-class Watch:
-    """The run's `KLMonitor`, alike on all ranks, and what the first of them writes and says.
+class RunLogger:
+    """The run's `KLMonitor`, alike on all ranks, and everything that the main rank writes.
 
     Raises:
-        ValueError: the run's audit log was tampered with, or belongs to a run still going.
+        ValueError: the run's audit log was tampered with, or belongs to a run still going; or
+            metrics of updates that the checkpoint has are missing.
         ImportError: the library of `log_to` is missing.
     """
 
@@ -39,13 +41,13 @@ class Watch:
         config: PPOConfig,
         run: RunFolder,
         ranks: Ranks,
-        *,
-        updates: int,  # behind the policy
+        updates: int,  # that the policy has behind it
         policy: dict[str, Tensor],  # its weights
     ) -> None:
         self.run = run
         self.group = ranks.group
         self.audit: AuditLog | None = None
+        self.metrics: MetricsLog | None = None
         sinks: list[Sink] = []
 
         def open_files() -> None:
@@ -54,25 +56,29 @@ class Watch:
             self.audit = AuditLog(run.audit, header=header)
             if config.log_to != "none":
                 sinks.append(make_sink(config, run))
+            self.metrics = MetricsLog(run.metrics, keep=updates)
 
-        ranks.on_first(open_files)
+        ranks.on_main(open_files)
         self.monitor = KLMonitor(config.kl_budget or None, sinks=sinks)
+        self.progress = UpdateProgress(
+            desc="PPO", initial=updates, total=config.updates, disable=not ranks.is_main
+        )
 
-    def update(
+    def log_update(
         self,
         record: Record,
-        controlled: KLUpdate,
+        adapted: KLUpdate,
         violation: Event | None,
-        shaped: KLRewards,  # of this rank's answers, before the update
+        rollout: KLRewards,  # of this rank's answers, before the update
         mask: Tensor,  # [B, T]
     ) -> None:
-        """After an update: look at its record and its answers, and put it on record."""
+        """Show an update to the monitor, add its events to the record, and write that."""
         events = self.monitor.observe(
-            record["update"] - 1,  # of these answers: updates behind the policy that gave them
-            kl=controlled.kl,
+            record["update"] - 1,  # updates before the policy that sampled these answers
+            kl=adapted.kl,
             kl_coef=record["kl_coef"],
-            entropy=shaped.entropy,
-            logprob=shaped.logprob,
+            entropy=rollout.entropy,
+            logprob=rollout.logprob,
             ratio=record["ratio_max"],
             reward=record["proxy"],
             grad_norm=record["grad_norm"],
@@ -80,35 +86,42 @@ class Watch:
             group=self.group,
         )
         record["events"] = [event.kind for event in events]
-        if self.audit is None:
+        if self.audit is None or self.metrics is None:
             return
-        self.audit.append("update", {**record, "kl_coef_next": controlled.value})
+        self.audit.append("update", {**record, "kl_coef_next": adapted.value})
         for event in [*events, *([violation] if violation else [])]:
             self.audit.alert(event)
             tqdm.write(f"warning: {event}")
+        self.metrics.append(record)
+        self.progress.reach(record["update"], progress_line(record))
 
-    def checkpoint(self, updates: int, policy: dict[str, Tensor]) -> None:
-        """After it was written: which weights it holds."""
+    def log_checkpoint(self, updates: int, policy: dict[str, Tensor]) -> None:
+        """Put the hash of a checkpoint's weights on record, once it is written."""
         if self.audit:
             self.audit.append("checkpoint", {"updates": updates, "policy": model_hash(policy)})
 
-    def drift(
+    def log_drift(
         self,
         kl: Tensor,  # [B, T]
         samples: Samples,
-        prompts: list[str],
+        prompts: list[list[int]],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """Of the last rollout: which prompts, positions and tokens carry the KL."""
+        """Tell which prompts, positions and tokens of the last rollout carry the KL."""
         if self.audit is None:
             return
         summary = summarize_drift(
-            kl, samples.mask, samples.answers, prompts, decode=lambda i: tokenizer.decode([i])
+            kl,
+            samples.mask,
+            samples.answers,
+            prompt_texts(prompts, tokenizer),
+            decode=lambda i: tokenizer.decode([i]),
         ).to_dict()
         write_text(self.run.drift, json.dumps(summary, indent=1) + "\n")
         self.audit.append("drift", summary)
 
     def close(self) -> None:
+        self.progress.close()
         for sink in self.monitor.sinks:
             sink.close()
         if self.audit:
@@ -116,21 +129,25 @@ class Watch:
 
 
 def check_library(log_to: str) -> None:
-    """MissingPackageError, a ValueError, if the dashboard's library is not installed."""
+    """Check that the dashboard's library is installed.
+
+    Raises:
+        MissingPackageError: it is not; a ValueError.
+    """
     if log_to != "none":
         extras.need(f"log_to {log_to!r}", log_to)
 
 
 def make_sink(config: PPOConfig, run: RunFolder) -> Sink:
-    """A dashboard of the run, kept in its folder where the library can do that.
+    """Open a dashboard of the run, kept in its folder where the library can do that.
 
     Raises:
         ImportError: the library is not installed; `check_library` tells beforehand.
     """
     names, constants = config.metric_names, dataclasses.asdict(config)
     if config.log_to in ("tensorboard", "wandb"):
-        # The libraries write more there, with modes of their own: W&B notes the
-        # account, the machine, and where the code came from.
+        # The libraries write more there, with modes of their own: W&B notes the account, the
+        # machine, and where the code came from.
         make_folder(run.path / config.log_to, PRIVATE_FOLDER_MODE)
     if config.log_to == "tensorboard":
         return TensorBoardSink(run.path / "tensorboard", names=names)

@@ -67,7 +67,7 @@ def test_validate_ends_with_its_verdict(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["validate", "--backend", "tpu"], "backend is 'tpu'; accepted: 'triton', 'cuda', 'cpu'"),
-        (["validate", "--vocab-size", "0"], "vocab-size is 0; it has to be at least 1"),
+        (["validate", "--vocab-size", "0"], "vocab-size is 0; it must be at least 1"),
         (["validate", "--quick", "--vocab-size", "2"], "vocab-size is given, but quick has sizes"),
         (["validate", "--report", "x", "--vocab-size", "2"], "but report has sizes of its own"),
         (["validate", "--commit", "abc"], "commit is 'abc', but only a report records it"),

@@ -1,4 +1,4 @@
-"""How a command ends when its reader leaves or Ctrl-C is pressed: without a word."""
+"""Ends of a command: without a message where its reader leaves or Ctrl-C is pressed."""
 
 import os
 import signal

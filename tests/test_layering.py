@@ -11,7 +11,7 @@ import kl_kernels
 
 PACKAGE = Path(kl_kernels.__file__).parent
 
-# What each folder or file of the package may import, besides itself and the ground.
+# The parts of the package that each may import, besides itself and the ground.
 GROUND = {"_version", "checks", "extras", "files", "forks", "schemas", "text", "versions"}
 ALLOWED = {
     "algebra": set(),

@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def logits_bytes(self) -> int:
-        """Of the float32 logits of one head, were they there in full."""
+        """Bytes that the float32 logits of one head would take in full."""
         return 4 * self.rows * self.vocab_size
 
 
@@ -81,9 +81,9 @@ class Memory:
     dtype: str
     budget_mb: float
     peak_mb: float  # on top of the inputs
-    results_mb: float  # of that, outputs and gradients
+    results_mb: float  # the part of it in outputs and gradients
     hidden_sums_mb: float  # and the gradient of the hidden states in float32, if that is another
-    logits_mb: float  # of the heads, were they there in float32
+    logits_mb: float  # size of all heads' logits in float32, if they were stored
 
     HEADER = (
         f"{'job':15}{'dtype':9}{'budget MB':>10}{'peak MB':>9}{'results':>9}{'sums':>6}"

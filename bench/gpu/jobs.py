@@ -32,7 +32,7 @@ CHUNK = 256  # rows whose float32 copies are made at a time
 
 
 class Buffers(NamedTuple):
-    """What one launch reads."""
+    """The tensors that one launch reads."""
 
     logits: Tensor  # [T, V]
     ref_logits: Tensor  # [T, V]
@@ -92,12 +92,12 @@ Launch = Callable[[Buffers], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Job:
-    reads: int  # tensors of logits that have to be read at the least
+    reads: int  # tensors of logits that must be read at the least
     writes: int
     outputs: tuple[str, ...]  # per token, in order
-    is_gradient: bool  # of the sum of `outputs`, instead of them
+    is_gradient: bool  # True: the gradient of the sum of `outputs`, instead of them
     ours: Callable[[str], Launch]  # by backend
-    formula: Callable[..., tuple[Tensor, ...]]  # of `arguments`, and a dtype to compute in
+    formula: Callable[..., tuple[Tensor, ...]]  # takes `arguments`, and a dtype to compute in
     arguments: tuple[str, ...]  # fields of Buffers
 
     def plain(self, formula: Callable[..., tuple[Tensor, ...]]) -> Launch:

@@ -32,7 +32,7 @@ from bench.gpu.table import table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 SECONDS = 525  # in all
-# Of the checks, what Triton has to compile takes the time.
+# The checks spend their time on compiling Triton kernels.
 BUILD_SECONDS, CHECK_SECONDS, SPEED_SECONDS = 150, 230, 240
 SANITIZER_SECONDS, COUNTERS_SECONDS, SWEEP_SECONDS, PEERS_SECONDS = 150, 180, 240, 420
 PARTS = ("checks", "sanitizers", "speed", "counters", "sweep", "peers")
@@ -68,7 +68,7 @@ class Outcome:
 
 
 def run(step: Step) -> Outcome:
-    """Run a step with all it starts; what it printed is kept even if it has to be stopped."""
+    """Run a step and its child processes; its output is kept even if it must be stopped."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)  # kernels are to run, not to be interpreted
     environment |= step.environment

@@ -99,8 +99,8 @@ class Measurement:
     median_us: float
     fastest_us: float
     slowest_us: float
-    gb_per_s: float  # of the bytes that have to move at the least, at the median
-    share: float  # of the ceiling
+    gb_per_s: float  # rate of the bytes that must move at the least, at the median
+    share: float  # gb_per_s over the ceiling
     ceiling: str
     launches: int  # per timed unit
     peak_mb: float  # allocated by a call, results included
@@ -122,7 +122,7 @@ class Bench:
     turns: int
 
     def run(self, case: Case) -> tuple[list[Measurement], dict[str, str], dict[str, str]]:
-        """What was measured; by contender, why it was left out, and how it failed."""
+        """The measurements; by contender, the reasons for leaving it out, and its failures."""
         # Buffers are counted as read: outputs are a set's own as well.
         n_sets = n_buffer_sets(case.bytes_moved, self.l2_bytes)
         if self.device == "cuda":

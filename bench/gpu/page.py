@@ -1,4 +1,4 @@
-"""What gpu_<chip>.json says, as blocks of a page, beside predictions and the GPU's counters."""
+"""The page of gpu_<chip>.json, beside predictions and the GPU's counters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kl_kernels.lab.documents import Block, Bullets, Heading, Picture, Table, Te
 
 __all__ = ["blocks", "pictures", "short_table"]
 FOLDER = Path(__file__).parents[1] / "results"
-# What the Triton kernels' machine code lets expect, by job: kernels of offline.json.
+# Kernels of offline.json, from whose machine code each job's time is predicted.
 COUNTED = {
     "token_kl": "fold: policy and reference",
     "token_stats": "fold: policy",
@@ -132,7 +132,7 @@ def spread(m: Row) -> str:
 def predictions(
     results: Results, offline: Results | None, counters: Results | None
 ) -> Iterator[Row]:
-    """Of `triton`: what each resource needs at the least for what was counted in machine code.
+    """Return each resource's least time for the instructions and bytes of `triton`'s machine code.
 
     Memory at the measured ceiling instead of the data sheet's bandwidth.
     """

@@ -12,18 +12,18 @@ from bench.common.machine import chip_name
 COLOURS = {"triton": "#0072B2", "cuda": "#009E73", "torch.compile": "#D55E00", "eager": "#888888"}
 MARKS = {"triton": "o", "cuda": "s", "torch.compile": "^", "eager": "v"}
 Results = Mapping[str, Any]
-Axis = tuple[str, str, str]  # what differs, what all have in common, and what it is called
+Axis = tuple[str, str, str]  # the field that differs, the field in common, the label
 BY_VOCABULARY: Axis = ("vocab_size", "rows", "vocabulary")
 BY_ROWS: Axis = ("rows", "vocab_size", "rows")
 
 
 def stem(results: Results) -> str:
-    """What the chip's files are called after."""
+    """Return the chip's name in file names."""
     return chip_name(str(results["device"]))
 
 
 def drawn(results: Results) -> dict[str, str]:
-    """Names of the pictures, and what they show; none of what has a single size."""
+    """Return the pictures' names and captions; an axis with a single size has no picture."""
     main = results["measurements"][0] if results["measurements"] else {}
     says = {
         "vocabularies": (BY_VOCABULARY, "Share of the memory's ceiling by vocabulary, {rows} rows"),

@@ -21,7 +21,7 @@ import torch
 from bench.offline.jobs import ROWS, VOCAB_SIZE
 from bench.offline.launches import Context, forward_and_backward
 
-WIDTH = 4096  # of hidden states, where logits are made by the library itself
+WIDTH = 4096  # size of hidden states, where the library itself makes the logits
 CPU_ROWS = 16  # real ones, where host code looks at values; a multiple of 16 as ROWS is
 
 

@@ -27,7 +27,7 @@ SPILLS = ("LDL", "STL")
 
 @dataclass(frozen=True)
 class OurKernel:
-    """Of the variants that codegen compiles: the loops that run on ordinary logits."""
+    """A variant that codegen compiles, and its loops that run on ordinary logits."""
 
     variant: str
     job: str
@@ -144,9 +144,9 @@ def per_logit(loop: Loop, unit_bytes: int) -> Loop:
 
 
 def without_row_loads(program: Loop, unit_bytes: int) -> Loop:
-    """What a program reads once for its whole row costs instructions, but no memory to speak of.
+    """Rename a program's loads for its whole row: they cost instructions, but hardly any traffic.
 
-    Logits are what is read by the widest loads. RuntimeError: these read more or less than a tile.
+    Logits are read by the widest loads. RuntimeError: these read more or less than a tile.
     """
     wide = f".{8 * program.widest_load}" if program.widest_load > 4 else ""
     opcodes: Counter[str] = Counter()

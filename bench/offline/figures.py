@@ -17,10 +17,10 @@ Row = Mapping[str, Any]
 BLUE, OTHERS, GREY = "#0072B2", "#BBBBBB", "#555555"
 RESOURCES = {"memory": "#56B4E9", "issue": "#E69F00", "mufu": "#D55E00"}
 SAYS = {"memory": "memory", "issue": "instructions", "mufu": "special functions"}
-ROW_INCHES = 0.42  # of a kernel: a line of words and under it the bar
+ROW_INCHES = 0.42  # height of a kernel: a line of words and under it the bar
 BAR = {"height": 0.42, "align": "edge"}
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # under words, over lines
-ROOM = 1.35  # of the longest bar, for its figure
+ROOM = 1.35  # width of a panel, in longest bars: the rest is for figures
 
 
 def instructions(results: Mapping[str, Any]) -> bytes:

@@ -11,10 +11,10 @@ from bench.offline.jobs import BACKWARD, KL, LOGPROB
 
 @dataclass(frozen=True)
 class Counted:
-    """One kernel of a call: what it is for, and how its code is to be read."""
+    """One kernel of a call, its job, and how to read its code."""
 
     name: str  # to be shown
-    job: str  # of JOBS
+    job: str  # a name of JOBS
     computes: str
     loops: tuple[str, ...]  # in program order; none: a program is one tile, without a loop
     block: str = "BLOCK_SIZE"  # constant with the logits of a tile

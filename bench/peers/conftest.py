@@ -131,5 +131,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def median_of_pairs(times: list[float], ours: list[float]) -> float:
-    """What a contender took over what ours took in the same round: drift is shared."""
+    """Divide a contender's times by ours of the same round: drift is shared."""
     return statistics.median(t / o for t, o in zip(times, ours))

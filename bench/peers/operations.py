@@ -1,7 +1,7 @@
-"""What is compared: each operation's inputs, what it has to give, and its truth in float64.
+"""The operations that are compared: inputs, names of results, and the truth in float64.
 
 A contender gets the inputs and returns a dict of results by name. It may return fewer than all of
-an operation's results (few peers have all of them); what it returns has to be right. Names that
+an operation's results (few peers have all of them); those it returns must be right. Names that
 begin with "mean" are for peers that give one number for all tokens.
 """
 
@@ -256,7 +256,7 @@ def token_truth(x: Inputs, names: Iterable[str]) -> Results:
 
 
 def gradient_truth(x: Inputs, names: Iterable[str]) -> Results:
-    """Of the sum of `names`, what a contender returns and differentiates."""
+    """Return the statistics, and the gradients of the sum of those in `names`."""
     x = wide(x)
     stats = with_means(statistics(x.logits, x.ref_logits, x.token_ids))
     return stats | with_gradients({name: stats[name] for name in names}, x.logits)
@@ -319,10 +319,10 @@ def ppo_truth(x: Inputs, names: Iterable[str]) -> Results:
 @dataclass(frozen=True)
 class Operation:
     name: str
-    does: str  # what is computed, for the page
+    does: str  # description for the page
     make: Callable[[Size, torch.dtype, str], object]
     truth: Callable[..., Results]
-    passes: int  # tensors of [T, V] that have to pass through memory at the least; 0: none to count
+    passes: int  # tensors of [T, V] that must pass through memory at the least; 0: not counted
     sources: tuple[str, ...] = ()  # inputs that gradients are taken in; none: no gradient
     of: str = ""  # the operation whose contenders are differentiated here
 

@@ -1,4 +1,4 @@
-"""What peers.json says, as blocks of a page."""
+"""The page of peers.json."""
 
 from __future__ import annotations
 

@@ -34,12 +34,12 @@ def pictures(results: Results) -> dict[str, bytes]:
 
 
 def stem(results: Results) -> str:
-    """What the results file is called, and its pictures begin with."""
+    """Return the stem of the results file's name, with which its pictures' names begin."""
     return "peers" if results["kind"] == "cpu" else f"peers_{chip_name(results['device'])}"
 
 
 def main_case(results: Results) -> dict[str, list[Results]]:
-    """By operation, everybody's measurement in its first size and dtype."""
+    """Collect, by operation, all contenders' measurements in its first size and dtype."""
     cases: dict[str, list[Results]] = {}
     for m in results["measurements"]:
         case = cases.setdefault(m["operation"], [])
@@ -138,7 +138,7 @@ Lines = dict[str, list[dict[str, Any]]]  # by contender, its measurements
 
 
 def by_size(results: Results) -> dict[str, tuple[list[str], Lines]]:
-    """Of the exact KL in bfloat16: the sizes by their number of logits, and everybody's figures."""
+    """Collect all contenders' figures for the exact KL in bfloat16, by number of logits."""
     found = {}
     for operation in ("exact KL", "exact KL + gradient"):
         mine = [

@@ -32,7 +32,7 @@ from bench.peers.compare import (
 )
 from bench.peers.contenders import OURS, Call, Contender, Unavailable, contenders
 
-SECONDS, FEWEST, MOST = 0.7, 7, 40  # of a contender's rounds, and how many
+SECONDS, FEWEST, MOST = 0.7, 7, 40  # a contender's time, and its least and most rounds
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,4 +1,4 @@
-"""What docs/numerics.md shows of the numerics report's summary."""
+"""The tables of docs/numerics.md, from the numerics report's summary."""
 
 from __future__ import annotations
 

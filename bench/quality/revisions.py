@@ -50,7 +50,7 @@ class Comparison:
 
 
 def compared(op: str, seconds: Array, threshold: float) -> Comparison:
-    """Of one op, seconds [rounds, 2]: the base's, and the new one's.
+    """Compare one op's seconds [rounds, 2]: the base's, and the new one's.
 
     The ratio is the median over rounds, of calls that followed one another. It counts as a
     difference where its whole interval is farther from 1 than the threshold, a fraction.

@@ -49,7 +49,7 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         if own.shape != mask.shape:
             raise ValueError(
                 f"sample {i} has a kl of shape {tuple(own.shape)} and a loss mask of shape "
-                f"{tuple(mask.shape)}; they have to be equal, so no context parallelism"
+                f"{tuple(mask.shape)}; they must be equal, so no context parallelism"
             )
     padded_kl = _padded(kl)
     mask = _padded([mask.to(padded_kl.device) for mask in masks])
@@ -62,5 +62,5 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         rollout_data[name] = [row[: len(own)] for row, own in zip(result, kl)]
 
 
-def _padded(rows: Sequence[Tensor]) -> Tensor:  # of [R] each -> [B, T]
+def _padded(rows: Sequence[Tensor]) -> Tensor:  # B rows of [R] -> [B, T]
     return pad_sequence([row.flatten() for row in rows], batch_first=True)

@@ -101,7 +101,7 @@ def test_divergence_and_entropy_are_never_negative():
     y = x + 1e-12 * torch.randn(2000, 8, dtype=torch.float64, generator=g)
     state = fold(x, y)
     raw = math.log(2) * state.rk / state.sx - torch.log(state.sx / state.sy)
-    assert (raw < 0).any(), "the inputs are too easy: nothing had to be clamped"
+    assert (raw < 0).any(), "the inputs are too easy: nothing was clamped"
     result = finish(state, x[:, 0], y[:, 0])
     assert (result.kl >= 0).all()
     assert (result.forward_kl >= 0).all()

@@ -52,7 +52,7 @@ def rows(kind, distance, v, g, n=6):
         x[:, 0], y[:, 0] = 0, 0
         x[:, -1], y[:, -1] = 0.5 * noise()[:, 0], 0.5 * noise()[:, 0]
         return x, y
-    assert kind == "apart"  # what one model likes lies far below for the other
+    assert kind == "apart"  # each model's likely tokens are far below for the other
     x, y = 3 * noise(), 3 * noise()
     x[:, : v // 2] -= distance
     y[:, v // 2 :] -= distance
@@ -239,7 +239,7 @@ def test_a_row_of_nothing_but_lowest_numbers_is_flat():
 
 
 def assert_true_of_float32_states(backend, kind, distance):
-    """Of a backend that measures from float32 anchors, and rounds with half their spacing."""
+    """Check a backend that measures from float32 anchors, and rounds with half their spacing."""
     x, y, ids = rows_in(torch.float32, kind, distance, 1.0, 33, seed=3)
     x, y, ids = x[:2], y[:2], ids[:2]
     values, gradients = truth(x, y, ids, 1.0)

@@ -85,7 +85,7 @@ def test_tokens_far_below_add_nothing(parts):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low", [-1e4, -1e9, -1e10, -1e30, torch.finfo(torch.float32).min])
 def test_a_shard_of_nothing_but_far_logits_adds_nothing(backend, low):
-    """Of the Triton kernels, whose sums are float32 throughout, it may make the row NaN."""
+    """The exception are the Triton kernels, whose float32 sums may make the row NaN."""
     torch.manual_seed(0)
     x, ids = torch.randn(1, 2, 30), torch.zeros(1, 2, dtype=torch.long)
     states = [

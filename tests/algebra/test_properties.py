@@ -1,4 +1,4 @@
-"""What holds of every row, whatever its logits: outputs of the fused functions, by properties."""
+"""Properties of the fused functions' outputs that hold for every row, whatever its logits."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""What holds of every row's gradient, whatever its logits."""
+"""Properties of gradients that hold for every row, whatever its logits."""
 
 import pytest
 import torch

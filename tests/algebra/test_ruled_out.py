@@ -378,7 +378,7 @@ def test_importance_weights(mode, level):
     assert metrics["bounded_fraction"].item() == pytest.approx(outside / 6)
 
 
-# What is made of them elsewhere
+# Ruled-out tokens in integrations and losses
 
 
 def test_trainers_estimators_by_way_of_the_patches():

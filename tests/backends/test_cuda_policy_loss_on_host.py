@@ -19,7 +19,7 @@ from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, PolicyLossArgs, Sc
 VOCAB_SIZE = 2973
 A100 = 163 << 10, 164 << 10, 0
 NARROW = *H200[:2], 9  # SMs in a group
-PLENTY = 1 << 20  # of an SM: any number of blocks fits
+PLENTY = 1 << 20  # limits of an SM in which any number of blocks fits
 
 
 def device_for(n_blocks, logits, ref_logits):
@@ -96,7 +96,7 @@ def random_rows(vocab_size=VOCAB_SIZE, dtype=torch.float32, shape=(2, 2)):
 
 @pytest.fixture(scope="module")
 def logprobs():
-    """Of the policy's random rows, and the reference's, float32."""
+    """Log-probabilities of the policy's random rows, and of the reference's, float32."""
     logits, ref_logits, token_ids = random_rows()
     args = arguments("token_kl", logits=logits, ref_logits=ref_logits, token_ids=token_ids)
     return reference.token_kl(args)[:2]

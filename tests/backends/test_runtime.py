@@ -1,4 +1,4 @@
-"""What surrounds a call: threads, processes, copies, and torch's modes."""
+"""Calls from threads, processes, copies and torch's modes."""
 
 import copy
 import pickle

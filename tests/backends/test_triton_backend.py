@@ -1,7 +1,7 @@
-"""What only the Triton kernels have: tiles, splits, two loops per row, alignment, late checks.
+"""Features of the Triton kernels alone: tiles, splits, two loops per row, alignment, late checks.
 
-Tiles are so small here that some hundred logits make several tiles and splits and a tail. What is
-true of every backend is tested elsewhere, at the sizes the kernels are launched with.
+Tiles are so small here that some hundred logits make several tiles and splits and a tail. Features
+of every backend are tested elsewhere, at the sizes the kernels are launched with.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def assert_true(*cases):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-# Which rows are read once.
+# Rows that are read once.
 
 
 def test_ordinary_rows_and_padded_columns_are_folded_once(inputs, folded_again):

@@ -30,7 +30,7 @@ SMALL = {
     "lanes": 16, "steps": 1, "unaligned_steps": 4, "fold_split": 256, "backward_split": 128,
     "policy_loss_lanes": 16, "scale_programs": 5,
 }  # fmt: skip
-TILE = 64  # of float32
+TILE = 64  # float32 logits
 LAYOUTS = [(V, torch.float32), (V, torch.bfloat16), (V - 27, torch.float32)]
 MASK = torch.tensor([[True, False, True], [True, True, True]])
 
@@ -196,7 +196,7 @@ def test_the_policy_loss_does_not_depend_on_tiles(layout, estimator):
     expected = policy_loss(x, y, token_ids, grads[1], reference, **options)
     torch.testing.assert_close(terms, expected, rtol=3e-6, atol=3e-6)
     rounding = 2e-6 if x.dtype == torch.float32 else 2**-9
-    # Of a certain token the gradient is 0, a difference of terms around the loss's weights.
+    # The gradient of a certain token is 0, a difference of terms around the loss's weights.
     scale = grads[1].float().norm(dim=-1).clamp_min(0.01)
     assert ((grads[0].float() - grads[1].float()).norm(dim=-1) <= rounding * scale).all()
 
@@ -315,7 +315,7 @@ def test_a_gradient_is_scaled_in_place(factor, layout):
 
 
 def test_a_factor_of_one_writes_nothing():
-    # What float32 arithmetic would change: a signalling NaN becomes a quiet one.
+    # A signalling NaN: float32 arithmetic would make it a quiet one.
     signalling = torch.tensor([0x7F800001] * 8, dtype=torch.int32)
     gradient = signalling.clone().view(torch.float32).expand(1, 2, 8)
     triton_kernels.scale_gradient(ScaleGradientArgs(gradient, torch.tensor(1.0)))

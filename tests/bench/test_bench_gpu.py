@@ -1,4 +1,4 @@
-"""What `make gpu` does, as far as it can be seen without a GPU: its steps, jobs and bookkeeping."""
+"""The steps, jobs and bookkeeping of `make gpu`, as far as they run without a GPU."""
 
 import argparse
 import json

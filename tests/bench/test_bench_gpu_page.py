@@ -1,4 +1,4 @@
-"""How a GPU's results are shown and judged, on made-up ones: nothing here was measured."""
+"""Pages and verdicts of a GPU's results, on made-up ones: nothing here was measured."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def bench(monkeypatch):
 
 
 def measurement(case, contender, share):
-    """What bench/gpu/measure.py writes of a contender at `share` of the ceiling."""
+    """Make the record of bench/gpu/measure.py for a contender at `share` of the ceiling."""
     rate = share * CEILINGS[case.ceiling]
     median = case.bytes_moved / rate / 1e3
     gradient = "gradient" in case.job or case.job == "policy loss"
@@ -83,7 +83,7 @@ def test_the_readme_has_the_first_size_of_each_job_and_how_many_targets_are_met(
     assert "21 of 22 targets are met" in gpu_page.short_table(results)
 
 
-SPOILT = {  # by target: what a measurement has to be, and what of it makes the target missed
+SPOILT = {  # by target: a measurement's required fields, and the field and value that miss it
     "`token_kl`, 8192": ({"job": "token_kl", "vocab_size": 262144}, "share", 0.96),
     "`token_stats`, likewise": ({"job": "token_stats", "rows": 8192}, "share", 0.96),
     "gradient of a KL": ({"job": "KL gradient"}, "share", 0.94),

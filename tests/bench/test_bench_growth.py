@@ -59,7 +59,7 @@ def test_intervals_cover_a_known_median(interval):
 
 
 def test_an_interval_draws_rounds_whole(interval):
-    """What both columns share does not widen the interval of their ratio."""
+    """Noise that both columns share does not widen the interval of their ratio."""
     shared = np.random.default_rng(2).lognormal(size=30)
     low, high = interval(np.stack([shared, 2 * shared], 1), lambda r: float((r[:, 1] / r[:, 0])[0]))
     assert (low, high) == pytest.approx((2, 2))

@@ -234,7 +234,7 @@ def test_the_command_needs_a_checkout(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the command runs, without running it."""
+    """Record the commands that would run, without running them."""
     from kl_kernels.lab import bench
 
     ran = []

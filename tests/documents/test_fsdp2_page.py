@@ -175,7 +175,7 @@ def after_unshard(group):
 
 
 def test_unshard_leaves_a_gradient_of_one_rank_that_reshard_drops(ranks):
-    """As the page warns. Where this fails, FSDP2 has mended it, and the page has to say so."""
+    """The page warns of this. If this test fails, FSDP2 has mended it, and the page must say so."""
     (one, dropped), (other, _), *_ = ranks(after_unshard, n=N_RANKS)
     assert not torch.allclose(one, other)
     assert dropped is None

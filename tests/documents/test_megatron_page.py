@@ -16,7 +16,7 @@ FROM_LOGITS, LOSS, FROM_HIDDEN = blocks_of("how-to/megatron.md")
 
 
 class AllReduceInBackward(torch.autograd.Function):
-    """Of a column-parallel layer's input, as each rank has its own columns' gradient."""
+    """The gradient of a column-parallel layer's input: each rank has that of its own columns."""
 
     @staticmethod
     def forward(ctx, x, group):

@@ -131,7 +131,7 @@ def test_betas_near_the_ends_stay_finite(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_unit_in_the_last_place_never_makes_it_negative(backend):
-    """Of 64 rows, rounding pushes some below 0."""
+    """Rounding would push some of 64 rows below 0."""
     dtype = torch.float64 if backend == "reference" else torch.float32
     x, up = random(64, 50, dtype=dtype)
     y = torch.where(up > 0, torch.nextafter(x, torch.tensor(math.inf, dtype=dtype)), x)

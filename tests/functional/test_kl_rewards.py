@@ -83,7 +83,7 @@ def test_estimators(backend, estimator, kl_clip, inputs):
     torch.testing.assert_close(
         result.advantage_correction.double(), corrections, atol=2e-6, rtol=2e-6
     )
-    if kl_clip is not None:  # the clip has to have clipped something, on both sides where it can
+    if kl_clip is not None:  # some KL must be clipped, on both sides where possible
         unclipped, _ = expected(inputs, estimator, 0.3, None, None, POSITIONS["last_token"])
         assert ((unclipped - rewards).abs() > 0.01).any()
 

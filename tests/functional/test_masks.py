@@ -1,4 +1,4 @@
-"""What counts as a mask, in every function that takes one, and where it stands."""
+"""Accepted masks, in every function that takes one, and the position of the argument."""
 
 import inspect
 
@@ -69,7 +69,7 @@ def test_a_mask_counts_whatever_its_dtype(name):
     masked = MASKED[name]
     expected = call(name, **{masked: shaped(MASK, name)})
     everything = call(name, **{masked: shaped(torch.ones_like(MASK), name)})
-    assert not all(map(torch.equal, expected, everything)), "the mask has to matter"
+    assert not all(map(torch.equal, expected, everything)), "the mask must matter"
     for dtype in DTYPES:
         found = call(name, **{masked: shaped(MASK, name).to(dtype)})
         assert all(map(torch.equal, expected, found)), dtype

@@ -33,7 +33,7 @@ NO_COUNT = {
 
 
 def nothing(shape):
-    """What is masked is NaN."""
+    """Return values that are all NaN, and a mask that leaves none of them."""
     return torch.full(shape, torch.nan), torch.zeros(shape)
 
 
@@ -192,7 +192,7 @@ def test_trl_s_divergence_of_no_items_is_0(count):
     assert not student.grad.any()
 
 
-# What is steered by the KL
+# Controllers and early stopping
 
 
 STEERED = {

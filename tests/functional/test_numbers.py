@@ -35,7 +35,7 @@ HEAD_SCALE = {**SCALE, "logit_scale": 0.25, "memory_budget": 1 << 20}
 HEAD_SCALES = {**SCALES, **HEAD_SCALE, "ref_logit_scale": 0.5}
 CLIPS = {"clip_low": 0.03125, "clip_high": 0.0625, "dual_clip": 1.25, "log_ratio_clamp": 0.5}
 
-# What a function takes besides numbers, and the numbers.
+# Each function's other arguments, and its numbers.
 CALLS = {
     "token_stats": ({"logits": LOGITS, "token_ids": IDS}, SCALE),
     "token_kl": ({**BOTH, "token_ids": IDS}, SCALES),
@@ -150,7 +150,7 @@ def test_each_number_reaches_its_function(function, name):
     other = 0 if name == "dim" else CALLS[function][1][name] * 0.875
     pairs = zip(call(function), call(function, **{name: other}), strict=True)
     is_changed = any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
-    if name != "loss_scale":  # which changes the rounding, if anything
+    if name != "loss_scale":  # it changes the rounding alone, if anything
         assert is_changed == (name != "memory_budget")
 
 
@@ -158,7 +158,7 @@ def test_each_number_reaches_its_function(function, name):
 def test_what_is_no_number_is_refused_by_name(function, name):
     for wrong in NO_NUMBERS:
         if name == "dim" and isinstance(wrong, (tuple, list)):
-            continue  # of dimensions
+            continue  # accepted: several dimensions
         if name == "denominator" and isinstance(wrong, torch.Tensor):
             continue  # a tensor stays one: tests/rl/test_rl_losses.py
         with pytest.raises((TypeError, ValueError), match=rf"^{name} (is|has) ") as error:

@@ -119,7 +119,7 @@ def test_loss_metrics_and_gradient_are_those_of_the_definition(backend):
 
 
 def test_the_batch_holds_every_case():
-    """What the test above is worth: each clip and the clamp decide for some tokens, not for all."""
+    """Each clip and the clamp decide for some tokens, not for all, in the test above."""
     _, metrics, _ = Batch().true(**OPTIONS[0] | {"dual_clip": 1.2})
     assert 0 < metrics["clip_fraction"] < 1
     assert 0 < metrics["clip_fraction_dual"] < 1
@@ -316,7 +316,7 @@ BAD = [
     ({"ref_logits": None, "ref_logprobs": torch.zeros(B, T)}, r"kl_estimator is 'exact' and ref_l"),
     ({"entropy_coef": float("inf")}, r"entropy_coef is inf"),
     ({"clip_low": -0.1}, r"clip_low is -0.1"),
-    ({"dual_clip": 1.0}, r"dual_clip is 1.0; it has to be above 1"),
+    ({"dual_clip": 1.0}, r"dual_clip is 1.0; it must be above 1"),
     ({"log_ratio_clamp": 0.0}, r"log_ratio_clamp is 0.0"),
     ({"loss_scale": 0.0}, r"loss_scale is 0.0"),
     ({"loss_scale": torch.ones(2)}, r"loss_scale has shape \(2,\); it must be 0-dim"),

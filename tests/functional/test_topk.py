@@ -29,7 +29,7 @@ def divergence(p, q, beta):
 
 
 def truth(row, ids, logprobs, beta, temperature=1.0, softcap=None):
-    """Of one row: events are the listed ids, and the sum over all other tokens."""
+    """Compute one row's loss: events are the listed ids, and the sum over all other tokens."""
     x = row.detach().double().requires_grad_()
     z = x if softcap is None else softcap * torch.tanh(x / softcap)
     policy = (z / temperature).softmax(-1)
@@ -175,7 +175,7 @@ def test_a_list_that_sums_to_one_leaves_a_policy_without_a_tail_finite():
 
 
 def kl_to_a_list_without_a_tail(sizes):
-    """Of flat policies over 16 tokens, from uniform lists of so many of them."""
+    """Return the KL of flat policies over 16 tokens to uniform lists of each size."""
     width = max(sizes)
     ids = torch.arange(width).expand(len(sizes), width)
     counts = torch.tensor(sizes)[:, None]

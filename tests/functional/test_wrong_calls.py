@@ -143,7 +143,7 @@ def test_packed_rows_are_told_to_be_unpacked():
     assert "unpack" not in str(error.value)
 
 
-# What looks like a mistake and has a right number.
+# Calls that look like a mistake and have a right result.
 
 
 def test_ids_of_no_token_may_be_anything_where_masked():

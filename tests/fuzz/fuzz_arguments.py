@@ -1,4 +1,4 @@
-"""Hostile values for arguments. Each comes with what has to become of a call that holds it."""
+"""Hostile values for arguments, each with the required outcome of a call that holds it."""
 
 import math
 import random

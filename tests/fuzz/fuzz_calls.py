@@ -45,7 +45,7 @@ def _options(random_: random.Random, **choices: tuple[Any, ...]) -> dict[str, An
 
 
 def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
-    """Of every public function."""
+    """Make valid arguments for any public function."""
     g = torch.Generator().manual_seed(random_.randrange(1 << 30))
     b, t, v, d, k = (
         random_.choice(sizes)

@@ -1,4 +1,4 @@
-"""What calls have to give, from their arguments in float64."""
+"""True results of calls, from their arguments in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What only a GPU has: streams, graphs, device memory, and reads nobody can check beforehand."""
+"""Streams, graphs and device memory of a GPU, and arguments whose values are not checked there."""
 
 import pytest
 import torch

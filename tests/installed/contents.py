@@ -1,4 +1,4 @@
-"""What is in the sdist and in the wheel: every file that belongs there, and no other.
+"""Check the files of the sdist and of the wheel: every file that belongs there, and no other.
 
 python tests/installed/contents.py FOLDER
 """

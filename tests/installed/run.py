@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent
-# What a wheel could get wrong, without the minutes that the Triton interpreter takes.
+# Tests that a bad wheel would fail, without the minutes that the Triton interpreter takes.
 SELECTION = (
     "functional/test_arguments",
     "backends/test_cpu_backend",

@@ -13,7 +13,7 @@ import torch
 
 from kl_kernels.integrations import openrlhf, verl
 
-KLS = (0.5, 2.0, 0.125, 9.0, 0.5, 3.0)  # of each step, nats per token
+KLS = (0.5, 2.0, 0.125, 9.0, 0.5, 3.0)  # by step, nats per token
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 SCORES = torch.tensor([1.0, -2.0])
 TARGET, HORIZON, N_STEPS = 1.0, 16.0, 4

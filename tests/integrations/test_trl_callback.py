@@ -142,7 +142,7 @@ def test_evaluation_has_no_figures_for_it(tmp_path, silent):
 
 
 def resumed(folder, kls, *, stages, logging_steps):
-    """What a run sees that is stopped in its last stage and continued in another process."""
+    """Train with a run that is stopped in its last stage and continued in another process."""
     options = {
         "max_steps": 6,
         "logging_steps": logging_steps,

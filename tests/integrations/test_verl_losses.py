@@ -18,7 +18,7 @@ def config(**info):
 
 
 def loss_of(mode, **info):
-    """Of a policy that has not moved, where a token's loss is minus its advantage."""
+    """Return minus the loss of a policy that has not moved: a mean of the advantages."""
     advantages = torch.tensor(
         [[1.0, 2.0, torch.nan, 4.0], [torch.nan] * 4, [8.0] + [torch.nan] * 3]
     )

@@ -47,7 +47,7 @@ def tiny_rows(distance, temperature):
 
 
 def enumerated(x, y, token, temperature):
-    """Of one row, by the definitions, with 40 digits: outputs, and gradients as lists."""
+    """Compute one row by the definitions, with 40 digits: outputs, and gradients as lists."""
     weights = [
         [mpmath.exp(mpmath.mpf(float(v)) / temperature) for v in logits] for logits in (x, y)
     ]

@@ -30,7 +30,7 @@ def kinds(path):
 
 
 def in_child(function):
-    """What it returned or said in its error, in a forked process."""
+    """Call `function` in a forked process, and return its result or error as text."""
     there, here = os.pipe()
     child = os.fork()
     if child == 0:

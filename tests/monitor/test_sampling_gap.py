@@ -51,7 +51,7 @@ def warped(logits, temperature=1.0, top_p=1.0, top_k=None):
 
 
 def probability(sampler, ids, mask):  # [N]
-    """Of each answer, if tokens are sampled from these logits."""
+    """Return each answer's probability, if tokens are sampled from these logits."""
     logprob = token_stats(sampler[before(ids)], ids, backend="reference").logprob
     return torch.where(mask, logprob, 0.0).sum(1).exp()
 
@@ -323,7 +323,7 @@ def test_a_gap_is_told_once_and_again_after_it_was_over():
     monitor = KLMonitor()
     events = [e for step, inputs in runs() for e in gap_events(inputs, monitor, step)]
     impossible = [e.step for e in events if e.value == math.inf]
-    assert impossible == [5]  # of 6 and 8 it is not over: nothing else was seen in between
+    assert impossible == [5]  # at 6 and 8 the alarm is not over: step 7 has no tokens
     assert all("probability 0" in e.message for e in events[:1])
     [first, again] = [e for e in events if e.value < math.inf]
     assert 10 <= first.step < 13

@@ -1,4 +1,4 @@
-"""How the operators behave inside autograd, torch.compile and the dispatcher."""
+"""The operators inside autograd, torch.compile and the dispatcher."""
 
 import gc
 

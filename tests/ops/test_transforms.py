@@ -105,7 +105,7 @@ def test_a_jacobian_has_the_gradient_of_each_token(samples):
 
 
 def test_parameters_of_a_module_have_gradients_per_sample(samples):
-    """What gradients per sample are for: a model's parameters, and one loss for each sequence."""
+    """Gradients per sample of a model's parameters, with one loss for each sequence."""
     torch.manual_seed(0)
     model = torch.nn.Linear(V, V)
     parameters = {name: p.detach() for name, p in model.named_parameters()}

@@ -25,7 +25,7 @@ from kl_kernels.lab.validate.truth import DIFFERENTIABLE, OUTPUTS, eager, gradie
 from kl_kernels.partitioned import shards as parallel
 
 V = 76
-EQUAL, UNEVEN = (0, 38, 76), (0, 1, 30, 64, 76)  # of the padded cases the last shard is -inf
+EQUAL, UNEVEN = (0, 38, 76), (0, 1, 30, 64, 76)  # in padded cases the last shard is -inf
 BACKENDS = ("reference", "cpu")
 
 

@@ -18,7 +18,7 @@ BEFORE = slice(PROMPT - 1, -1)
 
 
 def batch(reference, step):
-    """Of all ranks. In the second step one rank has no tokens; in the last, one rank alone has."""
+    """Make all ranks' batch: step 1 leaves one rank without tokens, step 2 all ranks but one."""
     torch.manual_seed(1 + step)
     ids = torch.randint(V, (B, PROMPT + T))
     lengths = torch.randint(0, T + 1, (B,))
@@ -42,7 +42,7 @@ def whole(x):
 
 
 def by_ranks(group, wrapper, aggregation):
-    """What the page's loop makes of each step's gradients and, at the end, weights."""
+    """Run the page's loop, and return each step's gradients and the last weights."""
     policy, reference = policy_and_reference(vocab_size=V)
     model = policy
     if wrapper == "ddp":

@@ -340,7 +340,7 @@ def test_at_a_bound_the_pi_controller_does_not_wind_up():
     for _ in range(100):
         control.update(60.0, 64)
     assert control.value == 0.3
-    assert control.update(6.0, 64).value < 0.3, "the very next update has to act"
+    assert control.update(6.0, 64).value < 0.3, "the very next update must act"
 
 
 def test_the_unit_has_to_be_stated():

@@ -154,7 +154,7 @@ def test_weights_are_constants():
         ({"mode": "clip"}, "mode is 'clip'; accepted: 'truncate', 'mask'"),
         ({"level": "batch"}, "level is 'batch'"),
         ({"low": -1.0}, "low is -1"),
-        ({"low": 3.0}, "high is 2.0; it has to be at least low, 3.0"),
+        ({"low": 3.0}, "high is 2.0; it must be at least low, 3.0"),
         ({"high": math.nan}, "high is nan"),
     ],
 )

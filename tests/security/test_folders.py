@@ -89,7 +89,7 @@ def test_a_folder_that_is_there_keeps_its_mode(tmp_path):
 
 @pytest.fixture
 def victim(tmp_path):
-    """Somebody's file outside the run folder, which has to stay as it is."""
+    """A file outside the run folder, which must stay as it is."""
     path = tmp_path / "victim"
     path.write_text("untouched")
     yield path

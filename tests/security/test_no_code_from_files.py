@@ -1,4 +1,4 @@
-"""What is read back from a file is data: nothing in it runs, whoever wrote it."""
+"""Files that are read back are data: nothing in them runs, whoever wrote them."""
 
 import ast
 import itertools
@@ -40,7 +40,7 @@ MAY_IMPORT_PICKLE = {"kl_kernels/lab/ppo/checkpoint.py"}  # for the name of an e
 
 
 def dangers(source: str, path: str = "x.py") -> list[str]:
-    """What in a module could run what it reads."""
+    """List the code of a module that could run what it reads."""
     found = []
     for node in ast.walk(ast.parse(source)):
         what = None

@@ -1,4 +1,4 @@
-"""What people and language models write is text in a report: no tag, no link, no picture."""
+"""Text from people and language models stays text in a report: no tag, no link, no picture."""
 
 from html.parser import HTMLParser
 

@@ -13,7 +13,7 @@ from bench.peers.operations import JSD_BETA, HeadInputs, Inputs, Results, grpo_l
 
 ON_CPU = not torch.cuda.is_available()  # no kernel there: the logits' dtype is computed in
 NAME = "TRL"
-VOCAB_CHUNK = 8192  # of the head, at a time
+VOCAB_CHUNK = 8192  # columns of the head at a time
 
 
 @offers("token logprob", name=NAME, rounds=ON_CPU)

@@ -1,4 +1,4 @@
-"""From the folder of a finished study to the numbers of its report."""
+"""The numbers of a study's report, computed from the folder of the finished study."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Records = Mapping[str, Sequence[Sequence[Record]]]  # for each beta, a run per s
 
 
 def analyse(plan: Plan, study: StudyFolder) -> dict[str, Any]:
-    """Everything a report says, as JSON has it."""
+    """Compute everything a report says, as values that JSON can hold."""
     records = {
         beta: [read_metrics(study.run(beta, seed).metrics) for seed in plan.seeds]
         for beta in plan.betas

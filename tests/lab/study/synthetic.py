@@ -60,7 +60,7 @@ def as_expected():
 
 
 def estimates(ratio=(3.0, 2.5, 3.5)):
-    """Of two policies, as `estimators.compare` gives them."""
+    """Make the results of `estimators.compare` for two policies."""
 
     def interval(mean, low, high):
         return {"mean": mean, "low": low, "high": high}

@@ -1,4 +1,4 @@
-"""What a reader gets: one file that needs no other, with the data's own numbers and verdicts."""
+"""The report: one self-contained file, with the data's own numbers and verdicts."""
 
 import re
 

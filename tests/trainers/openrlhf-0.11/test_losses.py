@@ -32,7 +32,7 @@ def logits_and_labels(dtype=torch.float32, vocabulary=65):
 def test_log_probabilities_are_openrlhfs(patched, temperature):
     logits, labels = logits_and_labels()
     value, grad = gradient(lambda x: utils.log_probs_from_logits(x, labels, temperature), logits)
-    # Of a copy: theirs divides its argument by the temperature in place.
+    # Pass a copy: theirs divides its argument by the temperature in place.
     their_value, their_grad = gradient(
         lambda x: log_probs_from_logits(x * 1, labels, temperature), logits
     )

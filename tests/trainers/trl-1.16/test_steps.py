@@ -34,7 +34,7 @@ def train(name, folder, tmp_path, peft_config=None, **options):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many tokens the linear head was asked for."""
+    """Count the tokens of each call of the linear head."""
     counted = []
     real = trl_heads.linear_token_stats
 

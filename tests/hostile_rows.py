@@ -95,9 +95,15 @@ def _ruled_out(*models):
 
 
 FINITE = {
-    "random": _random, "steep": _steep, "peaked": _peaked, "late-peak": _late_peak,
-    "flat": _flat, "equal": _equal, "near": _near, "both-out": _ruled_out(0, 1),
-}  # fmt: skip
+    "random": _random,
+    "steep": _steep,
+    "peaked": _peaked,
+    "late-peak": _late_peak,
+    "flat": _flat,
+    "equal": _equal,
+    "near": _near,
+    "both-out": _ruled_out(0, 1),
+}
 # Where only the policy rules out, forward KL is infinite and its gradient p - q; where only the
 # reference does, KL is infinite and its gradient NaN.
 ONE_SIDED = {"policy-out": _ruled_out(0), "ref-out": _ruled_out(1)}
@@ -173,9 +179,13 @@ def assert_outputs_agree(found, expected, backend):
         tolerance = TOLERANCE[backend]
         size = 1.0 if name in ONE_MODEL else 0.15
         torch.testing.assert_close(
-            found[name].double(), value.double(), rtol=tolerance, atol=tolerance * size,
-            equal_nan=True, msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
+            found[name].double(),
+            value.double(),
+            rtol=tolerance,
+            atol=tolerance * size,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def assert_gradients_agree(found, expected, backend, size=1.0):

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from kl_kernels import __version__
-from kl_kernels.backends.reference import operators as reference
 from kl_kernels.backends.dispatch import BACKENDS
+from kl_kernels.backends.reference import operators as reference
 from kl_kernels.cli import COMMANDS, main
 from kl_kernels.lab.ppo.arguments import GROUPS, add_constants
 from kl_kernels.lab.ppo.config import PPOConfig
@@ -110,17 +110,25 @@ def test_without_a_command_or_with_another_the_commands_are_listed(arguments, ca
 
 @pytest.mark.parametrize(
     "arguments",
-    [["validate", "--qu"], ["validate", "--back", "cpu"], ["ppo", "--update", "3"], ["--vers"],
-     ["audit", "verify", "--js", "audit.jsonl"], ["study", "--seq", "4"], ["bench", "--li"]],
-)  # fmt: skip
+    [
+        ["validate", "--qu"],
+        ["validate", "--back", "cpu"],
+        ["ppo", "--update", "3"],
+        ["--vers"],
+        ["audit", "verify", "--js", "audit.jsonl"],
+        ["study", "--seq", "4"],
+        ["bench", "--li"],
+    ],
+)
 def test_an_option_has_one_name(arguments, capsys):
     """A beginning of it might be another option's tomorrow."""
     assert main(arguments) == 2
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[name] for name in COMMANDS] + [["audit", "verify"],
-                                       ["audit", "show"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments", [[name] for name in COMMANDS] + [["audit", "verify"], ["audit", "show"]]
+)
 def test_help_is_for_users(arguments, capsys):
     """Every option says what it is for, in words that need no knowledge of the sources."""
     assert main([*arguments, "--help"]) == 0

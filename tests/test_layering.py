@@ -27,7 +27,7 @@ ALLOWED = {
     "cli": {"lab", "monitor", "info"},
     "__main__": {"cli"},
     "__init__": {"functional", "rl", "monitor"},
-}  # fmt: skip
+}
 # The public names, for what stands on top of the library.
 USERS_OF_PUBLIC_NAMES = {"integrations", "lab", "cli", "__main__", "info"}
 

@@ -107,12 +107,16 @@ def growth(size: list[int], seconds: Array) -> dict[str, Any]:
 
     low, high = interval(seconds, slope)
     return {
-        "sizes": size, "median_ms": (1e3 * medians).tolist(),
+        "sizes": size,
+        "median_ms": (1e3 * medians).tolist(),
         "fastest_ms": (1e3 * seconds.min(0)).tolist(),
         "slowest_ms": (1e3 * seconds.max(0)).tolist(),
-        "fitted_from": size[first], "slope": slope(seconds), "slope_low": low, "slope_high": high,
+        "fitted_from": size[first],
+        "slope": slope(seconds),
+        "slope_low": low,
+        "slope_high": high,
         "fixed_ms": 1e3 * line(size, medians)[0],
-    }  # fmt: skip
+    }
 
 
 def log_slope(size: list[int], seconds: Array) -> float:

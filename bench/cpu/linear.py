@@ -202,9 +202,12 @@ def measure_memory(job: str, shape: Shape, budget: int, threads: int) -> Memory:
         f"{budget})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE,
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     itemsize = getattr(torch, shape.dtype).itemsize
     gradients = shape.width * (shape.rows + shape.vocab_size) * itemsize
     backward = job.endswith("backward")

@@ -28,9 +28,15 @@ BACKENDS = ("triton", "cuda")
 WATCHED = ("token_kl", "KL gradient", "policy loss", "token_stats")
 WARP = 32
 SECTIONS = (
-    "SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "SchedulerStats",
-    "WarpStateStats", "Occupancy", "LaunchStats", "InstructionStats",
-)  # fmt: skip
+    "SpeedOfLight",
+    "MemoryWorkloadAnalysis",
+    "ComputeWorkloadAnalysis",
+    "SchedulerStats",
+    "WarpStateStats",
+    "Occupancy",
+    "LaunchStats",
+    "InstructionStats",
+)
 # In base units: bytes, nanoseconds, percent. Of no section: what DRAM and special functions did.
 METRICS = {
     "nanoseconds": "gpu__time_duration.sum",
@@ -166,9 +172,12 @@ def main() -> int:
 
     facts = gpu_record()
     results = facts | {
-        "commit": args.commit or facts["commit"], "rows": args.rows, "vocab_size": args.vocab_size,
-        "kernels": [], "failed": {},
-    }  # fmt: skip
+        "commit": args.commit or facts["commit"],
+        "rows": args.rows,
+        "vocab_size": args.vocab_size,
+        "kernels": [],
+        "failed": {},
+    }
     chip = chip_name(str(facts["device"]))
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"counters_{chip}.json"

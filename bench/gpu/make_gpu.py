@@ -78,9 +78,13 @@ def run(step: Step) -> Outcome:
     with tempfile.TemporaryFile("w+", errors="replace") as out:
         try:
             process = subprocess.Popen(
-                step.command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
+                step.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
             try:
                 code = process.wait(timeout=max(1.0, step.seconds))
             except subprocess.TimeoutExpired:

@@ -48,11 +48,20 @@ def blocks(results: Results) -> list[Block]:
         ),
         Text("**Everything that was measured**:"),
         Table(
-            ("job", "rows", "V", "", "median us (fastest to slowest)", "GB/s", "share",
-             "times ours", "MB allocated"),
+            (
+                "job",
+                "rows",
+                "V",
+                "",
+                "median us (fastest to slowest)",
+                "GB/s",
+                "share",
+                "times ours",
+                "MB allocated",
+            ),
             [full_line(results, m) for m in results["measurements"]],
         ),
-    ]  # fmt: skip
+    ]
     counters = read(f"counters_{stem(results)}")
     if expected := list(predictions(results, read("offline"), counters)):
         found += [Text("**Predicted and measured**:"), expected_table(expected)]
@@ -70,10 +79,11 @@ def short_table(results: Results) -> str:
     """For the README: the first size of each job."""
     backends = results["backends"]
     lines = [
-        "| | rows x V | " + " | ".join(f"`{b}` (spread), share" for b in backends)
+        "| | rows x V | "
+        + " | ".join(f"`{b}` (spread), share" for b in backends)
         + " | torch.compile | eager |",
         "|---|---|" + "---|" * (len(backends) + len(PEERS)),
-    ]  # fmt: skip
+    ]
     first: dict[str, Row] = {}
     for m in results["measurements"]:
         first.setdefault(m["job"], m)
@@ -149,9 +159,12 @@ def predictions(
         limits["memory"] *= bandwidth / (1e9 * results["ceilings_gb_per_s"][m["ceiling"]])
         units = 2 if kernel["unit"] == "pair" else 1
         yield {
-            "job": job, "limits": limits, "measured": m["median_us"] / 1e3,
-            "counted": kernel["instructions"] / units, "executed": executed(counters, job),
-        }  # fmt: skip
+            "job": job,
+            "limits": limits,
+            "measured": m["median_us"] / 1e3,
+            "counted": kernel["instructions"] / units,
+            "executed": executed(counters, job),
+        }
 
 
 def is_counted(m: Row, job: str, offline: Results) -> bool:
@@ -175,9 +188,15 @@ def executed(counters: Results | None, job: str) -> float | None:
 
 def expected_table(rows: list[Row]) -> Table:
     header = (
-        "`triton`", "memory ms", "instructions ms", "special functions ms", "measured ms",
-        "measured over predicted", "instructions per logit counted", "executed",
-    )  # fmt: skip
+        "`triton`",
+        "memory ms",
+        "instructions ms",
+        "special functions ms",
+        "measured ms",
+        "measured over predicted",
+        "instructions per logit counted",
+        "executed",
+    )
     lines = []
     for row in rows:
         limits = row["limits"]

@@ -80,9 +80,16 @@ def draw(results: Results, axis: Axis, title: str) -> bytes:
                 [100 * m["share"] * (m["median_us"] / m["fastest_us"] - 1) for m in found],
             ]
             axes.errorbar(
-                places, shares, error, color=COLOURS.get(name, "#888888"), label=name,
-                marker=MARKS.get(name, "o"), markersize=5, linewidth=1.6, capsize=2,
-            )  # fmt: skip
+                places,
+                shares,
+                error,
+                color=COLOURS.get(name, "#888888"),
+                label=name,
+                marker=MARKS.get(name, "o"),
+                markersize=5,
+                linewidth=1.6,
+                capsize=2,
+            )
         axes.axhline(100, color="#555555", linestyle="--", linewidth=1)
         axes.set_xticks(range(len(ticks)), [f"{size:,}" for size in ticks], fontsize=9)
         axes.set_title(job, loc="left", fontsize=11, weight="bold")

@@ -120,8 +120,10 @@ def main() -> int:
     facts = record() if args.dry_run else gpu_record()
     chip = "dry_run" if args.dry_run else chip_name(str(facts["device"]))
     results: dict[str, Any] = facts | {
-        "commit": args.commit or facts["commit"], "sizes": vars(launch.CONFIG), "cases": [],
-    }  # fmt: skip
+        "commit": args.commit or facts["commit"],
+        "sizes": vars(launch.CONFIG),
+        "cases": [],
+    }
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"sweep_{chip}.json"
     for job, rows, vocab_size, variations in CASES:

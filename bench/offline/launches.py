@@ -21,9 +21,15 @@ from triton.runtime.jit import JITFunction, MockTensor
 
 # An H200's answers to the questions that host code asks about the GPU before a launch.
 PROPERTIES = SimpleNamespace(
-    name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=141 * 10**9,
-    warp_size=32, shared_memory_per_multiprocessor=228 * 1024, L2_cache_size=50 << 20,
-)  # fmt: skip
+    name="NVIDIA H200",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=141 * 10**9,
+    warp_size=32,
+    shared_memory_per_multiprocessor=228 * 1024,
+    L2_cache_size=50 << 20,
+)
 ANSWERS: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
     "is_bf16_supported": lambda *_: True,

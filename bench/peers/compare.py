@@ -175,8 +175,9 @@ def memory_of(family: str, wanted: list[Case]) -> dict[str, int]:
     names = [str(case) for case in wanted]
     command = [sys.executable, "-m", __spec__.name, family, *names]
     environment = os.environ | {
-        "BENCH_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)
-    }  # fmt: skip
+        "BENCH_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the memory of {family} was not measured: {done.stderr[-500:]}")

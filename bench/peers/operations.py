@@ -122,9 +122,16 @@ def make_inputs(size: Size, dtype: torch.dtype, device: str) -> Inputs:
     values, scores, advantages = normal(*shape), normal(n_responses), normal(n_responses)
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     return Inputs(
-        logits.requires_grad_(), ref_logits, token_ids, old_logprobs, ref_logprobs, values, scores,
-        advantages, mask,
-    )  # fmt: skip
+        logits.requires_grad_(),
+        ref_logits,
+        token_ids,
+        old_logprobs,
+        ref_logprobs,
+        values,
+        scores,
+        advantages,
+        mask,
+    )
 
 
 def make_heads(size: Size, dtype: torch.dtype, device: str) -> HeadInputs:

@@ -57,9 +57,17 @@ def blocks(results: Results) -> list[Block]:
 def table(rows: list[Results], kind: str) -> Table:
     faults = ("page faults",) if kind == "cpu" else ()
     header = (
-        "size, dtype", "", "median ms (fastest to slowest)", "x ours", "GB/s", "of read",
-        "extra MB", *faults, "error", "error of gradient",
-    )  # fmt: skip
+        "size, dtype",
+        "",
+        "median ms (fastest to slowest)",
+        "x ours",
+        "GB/s",
+        "of read",
+        "extra MB",
+        *faults,
+        "error",
+        "error of gradient",
+    )
     lines = []
     for m in rows:
         counted = m["gb_per_s"] > 0

@@ -109,9 +109,15 @@ def bars(
             says = unit(m[column])
             if name != OURS and (more := compared(m, ours)):
                 says += f",  {more}"
-            axes.text(m[column] + 0.015 * largest, i, says, va="center", fontsize=9,
-                      color=BLUE if name == OURS else INK,
-                      weight="bold" if name == OURS else "normal")  # fmt: skip
+            axes.text(
+                m[column] + 0.015 * largest,
+                i,
+                says,
+                va="center",
+                fontsize=9,
+                color=BLUE if name == OURS else INK,
+                weight="bold" if name == OURS else "normal",
+            )
         names = [m["contender"].replace(" (", "\n(") for m in case]
         axes.set_yticks(range(len(case)), names, fontsize=9, linespacing=0.85)
         axes.get_yticklabels()[0].set(color=BLUE, weight="bold")
@@ -127,9 +133,14 @@ def bars(
         pad = 16 + 11 * under.count("\n")
         axes.set_title(operation, loc="left", fontsize=11, weight="bold", pad=pad)
         axes.annotate(
-            under, (0, 1), (0, 4), fontsize=9, color="#666666",
-            xycoords="axes fraction", textcoords="offset points",
-        ).set_in_layout(False)  # fmt: skip
+            under,
+            (0, 1),
+            (0, 4),
+            fontsize=9,
+            color="#666666",
+            xycoords="axes fraction",
+            textcoords="offset points",
+        ).set_in_layout(False)
     figure.suptitle(f"{what} of {usual}:\nshorter is better", x=0.01, ha="left", fontsize=12)
     return svg(figure)
 
@@ -172,8 +183,9 @@ def sizes(panels: dict[str, tuple[list[str], Lines]]) -> bytes:
         for name, measured in lines.items():
             line = [m["median_ms"] for m in measured]
             colour = COLOURS.get(name, "#888888")
-            axes.plot(range(len(line)), line, "o-", color=colour,
-                      linewidth=3 if name == OURS else 1.6)  # fmt: skip
+            axes.plot(
+                range(len(line)), line, "o-", color=colour, linewidth=3 if name == OURS else 1.6
+            )
             last, ours = measured[-1], lines[OURS][-1]
             slower = "" if name == OURS else f"\n{times_slower(last, ours)}"
             ends.append((line, f"{name} {milliseconds(line[-1])}{slower}", colour))

@@ -8,8 +8,16 @@ from kl_kernels.lab.validate.report.table import markdown
 
 DTYPES = ("float32", "bfloat16")
 QUANTITIES = (
-    "logprob", "kl", "forward_kl", "entropy", "jsd", "d logprob", "d kl", "d entropy", "d jsd",
-)  # fmt: skip
+    "logprob",
+    "kl",
+    "forward_kl",
+    "entropy",
+    "jsd",
+    "d logprob",
+    "d kl",
+    "d entropy",
+    "d jsd",
+)
 
 
 def tables(results: dict[str, Any]) -> str:

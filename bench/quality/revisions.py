@@ -227,8 +227,12 @@ def report(comparisons: list[Comparison]) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", metavar="REV", help="any git revision")
-    parser.add_argument("--threshold", type=float, default=0.03,
-                        help="a smaller difference is none (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.03,
+        help="a smaller difference is none (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=30, help="per pair of processes")
     parser.add_argument("--processes", type=int, default=3, help="pairs of them, in turn")
     parser.add_argument("--threads", type=int, default=1)

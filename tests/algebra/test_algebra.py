@@ -82,8 +82,11 @@ def log_softmax(values):
 
 def divergence(log_p, log_q):
     """Sum of p (log p - log q) over p's support."""
-    return math.fsum(math.exp(a) * (a - b) if b > NEG_INF else math.inf
-                     for a, b in zip(log_p, log_q) if a > NEG_INF)  # fmt: skip
+    return math.fsum(
+        math.exp(a) * (a - b) if b > NEG_INF else math.inf
+        for a, b in zip(log_p, log_q)
+        if a > NEG_INF
+    )
 
 
 def test_an_infinite_divergence_survives_an_anchor_that_moves_out_of_sight():

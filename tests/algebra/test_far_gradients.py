@@ -60,8 +60,15 @@ def rows(kind, distance, v, g, n=6):
 
 
 KINDS = (
-    "scattered", "close", "equal", "opposite", "policy far", "reference far", "two tokens", "apart"
-)  # fmt: skip
+    "scattered",
+    "close",
+    "equal",
+    "opposite",
+    "policy far",
+    "reference far",
+    "two tokens",
+    "apart",
+)
 
 
 def truth(x, y, ids, temperature):
@@ -112,9 +119,17 @@ def found(x, y, ids, temperature):
     for name, of_reference in (("kl", {"ref_logits": y[None]}), ("entropy", {})):
         coefs = {"kl_loss_coef": temperature} if of_reference else {"entropy_coef": temperature}
         loss, metrics = kl_kernels.fused_policy_loss(
-            leaf[None], ids[None], None, 0 * one, one, **of_reference, **coefs,
-            aggregation="seq-mean-token-sum", loss_scale=1.0, **options,
-        )  # fmt: skip
+            leaf[None],
+            ids[None],
+            None,
+            0 * one,
+            one,
+            **of_reference,
+            **coefs,
+            aggregation="seq-mean-token-sum",
+            loss_scale=1.0,
+            **options,
+        )
         (grad,) = torch.autograd.grad(loss, leaf)
         yield f"fused_policy_loss {name}", name, None, grad if of_reference else -grad
 

@@ -115,9 +115,12 @@ def test_models_that_change_places_exchange_their_divergences(backend, rows, bet
     found = outputs_of(rows, backend, beta=beta)
     swapped = outputs_of(Rows(rows.ref_logits, rows.logits, rows.token_ids), backend, beta=1 - beta)
     expected = {
-        "kl": found["forward_kl"], "forward_kl": found["kl"], "jsd": found["jsd"],
-        "logprob": found["ref_logprob"], "ref_logprob": found["logprob"],
-    }  # fmt: skip
+        "kl": found["forward_kl"],
+        "forward_kl": found["kl"],
+        "jsd": found["jsd"],
+        "logprob": found["ref_logprob"],
+        "ref_logprob": found["logprob"],
+    }
     assert_outputs_agree(swapped, expected, backend)
 
 

@@ -126,12 +126,15 @@ def test_options(name, with_reference, place, logprobs):
     logprob, ref_logprob = logprobs
     weights = {"token_weights": 0.2, "importance_weights": 0.5}
     check(
-        place, logits, ref_logits if with_reference else None, token_ids,
+        place,
+        logits,
+        ref_logits if with_reference else None,
+        token_ids,
         old_logprobs=logprob + per_token(token_ids.shape, 2, 0.7),
         ref_logprobs=None if with_reference else ref_logprob,
         **{k: per_token(token_ids.shape, 3).abs() * v + 0.1 for k, v in weights.items()},
         **OPTIONS[name] | ({"kl_coef": 0.0} if not with_reference and "k" not in name[0] else {}),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("place", ON_CHIP_OR_NOT)
@@ -205,9 +208,12 @@ def test_a_row_does_not_depend_on_the_others(place):
     terms, grad = run(kernels, logits, ref_logits, token_ids, advantages=torch.ones(2, 2))
     row = slice(1, None), slice(1, 2)
     alone, grad_alone = run(
-        kernels, logits[row], ref_logits[row], token_ids[row].contiguous(),
+        kernels,
+        logits[row],
+        ref_logits[row],
+        token_ids[row].contiguous(),
         advantages=torch.ones(1, 1),
-    )  # fmt: skip
+    )
     assert torch.equal(alone, terms[:, 1:, 1:2])
     assert torch.equal(grad_alone, grad[row])
 

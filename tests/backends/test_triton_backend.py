@@ -26,9 +26,15 @@ TILE, SPLIT = 64, 256
 # In float32 a tile is 64 logits, so a row has a split of four tiles and one of 64 + 8; in bfloat16
 # 128 logits and splits of two tiles and of 72. Unaligned rows have tiles of 64 as well.
 SMALL = {
-    "lanes": 16, "steps": 1, "unaligned_steps": 4, "fold_split": SPLIT, "backward_split": 128,
-    "finish_rows": 4, "gae_block": 4, "policy_loss_lanes": 16,
-}  # fmt: skip
+    "lanes": 16,
+    "steps": 1,
+    "unaligned_steps": 4,
+    "fold_split": SPLIT,
+    "backward_split": 128,
+    "finish_rows": 4,
+    "gae_block": 4,
+    "policy_loss_lanes": 16,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -100,10 +106,17 @@ def test_ordinary_rows_and_padded_columns_are_folded_once(inputs, folded_again):
 
 LOWEST = torch.finfo(torch.float32).min
 TROUBLES = [
-    (-torch.inf, -torch.inf), (LOWEST, LOWEST), (-torch.inf, 0.0), (0.0, LOWEST),
-    (torch.nan, 0.0), (0.0, torch.nan), (torch.inf, 0.0), (0.0, torch.inf),
-    (40.0, 0.0), (0.0, 40.0),
-]  # fmt: skip
+    (-torch.inf, -torch.inf),
+    (LOWEST, LOWEST),
+    (-torch.inf, 0.0),
+    (0.0, LOWEST),
+    (torch.nan, 0.0),
+    (0.0, torch.nan),
+    (torch.inf, 0.0),
+    (0.0, torch.inf),
+    (40.0, 0.0),
+    (0.0, 40.0),
+]
 
 
 @pytest.mark.parametrize("where", [0, TILE + 1, SPLIT - TILE, SPLIT + 1])

@@ -27,9 +27,14 @@ from kl_kernels.schemas import (
 
 V = 328
 SMALL = {
-    "lanes": 16, "steps": 1, "unaligned_steps": 4, "fold_split": 256, "backward_split": 128,
-    "policy_loss_lanes": 16, "scale_programs": 5,
-}  # fmt: skip
+    "lanes": 16,
+    "steps": 1,
+    "unaligned_steps": 4,
+    "fold_split": 256,
+    "backward_split": 128,
+    "policy_loss_lanes": 16,
+    "scale_programs": 5,
+}
 TILE = 64  # float32 logits
 LAYOUTS = [(V, torch.float32), (V, torch.bfloat16), (V - 27, torch.float32)]
 MASK = torch.tensor([[True, False, True], [True, True, True]])
@@ -167,9 +172,14 @@ def test_a_gradient_far_away_does_not_wrap(tmp_path):
     mask = MASK[:1]
     for grad in (far, near):
         policy_loss(
-            x, y, token_ids, grad, mask=mask,
-            advantages=mask.float(), token_weights=mask.float(),
-        )  # fmt: skip
+            x,
+            y,
+            token_ids,
+            grad,
+            mask=mask,
+            advantages=mask.float(),
+            token_weights=mask.float(),
+        )
         triton_kernels.scale_gradient(ScaleGradientArgs(grad, torch.tensor(3.0)))
     assert torch.equal(far, near)
     assert near[0, 2].any()
@@ -187,10 +197,14 @@ def test_the_policy_loss_does_not_depend_on_tiles(layout, estimator):
     g = torch.Generator().manual_seed(1)
     old = -3 + torch.randn(2, 3, generator=g)
     options = {
-        "old_logprobs": old, "advantages": torch.randn(2, 3, generator=g), "dual_clip": 3.0,
-        "importance_weights": torch.rand(2, 3, generator=g), "ref_logprobs": old - 0.3,
-        "kl_estimator": ESTIMATORS.index(estimator), "log_ratio_clamp": 4.0,
-    }  # fmt: skip
+        "old_logprobs": old,
+        "advantages": torch.randn(2, 3, generator=g),
+        "dual_clip": 3.0,
+        "importance_weights": torch.rand(2, 3, generator=g),
+        "ref_logprobs": old - 0.3,
+        "kl_estimator": ESTIMATORS.index(estimator),
+        "log_ratio_clamp": 4.0,
+    }
     grads = torch.empty_like(x), torch.empty_like(x)
     terms = policy_loss(x, y, token_ids, grads[0], **options)
     expected = policy_loss(x, y, token_ids, grads[1], reference, **options)

@@ -24,10 +24,12 @@ def batch(step):
     lengths = torch.randint(1, T + 1, (B,))
     lengths[:2] = 1 - step
     return {
-        "ids": ids, "token_ids": ids[:, PROMPT:], "mask": torch.arange(T) < lengths[:, None],
+        "ids": ids,
+        "token_ids": ids[:, PROMPT:],
+        "mask": torch.arange(T) < lengths[:, None],
         "advantages": torch.randn(B, 1).expand(B, T).double(),
         "old_logprobs": -3 + 0.1 * torch.randn(B, T).double(),
-    }  # fmt: skip
+    }
 
 
 def whole(x):
@@ -49,9 +51,13 @@ def rows_of_rank(given):
 
 def names_of(policy, reference):
     return {
-        "torch": torch, "kl_kernels": kl_kernels, "policy": policy, "reference": reference,
-        "before": BEFORE, "beta": 0.3,
-    }  # fmt: skip
+        "torch": torch,
+        "kl_kernels": kl_kernels,
+        "policy": policy,
+        "reference": reference,
+        "before": BEFORE,
+        "beta": 0.3,
+    }
 
 
 def by_ranks(group, way, mesh):

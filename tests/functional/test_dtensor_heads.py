@@ -113,7 +113,7 @@ def refused(group, kind):
         "trained reference": lambda: kl(
             hidden, weight, ref_hidden, ref_sharded.requires_grad_(), ids
         ),
-    }  # fmt: skip
+    }
     cases[kind]()
 
 

@@ -205,9 +205,15 @@ def test_gradcheck_in_float64():
 
         def function(z, beta=beta):
             return kl_kernels.token_jsd(
-                z, y, beta=beta, mask=mask, temperature=0.7, ref_temperature=1.3,
-                softcap=4.0, ref_softcap=3.0,
-            )  # fmt: skip
+                z,
+                y,
+                beta=beta,
+                mask=mask,
+                temperature=0.7,
+                ref_temperature=1.3,
+                softcap=4.0,
+                ref_softcap=3.0,
+            )
 
         assert torch.autograd.gradcheck(function, x.requires_grad_())
 
@@ -216,8 +222,12 @@ def test_gradcheck_in_float64():
 def test_temperatures_and_softcaps(backend):
     x, y = random(2, 3, 130, spread=8.0)
     how = {
-        "beta": 0.3, "temperature": 0.7, "ref_temperature": 1.3, "softcap": 5.0, "ref_softcap": 9.0
-    }  # fmt: skip
+        "beta": 0.3,
+        "temperature": 0.7,
+        "ref_temperature": 1.3,
+        "softcap": 5.0,
+        "ref_softcap": 9.0,
+    }
     expected, expected_grad = evaluate(x.double(), y.double(), **how)
     jsd, grad = evaluate(x, y, **how, backend=backend)
     torch.testing.assert_close(jsd.double(), expected, rtol=2e-6, atol=2e-7)

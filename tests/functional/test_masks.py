@@ -26,17 +26,33 @@ from kl_kernels import checks, monitor
 MASKED = {
     **{name: "mask" for name in CALLS if "mask" in CALLS[name][0]},
     **dict.fromkeys(
-        ("token_stats", "token_kl", "token_jsd", "linear_token_stats", "linear_token_kl",
-         "linear_token_jsd", "topk_kl", "kl_penalty"),
+        (
+            "token_stats",
+            "token_kl",
+            "token_jsd",
+            "linear_token_stats",
+            "linear_token_kl",
+            "linear_token_jsd",
+            "topk_kl",
+            "kl_penalty",
+        ),
         "mask",
     ),
     "selective_log_softmax": "row_mask",
     "missing_eos_penalty": "ended",
-}  # fmt: skip
+}
 DTYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.float64,
-    torch.bfloat16, torch.float16, torch.float8_e4m3fn,
-)  # fmt: skip
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+)
 ADDITIVE = torch.where(MASK, 0.0, -torch.inf)
 NO_MASKS = {
     "additive": (ADDITIVE, "-inf"),

@@ -103,10 +103,13 @@ def test_a_wrong_argument_is_named(function, changed, message):
 @pytest.mark.parametrize(
     ("function", "missing"),
     [
-        ("fused_policy_loss", "mask"), ("kl_rewards", "mask"), ("kl_rewards", "kl_coef"),
-        ("masked_mean", "mask"), ("token_kl", "token_ids"),
+        ("fused_policy_loss", "mask"),
+        ("kl_rewards", "mask"),
+        ("kl_rewards", "kl_coef"),
+        ("masked_mean", "mask"),
+        ("token_kl", "token_ids"),
     ],
-)  # fmt: skip
+)
 def test_a_missing_argument_is_named(function, missing):
     others, numbers = CALLS[function]
     given = {name: value for name, value in {**others, **numbers}.items() if name != missing}

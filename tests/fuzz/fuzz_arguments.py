@@ -11,8 +11,13 @@ import torch
 REFUSED, VALID, ANY = "refused", "valid", "any"  # ANY: a result or a named refusal
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHER_DTYPES = (
-    torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
-)  # fmt: skip
+    torch.int64,
+    torch.int8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 
 
 @dataclass(frozen=True)

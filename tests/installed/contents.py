@@ -22,8 +22,10 @@ def main() -> None:
         sys.exit(f"{wheel.name}: not a wheel of Python 3.10's stable ABI for any Linux")
     sources = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        check=True, capture_output=True, text=True,
-    ).stdout.split("\n")  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\n")
     sources = {name for name in sources if name and Path(name).exists()}
 
     with tarfile.open(sdist) as archive:

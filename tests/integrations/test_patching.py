@@ -61,9 +61,11 @@ def test_every_reference_is_replaced_and_comes_back(package):
 def test_a_function_of_a_class(package):
     trainer = package("trainer").Trainer
     replacement = Replacement(
-        "someones_trainer.trainer", "Trainer.loss", ("x",),
+        "someones_trainer.trainer",
+        "Trainer.loss",
+        ("x",),
         lambda original: staticmethod(lambda x: original.__func__(x) + 1),
-    )  # fmt: skip
+    )
     original = vars(trainer)["loss"]
     with Patch([replacement]):
         assert trainer().step(1) == 2

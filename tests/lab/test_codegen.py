@@ -26,10 +26,13 @@ def command(tmp_path_factory):
     started = {
         arch: subprocess.Popen(
             [sys.executable, "-m", "kl_kernels", "codegen", "--arch", arch, "--out", out[arch]],
-            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for arch in ARCHS
-    }  # fmt: skip
+    }
     shown = {}
 
     def finished(arch):

@@ -132,8 +132,9 @@ def test_a_small_difference_of_temperature_gives_its_share_of_the_varentropy():
 def test_gap_and_standard_error_are_those_of_loops_over_the_mask():
     ids, mask = answers()
     logprob, entropy = scored(table()[before(ids)], ids, mask)
-    terms = [float(-p - h) for p, h, m in zip(logprob.flatten(), entropy.flatten(), mask.flatten())
-             if m]  # fmt: skip
+    terms = [
+        float(-p - h) for p, h, m in zip(logprob.flatten(), entropy.flatten(), mask.flatten()) if m
+    ]
     gap, error = sampling_gap(logprob.requires_grad_(), entropy, mask.long())
     assert float(gap) == pytest.approx(sum(terms) / len(terms), rel=1e-12)
     assert float(error) == pytest.approx(math.hypot(*terms) / len(terms), rel=1e-12)

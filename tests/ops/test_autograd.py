@@ -46,9 +46,15 @@ def test_a_policy_loss_is_one_call_and_backward_scales(backend):
     logits, ref_logits, token_ids = make()
     with Calls() as calls:
         loss, _ = kl_kernels.fused_policy_loss(
-            logits, token_ids, None, torch.ones(2, 3), torch.ones(2, 3),
-            ref_logits=ref_logits, kl_loss_coef=0.1, backend=backend,
-        )  # fmt: skip
+            logits,
+            token_ids,
+            None,
+            torch.ones(2, 3),
+            torch.ones(2, 3),
+            ref_logits=ref_logits,
+            kl_loss_coef=0.1,
+            backend=backend,
+        )
         assert calls.names == ["policy_loss"]
         ref_logits.fill_(torch.nan)
         loss.backward()
@@ -251,9 +257,15 @@ def rewards(logits, ref_logits, token_ids, mask, **how):
 
 def policy_loss(logits, ref_logits, token_ids, mask, **how):
     loss, metrics = kl_kernels.fused_policy_loss(
-        logits, token_ids, None, mask.float() - 0.3, mask,
-        ref_logits=ref_logits, kl_loss_coef=0.1, **how,
-    )  # fmt: skip
+        logits,
+        token_ids,
+        None,
+        mask.float() - 0.3,
+        mask,
+        ref_logits=ref_logits,
+        kl_loss_coef=0.1,
+        **how,
+    )
     return 2.0 * loss + metrics["kl"]
 
 

@@ -49,12 +49,13 @@ def samples():
 
     several = torch.rand((N, B, T, V), generator=g).topk(3).indices
     return normal(N, B, T, V), {
-        "ref_logits": normal(N, B, T, V), "scores": normal(N, B),
+        "ref_logits": normal(N, B, T, V),
+        "scores": normal(N, B),
         "ids": torch.randint(V, (N, B, T), generator=g),
         "mask": torch.rand((N, B, T), generator=g) < 0.8,
         "several": several,
         "several_logprobs": normal(N, B, T, V).log_softmax(-1).gather(-1, several),
-    }  # fmt: skip
+    }
 
 
 def sample(samples, i):

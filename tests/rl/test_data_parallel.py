@@ -31,10 +31,13 @@ def batch(reference, step):
     advantages = torch.randn(B, 1).expand(B, T).double()
     old_logprobs = -3 + 0.1 * torch.randn(B, T).double()
     return {
-        "ids": ids, "token_ids": ids[:, PROMPT:], "mask": torch.arange(T) < lengths[:, None],
-        "advantages": advantages, "old_logprobs": old_logprobs,
+        "ids": ids,
+        "token_ids": ids[:, PROMPT:],
+        "mask": torch.arange(T) < lengths[:, None],
+        "advantages": advantages,
+        "old_logprobs": old_logprobs,
         "ref_logits": reference(ids).logits[:, BEFORE],
-    }  # fmt: skip
+    }
 
 
 def whole(x):
@@ -52,9 +55,14 @@ def by_ranks(group, wrapper, aggregation):
         fully_shard(policy.model.layers[0], mesh=mesh)
         fully_shard(policy, mesh=mesh)
     names = {
-        "torch": torch, "kl_kernels": kl_kernels, "policy": model, "aggregation": aggregation,
-        "optimizer": torch.optim.SGD(policy.parameters(), lr=1.0), "beta": 0.1, "before": BEFORE,
-    }  # fmt: skip
+        "torch": torch,
+        "kl_kernels": kl_kernels,
+        "policy": model,
+        "aggregation": aggregation,
+        "optimizer": torch.optim.SGD(policy.parameters(), lr=1.0),
+        "beta": 0.1,
+        "before": BEFORE,
+    }
     (loop,) = blocks_of("how-to/any-trainer.md", "python", containing="global_denominator")
     own = torch.arange(B).chunk(N_RANKS)[dist.get_rank()]
     gradients = []
@@ -72,13 +80,18 @@ def by_one_process(aggregation):
         given = batch(reference, step)
         optimizer.zero_grad()
         out = kl_kernels.token_kl(
-            policy(given["ids"]).logits[:, BEFORE], given["ref_logits"], given["token_ids"],
+            policy(given["ids"]).logits[:, BEFORE],
+            given["ref_logits"],
+            given["token_ids"],
             mask=given["mask"],
-        )  # fmt: skip
+        )
         loss, _ = kl_kernels.ppo_policy_loss(
-            out.logprob, given["old_logprobs"], given["advantages"], given["mask"],
+            out.logprob,
+            given["old_logprobs"],
+            given["advantages"],
+            given["mask"],
             aggregation=aggregation,
-        )  # fmt: skip
+        )
         (loss + 0.1 * kl_kernels.aggregate(out.kl, given["mask"], aggregation)).backward()
         optimizer.step()
         gradients.append([weight.grad.clone() for weight in policy.parameters()])

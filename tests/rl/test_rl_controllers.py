@@ -159,15 +159,23 @@ def test_settings_in_numbers_of_any_kind_are_kept_as_pythons_own(number):
             *start, number(512.0), unit="token_mean", error_clip=number(0.25), **bounds
         ),
         ThresholdKLController(
-            *start, unit="token_mean", tolerance=number(2.0), raise_by=number(1.5),
-            lower_by=number(0.5), **bounds,
+            *start,
+            unit="token_mean",
+            tolerance=number(2.0),
+            raise_by=number(1.5),
+            lower_by=number(0.5),
+            **bounds,
         ),
         PIKLController(
-            *start, unit="token_mean", gain=number(0.25), lag=number(4.0), error_clip=number(0.5),
+            *start,
+            unit="token_mean",
+            gain=number(0.25),
+            lag=number(4.0),
+            error_clip=number(0.5),
             **bounds,
         ),
         FixedKLController(number(0.25)),
-    ]  # fmt: skip
+    ]
     for control in made:
         control.update(9.0, 64)
         numbers = [v for v in vars(control).values() if not isinstance(v, str)]
@@ -175,9 +183,11 @@ def test_settings_in_numbers_of_any_kind_are_kept_as_pythons_own(number):
 
 
 ALL = {
-    "AdaptiveKLController": controller, "ThresholdKLController": threshold, "PIKLController": pi,
+    "AdaptiveKLController": controller,
+    "ThresholdKLController": threshold,
+    "PIKLController": pi,
     "FixedKLController": lambda: FixedKLController(0.2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("owner", ALL)

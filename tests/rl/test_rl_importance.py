@@ -167,9 +167,13 @@ def test_bounds_belong_to_what_they_bound():
     logprobs = torch.tensor([[0.5, 2.0, 1.0]], dtype=torch.float64).log()
     ratios = logprobs.exp()
     found, metrics = importance_weights(
-        logprobs, torch.zeros_like(logprobs), torch.ones(1, 3),
-        mode="mask", low=ratios[0, 0].item(), high=ratios[0, 1].item(),
-    )  # fmt: skip
+        logprobs,
+        torch.zeros_like(logprobs),
+        torch.ones(1, 3),
+        mode="mask",
+        low=ratios[0, 0].item(),
+        high=ratios[0, 1].item(),
+    )
     assert torch.equal(found, ratios)
     assert metrics["bounded_fraction"] == 0
 

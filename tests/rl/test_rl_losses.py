@@ -116,10 +116,11 @@ def test_micro_batches_add_up_to_the_whole(kind, mode, as_tensor):
     def loss_and_grad(parts, denominator):
         leaf = x.clone().requires_grad_()
         loss = sum(
-            loss_fn(leaf[p], *(t[p] for t in rest), MASK[p],
-                    aggregation=mode, denominator=denominator)[0]
+            loss_fn(
+                leaf[p], *(t[p] for t in rest), MASK[p], aggregation=mode, denominator=denominator
+            )[0]
             for p in parts
-        )  # fmt: skip
+        )
         return loss, torch.autograd.grad(loss, leaf)[0]
 
     whole = loss_and_grad([slice(None)], None)

@@ -173,9 +173,15 @@ def readers(folder: Path):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "study.json", "metrics.jsonl", "audit log", "audit head",
-     "audit log and its head"],
-)  # fmt: skip
+    [
+        "config.json",
+        "study.json",
+        "metrics.jsonl",
+        "audit log",
+        "audit head",
+        "audit log and its head",
+    ],
+)
 def test_no_other_file_is_unpickled(tmp_path, mark, name, form):
     path, read = readers(tmp_path)[name]
     path.write_bytes(poisoned(mark, form))

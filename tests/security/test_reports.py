@@ -51,9 +51,13 @@ def samples(text: str) -> Table:
 
 def page(text: str) -> str:
     blocks = [
-        Heading(text), Text(text), Bullets([text]), Picture("p", text), Table([text], [[text]]),
+        Heading(text),
+        Text(text),
+        Bullets([text]),
+        Picture("p", text),
+        Table([text], [[text]]),
         samples(text),
-    ]  # fmt: skip
+    ]
     return to_html(text, blocks, {"p": PNG})
 
 

@@ -87,8 +87,13 @@ def linear_stats() -> Call:
     return run
 
 
-@offers("linear exact KL", name=f"{NAME} chunked", rounds=True, constant=("entropy",),
-        note="KL and entropy only, no gradient of the entropy")  # fmt: skip
+@offers(
+    "linear exact KL",
+    name=f"{NAME} chunked",
+    rounds=True,
+    constant=("entropy",),
+    note="KL and entropy only, no gradient of the entropy",
+)
 def linear_kl() -> Call:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 

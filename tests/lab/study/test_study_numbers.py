@@ -80,10 +80,17 @@ def test_two_points_are_no_fit():
 def test_an_outcome_by_hand():
     golds = [2, 3, 5, 4, 6, 5, 5, 0, 0, 1, 2, 2]
     records = [
-        {"update": i + 1, "gold": gold, "kl": float(i), "proxy": 0.0, "kl_coef": 0.0,
-         "entropy": 0.0, "length": 1.0}
+        {
+            "update": i + 1,
+            "gold": gold,
+            "kl": float(i),
+            "proxy": 0.0,
+            "kl_coef": 0.0,
+            "entropy": 0.0,
+            "length": 1.0,
+        }
         for i, gold in enumerate(golds)
-    ]  # fmt: skip
+    ]
     found = outcome(records)
     assert found.gold_peak == 5.0  # the mean of updates 3 to 7
     assert (found.peak_update, found.peak_kl) == (5.0, 4.0)

@@ -7,9 +7,18 @@ from types import ModuleType
 from unittest.mock import MagicMock
 
 EMPTY = (
-    "aiohttp", "bitsandbytes", "datasets", "deepspeed", "fastapi", "flash_attn", "pylatexenc",
-    "ray", "torchdata", "uvicorn", "vllm",
-)  # fmt: skip
+    "aiohttp",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "fastapi",
+    "flash_attn",
+    "pylatexenc",
+    "ray",
+    "torchdata",
+    "uvicorn",
+    "vllm",
+)
 # Asked for by log_probs_from_logits, which has another way where there is none.
 ABSENT = "flash_attn.ops"
 

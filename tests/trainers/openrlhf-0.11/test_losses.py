@@ -106,9 +106,15 @@ def test_the_policy_loss_is_openrlhfs(log_probs, kind, dual_clip, token_level_lo
 
     def ours(x):
         value, seen["ours"] = kl_kernels.ppo_policy_loss(
-            x, old, advantages, mask, clip_low=0.2, clip_high=0.3, dual_clip=dual_clip,
+            x,
+            old,
+            advantages,
+            mask,
+            clip_low=0.2,
+            clip_high=0.3,
+            dual_clip=dual_clip,
             aggregation="token-mean" if token_level_loss else "seq-mean-token-mean",
-        )  # fmt: skip
+        )
         return value
 
     seen = {}

@@ -66,7 +66,7 @@ def comments(source):
 
 
 def objections(source):
-    """Name the line and the words of each docstring or comment that breaks a rule."""
+    """List the line and the words of each docstring or comment that breaks a rule."""
     found = []
     for line, text in [*docstrings(source), *comments(source)]:
         words = " ".join(text.split())

@@ -62,7 +62,7 @@ def cpu_table(results: dict[str, Any]) -> str:
 
 
 def study_section(results: dict[str, Any]) -> str:
-    """Where runs of each KL penalty ended, beside where all of them started, and the verdicts."""
+    """Tabulate the start and end of the runs with each KL penalty, and list the verdicts."""
     lines = [
         "![proxy reward and gold score against the distance from the reference]"
         "(docs/study/overoptimisation.png)",
@@ -153,7 +153,7 @@ def linear_table(results: dict[str, Any]) -> str:
 
 
 def heads_table(results: dict[str, Any]) -> str:
-    """Linear heads beside what users would take instead, whoever is faster."""
+    """Compare linear heads with their alternatives, including the faster ones."""
     lines = [
         "| from hidden states, on a CPU | time | over ours | largest error |",
         "|---|---|---|---|",
@@ -178,7 +178,7 @@ TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF"}
 
 
 def compatibility_tables(results: dict[str, Any]) -> str:
-    """For each version of a trainer, the newest first: what was run of it, and beside what."""
+    """Tabulate the tests of each version of a trainer, newest first, and the packages beside it."""
     records = sorted(
         results.values(),
         key=lambda r: (

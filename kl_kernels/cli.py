@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
             _module(module).add_arguments(command)
     try:
         args = parser.parse_args(argv)
-    except SystemExit as end:  # after --help and --version, and after what is refused
+    except SystemExit as end:  # raised after --help, --version and refused arguments
         return int(end.code or 0)
     if args.command is None:
         parser.print_help(sys.stderr)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-# At most: the umask may take more away. Never a group's to write, whatever the umask: a run's
-# config.json names a module that going on with the run imports.
+# Upper bounds, which the umask may lower. A group can never write, whatever the umask: a run's
+# config.json names a module that is imported when the run is resumed.
 FOLDER_MODE = 0o755
 FILE_MODE = 0o644
 PRIVATE_FOLDER_MODE = 0o700

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Stops whoever imports `module` for good, once it has told so.
+# A process that imports `module` reports it and then sleeps.
 STOPS = """
 import sys, time
 

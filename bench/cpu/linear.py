@@ -194,7 +194,7 @@ def time_job(job: str, shape: Shape, budget: int, turns: int) -> Timing:
 
 
 def measure_memory(job: str, shape: Shape, budget: int, threads: int) -> Memory:
-    """In a process of its own: what another job freed is not to be had for nothing."""
+    """Measure in a separate process, where no job has freed memory that could be used again."""
     code = (
         "import json, torch; from bench.cpu import linear; "
         f"torch.set_num_threads({threads}); "

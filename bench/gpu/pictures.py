@@ -49,7 +49,7 @@ Lines = dict[str, dict[int, Mapping[str, Any]]]  # by contender, its measurement
 
 
 def panels(results: Results, axis: Axis) -> dict[str, Lines]:
-    """By job, in the first measurement's size but for what differs."""
+    """Collect lines by job; the field in common is the first measurement's."""
     differs, common, _ = axis
     found: dict[str, Lines] = {}
     for m in results["measurements"]:

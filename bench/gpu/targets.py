@@ -67,7 +67,7 @@ def place(m: Measured) -> tuple[str, int, int]:
 
 
 def evenness(job: str, fewest: int) -> Any:
-    """By vocabulary, the lowest of its rates over the highest."""
+    """Collect, by vocabulary, the lowest of its rates over the highest."""
 
     def figures(results: Results, backend: str) -> Iterable[float]:
         rates: dict[int, list[float]] = {}

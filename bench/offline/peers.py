@@ -29,7 +29,7 @@ class Call:
     make: Callable[[], object]
     kernels: dict[str, Counted]
     meta: bool = True
-    stand_ins: str = ""  # for what is not the library's own
+    stand_ins: str = ""  # the code that is replaced or loaded by its path
 
 
 ONE = ("statistics",)
@@ -183,7 +183,7 @@ CALLS = [
     ),
 ]  # fmt: skip
 
-# Not counted per logit, and why.
+# Packages that are not counted per logit, and the reasons.
 LEFT_OUT = {
     "cut-cross-entropy": "its kernels make the logits by matrix products on tensor cores and read "
     "none from memory: instructions per logit would count the product",

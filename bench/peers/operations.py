@@ -52,11 +52,11 @@ class Inputs:
 
     @cached_property
     def with_prompt(self) -> Tensor:  # [B, T + 1, V], requires grad
-        """One more position after the last, for those who cut it off themselves."""
+        """Logits with one more position, for contenders that cut it off themselves."""
         return torch.cat([self.logits, self.logits[:, -1:]], 1).detach().requires_grad_()
 
     def head(self) -> Inputs:
-        """As many of the first responses' first tokens as can be checked."""
+        """Return as many of the first responses' first tokens as can be checked."""
         B, T, V = self.logits.shape
         rows = max(1, LOGITS_CHECKED // V)
         b, t = (B, min(T, rows // B)) if rows >= B else (1, min(T, rows))
@@ -164,7 +164,7 @@ def statistics(
     ref_logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [...]
 ) -> Results:
-    """By the book."""
+    """Compute the outputs of `token_kl` by their definitions."""
     log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     p, q, here = log_p.exp(), log_q.exp(), token_ids[..., None]
     return {
@@ -177,7 +177,7 @@ def statistics(
 
 
 def jensen_shannon(logits: Tensor, ref_logits: Tensor) -> Results:  # [..., V] each
-    """For beta = JSD_BETA, as distillation trainers have it: kl_div to a mixture by logaddexp."""
+    """Compute the JSD at JSD_BETA as distillation trainers do: kl_div to a logaddexp mixture."""
     log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     log_m = torch.logaddexp(log_p + math.log(1 - JSD_BETA), log_q + math.log(JSD_BETA))
     of_p, of_q = (
@@ -233,7 +233,7 @@ def kl_loss(stats: Results, x: Inputs) -> Tensor:
 
 
 def wide(x: Inputs) -> Inputs:
-    """In float64."""
+    """Return the inputs in float64."""
     raised = [
         t.detach().double() if t.is_floating_point() else t for t in list(vars(x).values())[:9]
     ]

@@ -58,7 +58,7 @@ class Ours:
 
 @pytest.fixture(scope="session")
 def memory_of_all(request: pytest.FixtureRequest) -> Callable[[str], dict[str, int]]:
-    """By family: the memory of all its calls that this run asks for."""
+    """Return a function from a family to the memory of all its calls in this run."""
 
     @cache
     def of(family: str) -> dict[str, int]:

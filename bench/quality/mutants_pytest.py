@@ -97,7 +97,7 @@ def run(name: str, items: list[pytest.Item], limit: int) -> None:
 
 
 def main(names: list[str], children: int) -> None:
-    """From the folder that holds mutmut's."""
+    """Run the mutants, from the folder that holds mutmut's."""
     options = config()
     os.chdir("mutants")
     set_mutant_under_test("")

@@ -132,7 +132,7 @@ def serve(root: str) -> None:
 
 
 def runnable(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """Without what this revision does not have."""
+    """Return the calls that this revision can run."""
     found = {}
     for name, call in calls.items():
         try:

@@ -23,9 +23,9 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     """Rewards with the KL, and GAE over them, of the tokens that the policy sampled.
 
     slime's own estimator "ppo" does the same without `loss_masks`: there tool output in a response
-    has a KL penalty, a value and a place in time, and the score is at the last position, whoever
-    wrote it. Here the score is at the policy's last token, and masked positions change nothing;
-    their advantage is 0 and their return too. Without any there is no difference.
+    has a KL penalty, a value and a place in time, and the score is at the last position, also if
+    it is masked. Here the score is at the policy's last token, and masked positions change nothing;
+    their advantages and returns are 0. Without any there is no difference.
 
     slime calls this once the KL is estimated, and whitens advantages itself (normalize_advantages).
     It does not call it for a critic, whose returns stay those of its own estimator.

@@ -17,7 +17,7 @@ except ImportError as error:
         extras.sentence("kl_kernels.integrations.trl", "transformers")
     ) from error
 
-# Where the monitor's state is kept in a checkpoint's trainer_state.json.
+# Key of the monitor's state in a checkpoint's trainer_state.json.
 STATE_KEY = "kl_kernels.KLMonitor"
 
 

@@ -191,7 +191,7 @@ class AuditLog:
                 while rest:
                     rest = rest[self._file.write(rest) :]
                 os.fsync(self._file.fileno())
-                # After the record: a sidecar ahead of its log would be what cutting the log leaves.
+                # Written after the record: a sidecar ahead of its log would look like a cut log.
                 head.write(self.path)
             except BaseException:
                 # The state of the disk is unknown now; opening the log again checks it.

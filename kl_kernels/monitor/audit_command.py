@@ -72,7 +72,7 @@ def _print_records(args: argparse.Namespace) -> None:
 def _row(record: Record) -> str:
     data = dict(record.data)
     step = data.pop("step", "")
-    # As JSON: control characters in a log from elsewhere must not reach the terminal.
+    # Printed as JSON: control characters in a log from elsewhere must not reach the terminal.
     text = "  ".join(f"{name}={_short(value)}" for name, value in _flat(data))
     if len(text) > TEXT_WIDTH:
         text = text[: TEXT_WIDTH - 3] + "..."

@@ -363,5 +363,5 @@ def _mean_reward(reward: Tensor | float, group: ProcessGroup | None) -> float:
 def _non_finite(step: int, metrics: dict[str, float]) -> Iterator[Event]:
     for name, value in metrics.items():
         if not math.isfinite(value):
-            message = f"{name} is {value}: nothing else is said about it at this step"
+            message = f"{name} is {value}; its detectors skip this step"
             yield Event(step, "non_finite", value, sys.float_info.max, message)

@@ -73,7 +73,7 @@ class WandbSink:
         step_metric: None: steps are the run's own. It takes no step below its last one, so this
             is for when nothing else logs to the run, or all count the same steps. A name, such as
             "train/global_step": steps are a metric of that name and the axis of the others, and
-            the run's own steps are left to whoever else logs.
+            the run's own steps are left to its other writers.
         level: of alerts: "INFO", "WARN" or "ERROR".
         wait_seconds: W&B sends no second alert of one kind for so long.
 

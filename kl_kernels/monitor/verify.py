@@ -70,7 +70,7 @@ def verify_log(path: str | Path, head: str | None = None) -> Verdict:
     if head is not None and not is_hash(head):
         raise ValueError(f"head is {head!r}; it must be 64 hexadecimal digits, in lower case")
     with open(path, "rb") as file:
-        # Before the lines: a writer may add some meanwhile, but what the sidecar counts is there.
+        # Read before the lines: a writer may add some meanwhile, but all that it counts are there.
         sidecar = _read_sidecar(path)
         return _judge(path, file, sidecar, head)
 
@@ -80,10 +80,10 @@ class _Walk:
     """The chain up to its first break."""
 
     end: Head  # behind the last good record
-    whole_bytes: int  # up to there
+    whole_bytes: int  # size of the file up to that record
     bad: bytes | None  # the line that does not continue it; None: there are no more
     bad_record: Record | None
-    at_sidecar: Head | None  # where the log stood when it had as many records as the sidecar says
+    at_sidecar: Head | None  # the chain's end after as many records as the sidecar counts
     wanted_line: int | None
 
 
@@ -129,7 +129,7 @@ def _judge(path: Path, file: BinaryIO, sidecar: Head | str, wanted: str | None) 
 
     if isinstance(sidecar, str):
         problem = "sidecar disagrees" if sidecar else "sidecar missing"
-        missing = f"'{head_path(path)}' is missing: whether the log ended here, nothing tells"
+        missing = f"'{head_path(path)}' is missing: the log may have ended later"
         return verdict(sidecar or missing, problem)
     if sidecar.count > count:
         seen = f"line {next_line} is cut short" if is_torn else f"the log ends at line {count}"

@@ -1,4 +1,4 @@
-"""From per-token KL and per-sequence scores to shaped rewards."""
+"""Shaped rewards from per-token KL and per-sequence scores."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def truth(x, y, ids, temperature):
 
 
 def found(x, y, ids, temperature):
-    """The same of the cpu backend, by every function that takes logits; (name, of, value, grad)."""
+    """Yield (name, of, value, grad) of the cpu backend, by every function that takes logits."""
     options = {"temperature": temperature, "backend": "cpu"}
     leaf = x.clone().requires_grad_()
 

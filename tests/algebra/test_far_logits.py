@@ -72,7 +72,7 @@ def assert_true_or_nan(backend, size, sign, vocab_size, device="cpu"):
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_tokens_far_below_add_nothing(parts):
-    """As those of a padded vocabulary are: lowest numbers, or -1e10."""
+    """Padded vocabularies hold such tokens: lowest numbers, or -1e10."""
     torch.manual_seed(0)
     x = torch.randn(1, 2, 30)
     ids = torch.zeros(1, 2, dtype=torch.long)
@@ -164,7 +164,7 @@ def test_float64_reaches_farther():
     x = x.requires_grad_()
     log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)
-    # In two parts as well, on states that hold all digits.
+    # Two parts, on states that hold all digits, give the same.
     parts = [slice(0, 20), slice(20, 33)]
     states = [
         torch.ops.kl_kernels.fold_part(

@@ -278,7 +278,7 @@ def test_temperature_divides_the_logits(backend, rows, temperature):
 @examples
 @given(hostile(kinds=tuple(FINITE), sizes=(2, 5, 31)))
 def test_k1_and_k3_are_the_exact_kl_on_average(backend, rows):
-    """Over all tokens, each with the policy's probability."""
+    """The average is over all tokens, each with the policy's probability."""
     log_p, log_q = (x.flatten(0, 1).log_softmax(-1) for x in rows[:2])  # [4, V]
     p = log_p.exp()
     exact = outputs_of(rows.on(backend), backend)["kl"].flatten().double()

@@ -276,7 +276,7 @@ def test_a_library_that_is_not_there_says_so():
     ["random", "wide", "peaked", "unlikely-token", "offset", "temperature", "both-inf"],
 )
 def test_the_gradient_of_kl_is_within_1e_5_of_its_own_norm(difficulty):
-    """Also where one token has all the probability, and eager's own gradient is noise."""
+    """One token may have all the probability, where eager's own gradient is noise."""
     inputs = Case(difficulty, 1025, torch.float32).inputs()
     ones = {name: torch.ones(2, 2) for name in DIFFERENTIABLE}
     true = gradients(inputs, ones, torch.float64)["kl"]

@@ -23,7 +23,7 @@ PLENTY = 1 << 20  # limits of an SM in which any number of blocks fits
 
 
 def device_for(n_blocks, logits, ref_logits):
-    """On which a row takes so many blocks; 0: it is read again, by a cluster, -1: by one block."""
+    """Describe a GPU where a row takes `n_blocks`; 0: a cluster reads it again, -1: one block."""
     if n_blocks <= 0:
         return 0, PLENTY, 16 * (n_blocks == 0)
     part = -(-logits.shape[-1] // (64 * n_blocks)) * 64
@@ -146,7 +146,7 @@ def test_a_metric_of_an_infinite_kl_leaves_the_gradient_alone(place):
 
 @pytest.mark.parametrize("place", ON_CHIP_OR_NOT)
 def test_a_row_nobody_pulls_at_is_zero(place):
-    """Also where its logits are NaN: they are not looked at again."""
+    """Logits that are NaN make no difference: they are not read again."""
     logits, ref_logits, token_ids = random_rows()
     advantages = torch.ones(2, 2)
     advantages[0, 1] = 0.0

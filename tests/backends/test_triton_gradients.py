@@ -1,7 +1,6 @@
-"""Where the Triton kernels write gradients, and what the one-visit policy loss reads.
+"""The Triton kernels' writes of gradients, and the reads of the one-visit policy loss.
 
-Tiles as small as in test_triton_backend.py. That the numbers are right on every backend is tested
-elsewhere.
+Tiles are as small as in test_triton_backend.py. The numbers are tested elsewhere, on every backend.
 """
 
 import dataclasses

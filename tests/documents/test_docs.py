@@ -33,7 +33,7 @@ def blocks(page):
 
 
 def targets(page):
-    """Where links and images point."""
+    """Yield the targets of links and images."""
     for token in parsed(page):
         for child in token.children or ():
             target = child.attrGet("href") or child.attrGet("src")

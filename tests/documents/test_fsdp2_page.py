@@ -188,7 +188,7 @@ def test_unshard_leaves_a_gradient_of_one_rank_that_reshard_drops(ranks):
 
 
 class Tied(torch.nn.Module):
-    """As transformers ties an output layer to the embedding."""
+    """A model whose output layer is tied to the embedding, as in transformers."""
 
     def __init__(self):
         super().__init__()

@@ -22,7 +22,7 @@ def divergence(p, q):  # [..., V] probabilities
 
 
 def dense(x, y, beta):
-    """By the book, in float64; each column's share."""
+    """Compute each column's share by the definition, in float64."""
     p, q = x.double().softmax(-1), y.double().softmax(-1)
     m = (1 - beta) * p + beta * q
     return beta * divergence(q, m) + (1 - beta) * divergence(p, m)
@@ -193,7 +193,7 @@ def test_the_ends_are_the_two_divergences(backend):
     kl = kl_kernels.token_kl(x, y, torch.zeros(2, 3, dtype=torch.long), backend=backend)
     assert torch.equal(kl_kernels.token_jsd(x, y, beta=0, backend=backend), kl.forward_kl)
     assert torch.equal(kl_kernels.token_jsd(x, y, beta=1.0, backend=backend), kl.kl)
-    # From inside they are the slopes: jsd / beta goes to KL(reference || policy).
+    # The slope at beta = 0: jsd / beta goes to KL(reference || policy).
     near = kl_kernels.token_jsd(x.double(), y.double(), beta=1e-7) / 1e-7
     torch.testing.assert_close(near, kl.forward_kl.double(), rtol=2e-5, atol=0)
 

@@ -98,7 +98,7 @@ def test_a_fused_loss_takes_one_gradient_in_all(models):
 def test_a_fused_loss_takes_nothing_where_no_gradient_is_asked_for(
     grad_mode, inplace_backward, models
 ):
-    """Under no_grad, and of logits that do not require grad."""
+    """The gradient is not needed under no_grad, nor for logits that do not require grad."""
     x = models[0].clone().requires_grad_(not grad_mode)
     ones = torch.ones(1, T)
 

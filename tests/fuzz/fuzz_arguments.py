@@ -70,7 +70,7 @@ def shape(tensor: torch.Tensor, random_: random.Random) -> Hostile:
 
 def dtype(tensor: torch.Tensor, random_: random.Random) -> Hostile:
     to = random_.choice(FLOATS + OTHER_DTYPES)
-    # Complex and eight-bit numbers are in nobody's list of what is accepted.
+    # Complex and eight-bit numbers are accepted nowhere.
     return Hostile(tensor.to(to), ANY if to not in OTHER_DTYPES[3:4] else REFUSED, f"{to}")
 
 

@@ -208,7 +208,7 @@ OPTIONS = (
     "importance_sampling_level",
     "gradient",
 )
-# Without a reference, or without clip_range, nobody looks.
+# Arguments that are ignored without a reference, or without clip_range.
 NOT_ALWAYS_READ = {
     ("fused_policy_loss", "ref_temperature"),
     ("fused_policy_loss", "ref_softcap"),

@@ -17,7 +17,7 @@ GRADIENT_TOLERANCE = 2e-4
 
 
 def verdict(seed: int) -> str | None:
-    """None, or what is wrong with call `seed`."""
+    """Return the mistake of call `seed`, or None."""
     call = call_of(seed)
     try:
         with warnings.catch_warnings():

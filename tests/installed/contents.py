@@ -35,7 +35,7 @@ def main() -> None:
     compare(sdist, found, {name for name in sources if not name.startswith(".")} | {"MANIFEST.in"})
 
     libraries = {"kl_kernels/_C_cpu.abi3.so"}
-    # Without the cuda backend there is the reason why, which `python -m kl_kernels info` shows.
+    # A wheel without the cuda backend holds the reason, which `python -m kl_kernels info` shows.
     cuda = "+cu" in wheel.name
     libraries.add("kl_kernels/_C_cuda." + ("abi3.so" if cuda else "unavailable"))
     with zipfile.ZipFile(wheel) as archive:

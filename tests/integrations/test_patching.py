@@ -168,7 +168,7 @@ def test_a_package_that_is_not_there_is_named():
 
 
 def test_a_fork_waits_for_a_patch_that_another_thread_is_making(package):
-    """Otherwise the child has half of the patch, and a lock that nobody will release."""
+    """Otherwise the child has half of the patch, and a lock that is never released."""
     making, go_on = threading.Event(), threading.Event()
 
     def slowly(original):

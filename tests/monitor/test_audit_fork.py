@@ -77,7 +77,7 @@ def test_a_closed_log_can_be_opened_again_beside_a_child(path, sleeper):
 
 
 def test_it_can_be_opened_again_beside_a_child_that_python_knows_nothing_of(path):
-    """Such as one of a C library: no hook closes its descriptors, and it shares the lock."""
+    """A C library may fork such a child: no hook closes its descriptors, and it shares the lock."""
     libc = ctypes.PyDLL(None)
     log = AuditLog(path)
     child = libc.fork()

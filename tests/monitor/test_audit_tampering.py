@@ -1,4 +1,4 @@
-"""Whatever is done to a log is found, at the right line."""
+"""Every change of a log is found, at the right line."""
 
 import hashlib
 import json

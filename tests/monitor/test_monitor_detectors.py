@@ -117,7 +117,7 @@ def test_a_constant_has_no_shift_until_it_changes():
 
 
 def test_the_statistic_is_the_log_likelihood_ratio_of_a_step():
-    """By generalised least squares in float64: a step in AR(1) noise around an estimated mean."""
+    """Generalised least squares in float64 of a step in AR(1) noise around an estimated mean."""
     series = ar1(np.random.default_rng(3), 60)
     series[52:] += 0.2
     detector = shift()

@@ -64,7 +64,7 @@ def scored(logits, ids, mask):
 
 
 def expected_gap(sampler, scorer, *, shift=0):
-    """By enumeration, of a batch so large that it has its expected number of tokens."""
+    """Enumerate the gap of a batch so large that it has its expected number of tokens."""
     ids, mask = answers()
     weight = probability(sampler, ids, mask)
     torch.testing.assert_close(weight.sum(), torch.tensor(1.0, dtype=torch.float64))
@@ -107,7 +107,7 @@ def test_each_mistake_has_its_sign(seed):
 
 
 def test_off_by_one_and_another_tokenizer_are_far_above():
-    """On the average of small languages; of four tokens, some wrong rows fit by chance."""
+    """The average of small languages shows it; with four tokens, some wrong rows fit by chance."""
     shifted = [expected_gap(table(s).log_softmax(-1), table(s), shift=1) for s in range(20)]
     assert np.mean(shifted) > 0.4
     permuted = [
@@ -270,7 +270,7 @@ def alarm_probability(likely, rare, eps, n):
     ("likely", "rare"), [(1, 150_000), (1, 1000), (1, 1), (150_000, 1), (1000, 1), (2, 150_000)]
 )
 def test_rare_tokens_that_were_not_drawn_are_no_alarm(likely, rare):
-    """By enumeration: fewer than one batch in 500,000, however rare, for every size of batch."""
+    """Enumeration gives fewer than one batch in 500,000, however rare, for every size of batch."""
     for n in (26, 64, 160, 1000, 4000):
         for eps in np.geomspace(1e-4, 0.5, 12):
             assert alarm_probability(likely, rare, eps, n) < 2e-6, (n, eps)

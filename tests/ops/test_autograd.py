@@ -307,7 +307,7 @@ def test_what_is_saved_of_a_row_belongs_to_the_anchor_as_it_is_saved(backend):
 
 
 def test_a_token_is_found_in_whichever_block_of_the_vocabulary_it_lies():
-    """By the reference, which takes the vocabulary in blocks: the tokens at all their ends."""
+    """The reference takes the vocabulary in blocks; the tokens are at all their ends."""
     token_ids = torch.tensor([0, BLOCK_V - 1, BLOCK_V, BLOCK_V + 4])
     logits = torch.zeros(4, BLOCK_V + 5, dtype=torch.float64, requires_grad=True)
     kl_kernels.token_stats(logits, token_ids, backend="reference").logprob.sum().backward()

@@ -1,4 +1,4 @@
-"""`inplace_backward`: the gradient over the logits, the same numbers, and nobody misled."""
+"""`inplace_backward`: the gradient over the logits, equal numbers, an error for other readers."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ def kl_and_more(x, a):
     return r.kl + 0.3 * r.forward_kl - 0.1 * r.entropy + 0.2 * r.logprob
 
 
-# From logits to one number per token.
+# Functions from logits to one number per token.
 FUSED = {
     "token_stats": lambda x, a: sum(kl_kernels.token_stats(x, a["ids"], softcap=5.0)),
     "token_kl": kl_and_more,
@@ -26,7 +26,7 @@ FUSED = {
     ),
     "selective_log_softmax": lambda x, a: kl_kernels.selective_log_softmax(x, a["ids"]),
 }
-# Those whose backward is more than one formula of one operator.
+# Functions whose backward is more than one formula of one operator.
 REFUSED = {
     "selective_log_softmax": lambda x, a: kl_kernels.selective_log_softmax(x, a["several"]),
     "topk_kl": lambda x, a: kl_kernels.topk_kl(x, a["several"], a["several_logprobs"]),

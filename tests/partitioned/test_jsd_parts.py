@@ -35,7 +35,7 @@ SCALED = {
 
 
 def by_the_book(leaves, ref, beta, scaled):
-    """In float64, from full logits."""
+    """Compute the JSD in float64, from full logits."""
     logits, ref_logits = (
         hidden.double() @ weight.double().T + bias.double()
         for hidden, weight, bias in (leaves, ref)
@@ -230,7 +230,7 @@ def test_logits_may_be_dtensors(ranks, over_rows):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_the_part_that_is_everything_has_the_sums_of_the_row(backend):
-    """In float32 whatever the logits are, with a softcap for either model; 0 where masked."""
+    """Sums are float32 for any logits, with a softcap for either model; 0 where masked."""
     g = torch.Generator().manual_seed(0)
     x, y = (4 * torch.randn(2, 2, 3, 41, generator=g)).bfloat16()
     mask = torch.tensor([[True, True, False], [True, False, True]])

@@ -57,7 +57,7 @@ def test_tokens_that_were_cut_make_every_weight_too_small(logits):
 
 
 def test_weights_multiply_the_policy_term_alone():
-    """Neither the KL nor the entropy."""
+    """The KL and the entropy are not weighted."""
     g = torch.Generator().manual_seed(2)
     x, y = (torch.randn((2, 3, V), generator=g) for _ in range(2))
     ids, mask = torch.randint(V, (2, 3), generator=g), torch.ones(2, 3)

@@ -108,7 +108,7 @@ def test_equal_engines_weigh_1_and_masked_nan_reaches_nothing():
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 def test_an_unknown_log_probability_has_weight_0_in_both_modes(level, mode, side):
-    """At the level of sequences its whole sequence has; metrics are of what is known."""
+    """Levels of sequences give its whole sequence weight 0; metrics leave out the unknown."""
     logprobs, rollout = pair(spread=0.3)
     expected, _ = importance_weights(logprobs, rollout, MASK, mode=mode, level=level)
     for name, tensor in (("engine", rollout), ("trainer", logprobs)):

@@ -1,4 +1,4 @@
-"""Nobody but the user can write to what a run leaves, and a link planted in it leads nowhere."""
+"""Only the user can write to a run's files, and a link planted among them is not followed."""
 
 import json
 import os

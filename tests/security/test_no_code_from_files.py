@@ -246,7 +246,7 @@ class Tokenizer(PreTrainedTokenizerFast):
 
 @pytest.mark.parametrize("model_type", ["llama", "of-its-own"])
 def test_code_in_a_model_s_folder_is_not_run(model, mark, model_type, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked, either
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # consent must not be asked for, either
     code = CODE.format(mark=str(mark), model_type=model_type)
     for name in ("modeling_own.py", "configuration_own.py", "tokenization_own.py", "__init__.py"):
         (model / name).write_text(code)

@@ -26,7 +26,7 @@ os.environ |= {
 
 HERE = Path(__file__).parent
 PASSED = pytest.StashKey[Counter]()
-# Whose versions a reader wants to know.
+# Packages whose versions are recorded.
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "tensordict", "ray")
 
 

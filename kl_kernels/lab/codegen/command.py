@@ -23,7 +23,7 @@ from kl_kernels.lab.codegen.chips import (
 from kl_kernels.lab.codegen.sass import Kernel
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-CHIP_OF = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200"}  # by default
+CHIP_OF = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200"}  # the default chip
 
 KERNEL_COLUMNS = ("kernel", "registers", "stack bytes", "shared bytes", "occupancy")
 LOOP_COLUMNS = (

@@ -22,7 +22,7 @@ from kl_kernels.lab.study.prepare import load_task
 from kl_kernels.lab.study.statistics import mean_interval
 from kl_kernels.lab.study.tree import compare_forms
 
-Records = Mapping[str, Sequence[Sequence[Record]]]  # for each beta, a run per seed
+Records = Mapping[str, Sequence[Sequence[Record]]]  # by beta, a run per seed
 
 
 def analyse(plan: Plan, study: StudyFolder) -> dict[str, Any]:

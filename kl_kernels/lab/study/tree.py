@@ -95,7 +95,7 @@ class Tree:
 
 
 def make_tree(*, early_eos: bool) -> Tree:
-    """Without `early_eos` all V^T responses have T tokens; with it EOS ends a response."""
+    """Build a tree. Without `early_eos` all V^T responses have T tokens; with it EOS ends them."""
     g = torch.Generator().manual_seed(3)
     prefixes = [p for t in range(T) for p in itertools.product(range(V), repeat=t)]
     state_of = {prefix: i for i, prefix in enumerate(prefixes)}

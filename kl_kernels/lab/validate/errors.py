@@ -135,7 +135,7 @@ def _eager(inputs: Inputs, weights: dict[str, Tensor], dtype: torch.dtype) -> di
     found |= {f"d {name}": grad for name, grad in grads.items()}
     found[MIX] = torch.stack(list(grads.values())).sum(0)
     found[STATS_MIX] = grads["logprob"] + grads["entropy"]
-    # On policy the ratio is 1, so a token's loss is -advantage logprob + coefficients kl, entropy;
+    # The ratio on policy is 1, so a token's loss is -advantage logprob + coefficients kl, entropy;
     # of a token that is ruled out the ratio is 1 whatever the other logits are, so a constant.
     ruled_out = found["logprob"][..., None] == -torch.inf
     of_ratio = grads["logprob"].masked_fill(ruled_out, 0.0)

@@ -9,7 +9,7 @@ CONSTANTS = PPOConfig(updates=N_UPDATES)
 
 
 def run(*, gold_end, proxy_end=3.0, kl_end=20.0, length_end=28.0, gold_peak=None, kl_coef=0.1):
-    """From gold 2 straight to its peak at a third of the way, and straight to the end."""
+    """Make a run whose gold goes straight from 2 to its peak, at a third, and to its end."""
     peak = gold_end if gold_peak is None else gold_peak
     records = []
     for i in range(N_UPDATES):

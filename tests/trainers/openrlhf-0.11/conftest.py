@@ -46,5 +46,5 @@ def _anything(name):
     return MagicMock()
 
 
-# Before anything that is installed: `datasets` may be, in some version.
+# First, before installed packages: `datasets` may be one of them, in some version.
 sys.meta_path.insert(0, _Empty())

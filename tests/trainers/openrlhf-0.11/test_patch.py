@@ -19,7 +19,7 @@ N_STEPS = 4
 
 
 def log_probs_of(logits, sequences, mask):
-    """As `Actor.forward` computes them: shifted by one, and multiplied by the mask."""
+    """Compute them as `Actor.forward` does: shifted by one, and multiplied by the mask."""
     rolled = torch.roll(sequences, shifts=-1, dims=1)
     log_probs = actor.log_probs_from_logits(logits, rolled)[:, :-1]
     return log_probs[:, -mask.shape[1] :] * mask.float()

@@ -24,7 +24,7 @@ def batch(seed=0, rows=6, length=9):
 
 
 def their_trainer(**config):
-    """As much of a PPOTrainer as its arithmetic looks at."""
+    """Make the part of a PPOTrainer that its arithmetic reads."""
     defaults = {
         "kl_penalty": "kl",
         "whiten_rewards": False,

@@ -228,7 +228,7 @@ def test_loads_are_as_wide_as_every_row_allows(dtypes, vocab_size, view, lane):
 
 
 def test_each_mix_of_gradients_is_the_sum_of_its_parts(inputs):
-    """And written everywhere: nothing is left of what lay in the buffer's memory."""
+    """Every number is written: none is left from the buffer's memory."""
     logits, ref_logits, token_ids = inputs
     mask = torch.tensor([[True, False], [True, True]])
     logits[0, 1] = torch.nan

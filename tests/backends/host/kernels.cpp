@@ -1,5 +1,6 @@
-// The CUDA kernels as a host library for tests/backends/test_cuda_on_host.py, with blocks and parts so small
-// that a few thousand logits take every path: several tiles, several parts, tails, both loops.
+// The CUDA kernels as a host library for tests/backends/test_cuda_on_host.py, with blocks and parts
+// so small that a few thousand logits take every path: several tiles, several parts, tails, both
+// loops.
 #define KL_CUDA_ON_HOST
 #include "../../csrc/cuda/backward.cuh"
 #include "../../csrc/cuda/forward.cuh"

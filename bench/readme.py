@@ -135,7 +135,7 @@ TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF"}
 
 
 def compatibility_tables(results: dict[str, Any]) -> str:
-    """For each version of a trainer, the newest first: what was run of it, and beside what."""
+    """Tabulate the tests of each version of a trainer, newest first, and the packages beside it."""
     records = sorted(
         results.values(),
         key=lambda r: (

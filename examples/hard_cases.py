@@ -43,11 +43,11 @@ def pull_of_a_token_that_drifted():
         logprob = torch.tensor([-5.0], requires_grad=True)
         (pull,) = torch.autograd.grad(clamped(logprob).sum(), logprob)
         pulls.append(pull)
-    return *pulls, 1 - torch.tensor(4.0).double().exp()  # of k3: 1 - p_ref / p
+    return *pulls, 1 - torch.tensor(4.0).double().exp()  # k3's: 1 - p_ref / p
 
 
 def reward_of_an_empty_response():
-    """Of a mask without tokens, the last one is often taken to be the last column."""
+    """A mask without tokens, whose last token is often taken to be the last column."""
     mask, score = torch.zeros(1, 4, dtype=torch.bool), torch.tensor([7.0])
     last = 3 - mask.long().flip(1).argmax(1)
     usual = torch.zeros(1, 4).scatter(1, last[:, None], score[:, None])

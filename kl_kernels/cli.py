@@ -1,7 +1,7 @@
 """`python -m kl_kernels`: each command is a module with `add_arguments(parser)` and `run(args)`.
 
-These modules are imported by whoever asks for a command's help, so they import no package of an
-extra: what a run needs is imported in `run`.
+A command's --help imports its module, so modules import no package of an extra; `run` imports what
+a run needs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLOSED_PIPE = 141
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser, and the commands' parsers, that take an option by its full name alone."""
+    """A parser that accepts options by their full names alone, as do its commands' parsers."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -43,8 +43,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a bad argument is one sentence on stderr and exit code 2.
 
-    Whoever reads the output may stop reading (`| head`) and a Ctrl-C may come at any time: neither
-    is an error to be explained.
+    A closed output pipe (`| head`) and Ctrl-C end the command without a message.
     """
     code = CLOSED_PIPE
     try:
@@ -72,7 +71,7 @@ def _run(argv: list[str]) -> int:
             _module(module).add_arguments(command)
     try:
         args = parser.parse_args(argv)
-    except SystemExit as end:  # after --help and --version, and after what is refused
+    except SystemExit as end:  # raised after --help, --version and refused arguments
         return int(end.code or 0)
     if args.command is None:
         parser.print_help(sys.stderr)

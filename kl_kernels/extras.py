@@ -1,4 +1,4 @@
-"""Packages that are only needed for some things, and the one sentence said where one is missing."""
+"""Optional packages, and the error message where one is missing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def is_installed(package: str) -> bool:
         return sys.modules[package] is not None
     try:
         return importlib.util.find_spec(package) is not None
-    except ImportError:  # a finder refuses it
+    except ImportError:  # refused by a finder
         return False
 
 

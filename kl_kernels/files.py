@@ -1,6 +1,6 @@
-"""Files that a crash at any moment leaves whole, in folders that nobody else can write to.
+"""Files that a crash at any moment leaves whole, in folders that other users cannot write to.
 
-Who may read them is the umask's business, as everywhere; what is private all the same says so.
+The umask decides who may read them, except those named private.
 
 The old content or the new, never a part of it: they are written beside their place, flushed to the
 disk and then renamed onto it. Links planted where a file is to be made are not followed.
@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-# At most: the umask may take more away. Never a group's to write, whatever the umask: a run's
-# config.json names a module that going on with the run imports.
+# Upper bounds, which the umask may lower. A group can never write, whatever the umask: a run's
+# config.json names a module that is imported when the run is resumed.
 FOLDER_MODE = 0o755
 FILE_MODE = 0o644
 PRIVATE_FOLDER_MODE = 0o700
@@ -34,20 +34,20 @@ def make_folder(path: Path, mode: int = FOLDER_MODE) -> None:
 
 
 def opener(path: str, flags: int) -> int:
-    """For `open`: a new file is writable by this user alone, and a link is refused."""
+    """Open a file for `open`: a new one is writable by this user alone, and a link is refused."""
     return os.open(path, flags | _NO_FOLLOW, FILE_MODE)
 
 
 def private_opener(path: str, flags: int) -> int:
-    """For `open`, as `opener`: a new file can be opened by this user alone.
+    """Open a file as `opener` does, but make a new one private to this user.
 
-    A lock is such a file. Whoever can open it, if only to read, can hold it for ever.
+    Locks need this: a user who can open a lock, if only to read, can hold it for ever.
     """
     return os.open(path, flags | _NO_FOLLOW, PRIVATE_FILE_MODE)
 
 
 def check_links(name: str, folder: Path) -> None:
-    """A folder from elsewhere must not have its files read or written in other places.
+    """Refuse a folder with links that lead out of it.
 
     Raises:
         ValueError: something in it is a link that leads out of it; `name` is the argument's.
@@ -64,7 +64,7 @@ def check_links(name: str, folder: Path) -> None:
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Call `write` with a binary file that becomes `path` only once it is complete on disk."""
     partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # of a crash
+    partial.unlink(missing_ok=True)  # left by a crash
     with open(partial, "xb", opener=opener) as file:
         write(file)
         file.flush()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 
 def held_across_forks() -> AbstractContextManager[bool]:
-    """A lock that no child inherits in the hands of another thread: a fork waits for it."""
+    """Return a lock that a fork waits for, so that no child inherits it held by another thread."""
     lock = threading.RLock()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
@@ -32,10 +32,10 @@ class Owner:
         return os.getpid() == self.pid
 
     def check(self, what: str) -> None:
-        """Refuse another process.
+        """Refuse any other process.
 
         Raises:
-            ValueError: this is one; `what` names the thing in the message.
+            ValueError: this is another process; `what` names the thing in the message.
         """
         if not self.is_here:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Versions, devices, and which backends are there: what a bug report needs."""
+"""Versions, devices and available backends, as a bug report needs them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kl_kernels.versions import versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments."""
+    """Add no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:
-    with suppress(BrokenPipeError):  # whoever reads on has seen enough, as `| head` has
+    with suppress(BrokenPipeError):  # the reader has closed the pipe, as `| head` does
         for name, value in facts().items():
             print(f"{name:14}{value}")
     return 0
@@ -49,12 +49,12 @@ def _availability(name: str) -> str:
 
 
 def device_name() -> str:
-    """The GPU's, where there is one."""
+    """Return the name of the GPU, or of the CPU where there is no GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
 
 
 def cpu_name() -> str:
-    """As Linux calls it; elsewhere as Python does."""
+    """Return the CPU's name in Linux, or Python's name for it elsewhere."""
     described = Path("/proc/cpuinfo")
     for line in described.read_text().splitlines() if described.exists() else ():
         if line.startswith("model name"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""`text` with everything escaped that is no visible character, a space or a line's end.
+    r"""Escape everything in `text` but visible characters, spaces and ends of lines.
 
     Sampled bytes can spell a terminal's commands (ESC ] 0 ; sets its title, others clear it or
     write into its input), and invisible characters can reverse the order in which text is read.

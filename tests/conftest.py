@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 # The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
-# To know whether a test fails, and not by which smallest example.
+# Without the search for the smallest failing example.
 settings.register_profile(
     "unshrunk", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
 )
@@ -29,7 +29,7 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Without a GPU, tests/gpu is not collected: nothing is skipped, nothing counts as green."""
+    """Leave out tests/gpu without a GPU: its tests are neither skipped nor green then."""
     if collection_path.name == "gpu" and not torch.cuda.is_available():
         return config.getoption("--backend") != ["cpu"]
     return None
@@ -37,7 +37,7 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(autouse=True)
 def _poison_uninitialised_memory():
-    """`torch.empty` fills with NaN in deterministic mode: an output nobody wrote fails its test."""
+    """`torch.empty` fills with NaN in deterministic mode: an unwritten output fails its test."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

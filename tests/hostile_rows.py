@@ -95,9 +95,15 @@ def _ruled_out(*models):
 
 
 FINITE = {
-    "random": _random, "steep": _steep, "peaked": _peaked, "late-peak": _late_peak,
-    "flat": _flat, "equal": _equal, "near": _near, "both-out": _ruled_out(0, 1),
-}  # fmt: skip
+    "random": _random,
+    "steep": _steep,
+    "peaked": _peaked,
+    "late-peak": _late_peak,
+    "flat": _flat,
+    "equal": _equal,
+    "near": _near,
+    "both-out": _ruled_out(0, 1),
+}
 # Where only the policy rules out, forward KL is infinite and its gradient p - q; where only the
 # reference does, KL is infinite and its gradient NaN.
 ONE_SIDED = {"policy-out": _ruled_out(0), "ref-out": _ruled_out(1)}
@@ -138,7 +144,7 @@ def hostile(draw, kinds=tuple(KINDS), sizes=SIZES, offsets=(0, 1e4, -1e4)):
     return Rows(policy, ref, torch.randint(v, (2, 2), generator=g))
 
 
-examples = settings(max_examples=60)  # of a property of rows
+examples = settings(max_examples=60)  # enough for a property of rows
 offsets = st.sampled_from((-1e4, -3.5, 0.125, 8e3))
 # So that a sum with an offset is still on the grid.
 without_offsets = hostile(offsets=(0,))
@@ -168,14 +174,18 @@ def evaluate(rows, backend, weights=None, names=DIFFERENTIABLE, **options):
 
 
 def assert_outputs_agree(found, expected, backend):
-    """Divergences can be small and have to agree all the same."""
+    """Compare outputs. Divergences can be small, and must agree all the same."""
     for name, value in expected.items():
         tolerance = TOLERANCE[backend]
         size = 1.0 if name in ONE_MODEL else 0.15
         torch.testing.assert_close(
-            found[name].double(), value.double(), rtol=tolerance, atol=tolerance * size,
-            equal_nan=True, msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
+            found[name].double(),
+            value.double(),
+            rtol=tolerance,
+            atol=tolerance * size,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def assert_gradients_agree(found, expected, backend, size=1.0):
@@ -184,7 +194,7 @@ def assert_gradients_agree(found, expected, backend, size=1.0):
 
 
 def assert_gradient_agrees(found, expected, backend, size=1.0, name=""):
-    """Up to rounding of terms of that size, one for all or one per row."""
+    """Compare up to rounding of terms of `size`, one for all or one per row."""
     error = (found.double() - expected.double()).abs()
     bound = TOLERANCE[backend] * (torch.as_tensor(size)[..., None] + expected.double().abs())
     same = (error <= bound) | (found.isnan() & expected.isnan())
@@ -192,5 +202,5 @@ def assert_gradient_agrees(found, expected, backend, size=1.0, name=""):
 
 
 def sizes_of(outputs):  # -> [B, T]
-    """How large the terms are that a row's gradients are the differences of."""
+    """Return the size of the terms whose differences are a row's gradients."""
     return outputs["kl"].double().nan_to_num(1.0, 1.0).clamp_min(1.0)

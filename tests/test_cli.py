@@ -67,7 +67,7 @@ def test_validate_ends_with_its_verdict(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["validate", "--backend", "tpu"], "backend is 'tpu'; accepted: 'triton', 'cuda', 'cpu'"),
-        (["validate", "--vocab-size", "0"], "vocab-size is 0; it has to be at least 1"),
+        (["validate", "--vocab-size", "0"], "vocab-size is 0; it must be at least 1"),
         (["validate", "--quick", "--vocab-size", "2"], "vocab-size is given, but quick has sizes"),
         (["validate", "--report", "x", "--vocab-size", "2"], "but report has sizes of its own"),
         (["validate", "--commit", "abc"], "commit is 'abc', but only a report records it"),
@@ -110,17 +110,25 @@ def test_without_a_command_or_with_another_the_commands_are_listed(arguments, ca
 
 @pytest.mark.parametrize(
     "arguments",
-    [["validate", "--qu"], ["validate", "--back", "cpu"], ["ppo", "--update", "3"], ["--vers"],
-     ["audit", "verify", "--js", "audit.jsonl"], ["study", "--seq", "4"], ["bench", "--li"]],
-)  # fmt: skip
+    [
+        ["validate", "--qu"],
+        ["validate", "--back", "cpu"],
+        ["ppo", "--update", "3"],
+        ["--vers"],
+        ["audit", "verify", "--js", "audit.jsonl"],
+        ["study", "--seq", "4"],
+        ["bench", "--li"],
+    ],
+)
 def test_an_option_has_one_name(arguments, capsys):
     """A beginning of it might be another option's tomorrow."""
     assert main(arguments) == 2
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[name] for name in COMMANDS] + [["audit", "verify"],
-                                       ["audit", "show"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments", [[name] for name in COMMANDS] + [["audit", "verify"], ["audit", "show"]]
+)
 def test_help_is_for_users(arguments, capsys):
     """Every option says what it is for, in words that need no knowledge of the sources."""
     assert main([*arguments, "--help"]) == 0

@@ -1,4 +1,4 @@
-"""How a command ends when its reader leaves or Ctrl-C is pressed: without a word."""
+"""Ends of a command: without a message where its reader leaves or Ctrl-C is pressed."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Stops whoever imports `module` for good, once it has told so.
+# A process that imports `module` reports it and then sleeps.
 STOPS = """
 import sys, time
 

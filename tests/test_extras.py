@@ -1,4 +1,4 @@
-"""What is not installed is one sentence with the command that installs it, and no traceback."""
+"""A missing package is one sentence with the command that installs it, and no traceback."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ def called(*arguments):
 
 
 def without_extras(program):
-    """What a program prints as JSON, in a process that has no package of any extra."""
+    """Run a program without the packages of any extra, and return the JSON it prints."""
     done = subprocess.run(
         [sys.executable, "-c", HIDDEN + program], capture_output=True, text=True, check=True
     )

@@ -12,7 +12,7 @@ from kl_kernels.schemas import OPERATORS
 
 PACKAGE = Path(kl_kernels.__file__).parent
 
-# What each folder or file of the package may import, besides itself and the ground.
+# The parts of the package that each may import, besides itself and the ground.
 GROUND = {"_version", "checks", "extras", "files", "forks", "schemas", "text", "versions"}
 ALLOWED = {
     "algebra": set(),
@@ -28,7 +28,7 @@ ALLOWED = {
     "cli": {"lab", "monitor", "info"},
     "__main__": {"cli"},
     "__init__": {"functional", "rl", "monitor"},
-}  # fmt: skip
+}
 # The public names, for what stands on top of the library.
 USERS_OF_PUBLIC_NAMES = {"integrations", "lab", "cli", "__main__", "info"}
 

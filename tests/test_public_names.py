@@ -1,4 +1,4 @@
-"""What `dir(kl_kernels)` shows: the contract, and nothing that an import left behind."""
+"""The names of `dir(kl_kernels)`: the contract, and nothing that an import left behind."""
 
 import subprocess
 import sys

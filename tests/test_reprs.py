@@ -1,4 +1,4 @@
-"""What has a state says its arguments and that state to whoever prints it."""
+"""The repr of an object with a state shows its arguments and that state."""
 
 import pytest
 

@@ -18,7 +18,7 @@ def interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Where `statistic` lies for `level` of the resampled sets of rounds.
+    """Return the interval of `statistic` that holds `level` of the resampled sets of rounds.
 
     Rounds are drawn whole: what disturbs one disturbs all that it measured.
     """

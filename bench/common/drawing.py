@@ -1,4 +1,4 @@
-"""How pictures of measurements are written, and how wide they are."""
+"""Writing of pictures of measurements, and their widths."""
 
 from __future__ import annotations
 

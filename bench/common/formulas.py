@@ -109,9 +109,17 @@ def one_visit(
 ) -> Tensor:
     advantages = mask = torch.ones(1, len(logits), device=logits.device)
     loss, _ = kl_kernels.fused_policy_loss(
-        logits[None], token_ids[None], None, advantages, mask, ref_logits=ref_logits[None],
-        kl_loss_coef=KL_LOSS_COEF, entropy_coef=ENTROPY_COEF, loss_scale=1.0, backend=backend,
-    )  # fmt: skip
+        logits[None],
+        token_ids[None],
+        None,
+        advantages,
+        mask,
+        ref_logits=ref_logits[None],
+        kl_loss_coef=KL_LOSS_COEF,
+        entropy_coef=ENTROPY_COEF,
+        loss_scale=1.0,
+        backend=backend,
+    )
     return loss
 
 

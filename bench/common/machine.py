@@ -1,4 +1,4 @@
-"""What a measurement has to be read with: the machine, the versions, the code that ran."""
+"""Facts recorded with each measurement: the machine, the versions, the code that ran."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def gpu_record() -> dict[str, object]:
 
 
 def chip_name(device: str) -> str:
-    """What a results file is called after: "h200" of "NVIDIA H200"."""
+    """Return the name of a chip in results files: "h200" of "NVIDIA H200"."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia")).strip("-")
 
 
@@ -62,7 +62,7 @@ class PeakMemory:
     """Bytes of resident memory a block of code needed at its worst, on top of what was there."""
 
     def __enter__(self) -> PeakMemory:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier is not to be had for nothing
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier must not come for free
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
         self.before = self._status("VmRSS")
         return self

@@ -1,4 +1,4 @@
-"""How long calls take: short kernels by replays of CUDA graphs, calls of any kind by events.
+"""Timing of calls: of short kernels by replays of CUDA graphs, of calls of any kind by events.
 
 A replay goes over buffers that no cache holds: a graph holds enough launches to outlast the clock's
 resolution and the launch of the graph itself; successive launches read different buffers, of more
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-Launch = Callable[[Any], Any]  # of one set of buffers
+Launch = Callable[[Any], Any]  # on one set of buffers
 CACHES = 4  # times the L2 that the buffers of a round take together
 REPLAY_BYTES = 4 << 30  # a replay moves about this much: a millisecond at 4 TB/s
 MOST_LAUNCHES = 512  # per replay, where fewer sets of buffers would do
@@ -26,7 +26,7 @@ def n_buffer_sets(bytes_per_set: int, l2_bytes: int) -> int:
 
 
 def n_rounds_of_sets(n_sets: int, bytes_per_set: int) -> int:
-    """How often a replay goes over all the sets."""
+    """Return how often a replay goes over all the sets."""
     wanted = math.ceil(REPLAY_BYTES / (n_sets * bytes_per_set))
     return max(1, min(wanted, MOST_LAUNCHES // n_sets))
 
@@ -116,7 +116,7 @@ def interleaved(replays: dict[str, Replay], turns: int) -> dict[str, list[float]
 
 
 def peak_bytes(launch: Launch, buffers: Any, device: str) -> int:
-    """What a call allocates at its worst, results included; 0 on the CPU (see machine.py there)."""
+    """Return a call's peak allocation, results included; 0 on the CPU (see machine.py there)."""
     if device != "cuda":
         return 0
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""How time and memory of the cpu backend grow with the vocabulary and with the rows.
+"""Growth of the cpu backend's time and memory with the vocabulary and with the rows.
 
 Three jobs: `token_kl` (five outputs), the same with the gradient of logprob + kl + entropy, and
 `fused_policy_loss` with its gradient; eager PyTorch beside them, and torch.compile (one program for
@@ -31,12 +31,12 @@ from kl_kernels.lab.documents import Block, Heading, Picture, Table, Text
 JOBS = ("forward", "forward+backward", "policy loss")
 OURS, EAGER, COMPILED = "kl_kernels", "eager", "torch.compile"
 DTYPE = torch.bfloat16
-# What grows, and what stays as it is meanwhile.
+# The sizes that grow, and those that stay constant meanwhile.
 AXES: dict[str, list[tuple[int, int]]] = {  # (rows, vocab size)
     "vocab_size": [(32, 1 << i) for i in range(11, 19)],
     "rows": [(1 << i, 16384) for i in range(10)],
 }
-FIXED_SHARE = 0.1  # of the time: where the fixed cost is more, growth says little
+FIXED_SHARE = 0.1  # part of the time; a larger fixed cost hides the growth
 FEWEST = 3  # sizes of a fit
 
 
@@ -98,7 +98,7 @@ def sizes(axis: str) -> list[int]:
 
 
 def growth(size: list[int], seconds: Array) -> dict[str, Any]:
-    """Of one curve, seconds [rounds, sizes]: its slope where the fixed cost does not matter."""
+    """Fit one curve's slope, from seconds [rounds, sizes], where the fixed cost is small."""
     medians = np.median(seconds, 0)
     first = first_of_growth(size, medians)
 
@@ -107,12 +107,16 @@ def growth(size: list[int], seconds: Array) -> dict[str, Any]:
 
     low, high = interval(seconds, slope)
     return {
-        "sizes": size, "median_ms": (1e3 * medians).tolist(),
+        "sizes": size,
+        "median_ms": (1e3 * medians).tolist(),
         "fastest_ms": (1e3 * seconds.min(0)).tolist(),
         "slowest_ms": (1e3 * seconds.max(0)).tolist(),
-        "fitted_from": size[first], "slope": slope(seconds), "slope_low": low, "slope_high": high,
+        "fitted_from": size[first],
+        "slope": slope(seconds),
+        "slope_low": low,
+        "slope_high": high,
         "fixed_ms": 1e3 * line(size, medians)[0],
-    }  # fmt: skip
+    }
 
 
 def log_slope(size: list[int], seconds: Array) -> float:
@@ -171,7 +175,7 @@ def memory_in_its_own_process(job: str, contender: str) -> dict[str, Any]:
     return found
 
 
-# What is shown.
+# Pictures and tables.
 
 
 def pictures(results: dict[str, Any]) -> dict[str, bytes]:

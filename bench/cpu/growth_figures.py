@@ -55,9 +55,13 @@ def memory_picture(results: Mapping[str, Any]) -> bytes:
         if result[-1] >= LEAST_MB:
             axes.plot(found["sizes"], np.maximum(result, LEAST_MB), "--", color=GREY, zorder=5)
             axes.annotate(
-                "the results alone", (found["sizes"][-3], result[-3]), (6, -12),
-                textcoords="offset points", color=GREY, fontsize=9,
-            )  # fmt: skip
+                "the results alone",
+                (found["sizes"][-3], result[-3]),
+                (6, -12),
+                textcoords="offset points",
+                color=GREY,
+                fontsize=9,
+            )
         return ends
 
     title = f"Memory of a call on top of its inputs (at {LEAST_MB}: that or less)"

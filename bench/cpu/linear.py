@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def logits_bytes(self) -> int:
-        """Of the float32 logits of one head, were they there in full."""
+        """Bytes that the float32 logits of one head would take in full."""
         return 4 * self.rows * self.vocab_size
 
 
@@ -81,9 +81,9 @@ class Memory:
     dtype: str
     budget_mb: float
     peak_mb: float  # on top of the inputs
-    results_mb: float  # of that, outputs and gradients
+    results_mb: float  # the part of it in outputs and gradients
     hidden_sums_mb: float  # and the gradient of the hidden states in float32, if that is another
-    logits_mb: float  # of the heads, were they there in float32
+    logits_mb: float  # size of all heads' logits in float32, if they were stored
 
     HEADER = (
         f"{'job':15}{'dtype':9}{'budget MB':>10}{'peak MB':>9}{'results':>9}{'sums':>6}"
@@ -194,7 +194,7 @@ def time_job(job: str, shape: Shape, budget: int, turns: int) -> Timing:
 
 
 def measure_memory(job: str, shape: Shape, budget: int, threads: int) -> Memory:
-    """In a process of its own: what another job freed is not to be had for nothing."""
+    """Measure in a separate process, where no job has freed memory that could be used again."""
     code = (
         "import json, torch; from bench.cpu import linear; "
         f"torch.set_num_threads({threads}); "
@@ -202,9 +202,12 @@ def measure_memory(job: str, shape: Shape, budget: int, threads: int) -> Memory:
         f"{budget})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE,
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     itemsize = getattr(torch, shape.dtype).itemsize
     gradients = shape.width * (shape.rows + shape.vocab_size) * itemsize
     backward = job.endswith("backward")

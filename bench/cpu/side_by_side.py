@@ -32,7 +32,7 @@ from bench.common.formulas import (
 from bench.common.machine import PeakMemory, page_faults, read_bandwidth, record
 
 CHECKED_ROWS = 4
-# Tensors of logits that have to pass through memory at the least, reads and writes.
+# Tensors of logits that must pass through memory at the least, reads and writes.
 PASSES = {"forward": 2, "forward+backward": 5, "policy loss": 3}
 
 
@@ -47,7 +47,7 @@ class Measurement:
     fastest_ms: float
     slowest_ms: float
     ratio: float  # median over ours
-    gb_per_s: float  # of the bytes that have to move at the least, at the median
+    gb_per_s: float  # rate of the bytes that must move at the least, at the median
     page_faults: float  # per call
     extra_mb: float  # peak resident memory on top of the inputs
 

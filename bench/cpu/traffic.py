@@ -1,11 +1,11 @@
-"""How often logits pass through memory: last-level cache misses of a policy loss, simulated.
+"""Traffic of logits through memory: last-level cache misses of a policy loss, simulated.
 
 python -m bench.cpu.traffic          # both ways, to bench/results/traffic.json
 
-A policy loss with an exact KL has to read the policy's and the reference's logits and to write one
+A policy loss with an exact KL must read the policy's and the reference's logits and write one
 gradient: 3 tensors of logits. Cachegrind counts the lines a core misses in a cache of 1 MiB, the
-second-level cache of current servers; what a call has to do once cancels between two numbers of
-rows, and making the inputs is counted by itself and taken off. It needs valgrind, which knows no
+second-level cache of current servers; the fixed cost of a call cancels between two numbers of
+rows, and making the inputs is counted by itself and subtracted. It needs valgrind, which knows no
 AVX-512, so the kernels run in AVX2.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:
         counted = dict(zip(jobs, pool.map(lambda job: misses(*job), jobs)))
     few, many = ROWS
-    lines = (many - few) * V * 2 / LINE_BYTES  # of one tensor of logits
+    lines = (many - few) * V * 2 / LINE_BYTES  # per tensor of logits
     results = record() | {"rows": ROWS, "vocab_size": V, "cache_bytes": CACHE_BYTES, "tensors": {}}
 
     def growth(way: str, kind: str) -> float:

@@ -1,4 +1,4 @@
-"""What this device's memory gives to the simplest kernels: the ceilings to hold others against."""
+"""Memory bandwidth of the simplest kernels on this device, the ceilings for all others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the GPU's own counters say of the main kernels, by Nsight Compute: where their time goes.
+"""The GPU's own counters for the main kernels, by Nsight Compute: where their time goes.
 
 python -m bench.gpu.counters   # a GPU and ncu; to bench/results/counters_<chip>.json
 python -m bench.gpu.counters --launch triton token_kl   # what ncu watches: one job, once, when warm
@@ -28,9 +28,15 @@ BACKENDS = ("triton", "cuda")
 WATCHED = ("token_kl", "KL gradient", "policy loss", "token_stats")
 WARP = 32
 SECTIONS = (
-    "SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "SchedulerStats",
-    "WarpStateStats", "Occupancy", "LaunchStats", "InstructionStats",
-)  # fmt: skip
+    "SpeedOfLight",
+    "MemoryWorkloadAnalysis",
+    "ComputeWorkloadAnalysis",
+    "SchedulerStats",
+    "WarpStateStats",
+    "Occupancy",
+    "LaunchStats",
+    "InstructionStats",
+)
 # In base units: bytes, nanoseconds, percent. Of no section: what DRAM and special functions did.
 METRICS = {
     "nanoseconds": "gpu__time_duration.sum",
@@ -74,7 +80,7 @@ def watched(ncu: str, backend: str, job: str, log: Path) -> list[str]:
 
 
 def counted(ncu: str, backend: str, job: str, rows: int, vocab_size: int) -> tuple[str, str]:
-    """ncu's table of one job, and what it had to say if it failed."""
+    """Return ncu's table of one job, and its error message if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "table.csv"
         sizes = ["--rows", str(rows), "--vocab-size", str(vocab_size)]
@@ -104,7 +110,7 @@ def launch(backend: str, job: str, rows: int, vocab_size: int) -> None:
 
 
 def kernels(table: str, n_logits: int) -> Iterator[dict[str, Any]]:
-    """Of ncu's table, each kernel and what is read of it; what ncu did not count is left out."""
+    """Read each kernel's figures from ncu's table; those it did not count are left out."""
     lines = [line for line in table.splitlines() if line.startswith('"')]
     for row in csv.DictReader(lines):
         if not row["ID"]:
@@ -166,9 +172,12 @@ def main() -> int:
 
     facts = gpu_record()
     results = facts | {
-        "commit": args.commit or facts["commit"], "rows": args.rows, "vocab_size": args.vocab_size,
-        "kernels": [], "failed": {},
-    }  # fmt: skip
+        "commit": args.commit or facts["commit"],
+        "rows": args.rows,
+        "vocab_size": args.vocab_size,
+        "kernels": [],
+        "failed": {},
+    }
     chip = chip_name(str(facts["device"]))
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"counters_{chip}.json"

@@ -32,7 +32,7 @@ CHUNK = 256  # rows whose float32 copies are made at a time
 
 
 class Buffers(NamedTuple):
-    """What one launch reads."""
+    """The tensors that one launch reads."""
 
     logits: Tensor  # [T, V]
     ref_logits: Tensor  # [T, V]
@@ -79,9 +79,17 @@ def make_buffers(
     saved: dict[str, tuple[Tensor, ...]] = {}
     for backend in backends:
         *_, kl_ours, _, entropy_ours, policy_state, ref_state = torch.ops.kl_kernels.token_kl(
-            logits[None], ref_logits[None], token_ids[None], None, 1.0, 1.0, None, None,
-            False, backend,
-        )  # fmt: skip
+            logits[None],
+            ref_logits[None],
+            token_ids[None],
+            None,
+            1.0,
+            1.0,
+            None,
+            None,
+            False,
+            backend,
+        )
         ones = torch.ones_like(kl_ours)
         saved[backend] = (ones, policy_state, ref_state, kl_ours, entropy_ours)
     return Buffers(logits, ref_logits, token_ids, log_sum, ref_log_sum, kl, entropy, saved)
@@ -92,12 +100,12 @@ Launch = Callable[[Buffers], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Job:
-    reads: int  # tensors of logits that have to be read at the least
+    reads: int  # tensors of logits that must be read at the least
     writes: int
     outputs: tuple[str, ...]  # per token, in order
-    is_gradient: bool  # of the sum of `outputs`, instead of them
+    is_gradient: bool  # True: the gradient of the sum of `outputs`, instead of them
     ours: Callable[[str], Launch]  # by backend
-    formula: Callable[..., tuple[Tensor, ...]]  # of `arguments`, and a dtype to compute in
+    formula: Callable[..., tuple[Tensor, ...]]  # takes `arguments`, and a dtype to compute in
     arguments: tuple[str, ...]  # fields of Buffers
 
     def plain(self, formula: Callable[..., tuple[Tensor, ...]]) -> Launch:
@@ -166,9 +174,18 @@ def _stats_backward(backend: str, with_entropy: bool) -> Launch:
     def launch(b: Buffers) -> tuple[Tensor, ...]:
         upstream, policy_state, _, _, entropy = b.saved[backend]
         grad = torch.ops.kl_kernels.token_stats_backward(
-            upstream, upstream if with_entropy else None, b.logits[None], b.token_ids[None], None,
-            policy_state, entropy, 1.0, None, False, backend,
-        )  # fmt: skip
+            upstream,
+            upstream if with_entropy else None,
+            b.logits[None],
+            b.token_ids[None],
+            None,
+            policy_state,
+            entropy,
+            1.0,
+            None,
+            False,
+            backend,
+        )
         return (grad,)
 
     return launch

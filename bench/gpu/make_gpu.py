@@ -32,7 +32,7 @@ from bench.gpu.table import table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 SECONDS = 525  # in all
-# Of the checks, what Triton has to compile takes the time.
+# The checks spend their time on compiling Triton kernels.
 BUILD_SECONDS, CHECK_SECONDS, SPEED_SECONDS = 150, 230, 240
 SANITIZER_SECONDS, COUNTERS_SECONDS, SWEEP_SECONDS, PEERS_SECONDS = 150, 180, 240, 420
 PARTS = ("checks", "sanitizers", "speed", "counters", "sweep", "peers")
@@ -68,19 +68,23 @@ class Outcome:
 
 
 def run(step: Step) -> Outcome:
-    """Run a step with all it starts; what it printed is kept even if it has to be stopped."""
+    """Run a step and its child processes; its output is kept even if it must be stopped."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)  # kernels are to run, not to be interpreted
     environment |= step.environment
     start = time.monotonic()
     code: int | None = None
-    # A file and no pipe: whoever survives the group holds a pipe open, and would be waited for.
+    # A file and no pipe: a process that survives the group keeps a pipe open, and reading waits.
     with tempfile.TemporaryFile("w+", errors="replace") as out:
         try:
             process = subprocess.Popen(
-                step.command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
+                step.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
             try:
                 code = process.wait(timeout=max(1.0, step.seconds))
             except subprocess.TimeoutExpired:
@@ -120,7 +124,7 @@ class Log:
 
 
 def build_steps() -> tuple[Step, Step]:
-    """In place, with CUDA; and what is built if that fails, so that the CPU backend is there."""
+    """Return the step that builds in place with CUDA, and the one without, for when it fails."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
@@ -235,7 +239,7 @@ MEASURED = {  # one after the other, alone
 
 
 def results_table(results: Path, since: float) -> str:
-    """From the results file, which is there even if the benchmarks were stopped."""
+    """Make the table from the results file, which exists even if the benchmarks were stopped."""
     files = [f for f in results.glob("gpu_*.json") if f.stat().st_mtime >= since]
     if not files:
         return "no benchmark results"
@@ -266,7 +270,7 @@ def main() -> int:
     if "checks" in args.parts:
         log.run(*check_steps(args.dry_run), *report_steps(args))
     if "sanitizers" in args.parts and not args.dry_run:
-        if "checks" not in args.parts:  # so that Triton's compiler need not be waited for below
+        if "checks" not in args.parts:  # so that the steps below find Triton's compiler ready
             log.run(*small_cases_steps(("triton",)))
         log.run(*sanitizer_steps())
     for part, (step, seconds) in MEASURED.items():

@@ -29,10 +29,10 @@ from bench.gpu.table import PEERS, table
 RESULTS = Path(__file__).parents[1] / "results"
 VOCABULARIES = (128256, 32000, 50257, 151936, 262144)
 ROWS = (1, 64, 8, 512, 1024, 65536)
-FEW_ROWS = (1, 8)  # where launches take longer than memory: what is compiled is the measure
+FEW_ROWS = (1, 8)  # launches take longer than memory: torch.compile is the measure
 MAIN_ROWS, MAIN_VOCABULARY = 8192, VOCABULARIES[0]
 TURNS = 11
-# Nobody computes these one operator at a time.
+# Jobs beside torch.compile alone: eager would compute them one operator at a time.
 POINTWISE = ("KL gradient", "logprob gradient", "stats gradient")
 # Above this share of the free memory a case is left out: results and peers need room too.
 MEMORY_SHARE = 0.6
@@ -99,8 +99,8 @@ class Measurement:
     median_us: float
     fastest_us: float
     slowest_us: float
-    gb_per_s: float  # of the bytes that have to move at the least, at the median
-    share: float  # of the ceiling
+    gb_per_s: float  # rate of the bytes that must move at the least, at the median
+    share: float  # gb_per_s over the ceiling
     ceiling: str
     launches: int  # per timed unit
     peak_mb: float  # allocated by a call, results included
@@ -122,7 +122,7 @@ class Bench:
     turns: int
 
     def run(self, case: Case) -> tuple[list[Measurement], dict[str, str], dict[str, str]]:
-        """What was measured; by contender, why it was left out, and how it failed."""
+        """The measurements; by contender, the reasons for leaving it out, and its failures."""
         # Buffers are counted as read: outputs are a set's own as well.
         n_sets = n_buffer_sets(case.bytes_moved, self.l2_bytes)
         if self.device == "cuda":
@@ -147,7 +147,7 @@ class Bench:
                 ready[name] = replay(launch, sets, rounds, self.device)
             except torch.OutOfMemoryError:
                 left_out[name] = "out of memory"
-            except Exception as error:  # one contender must not cost the others their minutes
+            except Exception as error:  # the other contenders are still measured
                 failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
         times = interleaved(ready, self.turns)
         return (
@@ -238,7 +238,7 @@ def main() -> int:
             continue
         try:
             found, left_out, failed = bench.run(case)
-        except Exception as error:  # nor must a case cost the others theirs
+        except Exception as error:  # the other cases are still measured
             found, left_out = [], {}
             failed = {"all": f"{type(error).__name__}: {str(error)[:300]}"}
         print("\n".join(map(str, found)), flush=True)

@@ -1,4 +1,4 @@
-"""What gpu_<chip>.json says, as blocks of a page, beside predictions and the GPU's counters."""
+"""The page of gpu_<chip>.json, beside predictions and the GPU's counters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kl_kernels.lab.documents import Block, Bullets, Heading, Picture, Table, Te
 
 __all__ = ["blocks", "pictures", "short_table"]
 FOLDER = Path(__file__).parents[1] / "results"
-# What the Triton kernels' machine code lets expect, by job: kernels of offline.json.
+# Kernels of offline.json, from whose machine code each job's time is predicted.
 COUNTED = {
     "token_kl": "fold: policy and reference",
     "token_stats": "fold: policy",
@@ -48,11 +48,20 @@ def blocks(results: Results) -> list[Block]:
         ),
         Text("**Everything that was measured**:"),
         Table(
-            ("job", "rows", "V", "", "median us (fastest to slowest)", "GB/s", "share",
-             "times ours", "MB allocated"),
+            (
+                "job",
+                "rows",
+                "V",
+                "",
+                "median us (fastest to slowest)",
+                "GB/s",
+                "share",
+                "times ours",
+                "MB allocated",
+            ),
             [full_line(results, m) for m in results["measurements"]],
         ),
-    ]  # fmt: skip
+    ]
     counters = read(f"counters_{stem(results)}")
     if expected := list(predictions(results, read("offline"), counters)):
         found += [Text("**Predicted and measured**:"), expected_table(expected)]
@@ -70,10 +79,11 @@ def short_table(results: Results) -> str:
     """The first size of each job."""
     backends = results["backends"]
     lines = [
-        "| | rows x V | " + " | ".join(f"`{b}` (spread), share" for b in backends)
+        "| | rows x V | "
+        + " | ".join(f"`{b}` (spread), share" for b in backends)
         + " | torch.compile | eager |",
         "|---|---|" + "---|" * (len(backends) + len(PEERS)),
-    ]  # fmt: skip
+    ]
     first: dict[str, Row] = {}
     for m in results["measurements"]:
         first.setdefault(m["job"], m)
@@ -131,7 +141,7 @@ def spread(m: Row) -> str:
 def predictions(
     results: Results, offline: Results | None, counters: Results | None
 ) -> Iterator[Row]:
-    """Of `triton`: what each resource needs at the least for what was counted in machine code.
+    """Return each resource's least time for the instructions and bytes of `triton`'s machine code.
 
     Memory at the measured ceiling instead of the data sheet's bandwidth.
     """
@@ -148,9 +158,12 @@ def predictions(
         limits["memory"] *= bandwidth / (1e9 * results["ceilings_gb_per_s"][m["ceiling"]])
         units = 2 if kernel["unit"] == "pair" else 1
         yield {
-            "job": job, "limits": limits, "measured": m["median_us"] / 1e3,
-            "counted": kernel["instructions"] / units, "executed": executed(counters, job),
-        }  # fmt: skip
+            "job": job,
+            "limits": limits,
+            "measured": m["median_us"] / 1e3,
+            "counted": kernel["instructions"] / units,
+            "executed": executed(counters, job),
+        }
 
 
 def is_counted(m: Row, job: str, offline: Results) -> bool:
@@ -174,9 +187,15 @@ def executed(counters: Results | None, job: str) -> float | None:
 
 def expected_table(rows: list[Row]) -> Table:
     header = (
-        "`triton`", "memory ms", "instructions ms", "special functions ms", "measured ms",
-        "measured over predicted", "instructions per logit counted", "executed",
-    )  # fmt: skip
+        "`triton`",
+        "memory ms",
+        "instructions ms",
+        "special functions ms",
+        "measured ms",
+        "measured over predicted",
+        "instructions per logit counted",
+        "executed",
+    )
     lines = []
     for row in rows:
         limits = row["limits"]

@@ -12,18 +12,18 @@ from bench.common.machine import chip_name
 COLOURS = {"triton": "#0072B2", "cuda": "#009E73", "torch.compile": "#D55E00", "eager": "#888888"}
 MARKS = {"triton": "o", "cuda": "s", "torch.compile": "^", "eager": "v"}
 Results = Mapping[str, Any]
-Axis = tuple[str, str, str]  # what differs, what all have in common, and what it is called
+Axis = tuple[str, str, str]  # the field that differs, the field in common, the label
 BY_VOCABULARY: Axis = ("vocab_size", "rows", "vocabulary")
 BY_ROWS: Axis = ("rows", "vocab_size", "rows")
 
 
 def stem(results: Results) -> str:
-    """What the chip's files are called after."""
+    """Return the chip's name in file names."""
     return chip_name(str(results["device"]))
 
 
 def drawn(results: Results) -> dict[str, str]:
-    """Names of the pictures, and what they show; none of what has a single size."""
+    """Return the pictures' names and captions; an axis with a single size has no picture."""
     main = results["measurements"][0] if results["measurements"] else {}
     says = {
         "vocabularies": (BY_VOCABULARY, "Share of the memory's ceiling by vocabulary, {rows} rows"),
@@ -49,7 +49,7 @@ Lines = dict[str, dict[int, Mapping[str, Any]]]  # by contender, its measurement
 
 
 def panels(results: Results, axis: Axis) -> dict[str, Lines]:
-    """By job, in the first measurement's size but for what differs."""
+    """Collect lines by job; the field in common is the first measurement's."""
     differs, common, _ = axis
     found: dict[str, Lines] = {}
     for m in results["measurements"]:
@@ -80,9 +80,16 @@ def draw(results: Results, axis: Axis, title: str) -> bytes:
                 [100 * m["share"] * (m["median_us"] / m["fastest_us"] - 1) for m in found],
             ]
             axes.errorbar(
-                places, shares, error, color=COLOURS.get(name, "#888888"), label=name,
-                marker=MARKS.get(name, "o"), markersize=5, linewidth=1.6, capsize=2,
-            )  # fmt: skip
+                places,
+                shares,
+                error,
+                color=COLOURS.get(name, "#888888"),
+                label=name,
+                marker=MARKS.get(name, "o"),
+                markersize=5,
+                linewidth=1.6,
+                capsize=2,
+            )
         axes.axhline(100, color="#555555", linestyle="--", linewidth=1)
         axes.set_xticks(range(len(ticks)), [f"{size:,}" for size in ticks], fontsize=9)
         axes.set_title(job, loc="left", fontsize=11, weight="bold")

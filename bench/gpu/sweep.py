@@ -100,7 +100,7 @@ def run(
             with sizes(changes):
                 JOBS[job].check(call, sets[0])
                 ready[label(changes)] = replay(call, sets, rounds, device)
-        except Exception as error:  # one variation must not cost the others their minutes
+        except Exception as error:  # the other variations are still measured
             failed[label(changes)] = f"{type(error).__name__}: {str(error)[:200]}"
     times = interleaved(ready, turns)
     return {name: 1e6 * statistics.median(taken) for name, taken in times.items()}, failed
@@ -120,8 +120,10 @@ def main() -> int:
     facts = record() if args.dry_run else gpu_record()
     chip = "dry_run" if args.dry_run else chip_name(str(facts["device"]))
     results: dict[str, Any] = facts | {
-        "commit": args.commit or facts["commit"], "sizes": vars(launch.CONFIG), "cases": [],
-    }  # fmt: skip
+        "commit": args.commit or facts["commit"],
+        "sizes": vars(launch.CONFIG),
+        "cases": [],
+    }
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"sweep_{chip}.json"
     for job, rows, vocab_size, variations in CASES:

@@ -1,4 +1,4 @@
-"""What the GPU kernels are to reach, and whether the results of bench/gpu/measure.py show it."""
+"""Targets of the GPU kernels, compared with the results of bench/gpu/measure.py."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MANY_ROWS, FEW_ROWS, MOST_FEW_ROWS = 8192, 64, 512
 class Target:
     says: str
     unit: str  # format of a figure
-    least: float | None  # the figures have to be that large
-    most: float | None  # or that small
-    figures: Callable[[Results, str], Iterable[float]]  # of a backend
+    least: float | None  # lower bound of the figures
+    most: float | None  # upper bound of the figures
+    figures: Callable[[Results, str], Iterable[float]]  # a backend's figures
 
     def worst(self, results: Results, backend: str) -> float | None:
-        """None: nothing of it was measured."""
+        """Return the figure farthest from the target; None: nothing was measured."""
         found = list(self.figures(results, backend))
         if not found:
             return None
@@ -44,14 +44,14 @@ def of(results: Results, contender: str, *jobs: str) -> list[Measured]:
 
 
 def shares(*jobs: str, rows: Callable[[int], bool] = lambda n: n == MANY_ROWS) -> Any:
-    """Of the ceiling for these jobs' bytes."""
+    """Collect the shares of the ceiling for these jobs' bytes."""
     return lambda results, backend: [
         m["share"] for m in of(results, backend, *jobs) if rows(m["rows"])
     ]
 
 
 def lead(rows: Callable[[int], bool], *jobs: str) -> Any:
-    """How many times as long torch.compile takes."""
+    """Collect the times of torch.compile, as multiples of the backend's."""
 
     def figures(results: Results, backend: str) -> Iterable[float]:
         compiled = {place(m): m["median_us"] for m in of(results, COMPILED, *jobs)}
@@ -67,7 +67,7 @@ def place(m: Measured) -> tuple[str, int, int]:
 
 
 def evenness(job: str, fewest: int) -> Any:
-    """By vocabulary, the lowest of its rates over the highest."""
+    """Collect, by vocabulary, the lowest of its rates over the highest."""
 
     def figures(results: Results, backend: str) -> Iterable[float]:
         rates: dict[int, list[float]] = {}
@@ -80,7 +80,7 @@ def evenness(job: str, fewest: int) -> Any:
 
 
 def memory(*jobs: str) -> Any:
-    """What a call allocates, in bfloat16 tensors of logits."""
+    """Collect the calls' allocations, in bfloat16 tensors of logits."""
     return lambda results, backend: [
         m["peak_mb"] * 1e6 / (2 * m["rows"] * m["vocab_size"])
         for m in of(results, backend, *jobs)

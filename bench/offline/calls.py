@@ -21,7 +21,7 @@ import torch
 from bench.offline.jobs import ROWS, VOCAB_SIZE
 from bench.offline.launches import Context, forward_and_backward
 
-WIDTH = 4096  # of hidden states, where logits are made by the library itself
+WIDTH = 4096  # size of hidden states, where the library itself makes the logits
 CPU_ROWS = 16  # real ones, where host code looks at values; a multiple of 16 as ROWS is
 
 
@@ -118,12 +118,21 @@ def fla_grpo() -> None:
 
     per_token = empty(8, 1024, dtype=torch.float32)
     grpo_fwd_kernel[(ROWS,)](
-        logits_ptr=empty(8, 1025, VOCAB_SIZE), ref_logp_ptr=per_token,
+        logits_ptr=empty(8, 1025, VOCAB_SIZE),
+        ref_logp_ptr=per_token,
         input_ids_ptr=empty(8, 1024, dtype=torch.int64),
         advantages_ptr=empty(8, dtype=torch.float32),
-        completion_mask_ptr=empty(8, 1024, dtype=torch.int32), loss_ptr=per_token,
-        lse_ptr=per_token, beta=0.1, save_kl=False, B=8, M=ROWS, N=VOCAB_SIZE, L=1024, start_idx=0,
-    )  # fmt: skip
+        completion_mask_ptr=empty(8, 1024, dtype=torch.int32),
+        loss_ptr=per_token,
+        lse_ptr=per_token,
+        beta=0.1,
+        save_kl=False,
+        B=8,
+        M=ROWS,
+        N=VOCAB_SIZE,
+        L=1024,
+        start_idx=0,
+    )
 
 
 FLASH_ATTENTION = "sources/flash_attn/ops/triton/cross_entropy.py"
@@ -162,10 +171,14 @@ def unsloth_cross_entropy() -> None:
     path = on_path("unsloth/kernels/cross_entropy_loss.py")
     module("peer_unsloth", __path__=[str(path.parent)])
     module(
-        "peer_unsloth.utils", calculate_settings=None, MAX_FUSED_SIZE=65536, is_cdna=lambda: False,
-        triton_tanh=tl.extra.cuda.libdevice.tanh, triton_cast=tl.cast,
+        "peer_unsloth.utils",
+        calculate_settings=None,
+        MAX_FUSED_SIZE=65536,
+        is_cdna=lambda: False,
+        triton_tanh=tl.extra.cuda.libdevice.tanh,
+        triton_cast=tl.cast,
         torch_gpu_device=torch.cuda.device,
-    )  # fmt: skip
+    )
     module("peer_unsloth.rope_embedding", _eviction_hints_ok=lambda _: True)
     module("transformers.models.llama.modeling_llama", logger=None)
     module("unsloth_zoo", __path__=[])

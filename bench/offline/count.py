@@ -27,7 +27,7 @@ SPILLS = ("LDL", "STL")
 
 @dataclass(frozen=True)
 class OurKernel:
-    """Of the variants that codegen compiles: the loops that run on ordinary logits."""
+    """A variant that codegen compiles, and its loops that run on ordinary logits."""
 
     variant: str
     job: str
@@ -57,9 +57,14 @@ def our_rows() -> list[dict[str, Any]]:
         kernel, files = compile_for(ARCH, variant)
         loops = {name: kernel.loops[name] for name in ours.loops}
         about = {
-            "name": ours.variant, "library": OURS, "job": ours.job, "computes": ours.computes,
-            "unit": variant.unit, "notes": "", "launch": f"{warps(kernel)}",
-        }  # fmt: skip
+            "name": ours.variant,
+            "library": OURS,
+            "job": ours.job,
+            "computes": ours.computes,
+            "unit": variant.unit,
+            "notes": "",
+            "launch": f"{warps(kernel)}",
+        }
         spills = spill_instructions(files["sass"].decode())
         rows.append(about | figures(kernel, loops, ours.unit_bytes, spills, from_the_end=True))
     return rows
@@ -102,10 +107,13 @@ def distinct(launches: list[Launch]) -> list[Launch]:
 def peer_row(launch: Launch, counted: Counted) -> dict[str, Any]:
     kernel, loops, spills = count(launch, counted.loops, counted.block, counted.unit_bytes)
     about = {
-        "name": counted.name, "job": counted.job, "computes": counted.computes,
-        "unit": counted.unit, "notes": counted.notes,
+        "name": counted.name,
+        "job": counted.job,
+        "computes": counted.computes,
+        "unit": counted.unit,
+        "notes": counted.notes,
         "launch": f"tile of {launch.arguments[counted.block]}, {warps(kernel)}",
-    }  # fmt: skip
+    }
     return about | figures(kernel, loops, counted.unit_bytes, spills, from_the_end=False)
 
 
@@ -144,9 +152,9 @@ def per_logit(loop: Loop, unit_bytes: int) -> Loop:
 
 
 def without_row_loads(program: Loop, unit_bytes: int) -> Loop:
-    """What a program reads once for its whole row costs instructions, but no memory to speak of.
+    """Rename a program's loads for its whole row: they cost instructions, but hardly any traffic.
 
-    Logits are what is read by the widest loads. RuntimeError: these read more or less than a tile.
+    Logits are read by the widest loads. RuntimeError: these read more or less than a tile.
     """
     wide = f".{8 * program.widest_load}" if program.widest_load > 4 else ""
     opcodes: Counter[str] = Counter()
@@ -172,25 +180,36 @@ def figures(
     times = least(list(loops.values()), hits, chip)
     each = [
         {
-            "name": name, "instructions": loop.instructions, "mufu": loop.mufu,
-            "loads": loop.count("LDG.") / loop.units, "load_bytes": loop.load_width,
-            "read": loop.read, "written": loop.bytes - loop.read,
-            "barriers": loop.barriers, "shuffles": loop.shuffles, "units": loop.units,
+            "name": name,
+            "instructions": loop.instructions,
+            "mufu": loop.mufu,
+            "loads": loop.count("LDG.") / loop.units,
+            "load_bytes": loop.load_width,
+            "read": loop.read,
+            "written": loop.bytes - loop.read,
+            "barriers": loop.barriers,
+            "shuffles": loop.shuffles,
+            "units": loop.units,
         }
         for name, loop in loops.items()
-    ]  # fmt: skip
+    ]
     return {
-        "registers": kernel.registers, "stack": kernel.stack, "spills": spills,
-        "shared": kernel.shared, "num_warps": kernel.num_warps,
+        "registers": kernel.registers,
+        "stack": kernel.stack,
+        "spills": spills,
+        "shared": kernel.shared,
+        "num_warps": kernel.num_warps,
         "occupancy": occupancy(kernel.registers, kernel.shared, kernel.num_warps, chip),
         "instructions": sum(loop["instructions"] for loop in each),
         "mufu": sum(loop["mufu"] for loop in each),
         "reads": sum(loop["read"] for loop in each) / unit_bytes,
         "written": sum(loop["written"] for loop in each),
-        "l2_hits": hits, "limits_ms": {name: 1e3 * s for name, s in times.items()},
-        "least_ms": 1e3 * max(times.values()), "bound_by": max(times, key=times.__getitem__),
+        "l2_hits": hits,
+        "limits_ms": {name: 1e3 * s for name, s in times.items()},
+        "least_ms": 1e3 * max(times.values()),
+        "bound_by": max(times, key=times.__getitem__),
         "loops": each,
-    }  # fmt: skip
+    }
 
 
 def second_look(kernel: Kernel, unit_bytes: int, chip: Chip, from_the_end: bool) -> float:

@@ -17,10 +17,10 @@ Row = Mapping[str, Any]
 BLUE, OTHERS, GREY = "#0072B2", "#BBBBBB", "#555555"
 RESOURCES = {"memory": "#56B4E9", "issue": "#E69F00", "mufu": "#D55E00"}
 SAYS = {"memory": "memory", "issue": "instructions", "mufu": "special functions"}
-ROW_INCHES = 0.42  # of a kernel: a line of words and under it the bar
+ROW_INCHES = 0.42  # height of a kernel: a line of words and under it the bar
 BAR = {"height": 0.42, "align": "edge"}
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # under words, over lines
-ROOM = 1.35  # of the longest bar, for its figure
+ROOM = 1.35  # width of a panel, in longest bars: the rest is for figures
 
 
 def instructions(results: Mapping[str, Any]) -> bytes:
@@ -33,10 +33,11 @@ def instructions(results: Mapping[str, Any]) -> bytes:
         say(axes, i, value, f"{value:.1f}", f"{row['computes']}{spilled}", row)
 
     figure, panels = bars(
-        results, draw,
+        results,
+        draw,
         "Instructions that a GPU thread executes for each logit\n(fewer is better)",
         "instructions per logit",
-    )  # fmt: skip
+    )
     slots = results["slots_per_logit"]
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(low + 0.7, high)
@@ -44,9 +45,14 @@ def instructions(results: Mapping[str, Any]) -> bytes:
         axes.axvline(slots, color=GREY, linestyle="--", linewidth=1, zorder=0)
     panels[0].annotate(
         f"beyond {slots:.1f}, an H200 reads bfloat16 logits faster than it computes",
-        (slots, 0), (4, 1), xycoords=("data", "axes fraction"), textcoords="offset points",
-        color=GREY, fontsize=9, va="bottom",
-    )  # fmt: skip
+        (slots, 0),
+        (4, 1),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=9,
+        va="bottom",
+    )
     return svg(figure)
 
 
@@ -60,10 +66,11 @@ def least_times(results: Mapping[str, Any]) -> bytes:
 
     shape = f"{results['rows']} x {results['vocab_size']}"
     figure, _ = bars(
-        results, draw,
+        results,
+        draw,
         f"The least time on an H200 for logits of {shape},\nand what it is spent waiting for",
         "milliseconds (fewer is better)",
-    )  # fmt: skip
+    )
     return svg(figure)
 
 

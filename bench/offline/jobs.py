@@ -1,4 +1,4 @@
-"""What is held beside what: the logits, and the jobs that kernels do with them."""
+"""The jobs that kernels are compared on, and the logits that they do them with."""
 
 ROWS, VOCAB_SIZE = 8192, 128256
 OURS = "kl_kernels"

@@ -1,4 +1,4 @@
-"""What a library launches, without a GPU: its own host code runs, its launches are written down.
+"""Record a library's launches without a GPU, by running its own host code.
 
 Tensors are on the meta device and say they are on a GPU, so that host code chooses block sizes,
 warps and specialised constants as it would there; nothing is computed. Autograd functions are
@@ -19,11 +19,17 @@ from torch.overrides import TorchFunctionMode
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, MockTensor
 
-# What host code asks about the GPU before it launches anything: an H200's answers.
+# An H200's answers to the questions that host code asks about the GPU before a launch.
 PROPERTIES = SimpleNamespace(
-    name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=141 * 10**9,
-    warp_size=32, shared_memory_per_multiprocessor=228 * 1024, L2_cache_size=50 << 20,
-)  # fmt: skip
+    name="NVIDIA H200",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=141 * 10**9,
+    warp_size=32,
+    shared_memory_per_multiprocessor=228 * 1024,
+    L2_cache_size=50 << 20,
+)
 ANSWERS: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
     "is_bf16_supported": lambda *_: True,

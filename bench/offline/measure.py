@@ -113,9 +113,12 @@ def main() -> int:
 
     warnings.simplefilter("ignore")  # libraries warn about what this machine lacks
     results = record() | {
-        "compiler": f"Triton {triton.__version__}", "arch": ARCH, "chip": CHIP,
-        "rows": ROWS, "vocab_size": VOCAB_SIZE,
-    }  # fmt: skip
+        "compiler": f"Triton {triton.__version__}",
+        "arch": ARCH,
+        "chip": CHIP,
+        "rows": ROWS,
+        "vocab_size": VOCAB_SIZE,
+    }
     with empty_cache():
         ours = our_rows()
         print("\n".join(map(shown, ours)))

@@ -11,10 +11,10 @@ from bench.offline.jobs import BACKWARD, KL, LOGPROB
 
 @dataclass(frozen=True)
 class Counted:
-    """One kernel of a call: what it is for, and how its code is to be read."""
+    """One kernel of a call, its job, and how to read its code."""
 
     name: str  # to be shown
-    job: str  # of JOBS
+    job: str  # a name of JOBS
     computes: str
     loops: tuple[str, ...]  # in program order; none: a program is one tile, without a loop
     block: str = "BLOCK_SIZE"  # constant with the logits of a tile
@@ -29,7 +29,7 @@ class Call:
     make: Callable[[], object]
     kernels: dict[str, Counted]
     meta: bool = True
-    stand_ins: str = ""  # for what is not the library's own
+    stand_ins: str = ""  # the code that is replaced or loaded by its path
 
 
 ONE = ("statistics",)
@@ -183,7 +183,7 @@ CALLS = [
     ),
 ]  # fmt: skip
 
-# Not counted per logit, and why.
+# Packages that are not counted per logit, and the reasons.
 LEFT_OUT = {
     "cut-cross-entropy": "its kernels make the logits by matrix products on tensor cores and read "
     "none from memory: instructions per logit would count the product",

@@ -1,4 +1,4 @@
-"""Which cases are compared, whether a contender is right, and what a call needs in memory.
+"""The cases that are compared, the check of each contender, and the memory of its calls.
 
 python -m bench.peers.compare FAMILY CASE...  # as JSON, the memory of a family's calls
 """
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def n_bytes(self) -> int:
-        """That have to pass through memory at the least; 0 where products or loops are the work."""
+        """Bytes that must pass through memory; 0 where products or loops are the work."""
         return self.operation.passes * self.size.rows * self.size.vocab_size * self.dtype.itemsize
 
     def forget(self) -> None:
@@ -115,7 +115,7 @@ def free_memory() -> int:
 
 
 def check(case: Case, contender: Contender, call: Call) -> dict[str, float]:
-    """How far the results are from float64: `Wrong` if farther than the contender may be."""
+    """Return the results' errors against float64; raise `Wrong` if one is beyond its tolerance."""
     x = case.inputs.head()
     got = call(x)
     names = frozenset(got) - frozenset(GRADIENTS) - frozenset(contender.constant)
@@ -124,12 +124,12 @@ def check(case: Case, contender: Contender, call: Call) -> dict[str, float]:
     errors = {"value_error": 0.0}
     for name, result in got.items():
         true = case.truths[names][name]
-        result = result[tuple(map(slice, true.shape))]  # of a position more, if there is one
+        result = result[tuple(map(slice, true.shape))]  # without an additional position
         kind = "gradient_error" if name in GRADIENTS else "value_error"
         error, allowed = (_gradient_error if name in GRADIENTS else _value_error)(
             result.detach(), true.detach(), contender, case.dtype
         )
-        if not error <= allowed:  # NaN neither
+        if not error <= allowed:  # also refuses NaN
             raise Wrong(
                 f"{contender.name} is not timed: {name} of {case} is off by {error:.1e}, "
                 f"{allowed:.1e} is allowed"
@@ -141,7 +141,7 @@ def check(case: Case, contender: Contender, call: Call) -> dict[str, float]:
 def _value_error(
     got: Tensor, true: Tensor, contender: Contender, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Relative to 1 + the true value."""
+    """Error relative to 1 + the true value."""
     if got.shape != true.shape:
         return float("nan"), 0.0
     error = ((got.double() - true).abs() / (1 + true.abs())).max()
@@ -152,7 +152,7 @@ def _value_error(
 def _gradient_error(
     got: Tensor, true: Tensor, contender: Contender, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Of the norm. A sum of products of rounded factors is rounded once more, when it is stored."""
+    """Error relative to the norm; a sum of products of rounded factors is rounded when stored."""
     if got.shape != true.shape:
         return float("nan"), 0.0
     error = (got.double() - true).norm() / true.norm()
@@ -161,7 +161,7 @@ def _gradient_error(
 
 
 def extra_bytes(call: Call, x: object) -> int:
-    """What a call holds at its worst, results included, on top of its inputs."""
+    """Return a call's peak memory, results included, on top of its inputs."""
     call(x)  # warms up, and lets torch.compile compile
     if DEVICE == "cuda":
         return peak_bytes(call, x, DEVICE)
@@ -175,8 +175,9 @@ def memory_of(family: str, wanted: list[Case]) -> dict[str, int]:
     names = [str(case) for case in wanted]
     command = [sys.executable, "-m", __spec__.name, family, *names]
     environment = os.environ | {
-        "BENCH_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)
-    }  # fmt: skip
+        "BENCH_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the memory of {family} was not measured: {done.stderr[-500:]}")

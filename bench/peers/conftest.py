@@ -21,8 +21,13 @@ from bench.peers.compare import DEVICE, benchmarks, name_of
 RESULTS = Path(__file__).parents[1] / "results"
 CEILING_BYTES = 1 << 29
 PACKAGES = (
-    "trl", "liger-kernel", "cut-cross-entropy", "flash-linear-attention", "quack-kernels", "verl",
-)  # fmt: skip
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "flash-linear-attention",
+    "quack-kernels",
+    "verl",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,9 +60,12 @@ class Collected:
         read = max(ceilings(DEVICE, CEILING_BYTES)["read"].values())
         self.read_bytes_per_s = read
         self.results: dict[str, Any] = about | {
-            "kind": DEVICE, "peers": dict(peer_versions()), "read_gb_per_s": round(read / 1e9, 2),
-            "measurements": [], "not_measured": [],
-        }  # fmt: skip
+            "kind": DEVICE,
+            "peers": dict(peer_versions()),
+            "read_gb_per_s": round(read / 1e9, 2),
+            "measurements": [],
+            "not_measured": [],
+        }
 
     @property
     def is_over(self) -> bool:
@@ -131,5 +139,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def median_of_pairs(times: list[float], ours: list[float]) -> float:
-    """What a contender took over what ours took in the same round: drift is shared."""
+    """Divide a contender's times by ours of the same round: drift is shared."""
     return statistics.median(t / o for t, o in zip(times, ours))

@@ -1,7 +1,7 @@
-"""What is compared: each operation's inputs, what it has to give, and its truth in float64.
+"""The operations that are compared: inputs, names of results, and the truth in float64.
 
 A contender gets the inputs and returns a dict of results by name. It may return fewer than all of
-an operation's results (few peers have all of them); what it returns has to be right. Names that
+an operation's results (few peers have all of them); those it returns must be right. Names that
 begin with "mean" are for peers that give one number for all tokens.
 """
 
@@ -52,11 +52,11 @@ class Inputs:
 
     @cached_property
     def with_prompt(self) -> Tensor:  # [B, T + 1, V], requires grad
-        """One more position after the last, for those who cut it off themselves."""
+        """Logits with one more position, for contenders that cut it off themselves."""
         return torch.cat([self.logits, self.logits[:, -1:]], 1).detach().requires_grad_()
 
     def head(self) -> Inputs:
-        """As many of the first responses' first tokens as can be checked."""
+        """Return as many of the first responses' first tokens as can be checked."""
         B, T, V = self.logits.shape
         rows = max(1, LOGITS_CHECKED // V)
         b, t = (B, min(T, rows // B)) if rows >= B else (1, min(T, rows))
@@ -122,9 +122,16 @@ def make_inputs(size: Size, dtype: torch.dtype, device: str) -> Inputs:
     values, scores, advantages = normal(*shape), normal(n_responses), normal(n_responses)
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     return Inputs(
-        logits.requires_grad_(), ref_logits, token_ids, old_logprobs, ref_logprobs, values, scores,
-        advantages, mask,
-    )  # fmt: skip
+        logits.requires_grad_(),
+        ref_logits,
+        token_ids,
+        old_logprobs,
+        ref_logprobs,
+        values,
+        scores,
+        advantages,
+        mask,
+    )
 
 
 def make_heads(size: Size, dtype: torch.dtype, device: str) -> HeadInputs:
@@ -157,7 +164,7 @@ def statistics(
     ref_logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [...]
 ) -> Results:
-    """By the book."""
+    """Compute the outputs of `token_kl` by their definitions."""
     log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     p, q, here = log_p.exp(), log_q.exp(), token_ids[..., None]
     return {
@@ -170,7 +177,7 @@ def statistics(
 
 
 def jensen_shannon(logits: Tensor, ref_logits: Tensor) -> Results:  # [..., V] each
-    """For beta = JSD_BETA, as distillation trainers have it: kl_div to a mixture by logaddexp."""
+    """Compute the JSD at JSD_BETA as distillation trainers do: kl_div to a logaddexp mixture."""
     log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     log_m = torch.logaddexp(log_p + math.log(1 - JSD_BETA), log_q + math.log(JSD_BETA))
     of_p, of_q = (
@@ -226,7 +233,7 @@ def kl_loss(stats: Results, x: Inputs) -> Tensor:
 
 
 def wide(x: Inputs) -> Inputs:
-    """In float64."""
+    """Return the inputs in float64."""
     raised = [
         t.detach().double() if t.is_floating_point() else t for t in list(vars(x).values())[:9]
     ]
@@ -256,7 +263,7 @@ def token_truth(x: Inputs, names: Iterable[str]) -> Results:
 
 
 def gradient_truth(x: Inputs, names: Iterable[str]) -> Results:
-    """Of the sum of `names`, what a contender returns and differentiates."""
+    """Return the statistics, and the gradients of the sum of those in `names`."""
     x = wide(x)
     stats = with_means(statistics(x.logits, x.ref_logits, x.token_ids))
     return stats | with_gradients({name: stats[name] for name in names}, x.logits)
@@ -319,10 +326,10 @@ def ppo_truth(x: Inputs, names: Iterable[str]) -> Results:
 @dataclass(frozen=True)
 class Operation:
     name: str
-    does: str  # what is computed, for the page
+    does: str  # description for the page
     make: Callable[[Size, torch.dtype, str], object]
     truth: Callable[..., Results]
-    passes: int  # tensors of [T, V] that have to pass through memory at the least; 0: none to count
+    passes: int  # tensors of [T, V] that must pass through memory at the least; 0: not counted
     sources: tuple[str, ...] = ()  # inputs that gradients are taken in; none: no gradient
     of: str = ""  # the operation whose contenders are differentiated here
 

@@ -1,4 +1,4 @@
-"""What peers.json says, as blocks of a page."""
+"""The page of peers.json."""
 
 from __future__ import annotations
 
@@ -67,9 +67,17 @@ def blocks(results: Results) -> list[Block]:
 def table(rows: list[Results], kind: str) -> Table:
     faults = ("page faults",) if kind == "cpu" else ()
     header = (
-        "size, dtype", "", "median ms (fastest to slowest)", "x ours", "GB/s", "of read",
-        "extra MB", *faults, "error", "error of gradient",
-    )  # fmt: skip
+        "size, dtype",
+        "",
+        "median ms (fastest to slowest)",
+        "x ours",
+        "GB/s",
+        "of read",
+        "extra MB",
+        *faults,
+        "error",
+        "error of gradient",
+    )
     lines = []
     for m in rows:
         counted = m["gb_per_s"] > 0

@@ -39,12 +39,12 @@ def pictures(results: Results) -> dict[str, bytes]:
 
 
 def stem(results: Results) -> str:
-    """What the results file is called, and its pictures begin with."""
+    """Return the stem of the results file's name, with which its pictures' names begin."""
     return "peers" if results["kind"] == "cpu" else f"peers_{chip_name(results['device'])}"
 
 
 def main_case(results: Results) -> dict[str, list[Results]]:
-    """By operation, everybody's measurement in its first size and dtype."""
+    """Collect, by operation, all contenders' measurements in its first size and dtype."""
     cases: dict[str, list[Results]] = {}
     for m in results["measurements"]:
         case = cases.setdefault(m["operation"], [])
@@ -114,9 +114,15 @@ def bars(
             says = unit(m[column])
             if name != OURS and (more := compared(m, ours)):
                 says += f",  {more}"
-            axes.text(m[column] + 0.015 * largest, i, says, va="center", fontsize=9,
-                      color=BLUE if name == OURS else INK,
-                      weight="bold" if name == OURS else "normal")  # fmt: skip
+            axes.text(
+                m[column] + 0.015 * largest,
+                i,
+                says,
+                va="center",
+                fontsize=9,
+                color=BLUE if name == OURS else INK,
+                weight="bold" if name == OURS else "normal",
+            )
         names = [m["contender"].replace(" (", "\n(") for m in case]
         axes.set_yticks(range(len(case)), names, fontsize=9, linespacing=0.85)
         axes.get_yticklabels()[0].set(color=BLUE, weight="bold")
@@ -132,9 +138,14 @@ def bars(
         pad = 16 + 11 * under.count("\n")
         axes.set_title(operation, loc="left", fontsize=11, weight="bold", pad=pad)
         axes.annotate(
-            under, (0, 1), (0, 4), fontsize=9, color="#666666",
-            xycoords="axes fraction", textcoords="offset points",
-        ).set_in_layout(False)  # fmt: skip
+            under,
+            (0, 1),
+            (0, 4),
+            fontsize=9,
+            color="#666666",
+            xycoords="axes fraction",
+            textcoords="offset points",
+        ).set_in_layout(False)
     figure.suptitle(f"{what} of {usual}:\nshorter is better", x=0.01, ha="left", fontsize=12)
     return svg(figure)
 
@@ -143,7 +154,7 @@ Lines = dict[str, list[dict[str, Any]]]  # by contender, its measurements
 
 
 def by_size(results: Results) -> dict[str, tuple[list[str], Lines]]:
-    """Of the exact KL in bfloat16: the sizes by their number of logits, and everybody's figures."""
+    """Collect all contenders' figures for the exact KL in bfloat16, by number of logits."""
     found = {}
     for operation in ("exact KL", "exact KL + gradient"):
         mine = [
@@ -177,8 +188,9 @@ def sizes(panels: dict[str, tuple[list[str], Lines]]) -> bytes:
         for name, measured in lines.items():
             line = [m["median_ms"] for m in measured]
             colour = COLOURS.get(name, "#888888")
-            axes.plot(range(len(line)), line, "o-", color=colour,
-                      linewidth=3 if name == OURS else 1.6)  # fmt: skip
+            axes.plot(
+                range(len(line)), line, "o-", color=colour, linewidth=3 if name == OURS else 1.6
+            )
             last, ours = measured[-1], lines[OURS][-1]
             slower = "" if name == OURS else f"\n{times_slower(last, ours)}"
             ends.append((line, f"{name} {milliseconds(line[-1])}{slower}", colour))

@@ -32,7 +32,7 @@ from bench.peers.compare import (
 )
 from bench.peers.contenders import OURS, Call, Contender, Unavailable, contenders
 
-SECONDS, FEWEST, MOST = 0.7, 7, 40  # of a contender's rounds, and how many
+SECONDS, FEWEST, MOST = 0.7, 7, 40  # a contender's time, and its least and most rounds
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -58,7 +58,7 @@ class Ours:
 
 @pytest.fixture(scope="session")
 def memory_of_all(request: pytest.FixtureRequest) -> Callable[[str], dict[str, int]]:
-    """By family: the memory of all its calls that this run asks for."""
+    """Return a function from a family to the memory of all its calls in this run."""
 
     @cache
     def of(family: str) -> dict[str, int]:
@@ -71,9 +71,12 @@ def memory_of_all(request: pytest.FixtureRequest) -> Callable[[str], dict[str, i
 
 
 def test_operation(
-    benchmark: Any, collected: Collected, memory_of_all: Callable[[str], dict[str, int]],
-    case: Case, contender: Contender,
-) -> None:  # fmt: skip
+    benchmark: Any,
+    collected: Collected,
+    memory_of_all: Callable[[str], dict[str, int]],
+    case: Case,
+    contender: Contender,
+) -> None:
     operation = case.operation.name
 
     def leave_out(reason: str) -> None:
@@ -124,15 +127,23 @@ def test_operation(
         extra = memory_of_all(contender.family)[f"{contender.name}: {case}"]
     rate = case.n_bytes / median
     row = {
-        "operation": operation, "contender": contender.name, "family": contender.family,
-        "size": str(case.size), **vars(case.size), "dtype": str(case.dtype).removeprefix("torch."),
-        "median_ms": 1e3 * median, "fastest_ms": 1e3 * min(took), "slowest_ms": 1e3 * max(took),
+        "operation": operation,
+        "contender": contender.name,
+        "family": contender.family,
+        "size": str(case.size),
+        **vars(case.size),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "median_ms": 1e3 * median,
+        "fastest_ms": 1e3 * min(took),
+        "slowest_ms": 1e3 * max(took),
         "rounds": rounds,
         "ratio": median_of_pairs(took, ours_took) if ours_took else 1.0,
-        "gb_per_s": rate / 1e9, "share": rate / collected.read_bytes_per_s,
+        "gb_per_s": rate / 1e9,
+        "share": rate / collected.read_bytes_per_s,
         "extra_mb": extra / 1e6,
         "page_faults": sum(faults[-rounds:]) / rounds,
-        **errors, "note": contender.note,
-    }  # fmt: skip
+        **errors,
+        "note": contender.note,
+    }
     benchmark.extra_info.update(row)
     collected.add(row)

@@ -43,7 +43,7 @@ class Job:
     change: float = 0.0
     change_at: int = STEPS
     after: int = 0  # steps from the change on
-    share: float = 1.0  # of the runs asked for
+    share: float = 1.0  # part of the runs asked for
 
 
 def ar1(rng: np.random.Generator, n: int, phi: float, sd: float) -> np.ndarray:
@@ -124,7 +124,7 @@ def known_parameters(rng: np.random.Generator, false_alarm_rate: float) -> dict[
     phi, shift, n_runs, last = 0.6, 3.0, 20000, 14
 
     def largest(residuals: np.ndarray) -> np.ndarray:  # [runs, steps] -> [runs]
-        first, later = shift, shift * (1 - phi)  # what residuals carry of the shift
+        first, later = shift, shift * (1 - phi)  # the shift in the residuals
         statistic = np.full(len(residuals), -np.inf)
         maximum = statistic
         for e in residuals.T:

@@ -29,7 +29,7 @@ class Mutants:
         self.children = children
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        # What fixtures would import in every fork.
+        # Modules that fixtures would otherwise import in every fork.
         import torch._inductor  # noqa: F401
         import triton.runtime.interpreter  # noqa: F401
 
@@ -40,7 +40,7 @@ class Mutants:
         items = {item.nodeid: item for item in session.items}
         if clean := os.fork():
             if os.wait()[1] != 0:
-                raise pytest.UsageError(f"without a mutant, all tests have to pass (child {clean})")
+                raise pytest.UsageError(f"without a mutant, all tests must pass (child {clean})")
         else:
             run("", session.items, 3600)
         running: dict[int, tuple[Path, str]] = {}
@@ -97,7 +97,7 @@ def run(name: str, items: list[pytest.Item], limit: int) -> None:
 
 
 def main(names: list[str], children: int) -> None:
-    """From the folder that holds mutmut's."""
+    """Run the mutants, from the folder that holds mutmut's."""
     options = config()
     os.chdir("mutants")
     set_mutant_under_test("")

@@ -1,4 +1,4 @@
-"""What docs/numerics.md shows of the numerics report's summary."""
+"""The tables of docs/numerics.md, from the numerics report's summary."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from kl_kernels.lab.validate.report.table import markdown
 
 DTYPES = ("float32", "bfloat16")
 QUANTITIES = (
-    "logprob", "kl", "forward_kl", "entropy", "jsd", "d logprob", "d kl", "d entropy", "d jsd",
-)  # fmt: skip
+    "logprob",
+    "kl",
+    "forward_kl",
+    "entropy",
+    "jsd",
+    "d logprob",
+    "d kl",
+    "d entropy",
+    "d jsd",
+)
 
 
 def tables(results: dict[str, Any]) -> str:

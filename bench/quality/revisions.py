@@ -50,7 +50,7 @@ class Comparison:
 
 
 def compared(op: str, seconds: Array, threshold: float) -> Comparison:
-    """Of one op, seconds [rounds, 2]: the base's, and the new one's.
+    """Compare one op's seconds [rounds, 2]: the base's, and the new one's.
 
     The ratio is the median over rounds, of calls that followed one another. It counts as a
     difference where its whole interval is farther from 1 than the threshold, a fraction.
@@ -132,7 +132,7 @@ def serve(root: str) -> None:
 
 
 def runnable(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """Without what this revision does not have."""
+    """Return the calls that this revision can run."""
     found = {}
     for name, call in calls.items():
         try:
@@ -227,8 +227,12 @@ def report(comparisons: list[Comparison]) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", metavar="REV", help="any git revision")
-    parser.add_argument("--threshold", type=float, default=0.03,
-                        help="a smaller difference is none (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.03,
+        help="a smaller difference is none (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=30, help="per pair of processes")
     parser.add_argument("--processes", type=int, default=3, help="pairs of them, in turn")
     parser.add_argument("--threads", type=int, default=1)

@@ -178,7 +178,7 @@ def runs_of_rare(worst: dict[str, float], n_runs: int) -> int:
 
 
 def found(task: tuple[str, int]) -> dict[str, Any]:
-    """How large a mistake's gap is, and how soon it is told."""
+    """Measure a mistake's gap, and the steps until it is reported."""
     mistake, n_batches = task
     seed = SEED, list(MISTAKES).index(mistake)
     large = next(batches(mistake, (20_000, 32), 1, (*seed, 0)))

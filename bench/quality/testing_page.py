@@ -1,4 +1,4 @@
-"""What docs/testing.md shows of coverage and of mutants."""
+"""The tables of docs/testing.md on coverage and mutants."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def coverage(results: dict[str, Any]) -> str:
 
 
 def mutants(results: dict[str, Any]) -> str:
-    """Of each module, how many mutants there were and what became of them; and the survivors."""
+    """Tabulate each module's mutants by their outcome, and list the survivors."""
     statuses = ("killed", "timeout", "survived", "no tests", "not checked")
     lines = [
         "| module | mutants | killed | by the time limit | survived | reached by no test "

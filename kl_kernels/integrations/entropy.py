@@ -12,11 +12,11 @@ from kl_kernels.schemas import BackendName
 
 
 def entropy_from_logits(backend: BackendName | None) -> Callable[..., Tensor]:
-    """A function, as trainers may compile what they call: entropy per row, in nats."""
+    """Make a function that returns the entropy per row in nats, which trainers may compile."""
 
     def entropy(
         logits: Tensor,  # [..., V]
-        chunk_size: int | None = None,  # of trainers that hold softmax(logits), a chunk at a time
+        chunk_size: int | None = None,  # ignored: no softmax is stored
     ) -> Tensor:  # [...]
         return token_stats(logits, any_token(logits), backend=backend).entropy
 

@@ -80,20 +80,23 @@ def _compute_approx_kl(
     check_choice("kl_estimator", kl_estimator, get_args(Estimator))
     log_probs = log_probs.float()
     if kl_estimator == "k1" and not unbiased_gradient:
-        # Not refused where it is a loss: OpenRLHF warns of it, and it is its default.
+        # Accepted as a loss, too: it is OpenRLHF's default, which warns of it.
         return clamp_value(masked_log_ratio(log_probs, log_probs_base), KL_CLAMP)
     kl = kl_penalty(
-        log_probs, log_probs_base, kl_estimator,
+        log_probs,
+        log_probs_base,
+        kl_estimator,
         gradient="detach" if unbiased_gradient else "pathwise",
-        log_ratio_clamp=LOG_RATIO_CLAMP if kl_estimator == "k3" else None, kl_clamp=KL_CLAMP,
-    )  # fmt: skip
+        log_ratio_clamp=LOG_RATIO_CLAMP if kl_estimator == "k3" else None,
+        kl_clamp=KL_CLAMP,
+    )
     if not unbiased_gradient:
         return kl
     if log_probs_old is None:
         return with_value(kl_penalty(log_probs, log_probs_base, "k2"), kl)
     weight = masked_log_ratio(log_probs, log_probs_old).detach().exp()
     weight = weight.clamp_max(MAX_IMPORTANCE_WEIGHT)
-    # Without those of weight 0, which the policy rules out: their log-ratio may be infinite.
+    # Tokens of weight 0, which the policy rules out, are masked: their log-ratio may be infinite.
     surrogate = kl_penalty(log_probs, log_probs_base, "k2", mask=weight != 0)
     return with_value(weight * surrogate, kl)
 
@@ -132,25 +135,30 @@ def _log_probs_from_logits(backend: BackendName | None) -> Callable[..., Tensor]
 
 
 def _replacements(backend: BackendName | None) -> Sequence[Replacement]:
-    """Of 0.11."""
+    """Return the replacements for 0.11."""
     utils = "openrlhf.models.utils"
     return [
         Replacement(
-            utils, "log_probs_from_logits", ("logits", "labels", "temperature"),
+            utils,
+            "log_probs_from_logits",
+            ("logits", "labels", "temperature"),
             always(_log_probs_from_logits(backend)),
         ),
         Replacement(utils, "compute_entropy", ("logits",), always(entropy_from_logits(backend))),
         Replacement(
-            utils, "compute_approx_kl",
+            utils,
+            "compute_approx_kl",
             ("log_probs", "log_probs_base", "log_probs_old", "kl_estimator", "unbiased_gradient"),
             always(_compute_approx_kl),
         ),
         Replacement(
-            utils, "compute_reward",
-            ("r", "kl_coef", "kl", "action_mask", "reward_clip_range"), always(_compute_reward),
+            utils,
+            "compute_reward",
+            ("r", "kl_coef", "kl", "action_mask", "reward_clip_range"),
+            always(_compute_reward),
         ),
         Replacement(utils, "masked_mean", ("tensor", "mask", "dim"), always(_masked_mean)),
-    ]  # fmt: skip
+    ]
 
 
 _BY_VERSION = {"0.11": _replacements}

@@ -1,4 +1,4 @@
-"""Puts functions in the place of a package's own, and takes them away again.
+"""Replacement of a package's functions by others, and its reversal.
 
 Trainers import functions by name, so a function lives in many modules. A patch replaces every
 reference to it that the package's loaded modules hold; modules that are loaded later take what they
@@ -24,14 +24,14 @@ from kl_kernels.forks import held_across_forks
 
 
 class UnsupportedVersionError(RuntimeError):
-    """A package is not there, or at a version whose functions are not known."""
+    """A package is not installed, or is at a version whose functions are not known."""
 
 
 def supported_version(package: str, supported: Sequence[str]) -> str:
-    """Which of `supported` ("1.16" stands for every 1.16.x) the installed version belongs to.
+    """Return the one of `supported` ("1.16" stands for every 1.16.x) that is installed.
 
     Raises:
-        UnsupportedVersionError: to none.
+        UnsupportedVersionError: none of them is.
     """
     accepted = ", ".join(f"{version}.*" for version in supported)
     try:
@@ -52,14 +52,14 @@ def supported_version(package: str, supported: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A function of a package, and what takes its place.
+    """A function of a package, and its replacement.
 
     Attributes:
         module: where it is defined.
         name: in that module; "Class.function" for a function of a class.
-        parameters: names of the parameters it has to have. A release that changed them is refused,
+        parameters: names of the parameters it must have. A release that changed them is refused
             before anything is patched.
-        make: from the package's own function, the one to put in its place.
+        make: returns the replacement, given the package's own function.
     """
 
     module: str
@@ -68,7 +68,7 @@ class Replacement:
     make: Callable[[Any], Any]
 
     def owner(self) -> Any:
-        """The module or class it is an attribute of."""
+        """Return the module or class that has the function."""
         path = self.name.split(".")[:-1]
         return functools.reduce(getattr, path, import_module(self.module))
 
@@ -77,7 +77,7 @@ class Replacement:
         return self.name.split(".")[-1]
 
     def check(self, original: Any) -> None:
-        called = getattr(original, "forward", original)  # of an autograd.Function
+        called = getattr(original, "forward", original)  # an autograd.Function's parameters
         parameters = tuple(inspect.signature(_unwrapped(called)).parameters)
         parameters = tuple(p for p in parameters if p != "ctx")
         if parameters != self.parameters:
@@ -88,7 +88,7 @@ class Replacement:
 
 
 def always(function: Any) -> Callable[[Any], Any]:
-    """For `Replacement.make`: this, whatever the package's own."""
+    """Return a `Replacement.make` that ignores the package's own function."""
     return lambda original: function
 
 
@@ -113,7 +113,7 @@ class Patch:
                 target.put(value)
 
     def undo(self) -> None:
-        """Take them away; a second time changes nothing."""
+        """Take them away; a second call has no effect."""
         with _lock:
             while self._in_force:
                 target, value = self._in_force.pop()
@@ -183,7 +183,7 @@ def _key(replacement: Replacement) -> tuple[str, str]:
 
 
 def _original(replacement: Replacement) -> Any:
-    """The package's own function, whatever is in its place."""
+    """Return the package's own function, also while it is replaced."""
     if (target := _targets.get(_key(replacement))) is not None:
         return target.original
     try:
@@ -196,14 +196,14 @@ def _original(replacement: Replacement) -> Any:
 
 
 def _unwrapped(function: Any) -> Any:
-    """Of a staticmethod, as a class holds it."""
+    """Return the function inside a staticmethod, which a class holds."""
     return getattr(function, "__func__", function)
 
 
 def replacements_of(
     by_version: Mapping[str, Callable[..., Sequence[Replacement]]], package: str, **options: Any
 ) -> Sequence[Replacement]:
-    """Those for the installed version of `package`.
+    """Return the replacements for the installed version of `package`.
 
     Raises:
         UnsupportedVersionError: there are none.

@@ -23,9 +23,9 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     """Rewards with the KL, and GAE over them, of the tokens that the policy sampled.
 
     slime's own estimator "ppo" does the same without `loss_masks`: there tool output in a response
-    has a KL penalty, a value and a place in time, and the score is at the last position, whoever
-    wrote it. Here the score is at the policy's last token, and masked positions change nothing;
-    their advantage is 0 and their return too. Without any there is no difference.
+    has a KL penalty, a value and a place in time, and the score is at the last position, also if
+    it is masked. Here the score is at the policy's last token, and masked positions change nothing;
+    their advantages and returns are 0. Without any there is no difference.
 
     slime calls this once the KL is estimated, and whitens advantages itself (normalize_advantages).
     It does not call it for a critic, whose returns stay those of its own estimator.
@@ -49,7 +49,7 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         if own.shape != mask.shape:
             raise ValueError(
                 f"sample {i} has a kl of shape {tuple(own.shape)} and a loss mask of shape "
-                f"{tuple(mask.shape)}; they have to be equal, so no context parallelism"
+                f"{tuple(mask.shape)}; they must be equal, so no context parallelism"
             )
     padded_kl = _padded(kl)
     mask = _padded([mask.to(padded_kl.device) for mask in masks])
@@ -62,5 +62,5 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         rollout_data[name] = [row[: len(own)] for row, own in zip(result, kl)]
 
 
-def _padded(rows: Sequence[Tensor]) -> Tensor:  # of [R] each -> [B, T]
+def _padded(rows: Sequence[Tensor]) -> Tensor:  # B rows of [R] -> [B, T]
     return pad_sequence([row.flatten() for row in rows], batch_first=True)

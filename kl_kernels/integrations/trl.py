@@ -130,10 +130,14 @@ def _generalized_jsd_loss(
         return reduced
     mask = None if labels is None else labels != -100
     total = token_jsd(
-        student_logits, teacher_logits.detach(), beta=beta, mask=mask, temperature=temperature,
+        student_logits,
+        teacher_logits.detach(),
+        beta=beta,
+        mask=mask,
+        temperature=temperature,
         backend=backend,
-    ).sum()  # fmt: skip
-    if num_items_in_batch is not None:  # 0 of a batch without tokens, whose loss is 0
+    ).sum()
+    if num_items_in_batch is not None:  # may be 0, of a batch without tokens, whose loss is 0
         count = num_items_in_batch
         return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
     if reduction == "sum":
@@ -148,7 +152,7 @@ _ENTROPY = "trl.trainer.utils", "entropy_from_logits", ("logits", "chunk_size")
 def _with_fused_heads(
     backend: BackendName | None, memory_budget: int | None
 ) -> Sequence[Replacement]:
-    """TRL 1.16."""
+    """Return the replacements for TRL 1.16."""
     logprobs = ("logits", "index", "temperature", "row_mask")
     both = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
     return [
@@ -157,52 +161,70 @@ def _with_fused_heads(
         ),
         Replacement(*_ENTROPY, always(entropy_from_logits(backend))),
         Replacement(
-            "trl.trainer.utils", "selective_log_softmax_and_entropy", both,
+            "trl.trainer.utils",
+            "selective_log_softmax_and_entropy",
+            both,
             always(partial(_selective_log_softmax_and_entropy, backend=backend)),
         ),
         Replacement(
-            "trl.trainer.utils", "_ChunkedLogProbFunction", LogprobHead.PARAMETERS,
+            "trl.trainer.utils",
+            "_ChunkedLogProbFunction",
+            LogprobHead.PARAMETERS,
             lambda original: LogprobHead(original, backend, memory_budget),
         ),
         Replacement(
-            "trl.trainer.distillation_trainer", "ChunkedDivergenceFunction",
+            "trl.trainer.distillation_trainer",
+            "ChunkedDivergenceFunction",
             DivergenceHead.PARAMETERS,
             lambda original: DivergenceHead(original, backend, memory_budget),
         ),
         Replacement(
-            "trl.experimental.gkd.gkd_trainer", "GKDTrainer.generalized_jsd_loss",
-            ("student_logits", "teacher_logits", "labels", "beta", "temperature", "reduction",
-             "num_items_in_batch"),
+            "trl.experimental.gkd.gkd_trainer",
+            "GKDTrainer.generalized_jsd_loss",
+            (
+                "student_logits",
+                "teacher_logits",
+                "labels",
+                "beta",
+                "temperature",
+                "reduction",
+                "num_items_in_batch",
+            ),
             lambda original: staticmethod(
                 partial(_generalized_jsd_loss, original=original.__func__, backend=backend)
             ),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _with_logits(backend: BackendName | None, memory_budget: int | None) -> Sequence[Replacement]:
-    """TRL 1.12."""
+    """Return the replacements for TRL 1.12."""
     return [
         Replacement(
-            *_SELECTIVE, ("logits", "index"),
+            *_SELECTIVE,
+            ("logits", "index"),
             always(partial(_selective_log_softmax, backend=backend)),
         ),
         Replacement(*_ENTROPY, always(entropy_from_logits(backend))),
-    ]  # fmt: skip
+    ]
 
 
 def _classic(backend: BackendName | None, memory_budget: int | None) -> Sequence[Replacement]:
-    """TRL 0.11."""
+    """Return the replacements for TRL 0.11."""
     return [
         Replacement(
-            "trl.core", "logprobs_from_logits", ("logits", "labels", "gather"),
+            "trl.core",
+            "logprobs_from_logits",
+            ("logits", "labels", "gather"),
             lambda original: partial(_logprobs_from_logits, original=original, backend=backend),
         ),
         Replacement(
-            "trl.core", "entropy_from_logits", ("logits",),
+            "trl.core",
+            "entropy_from_logits",
+            ("logits",),
             always(entropy_from_logits(backend)),
         ),
-    ]  # fmt: skip
+    ]
 
 
 _BY_VERSION = {"1.16": _with_fused_heads, "1.12": _with_logits, "0.11": _classic}

@@ -1,4 +1,4 @@
-"""Watches the KL that a trainer on transformers' `Trainer` logs."""
+"""A callback that watches the KL logged by a trainer built on transformers' `Trainer`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ImportError as error:
         extras.sentence("kl_kernels.integrations.trl", "transformers")
     ) from error
 
-# Where the monitor's state is kept in a checkpoint's trainer_state.json.
+# Key of the monitor's state in a checkpoint's trainer_state.json.
 STATE_KEY = "kl_kernels.KLMonitor"
 
 
@@ -67,7 +67,7 @@ class KLMonitorCallback(TrainerCallback):
         self.monitor = monitor
         self.stop_on = frozenset(stop_on)
         self.events: list[Any] = []
-        self._offset = 0  # of the monitor's steps from the trainer's
+        self._offset = 0  # the monitor's step less the trainer's
         self._told: set[str] = set()
 
     def on_train_begin(
@@ -117,13 +117,13 @@ class KLMonitorCallback(TrainerCallback):
             )
 
     def _step(self, global_step: int) -> int:
-        """The monitor's step at one of the trainer's, never below the last one it observed."""
+        """Return the monitor's step at one of the trainer's, at least the last one it observed."""
         if self.monitor.step is not None:
             self._offset = max(self._offset, self.monitor.step - global_step)
         return global_step + self._offset
 
     def _figure(self, logs: Mapping[str, Any], name: str) -> float | None:
-        """A number, be it a tensor or text; None where there is none."""
+        """Return a logged number, which may be a tensor or text; None where there is none."""
         value = logs.get(name)
         if value is None:
             return None
@@ -138,7 +138,7 @@ class KLMonitorCallback(TrainerCallback):
         return NAMES["trl"][metric]
 
     def _complain(self, logs: Mapping[str, Any]) -> None:
-        """Warn once of training logs without a KL; those of an evaluation never have one."""
+        """Warn once about training logs without a KL; those of an evaluation never have one."""
         if "loss" not in logs:
             return
         other = {"token_mean": "sequence_sum", "sequence_sum": "token_mean"}[self.monitor.unit]
@@ -153,7 +153,7 @@ class KLMonitorCallback(TrainerCallback):
         )
 
     def _tell(self, what: str, message: str) -> None:
-        """Once of each thing."""
+        """Warn once about each thing."""
         if what not in self._told:
             self._told.add(what)
             warnings.warn(message, RuntimeWarning, stacklevel=4)

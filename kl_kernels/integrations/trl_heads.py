@@ -1,4 +1,4 @@
-"""What TRL 1.16 applies to hidden states and output layers, from tiles of fused statistics."""
+"""Replacements of TRL 1.16's output layers, which compute fused statistics tile by tile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kl_kernels.schemas import BackendName
 
 
 class _Head:
-    """A class of TRL's that is called as `apply`, and what takes its place."""
+    """The replacement of a TRL class that is called by `apply`."""
 
     def __init__(
         self, original: Any, backend: BackendName | None, memory_budget: int | None
@@ -24,12 +24,19 @@ class _Head:
 
 
 class LogprobHead(_Head):
-    """In the place of TRL's `ChunkedLogProbFunction`."""
+    """The replacement of TRL's `ChunkedLogProbFunction`."""
 
     PARAMETERS = (
-        "hidden", "weight", "bias", "targets", "temperature", "chunk_size",
-        "final_logit_softcapping", "logit_scale", "outputs",
-    )  # fmt: skip
+        "hidden",
+        "weight",
+        "bias",
+        "targets",
+        "temperature",
+        "chunk_size",
+        "final_logit_softcapping",
+        "logit_scale",
+        "outputs",
+    )
 
     def apply(
         self,
@@ -43,31 +50,52 @@ class LogprobHead(_Head):
         logit_scale: float = 1.0,
         outputs: Sequence[str] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
-        """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), [N] each or None."""
+        """Return logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1: [N] each or None."""
         others = set(outputs) - {"log_probs", "entropy"}
         if others or logit_scale <= 0 or _stays_theirs(weight):
             theirs: tuple[Tensor | None, ...] = self._original.apply(
-                hidden, weight, bias, targets, temperature, chunk_size,
-                final_logit_softcapping, logit_scale, outputs,
-            )  # fmt: skip
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
+            )
             return theirs
         hidden, weight, bias = _as_autocast(hidden, weight, bias)
         logprob, entropy = linear_token_stats(
-            hidden, weight, targets, bias=bias, temperature=temperature,
-            softcap=final_logit_softcapping, logit_scale=logit_scale, **self._options,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            **self._options,
+        )
         return logprob, entropy if "entropy" in outputs else None, None, None, None
 
 
 class DivergenceHead(_Head):
-    """In the place of TRL's `ChunkedDivergenceFunction`; beta is that of `token_jsd`."""
+    """The replacement of TRL's `ChunkedDivergenceFunction`; beta is that of `token_jsd`."""
 
     PARAMETERS = (
-        "student_hidden", "student_weight", "student_bias",
-        "teacher_hidden", "teacher_weight", "teacher_bias",
-        "beta", "temperature", "student_logit_scale", "student_final_logit_softcapping",
-        "teacher_logit_scale", "teacher_final_logit_softcapping",
-    )  # fmt: skip
+        "student_hidden",
+        "student_weight",
+        "student_bias",
+        "teacher_hidden",
+        "teacher_weight",
+        "teacher_bias",
+        "beta",
+        "temperature",
+        "student_logit_scale",
+        "student_final_logit_softcapping",
+        "teacher_logit_scale",
+        "teacher_final_logit_softcapping",
+    )
 
     def apply(
         self,
@@ -84,26 +112,43 @@ class DivergenceHead(_Head):
         teacher_logit_scale: float = 1.0,
         teacher_final_logit_softcapping: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(divergence, the student's entropy without gradient), [N] each."""
+        """Return the divergence and the student's entropy without gradient, [N] each."""
         weights = student_weight, teacher_weight
         scales = student_logit_scale, teacher_logit_scale
         if min(scales) <= 0 or any(map(_stays_theirs, weights)):
             theirs: tuple[Tensor, Tensor] = self._original.apply(
-                student_hidden, student_weight, student_bias,
-                teacher_hidden, teacher_weight, teacher_bias, beta, temperature,
-                student_logit_scale, student_final_logit_softcapping,
-                teacher_logit_scale, teacher_final_logit_softcapping,
-            )  # fmt: skip
+                student_hidden,
+                student_weight,
+                student_bias,
+                teacher_hidden,
+                teacher_weight,
+                teacher_bias,
+                beta,
+                temperature,
+                student_logit_scale,
+                student_final_logit_softcapping,
+                teacher_logit_scale,
+                teacher_final_logit_softcapping,
+            )
             return theirs
         student = _as_autocast(student_hidden, student_weight, student_bias)
         teacher = _as_autocast(*map(_constant, (teacher_hidden, teacher_weight, teacher_bias)))
         return linear_jsd_and_entropy(
-            *student[:2], *teacher[:2], bias=student[2], ref_bias=teacher[2],
-            beta=beta, temperature=temperature,
-            softcap=student_final_logit_softcapping, ref_softcap=teacher_final_logit_softcapping,
-            logit_scale=student_logit_scale, ref_logit_scale=teacher_logit_scale,
-            ref_temperature=None, group=None, vocab_start=None, **self._options,
-        )  # fmt: skip
+            *student[:2],
+            *teacher[:2],
+            bias=student[2],
+            ref_bias=teacher[2],
+            beta=beta,
+            temperature=temperature,
+            softcap=student_final_logit_softcapping,
+            ref_softcap=teacher_final_logit_softcapping,
+            logit_scale=student_logit_scale,
+            ref_logit_scale=teacher_logit_scale,
+            ref_temperature=None,
+            group=None,
+            vocab_start=None,
+            **self._options,
+        )
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
@@ -111,7 +156,7 @@ def _constant(tensor: Tensor | None) -> Tensor | None:
 
 
 def _stays_theirs(weight: Tensor) -> bool:
-    """Whether TRL's own code is to multiply by this weight.
+    """Whether TRL's own code must multiply by this weight.
 
     DeepSpeed's ZeRO-3 (`ds_id`) has parameters that are whole only while TRL gathers them. On a
     GPU our backward multiplies in float32, which is predicted to take 5 to 7 times as long as
@@ -123,7 +168,7 @@ def _stays_theirs(weight: Tensor) -> bool:
 
 
 def _as_autocast(*factors: Any) -> Any:
-    """In the dtype that autocast multiplies them in, where it is on."""
+    """Cast to the dtype that autocast multiplies in, where it is on."""
     device = factors[0].device.type
     if not torch.is_autocast_enabled(device):
         return factors

@@ -31,7 +31,7 @@ from kl_kernels.schemas import BackendName
 
 __all__ = ["patch"]
 
-NAME = "kl_kernels"  # of what is found in verl's registries
+NAME = "kl_kernels"  # in verl's registries
 # Bounds of k3, in nats. That of the value is verl's own. That of the log-ratio, 20 with verl,
 # bounds the gradient here, by e^11: the least that leaves all of verl's values as they are, since
 # at a log-ratio of 11 the policy's way k3 is 10 as well.
@@ -98,7 +98,7 @@ def _kl_penalty(backend: BackendName | None) -> Callable[..., Tensor]:
             return _full_kl(logprob, ref_logprob, backend)
         name = kl_penalty.removesuffix("+")
         if name in ("k1", "kl") and name == kl_penalty:
-            # Without refusing a gradient: verl takes this for a value and drops its graph later.
+            # With a gradient: verl uses this as a value and drops its graph later.
             return masked_log_ratio(logprob, ref_logprob)
         is_k3 = name in ("k3", "low_var_kl")
         return sampled_kl(
@@ -130,16 +130,18 @@ def _apply_kl_penalty(
     kl_ctrl: Any,
     kl_penalty: KLPenalty | Literal["full"] = "kl",
 ) -> tuple[Any, dict[str, float]]:
-    """From scores to rewards, token_level_scores - beta KL, and one step of the controller."""
+    """Set the rewards, token_level_scores - beta KL, and update the controller."""
     batch = data.batch
     mask = check_mask("response_mask", batch["response_mask"])
     if kl_penalty == "full":
         raise ValueError(f'kl_penalty is "full"; {_NEEDS_VOCABULARY}')
     is_k3 = kl_penalty.removesuffix("+") in ("k3", "low_var_kl")
     kl = sampled_kl(
-        batch["old_log_probs"].detach(), batch["ref_log_prob"], kl_penalty,
+        batch["old_log_probs"].detach(),
+        batch["ref_log_prob"],
+        kl_penalty,
         kl_clamp=KL_CLAMP if is_k3 else None,
-    )  # fmt: skip
+    )
     beta = check_non_negative("kl_ctrl.value", kl_ctrl.value)
     penalty = torch.where(mask & (beta != 0), beta * kl, 0.0)
     current_kl = masked_mean(kl, mask, dim=-1).mean().item()
@@ -182,9 +184,13 @@ def _gae(backend: BackendName | None) -> Callable[..., tuple[Tensor, Tensor]]:
         lam: float,
     ) -> tuple[Tensor, Tensor]:
         advantages, returns = compute_gae(
-            token_level_rewards, values, response_mask,
-            gamma=float(gamma), lam=float(lam), backend=backend,
-        )  # fmt: skip
+            token_level_rewards,
+            values,
+            response_mask,
+            gamma=float(gamma),
+            lam=float(lam),
+            backend=backend,
+        )
         return masked_whiten(advantages, response_mask), returns
 
     return compute_gae_advantage_return
@@ -205,39 +211,49 @@ def _found_under(name: str, found: Any) -> Callable[[Any], Any]:
 
 
 def _replacements(backend: BackendName | None) -> Sequence[Replacement]:
-    """Of 0.9."""
+    """Return the replacements for 0.9."""
     functional, core = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"
     gae = _gae(backend)
     return [
         Replacement(
-            functional, "logprobs_from_logits", ("logits", "labels", "inplace_backward"),
+            functional,
+            "logprobs_from_logits",
+            ("logits", "labels", "inplace_backward"),
             always(_logprobs_from_logits(backend)),
         ),
         Replacement(
             functional, "entropy_from_logits", ("logits",), always(entropy_from_logits(backend))
         ),
         Replacement(
-            functional, "entropy_from_logits_with_chunking", ("logits", "chunk_size"),
+            functional,
+            "entropy_from_logits_with_chunking",
+            ("logits", "chunk_size"),
             always(entropy_from_logits(backend)),
         ),
         Replacement(
             functional, "masked_whiten", ("values", "mask", "shift_mean"), always(_masked_whiten)
         ),
         Replacement(
-            core, "kl_penalty", ("logprob", "ref_logprob", "kl_penalty"),
+            core,
+            "kl_penalty",
+            ("logprob", "ref_logprob", "kl_penalty"),
             always(_kl_penalty(backend)),
         ),
         Replacement(
-            core, "compute_gae_advantage_return",
-            ("token_level_rewards", "values", "response_mask", "gamma", "lam"), always(gae),
+            core,
+            "compute_gae_advantage_return",
+            ("token_level_rewards", "values", "response_mask", "gamma", "lam"),
+            always(gae),
         ),
         Replacement(core, "get_adv_estimator_fn", ("name_or_enum",), _found_under("gae", gae)),
         Replacement(core, "get_policy_loss_fn", ("name",), _found_under(NAME, policy_loss)),
         Replacement(
-            "verl.trainer.ppo.ray_trainer", "apply_kl_penalty", ("data", "kl_ctrl", "kl_penalty"),
+            "verl.trainer.ppo.ray_trainer",
+            "apply_kl_penalty",
+            ("data", "kl_ctrl", "kl_penalty"),
             always(_apply_kl_penalty),
         ),
-    ]  # fmt: skip
+    ]
 
 
 _BY_VERSION = {"0.9": _replacements}

@@ -80,7 +80,7 @@ def _aggregation(
     global_batch_size: int | Tensor | None = None,
     loss_scale_factor: int | None = None,
 ) -> tuple[Aggregation, float | Tensor | None]:
-    """What verl's `agg_loss` does, as an aggregation of `aggregate` and its denominator."""
+    """Return the aggregation and denominator of `aggregate` that match verl's `agg_loss`."""
     check_choice("loss_agg_mode", mode, LOSS_AGG_MODES)
     if mode == "token-sum":
         return "token-mean", 1 / dp_size

@@ -1,4 +1,4 @@
-"""A document as a list of blocks, and how it is written in HTML and in Markdown.
+"""A document as a list of blocks, which is written in HTML or in Markdown.
 
 `code` stands between backticks in every text; everything else is plain.
 """
@@ -31,8 +31,8 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Picture:
-    name: str  # of a PNG or an SVG
-    text: str  # what it shows
+    name: str  # PNG or SVG, by its name
+    text: str  # the caption
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ Block = Heading | Text | Bullets | Picture | Table
 
 
 def to_html(title: str, blocks: Sequence[Block], pictures: Mapping[str, bytes]) -> str:
-    """A page that needs nothing else: pictures are inside, and there are no scripts."""
+    """Return a self-contained page: pictures are embedded, and there are no scripts."""
     template = Template(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
     body = "\n".join(_html(block, pictures) for block in blocks)
     return template.substitute(title=html.escape(title), body=body)
@@ -82,7 +82,7 @@ def _inline(text: str) -> str:
 
 
 def to_markdown(title: str, blocks: Sequence[Block], folder: str, *, suffix: str = ".png") -> str:
-    """The same, with pictures as files in `folder`; no title, no heading for it."""
+    """Return Markdown with pictures as files in `folder`; an empty title has no heading."""
     parts = [f"# {title}"] if title else []
     return "\n\n".join([*parts, *(_markdown(block, folder, suffix) for block in blocks)]) + "\n"
 
@@ -105,7 +105,7 @@ def _markdown(block: Block, folder: str, suffix: str) -> str:
 
 
 def to_text(table: Table) -> str:
-    """For a terminal."""
+    """Return the table for a terminal."""
     rows = [list(table.header), *map(list, table.rows)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""The proxy reward rises while the KL rises ever faster: what reward hacking looks like."""
+"""A detector of reward hacking's usual look: the reward rises while the KL rises ever faster."""
 
 from __future__ import annotations
 

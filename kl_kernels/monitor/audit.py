@@ -1,4 +1,4 @@
-"""An append-only log of a training run in which later changes show."""
+"""An append-only log of a training run that reveals later changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OWN_KINDS = ("header", "resumed")
 
 
 class AuditLog:
-    """A hash-chained JSON lines file that outlives crashes, and shows when it was changed.
+    """A hash-chained JSON lines file that survives crashes and reveals changes.
 
     Each record holds the hash of the one before, and the file beside it, `path + ".head"`, the
     number of records and the last hash. A record is on the disk when `append` returns, which takes
@@ -43,7 +43,7 @@ class AuditLog:
 
     Args:
         path: the log; ".head" and ".lock" are added for the two files beside it.
-        header: what to put on record about the run, such as its configuration and `model_hash`es;
+        header: facts about the run to record, such as its configuration and `model_hash`es;
             JSON-like, see `append`. The first record holds it along with package versions; where
             the log exists, the "resumed" record does.
 
@@ -107,9 +107,9 @@ class AuditLog:
 
         Raises:
             TypeError: `data` holds something else; the message says where.
-            ValueError: `kind` is not a name of yours, the record is longer than 16 MiB, the log is
-                closed, be it because an earlier write failed, or this is another process than the
-                one that opened it.
+            ValueError: `kind` is empty or reserved, the record is longer than 16 MiB, the log is
+                closed (also by an earlier write that failed), or this is not the process that
+                opened it.
             OSError: the disk refused; the log is closed then, and can be opened again.
         """
         if not isinstance(kind, str) or not kind or kind in OWN_KINDS:
@@ -125,7 +125,7 @@ class AuditLog:
         self.append("event", asdict(event))
 
     def close(self) -> None:
-        """Let others write. Closing twice is closing once, and closing in a child nothing."""
+        """Let others write. A second call has no effect, nor has a call in a forked child."""
         if self._lock is not None and self._owner.is_here:
             # A child that was forked unknown to Python shares the lock, and would keep it.
             _unlock(self._lock)
@@ -158,7 +158,7 @@ class AuditLog:
         return 0
 
     def _recover(self) -> int:
-        """Continue what is there, without the bytes of an unfinished record; say how many."""
+        """Continue the log without the bytes of an unfinished record, and return their number."""
         if not self.path.exists():
             self._head = Head.read(self.path)
             if self._head.count > 0:
@@ -191,20 +191,20 @@ class AuditLog:
                 while rest:
                     rest = rest[self._file.write(rest) :]
                 os.fsync(self._file.fileno())
-                # After the record: a sidecar ahead of its log would be what cutting the log leaves.
+                # Written after the record: a sidecar ahead of its log would look like a cut log.
                 head.write(self.path)
             except BaseException:
-                # Nobody knows what is on the disk now. Opening the log finds out.
+                # The state of the disk is unknown now; opening the log again checks it.
                 self.close()
                 raise
             self._head = head
 
 
-_open: weakref.WeakSet[AuditLog] = weakref.WeakSet()  # and those that were closed
+_open: weakref.WeakSet[AuditLog] = weakref.WeakSet()  # open logs, and closed ones
 
 
 def _leave_to_parent() -> None:
-    """In a forked child, whose descriptors would keep the locks of a parent that dies."""
+    """Close a forked child's descriptors, which would keep the locks of a parent that dies."""
     for log in _open:
         log._close_descriptors()
 

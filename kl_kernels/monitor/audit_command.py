@@ -1,4 +1,4 @@
-"""`python -m kl_kernels audit`: is a log as it was written, and what is in it."""
+"""`python -m kl_kernels audit`: check that a log is as it was written, and show its records."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    with suppress(BrokenPipeError):  # whoever reads on has seen enough, as `| head` has
+    with suppress(BrokenPipeError):  # the reader has closed the pipe, as `| head` does
         _print_records(args)
     return 0
 
@@ -72,7 +72,7 @@ def _print_records(args: argparse.Namespace) -> None:
 def _row(record: Record) -> str:
     data = dict(record.data)
     step = data.pop("step", "")
-    # As JSON: control characters in a log from elsewhere must not reach the terminal.
+    # Printed as JSON: control characters in a log from elsewhere must not reach the terminal.
     text = "  ".join(f"{name}={_short(value)}" for name, value in _flat(data))
     if len(text) > TEXT_WIDTH:
         text = text[: TEXT_WIDTH - 3] + "..."
@@ -81,7 +81,7 @@ def _row(record: Record) -> str:
 
 
 def _flat(data: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Names and values, of dicts inside too; the message of an event comes first."""
+    """Flatten nested dicts to names and values; the message of an event comes first."""
     pairs: list[tuple[str, Any]] = []
     for name, value in sorted(data.items(), key=lambda pair: (pair[0] != "message", pair[0])):
         pairs += _flat(value) if isinstance(value, dict) else [(json.dumps(name)[1:-1], value)]

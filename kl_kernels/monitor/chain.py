@@ -48,7 +48,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Head:
-    """Where a log ends: the number of its records, and the hash of the last one."""
+    """The end of a log: the number of its records, and the hash of the last one."""
 
     count: int = 0
     hash: str = FIRST_PREVIOUS
@@ -58,11 +58,11 @@ class Head:
 
     @staticmethod
     def read(log: Path) -> Head:
-        """The head lying beside `log`.
+        """Read the head beside `log`.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is not one.
+            ValueError: the file is not a head.
         """
         path = head_path(log)
         try:
@@ -141,7 +141,7 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}; keys have to be str")
+                raise TypeError(f"{where} has the key {key!r}; keys must be str")
         return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     raise TypeError(
         f"{where} is a {type(value).__name__}; accepted: None, bool, int, float, str, "

@@ -69,7 +69,7 @@ class UpdateConstraint:
                 object.__setattr__(self, name, check(name, limit))
         if self.max_ratio is not None and self.max_ratio <= 1:
             raise ValueError(
-                f"max_ratio is {self.max_ratio}; it has to be above 1, the ratio of a policy "
+                f"max_ratio is {self.max_ratio}; it must be above 1, the ratio of a policy "
                 "that did not move"
             )
         check_choice("action", self.action, ACTIONS)

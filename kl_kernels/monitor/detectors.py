@@ -38,7 +38,7 @@ class Detector:
         """
         if set(state) != set(self.keeps):
             raise ValueError(
-                f"state of {self.name} has {sorted(state)}; it has to have {sorted(self.keeps)}"
+                f"state of {self.name} has {sorted(state)}; it must have {sorted(self.keeps)}"
             )
         for name in self.keeps:
             setattr(self, name, copy.copy(state[name]))
@@ -54,11 +54,11 @@ def widened(limit: float, n: int) -> float:
 
 
 class SeriesDetector(Detector, ABC):
-    """One that watches the values of a single series."""
+    """A detector that watches the values of a single series."""
 
     @abstractmethod
     def observe(self, step: int, value: float) -> Event | None:
-        """What there is to say about the next value."""
+        """Return the event that the next value raises, or None."""
 
 
 class Jump(SeriesDetector):
@@ -107,7 +107,7 @@ class Ceiling(SeriesDetector):
     """A value above a fixed limit. Told again only after it has been a tenth below the limit."""
 
     keeps = ("above",)
-    rearm_at = 0.9  # of the limit: noise on a level at the limit would cross it again and again
+    rearm_at = 0.9  # times the limit: noise on a level at the limit would cross it again and again
 
     def __init__(self, name: str, what: str, limit: float, meaning: str) -> None:
         super().__init__(name)
@@ -213,8 +213,8 @@ class NegativeKL(SeriesDetector):
 class EntropyCollapse(SeriesDetector):
     """Entropy below a part of the level it had at first, the median of the first 16 values.
 
-    It also has to be outside the noise of those. False alarms: below 0.001 per run. Told again only
-    after half of what was lost at the limit has come back.
+    It must also be outside the noise of those. False alarms: below 0.001 per run. Told again only
+    after half of the entropy lost at the limit has come back.
     """
 
     keeps = ("values", "collapsed")

@@ -1,4 +1,4 @@
-"""Where in a batch the KL sits: which prompts, which positions, which tokens."""
+"""The prompts, positions and tokens of a batch that have most of its KL."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from kl_kernels.checks import (
 
 @dataclass(frozen=True)
 class Part:
-    """What one prompt, position or token has of a batch's KL."""
+    """The share of a batch's KL that one prompt, position or token has."""
 
     key: Any  # the prompt's id (or row), the position (column), or the token's id
-    kl: float  # nats, of its tokens with finite KL
-    count: int  # of those
+    kl: float  # nats, summed over its tokens with finite KL
+    count: int  # its tokens with finite KL
     mean: float  # kl / count; 0 without any
     share: float  # sum of |kl| over that of the batch, so that signs cannot cancel; 0 to 1
     infinite: int  # its tokens with infinite KL: the reference rules out what the policy does
@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DriftSummary:
-    """Where a batch's KL sits. Sums, means and shares are those of tokens with finite KL."""
+    """A batch's KL by prompt, position and token; sums, means and shares are over finite KL."""
 
     kl: float  # nats
     count: int  # tokens with finite KL
@@ -47,7 +47,7 @@ class DriftSummary:
     tokens: tuple[Part, ...]  # as prompts
 
     def to_dict(self) -> dict[str, Any]:
-        """For logs: plain values in the nesting of the fields."""
+        """Return plain values in the nesting of the fields, for logs."""
         return dataclasses.asdict(self)
 
 
@@ -60,11 +60,11 @@ def summarize_drift(
     top: int = 10,
     decode: Callable[[int], str] | None = None,
 ) -> DriftSummary:
-    """Where in a batch the KL sits.
+    """Sum a batch's KL by prompt, by position and by token.
 
     Args:
         kl: per-token KL in nats, exact or sampled, any real dtype; sums are float64.
-        mask: bool, or numbers that are 0 or 1; what is masked matters in nothing.
+        mask: bool, or numbers that are 0 or 1; masked positions are ignored.
         token_ids: int64 or int32, the tokens the KL was measured at.
         prompt_ids: rows with the same id count together; None: each row by itself, by its number.
         top: prompts and tokens to name, an integer above 0.

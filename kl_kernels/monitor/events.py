@@ -1,4 +1,4 @@
-"""What monitoring says, and whom it may say it to."""
+"""Events that detectors raise, and the interface of sinks that receive them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Event:
 
     step: int
     kind: str  # the detector's name, such as "kl_jump"
-    value: float  # what it measured
-    limit: float  # what it accepts
+    value: float  # measured by the detector
+    limit: float  # the bound that the value is beyond
     message: str  # one sentence: what was seen, in which unit, and what it may mean
 
     def __str__(self) -> str:
@@ -22,7 +22,7 @@ class Event:
 
 
 class Sink(Protocol):
-    """Where metrics and events go besides the caller."""
+    """A receiver of metrics and events besides the caller."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Which weights: hashes of models and of folders, to be put into the header of an audit log."""
+"""Hashes of models and of folders, for the header of an audit log."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder_hash(path: str | Path) -> str:
     folder = Path(path)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not files:
-        raise ValueError(f"path is '{path}'; it has to be a folder with files in it")
+        raise ValueError(f"path is '{path}'; it must be a folder with files in it")
     return _hash_of({file.relative_to(folder).as_posix(): _file_hash(file) for file in files})
 
 
@@ -49,11 +49,11 @@ def _hash_of(facts: Mapping[str, Any]) -> str:
 
 def _tensor_facts(name: str, tensor: object) -> list[Any]:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name!r} is a {type(tensor).__name__}; it has to be a torch.Tensor")
+        raise TypeError(f"{name!r} is a {type(tensor).__name__}; it must be a torch.Tensor")
     values = tensor.detach()
     if type(values) is not Tensor or values.layout != torch.strided or values.is_meta:
         raise TypeError(
-            f"{name!r} is a {type(values).__name__} ({values.layout}, {values.device}); it has to "
+            f"{name!r} is a {type(values).__name__} ({values.layout}, {values.device}); it must "
             "be a dense tensor with all of its values in this process"
         )
     values = values.cpu().resolve_conj().resolve_neg().contiguous()

@@ -12,7 +12,7 @@ from kl_kernels.monitor.statistics import ROUNDING, AR1Sums, robust_location
 WINDOW = 16  # steps back at which a change may have come; longer windows find little more
 CALIBRATE_AT = 24  # values: 16 to fit the noise to, 8 in which a change may have come
 SHIFT = 3.0  # the change looked for, in standard deviations of the noise
-CLIP = 3.5  # of residuals: less than a single one would need for an alarm
+CLIP = 3.5  # bound of residuals: less than a single one would need for an alarm
 FEW_VALUES = 84  # n that cost a unit of the limit; less and phi = 0.8 raises too many alarms early
 
 
@@ -33,7 +33,7 @@ class LevelShift(SeriesDetector):
     log-likelihood ratio over k, d A S / V - (d A)^2 / (2 V) with V = Var[S] (Page 1954, with the
     signature of a step in an AR(1) series). What remains of estimating sd and phi is in the limit,
     which gains (84 / n)^1.5, and in a phi that errs upwards (`shrunk_phi`). Residuals are clipped,
-    so that one outlier is no shift; telling those is the business of `Jump`.
+    so that one outlier is no shift; `Jump` reports outliers.
 
     Mean, phi and sd come from all values since the last alarm but the latest 16 (a third of them,
     where there are fewer than 48), which may be those after the change. After an alarm everything
@@ -81,7 +81,7 @@ class LevelShift(SeriesDetector):
         return None
 
     def _calibrate(self) -> bool:
-        """Whether there are enough values, none of which is an outlier that would hide a shift."""
+        """Whether there are enough values without an outlier, which would hide a shift."""
         if len(self.recent) < CALIBRATE_AT:
             return False
         middle, scale = robust_location(self.recent)
@@ -94,9 +94,9 @@ class LevelShift(SeriesDetector):
         return True
 
     def _log_likelihood_ratios(self) -> tuple[float, float, int, int]:
-        """The largest ones of a shift up and down, and how many values ago those began."""
+        """Return the largest ratios of a shift up and down, and how many values ago each began."""
         noise, n = self.sums.fit(), self.sums.n
-        left = 1 - noise.phi  # of a shift, in the residuals after its first
+        left = 1 - noise.phi  # part of a shift in the residuals after its first
         sd = max(noise.sd, ROUNDING * abs(self.recent[-1]), ROUNDING * abs(noise.mean))
         before = [self.sums.anchor + self.sums.last, *self.recent]
         up = down = -math.inf

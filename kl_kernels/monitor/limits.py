@@ -1,4 +1,4 @@
-"""What the monitor accepts, and why."""
+"""Limits of the monitor's detectors, and the reason for each default."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Limits:
     # noise with phi = 0.6 passes 7.9 in one run of thirty, and one less in more than twice as many.
     drift: float = 7.9
 
-    # The same for "the level has moved down": more, as a falling KL is news but no danger, and
-    # what it does not spend on false alarms a rising one can.
+    # The same for "the level has moved down": higher, as a falling KL is news but no danger, which
+    # leaves more of the accepted false alarms to a rising one.
     drift_down: float = 11.0
 
     # Nats of KL at step 0, where policy and reference are the same; None: START_KL of the unit.
@@ -54,16 +54,16 @@ class Limits:
     # The largest importance ratio. PPO stops rewarding at 1.2; TRL's ratio_threshold is 10 too.
     ratio: float = 10.0
 
-    # Standard errors by which -logprob has to differ from the entropy. Beyond 5 is one normal batch
-    # of two million; the detector's standard error allows for distributions with rare tokens.
+    # Standard errors by which -logprob must differ from the entropy. Of normal batches, one in two
+    # million is beyond 5; the detector's standard error allows for distributions with rare tokens.
     sampling_gap: float = 5.0
 
-    # Nats per token by which it has to as well. Engines that round differently leave about 1e-3,
-    # which enough tokens show beyond any number of standard errors.
+    # Nats per token by which they must differ as well. Engines that round differently leave about
+    # 1e-3, which enough tokens show beyond any number of standard errors.
     sampling_gap_nats: float = 0.02
 
-    # Standard errors by which the KL has to curve upwards and the reward to rise, both at once.
-    # By simulation, independent noise passes 4 in both in fewer than one run of a hundred.
+    # Standard errors by which the KL must curve upwards and the reward must rise, both at once. By
+    # simulation, independent noise passes 4 in both in fewer than one run of a hundred.
     acceleration: float = 4.0
 
     def __post_init__(self) -> None:

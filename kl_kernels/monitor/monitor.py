@@ -1,4 +1,4 @@
-"""Watches a training run's KL and what goes with it, from any trainer, in three lines."""
+"""A monitor of a training run's KL and related figures, for any trainer, in three lines."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class KLMonitor:
         "grad_norm_jump" (grad_norm): far above its recent median.
         "kl_acceleration" (kl, reward): the reward rises while the KL rises ever faster.
 
-    What has been told is told again only once it was over; jump and drift start anew at the new
+    A condition is reported again only after it has ended; jump and drift start anew at the new
     level. On 600 steps of AR(1) noise all detectors together raise fewer than 0.1 false alarms
     (docs/monitoring.md has the rates and the delays).
 
@@ -71,7 +71,7 @@ class KLMonitor:
     a usable rate of false alarms is not known.
 
     Args:
-        kl_budget: nats of `unit` that the KL may reach, above 0; None: any.
+        kl_budget: nats of `unit` that the KL may reach, above 0; None: no budget.
         unit: "sequence_sum" (KL of a response, mean over responses) or "token_mean" (KL of a token,
             mean over tokens), of kl and of every limit in nats.
         limits: of the detectors; None: the defaults of `Limits`.
@@ -119,7 +119,7 @@ class KLMonitor:
         self._drift = LevelShift("kl_drift", kl, limits.drift, limits.drift_down, limits.jump)
         self._acceleration = Acceleration(limits.acceleration)
         self._sampling_gap = NonzeroGap(limits.sampling_gap, limits.sampling_gap_nats)
-        # What each detector watches; jump, drift and acceleration need more than one value each.
+        # Detectors by the series they watch. Jump, drift and acceleration are called by `_detect`.
         self._watching: list[tuple[str, SeriesDetector]] = [
             ("kl", StartKL(start, unit)),
             ("kl", NegativeKL(negative, unit, limits.jump)),
@@ -174,9 +174,9 @@ class KLMonitor:
         mask: Tensor | None = None,  # [B, T]
         group: ProcessGroup | None = None,
     ) -> list[Event]:
-        """Look at one update. What is None is not watched; None at some steps is accepted.
+        """Look at one update. An argument may be None at some steps: it is not watched then.
 
-        In data parallel all ranks have to see the same figures, or they disagree about events.
+        In data parallel all ranks must see the same figures, or they disagree about events.
         Either pass tensors of the rank's own sequences with `group`, or numbers that have been
         reduced over the ranks already: numbers are taken as they are, with `group` or without.
 
@@ -232,7 +232,7 @@ class KLMonitor:
     def _reduce(
         self, name: str, value: Tensor | float, mask: Tensor | None, group: ProcessGroup | None
     ) -> float | None:
-        """A number stays as it is; [B, T] becomes one, or None if the mask leaves no token."""
+        """Reduce [B, T] to a number, None if the mask leaves no token; a number stays as it is."""
         if not isinstance(value, Tensor) or value.ndim == 0:
             return check_measured(name, value)
         check_batch(name, value)
@@ -260,7 +260,7 @@ class KLMonitor:
             if (event := detector.observe(step, finite[name])) is not None:
                 yield event
         if "kl" in finite:
-            # One change, one event: whichever tells it makes the other start anew as well.
+            # One change, one event: a detector that reports it makes the other start anew as well.
             if (event := self._jump.observe(step, finite["kl"])) is not None:
                 self._drift.reset()
                 yield event
@@ -275,7 +275,7 @@ class KLMonitor:
     def _detect_gap(self, step: int, sums: GapSums) -> Iterator[Event]:
         if (event := self._sampling_gap.observe_sums(step, sums)) is not None:
             yield event
-        if sums.gap != math.inf:  # which has an event of its own
+        if sums.gap != math.inf:  # infinity has an event of its own
             yield from _non_finite(step, {"sampling_gap": sums.gap})
 
     def _tell(self, step: int, metrics: dict[str, float], events: Sequence[Event]) -> None:
@@ -302,7 +302,10 @@ class KLMonitor:
         return {d.name: d for d in (*watching, *others)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later events depend on but the constructor's arguments; JSON holds it."""
+        """Return the state that later events depend on, without the constructor's arguments.
+
+        JSON can hold it.
+        """
         detectors = {name: d.state_dict() for name, d in self._detectors().items()}
         return {
             "class": type(self).__name__,
@@ -339,7 +342,7 @@ class KLMonitor:
         detectors = self._detectors()
         if set(state["detectors"]) - {"kl_budget"} != set(detectors) - {"kl_budget"}:
             raise ValueError(
-                f"state has detectors {sorted(state['detectors'])}; they have to be "
+                f"state has detectors {sorted(state['detectors'])}; they must be "
                 f"{sorted(detectors)}"
             )
         for name, detector in detectors.items():
@@ -352,7 +355,7 @@ def _mean_reward(reward: Tensor | float, group: ProcessGroup | None) -> float:
     if not isinstance(reward, Tensor) or reward.ndim == 0:
         return check_measured("reward", reward)
     if reward.ndim != 1:
-        raise ValueError(f"reward has shape {tuple(reward.shape)}; it has to be [B] or a number")
+        raise ValueError(f"reward has shape {tuple(reward.shape)}; it must be [B] or a number")
     reward = reward.detach().double()
     return float(masked_mean(reward, torch.ones_like(reward, dtype=torch.bool), group=group))
 
@@ -360,5 +363,5 @@ def _mean_reward(reward: Tensor | float, group: ProcessGroup | None) -> float:
 def _non_finite(step: int, metrics: dict[str, float]) -> Iterator[Event]:
     for name, value in metrics.items():
         if not math.isfinite(value):
-            message = f"{name} is {value}: nothing else is said about it at this step"
+            message = f"{name} is {value}; its detectors skip this step"
             yield Event(step, "non_finite", value, sys.float_info.max, message)

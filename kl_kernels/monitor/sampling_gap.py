@@ -15,7 +15,7 @@ from kl_kernels.rl.sampling import GapSums, gap_sums
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
-# Weight of the sums so far when a batch comes in: what one batch is too small to show, some 20 do.
+# Weight of the sums so far when a batch comes in: a gap too small for one batch shows within 20.
 MEMORY = 0.9
 
 # The variance of a token is counted as at least this many nats times its entropy, below and above
@@ -70,7 +70,7 @@ class NonzeroGap(Detector):
         if not math.isfinite(sums.gap):
             return None
         self.impossible = False
-        # Variances of what is weighted by w are weighted by w^2.
+        # A sum weighted by w has a variance weighted by w^2.
         weights = MEMORY, MEMORY, MEMORY**2, MEMORY**2
         self.sums = [w * old + new for w, old, new in zip(weights, self.sums, sums)]
         return self._compare(step, GapSums(*self.sums))
@@ -100,7 +100,7 @@ def sums_of_batch(
     mask: Tensor | None,  # [B, T]
     group: ProcessGroup | None,
 ) -> GapSums:
-    """Sums of what `KLMonitor` is given, over all ranks of `group`.
+    """Sum the arguments of `KLMonitor.observe` over all ranks of `group`.
 
     Raises:
         TypeError, ValueError: logprob is not [B, T], or entropy or mask is no tensor like it.

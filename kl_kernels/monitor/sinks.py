@@ -48,7 +48,7 @@ class TensorBoardSink:
     def alert(self, event: Event) -> None:
         self._check_owner()
         self._writer.add_text(f"{self._prefix}events/{event.kind}", str(event), event.step)
-        self._writer.flush()  # it would stay in memory for two minutes
+        self._writer.flush()  # otherwise the event stays in memory for two minutes
 
     def close(self) -> None:
         if not self._owner.is_here:
@@ -59,7 +59,7 @@ class TensorBoardSink:
             self._writer.flush()
 
     def _check_owner(self) -> None:
-        """A child has none of the thread that takes what is queued, and would wait for it."""
+        """Refuse a forked child, which lacks the thread that empties the queue and would hang."""
         self._owner.check("a TensorBoardSink")
 
 
@@ -73,7 +73,7 @@ class WandbSink:
         step_metric: None: steps are the run's own. It takes no step below its last one, so this
             is for when nothing else logs to the run, or all count the same steps. A name, such as
             "train/global_step": steps are a metric of that name and the axis of the others, and
-            the run's own steps are left to whoever else logs.
+            the run's own steps are left to its other writers.
         level: of alerts: "INFO", "WARN" or "ERROR".
         wait_seconds: W&B sends no second alert of one kind for so long.
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-# What is below this part of a number is rounding, not noise: a constant series has no scale.
+# Relative size below which a difference is rounding, not noise: a constant series has no scale.
 ROUNDING = 1e-9
 
-# Of a KL per update, before anything is seen of it: the policy moves a little at a time, so values
-# stay close to those before. Worth 30 steps, as phi from a short series is much too uncertain.
+# Prior for the phi of a KL per update: the policy moves a little at a time, so values stay close to
+# those before. Worth 30 steps, as phi from a short series is much too uncertain.
 PRIOR_PHI, PRIOR_STEPS = 0.7, 30
 
 # A random walk has no level that could move; short of it, levels are left to be found.
@@ -55,7 +55,7 @@ class AR1:
 
 
 class AR1Sums:
-    """What an AR(1) fit needs of a series that grows: a few sums, of differences from an anchor.
+    """Sums of differences from an anchor, from which an AR(1) model is fitted to a growing series.
 
     The anchor is the first value. Sums of the values themselves would lose a small noise on a high
     level to cancellation.
@@ -76,7 +76,7 @@ class AR1Sums:
         self.last = x
 
     def fit(self) -> AR1:
-        """Needs 4 values or more. The variance is that of the residuals with the shrunk phi."""
+        """Fit 4 values or more. The variance is that of the residuals with the shrunk phi."""
         n, mean = self.n, self.x / self.n
         square = max(self.xx - n * mean * mean, 0.0)
         product = self.xy - mean * (2 * self.x - self.last) + (n - 1) * mean * mean
@@ -95,7 +95,7 @@ class AR1Sums:
 
 
 def fit_ar1(values: Sequence[float]) -> AR1:
-    """Of 4 values or more."""
+    """Fit an AR(1) model to 4 values or more."""
     sums = AR1Sums()
     for value in values:
         sums.add(value)

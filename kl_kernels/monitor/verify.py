@@ -1,4 +1,4 @@
-"""Whether an audit log is what was written, and where it first is not.
+"""Verification of an audit log: whether it is as it was written, and its first line that is not.
 
 Lines are read one at a time and nothing in them is executed: a log from elsewhere is safe to check.
 """
@@ -36,10 +36,10 @@ PROBLEMS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What checking a log found."""
+    """The result of checking a log."""
 
     message: str  # one sentence
-    records: int  # how many, from the first on, are as they were written
+    records: int  # count of those that are as they were written, from the first on
     head: str  # hash of the last of them
     problem: str | None = None  # one of PROBLEMS; None: the log is whole
     line: int | None = None  # the first bad one, counted from 1, where the problem has one
@@ -57,10 +57,10 @@ def verify_log(path: str | Path, head: str | None = None) -> Verdict:
     names the old one. A log that is being written is checked up to a record on the disk.
 
     Args:
-        path: the log; `path + ".head"`, its sidecar, has to lie beside it.
+        path: the log; its sidecar, `path + ".head"`, must lie beside it.
         head: hash of a record, printed or copied when it was written; 64 hexadecimal digits. The
-            log has to hold it. Then everything up to that record is what it was then, even if
-            whoever changed the log could write the sidecar too.
+            log must hold it. Then everything up to that record is as it was then, even if the
+            sidecar was rewritten along with the log.
 
     Raises:
         ValueError: `head` is not a hash.
@@ -68,22 +68,22 @@ def verify_log(path: str | Path, head: str | None = None) -> Verdict:
     """
     path = Path(path)
     if head is not None and not is_hash(head):
-        raise ValueError(f"head is {head!r}; it has to be 64 hexadecimal digits, in lower case")
+        raise ValueError(f"head is {head!r}; it must be 64 hexadecimal digits, in lower case")
     with open(path, "rb") as file:
-        # Before the lines: a writer may add some meanwhile, but what the sidecar counts is there.
+        # Read before the lines: a writer may add some meanwhile, but all that it counts are there.
         sidecar = _read_sidecar(path)
         return _judge(path, file, sidecar, head)
 
 
 @dataclass
 class _Walk:
-    """How far the chain holds."""
+    """The chain up to its first break."""
 
     end: Head  # behind the last good record
-    whole_bytes: int  # up to there
+    whole_bytes: int  # size of the file up to that record
     bad: bytes | None  # the line that does not continue it; None: there are no more
     bad_record: Record | None
-    at_sidecar: Head | None  # where the log stood when it had as many records as the sidecar says
+    at_sidecar: Head | None  # the chain's end after as many records as the sidecar counts
     wanted_line: int | None
 
 
@@ -115,7 +115,7 @@ def _judge(path: Path, file: BinaryIO, sidecar: Head | str, wanted: str | None) 
 
     is_torn = False
     if walk.bad is not None:
-        # What the sidecar does not count was never finished: a crash, not an edit.
+        # Bytes beyond the sidecar's count were never finished: a crash, not an edit.
         uncounted = head is not None and head.count == count and walk.bad_record is None
         is_torn = not file.read(1) and (uncounted or not walk.bad.endswith(b"\n"))
         if not is_torn and count == 0 and not _is_of_a_log(walk, head):
@@ -129,7 +129,7 @@ def _judge(path: Path, file: BinaryIO, sidecar: Head | str, wanted: str | None) 
 
     if isinstance(sidecar, str):
         problem = "sidecar disagrees" if sidecar else "sidecar missing"
-        missing = f"'{head_path(path)}' is missing: whether the log ended here, nothing tells"
+        missing = f"'{head_path(path)}' is missing: the log may have ended later"
         return verdict(sidecar or missing, problem)
     if sidecar.count > count:
         seen = f"line {next_line} is cut short" if is_torn else f"the log ends at line {count}"
@@ -161,7 +161,7 @@ def _judge(path: Path, file: BinaryIO, sidecar: Head | str, wanted: str | None) 
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends; one that is longer than any record in parts, none of them one."""
+    """Yield lines with their ends; one that is longer than any record comes in parts."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line
 
@@ -176,14 +176,14 @@ def _is_header(record: Record) -> bool:
 
 
 def _is_of_a_log(walk: _Walk, sidecar: Head | None) -> bool:
-    """Whether a bad first line is that of a log at all: a damaged one, or one from further down."""
+    """Whether a bad first line belongs to a log: a damaged one, or one from further down."""
     if walk.bad_record is not None:
         return walk.bad_record.index > 0
     return sidecar is not None or (walk.bad or b"").startswith(b'{"data":')
 
 
 def _read_sidecar(path: Path) -> Head | str:
-    """The head beside the log, or what is wrong with it: nothing to say where it is missing."""
+    """Read the head beside the log, or say why that failed: "" where there is none."""
     try:
         return Head.read(path)
     except FileNotFoundError:

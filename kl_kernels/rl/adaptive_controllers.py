@@ -44,7 +44,7 @@ class AdaptiveKLController(SteeredKLController):
         >>> controller = kl_kernels.AdaptiveKLController(
         ...     0.1, target=6.0, horizon=640, unit="sequence_sum"
         ... )
-        >>> update = controller.update(12.0, n_steps=64)  # twice the target: beta has to rise
+        >>> update = controller.update(12.0, n_steps=64)  # twice the target: beta rises
         >>> round(update.error, 6), round(controller.value, 6)
         (0.2, 0.102)
     """
@@ -69,7 +69,7 @@ class AdaptiveKLController(SteeredKLController):
         if steps * self.error_clip >= self.horizon:
             raise ValueError(
                 f"n_steps is {n_steps} and horizon {self.horizon:g}: one update could turn the "
-                f"coefficient negative; the horizon has to exceed {steps * self.error_clip}"
+                f"coefficient negative; the horizon must exceed {steps * self.error_clip}"
             )
         return steps
 

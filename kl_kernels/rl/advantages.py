@@ -50,7 +50,7 @@ def compute_gae(
     ones, silently. Unpack such rows to [B, T] first.
 
     A reward at a masked position is dropped. With score_position "after_last" the score lies one
-    position after the response, so `mask` has to include that position.
+    position after the response, so `mask` must include that position.
 
     Args:
         rewards: [B, T] any float dtype, as `kl_rewards` and `compute_rewards` make them.

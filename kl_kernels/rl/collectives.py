@@ -1,7 +1,7 @@
 """Sums over the ranks of a process group, differentiable.
 
 Gradients are those of the sum of all ranks' losses, so backward is a sum over the ranks as well and
-has to run on all of them. DDP and FSDP then divide gradients by the number of ranks: what is
+must run on all of them. DDP and FSDP then divide gradients by the number of ranks: what is
 trained on is the mean of the ranks' losses, as everywhere in data parallelism.
 """
 

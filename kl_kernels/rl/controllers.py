@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # not in every build of torch
 
 
 class KLUpdate(NamedTuple):
-    """What an update saw and did."""
+    """The KL an update measured, and the coefficient it led to."""
 
     kl: float  # measured, in the controller's unit (nats); NaN of a batch without tokens
     value: float  # the coefficient from now on
@@ -171,7 +171,7 @@ class SteeredKLController(ABC):
     ) -> KLUpdate:
         """Move the coefficient, once per rollout.
 
-        In data parallel every rank has to see the same global figures, or coefficients drift
+        In data parallel every rank must see the same global figures, or coefficients drift
         apart: pass each rank's own [B, T] KL with `group`, or the reduced KL as a number.
 
         Args:
@@ -182,7 +182,7 @@ class SteeredKLController(ABC):
                 `AdaptiveKLController` counts in sequences, the others in updates.
             mask: [B, T] bool, or numbers that are 0 or 1, with per-token KL only; NaN where it is 0
                 changes nothing.
-            group: data-parallel ranks that each pass their own sequences; they have to call this
+            group: data-parallel ranks that each pass their own sequences; they must call this
                 together, and all get the same update. A rank may have no token.
 
         Returns:

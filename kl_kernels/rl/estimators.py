@@ -48,9 +48,21 @@ from kl_kernels.rl.straight_through import clamp_value, with_value
 from kl_kernels.schemas import output_dtype
 
 KLPenalty = Literal[
-    "k1", "kl", "k2", "mse", "k3", "low_var_kl", "abs",
-    "k1+", "kl+", "k2+", "mse+", "k3+", "low_var_kl+", "abs+",
-]  # fmt: skip
+    "k1",
+    "kl",
+    "k2",
+    "mse",
+    "k3",
+    "low_var_kl",
+    "abs",
+    "k1+",
+    "kl+",
+    "k2+",
+    "mse+",
+    "k3+",
+    "low_var_kl+",
+    "abs+",
+]
 Gradient = Literal["pathwise", "straight_through", "score_function", "detach"]
 
 

@@ -110,7 +110,7 @@ def importance_weights(
     low = check_non_negative("low", BOUNDS[mode][0] if low is None else low)
     high = check_number("high", BOUNDS[mode][1] if high is None else high)
     if not high >= low:
-        raise ValueError(f"high is {high}; it has to be at least low, {low}")
+        raise ValueError(f"high is {high}; it must be at least low, {low}")
 
     dtype = output_dtype(logprobs)
     token_log = masked_log_ratio(logprobs.detach(), rollout_logprobs, mask)

@@ -352,7 +352,7 @@ def check_clipping(
     if dual_clip is not None:
         dual_clip = check_finite("dual_clip", dual_clip)
         if dual_clip <= 1:
-            raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1")
+            raise ValueError(f"dual_clip is {dual_clip}; it must be above 1")
     return clip_low, clip_high, dual_clip, log_ratio_clamp
 
 

@@ -6,7 +6,7 @@ gradient. Arithmetic and results are float32 (float64 for float64 input).
 With `group`, statistics are those of all its ranks' positions together, the same on all of them
 through one collective; a rank may have none. Gradients are those of the sum of all ranks' losses,
 through one more collective in backward, so that DDP's and FSDP's averages over ranks come out as
-the gradient of the mean loss (`collectives.py`). x has to require grad on all ranks or on none.
+the gradient of the mean loss (`collectives.py`). x must require grad on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def masked_mean(
         x: [...] any real dtype.
         mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone), of x's shape.
         dim: the dimension or dimensions to average over; None: all.
-        group: ranks to average over as well; what remains has to have one shape on all of them.
+        group: ranks to average over as well; what remains must have one shape on all of them.
 
     Returns:
         The mean, with `dim` removed, float32 (float64 for float64 x), differentiable in x.
@@ -165,7 +165,7 @@ def _dimension(dim: int, x: Tensor) -> int:
 
 
 class _Moments(NamedTuple):
-    """Of the unmasked positions, each []."""
+    """Count, mean and squared deviations of the unmasked positions, each []."""
 
     n: Tensor
     mean: Tensor

@@ -1,4 +1,4 @@
-"""From per-token KL and per-sequence scores to shaped rewards."""
+"""Shaped rewards from per-token KL and per-sequence scores."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def compute_rewards(
         kl_clip = check_positive("kl_clip", kl_clip)
         kl = kl.clamp(-kl_clip, kl_clip)
     at_score = torch.arange(mask.shape[1], device=mask.device) == index[:, None]
-    # Selected: without a penalty an infinite KL is nobody's business, and 0 * inf would be NaN.
+    # Selected: without a penalty an infinite KL must not matter, and 0 * inf would be NaN.
     penalty = torch.where(mask & (kl_coef != 0), -kl_coef * kl, 0.0)
     return penalty + torch.where(at_score, scores[:, None], 0.0)
 
@@ -110,7 +110,7 @@ def clip_scores(scores: Tensor, score_clip: float | None) -> Tensor:  # [B]
 
 
 def score_indices(score_position: str | Tensor, mask: Tensor) -> Tensor:  # [B, T] -> [B] int64
-    """Where each sequence's score goes, -1 for nowhere (a response without tokens).
+    """Return the position of each sequence's score, -1 for a response without tokens.
 
     "after_last" is the position after the last token, or the last column where there is none.
     """

@@ -38,8 +38,8 @@ class GapSums(NamedTuple):
     """Sums over the tokens of a batch."""
 
     tokens: float
-    gap: float  # of -logprob - entropy, nats
-    squares: float  # of its squares
+    gap: float  # sum of -logprob - entropy, nats
+    squares: float  # sum of the squares of -logprob - entropy
     entropy: float  # nats
 
 

@@ -1,4 +1,4 @@
-"""What a sequence's score is changed by before it becomes a reward: length, and how it ended."""
+"""Adjustments of a sequence's score before it becomes a reward: for its length and its ending."""
 
 from __future__ import annotations
 
@@ -151,4 +151,4 @@ def length_normalized_scores(
 def _check_scores(scores: Tensor, name: str = "scores") -> None:
     check_tensor(name, scores)
     if scores.ndim != 1:
-        raise ValueError(f"{name} has shape {tuple(scores.shape)}; it has to be [B]")
+        raise ValueError(f"{name} has shape {tuple(scores.shape)}; it must be [B]")

@@ -1,4 +1,4 @@
-"""For every property, a change of the package that has to make it fail.
+"""Changes of the package, each of which must make a property fail.
 
 python tests/algebra/property_mutants.py           # all
 python tests/algebra/property_mutants.py entropy
@@ -231,7 +231,7 @@ def main() -> int:
     names = [name for name in MUTANTS if any(word in name for word in words)]
     code, output = run(names)
     if code != pytest.ExitCode.OK:
-        print(output, "Without a change, all properties have to hold.", sep="\n")
+        print(output, "Without a change, all properties must hold.", sep="\n")
         return 1
     n_red = 0
     for name in names:
@@ -239,7 +239,7 @@ def main() -> int:
         red = code == pytest.ExitCode.TESTS_FAILED
         n_red += red
         print(f"{'red' if red else 'GREEN'}  {name}  {output.splitlines()[-1]}", flush=True)
-    print(f"{n_red} of {len(names)} properties fail where they have to")
+    print(f"{n_red} of {len(names)} properties fail as they must")
     return int(n_red < len(names))
 
 

@@ -82,8 +82,11 @@ def log_softmax(values):
 
 def divergence(log_p, log_q):
     """Sum of p (log p - log q) over p's support."""
-    return math.fsum(math.exp(a) * (a - b) if b > NEG_INF else math.inf
-                     for a, b in zip(log_p, log_q) if a > NEG_INF)  # fmt: skip
+    return math.fsum(
+        math.exp(a) * (a - b) if b > NEG_INF else math.inf
+        for a, b in zip(log_p, log_q)
+        if a > NEG_INF
+    )
 
 
 def test_an_infinite_divergence_survives_an_anchor_that_moves_out_of_sight():
@@ -101,7 +104,7 @@ def test_divergence_and_entropy_are_never_negative():
     y = x + 1e-12 * torch.randn(2000, 8, dtype=torch.float64, generator=g)
     state = fold(x, y)
     raw = math.log(2) * state.rk / state.sx - torch.log(state.sx / state.sy)
-    assert (raw < 0).any(), "the inputs are too easy: nothing had to be clamped"
+    assert (raw < 0).any(), "the inputs are too easy: nothing was clamped"
     result = finish(state, x[:, 0], y[:, 0])
     assert (result.kl >= 0).all()
     assert (result.forward_kl >= 0).all()

@@ -52,7 +52,7 @@ def rows(kind, distance, v, g, n=6):
         x[:, 0], y[:, 0] = 0, 0
         x[:, -1], y[:, -1] = 0.5 * noise()[:, 0], 0.5 * noise()[:, 0]
         return x, y
-    assert kind == "apart"  # what one model likes lies far below for the other
+    assert kind == "apart"  # each model's likely tokens are far below for the other
     x, y = 3 * noise(), 3 * noise()
     x[:, : v // 2] -= distance
     y[:, v // 2 :] -= distance
@@ -60,8 +60,15 @@ def rows(kind, distance, v, g, n=6):
 
 
 KINDS = (
-    "scattered", "close", "equal", "opposite", "policy far", "reference far", "two tokens", "apart"
-)  # fmt: skip
+    "scattered",
+    "close",
+    "equal",
+    "opposite",
+    "policy far",
+    "reference far",
+    "two tokens",
+    "apart",
+)
 
 
 def truth(x, y, ids, temperature):
@@ -85,7 +92,7 @@ def truth(x, y, ids, temperature):
 
 
 def found(x, y, ids, temperature):
-    """The same of the cpu backend, by every function that takes logits; (name, of, value, grad)."""
+    """Yield (name, of, value, grad) of the cpu backend, by every function that takes logits."""
     options = {"temperature": temperature, "backend": "cpu"}
     leaf = x.clone().requires_grad_()
 
@@ -112,9 +119,17 @@ def found(x, y, ids, temperature):
     for name, of_reference in (("kl", {"ref_logits": y[None]}), ("entropy", {})):
         coefs = {"kl_loss_coef": temperature} if of_reference else {"entropy_coef": temperature}
         loss, metrics = kl_kernels.fused_policy_loss(
-            leaf[None], ids[None], None, 0 * one, one, **of_reference, **coefs,
-            aggregation="seq-mean-token-sum", loss_scale=1.0, **options,
-        )  # fmt: skip
+            leaf[None],
+            ids[None],
+            None,
+            0 * one,
+            one,
+            **of_reference,
+            **coefs,
+            aggregation="seq-mean-token-sum",
+            loss_scale=1.0,
+            **options,
+        )
         (grad,) = torch.autograd.grad(loss, leaf)
         yield f"fused_policy_loss {name}", name, None, grad if of_reference else -grad
 
@@ -239,7 +254,7 @@ def test_a_row_of_nothing_but_lowest_numbers_is_flat():
 
 
 def assert_true_of_float32_states(backend, kind, distance):
-    """Of a backend that measures from float32 anchors, and rounds with half their spacing."""
+    """Check a backend that measures from float32 anchors, and rounds with half their spacing."""
     x, y, ids = rows_in(torch.float32, kind, distance, 1.0, 33, seed=3)
     x, y, ids = x[:2], y[:2], ids[:2]
     values, gradients = truth(x, y, ids, 1.0)

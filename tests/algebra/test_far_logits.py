@@ -72,7 +72,7 @@ def assert_true_or_nan(backend, size, sign, vocab_size, device="cpu"):
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_tokens_far_below_add_nothing(parts):
-    """As those of a padded vocabulary are: lowest numbers, or -1e10."""
+    """Padded vocabularies hold such tokens: lowest numbers, or -1e10."""
     torch.manual_seed(0)
     x = torch.randn(1, 2, 30)
     ids = torch.zeros(1, 2, dtype=torch.long)
@@ -85,16 +85,23 @@ def test_tokens_far_below_add_nothing(parts):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low", [-1e4, -1e9, -1e10, -1e30, torch.finfo(torch.float32).min])
 def test_a_shard_of_nothing_but_far_logits_adds_nothing(backend, low):
-    """Of the Triton kernels, whose sums are float32 throughout, it may make the row NaN."""
+    """The exception are the Triton kernels, whose float32 sums may make the row NaN."""
     torch.manual_seed(0)
     x, ids = torch.randn(1, 2, 30), torch.zeros(1, 2, dtype=torch.long)
     states = [
         torch.ops.kl_kernels.fold_part(
-            shard, None, local_token_ids(ids, start, shard.shape[-1]), None,
-            1.0, 1.0, None, None, backend,
+            shard,
+            None,
+            local_token_ids(ids, start, shard.shape[-1]),
+            None,
+            1.0,
+            1.0,
+            None,
+            None,
+            backend,
         )
         for start, shard in ((0, x), (30, torch.full((1, 2, 33), low)))
-    ]  # fmt: skip
+    ]
     found = finish_parts(merge_parts(states), None, torch.float32).outputs
     for name, expected in kl_kernels.token_stats(x, ids)._asdict().items():
         value = getattr(found, name)
@@ -116,11 +123,18 @@ def test_a_part_far_below_in_either_model_leaves_a_kl_true(backend, models, low)
     ids = torch.zeros(1, 2, dtype=torch.long)
     states = [
         torch.ops.kl_kernels.fold_part(
-            x[..., part], y[..., part], local_token_ids(ids, part.start, 33), None,
-            1.0, 1.0, None, None, backend,
+            x[..., part],
+            y[..., part],
+            local_token_ids(ids, part.start, 33),
+            None,
+            1.0,
+            1.0,
+            None,
+            None,
+            backend,
         )
         for part in (slice(0, 30), slice(30, 63))
-    ]  # fmt: skip
+    ]
     found = finish_parts(merge_parts(states), None, torch.float32).outputs
     expected = kl_kernels.token_kl(x.double(), y.double(), ids, backend="reference")
     for name, value in expected._asdict().items():
@@ -137,8 +151,9 @@ def test_a_far_reference_leaves_the_policys_own_numbers_alone(backend, size):
     found = kl_kernels.token_kl(x, far_away, ids, backend=backend)
     expected = truth(x.detach(), far_away, ids)
     for name in ("logprob", "entropy"):
-        torch.testing.assert_close(getattr(found, name).detach().double(), expected[name],
-                                   rtol=1e-5, atol=3e-6)  # fmt: skip
+        torch.testing.assert_close(
+            getattr(found, name).detach().double(), expected[name], rtol=1e-5, atol=3e-6
+        )
     assert torch.autograd.grad(found.logprob.sum(), x, retain_graph=True)[0].isfinite().all()
     (grad,) = torch.autograd.grad(found.kl.sum(), x)
     assert grad.isfinite().all() if backend == "cpu" else grad.isnan().all()
@@ -149,15 +164,22 @@ def test_float64_reaches_farther():
     x = x.requires_grad_()
     log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)
-    # In two parts as well, on states that hold all digits.
+    # Two parts, on states that hold all digits, give the same.
     parts = [slice(0, 20), slice(20, 33)]
     states = [
         torch.ops.kl_kernels.fold_part(
-            x.detach()[..., part], y[..., part], local_token_ids(ids, part.start, 33), None,
-            1.0, 1.0, None, None, "reference",
+            x.detach()[..., part],
+            y[..., part],
+            local_token_ids(ids, part.start, 33),
+            None,
+            1.0,
+            1.0,
+            None,
+            None,
+            "reference",
         )
         for part in parts
-    ]  # fmt: skip
+    ]
     whole = finish_parts(merge_parts(states), None, torch.float64).outputs
     found = kl_kernels.token_kl(x, y, ids)
     jsd = kl_kernels.token_jsd(x, y)

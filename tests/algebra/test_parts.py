@@ -65,11 +65,19 @@ def test_gradients_of_parts_are_slices_of_the_whole_gradient(backend, difficulty
         pieces = []
         for start, end in PARTS:
             grad = torch.ops.kl_kernels.token_kl_backward(
-                *upstream, inputs.logits[..., start:end], inputs.ref_logits[..., start:end],
-                local_token_ids(inputs.token_ids, start, end - start), inputs.mask,
-                whole.policy_state, whole.ref_state, whole.outputs.kl, whole.outputs.entropy,
-                *scales(inputs), True, backend,
-            )  # fmt: skip
+                *upstream,
+                inputs.logits[..., start:end],
+                inputs.ref_logits[..., start:end],
+                local_token_ids(inputs.token_ids, start, end - start),
+                inputs.mask,
+                whole.policy_state,
+                whole.ref_state,
+                whole.outputs.kl,
+                whole.outputs.entropy,
+                *scales(inputs),
+                True,
+                backend,
+            )
             pieces.append(grad)
         terms = weights[name].abs() * size / inputs.temperature
         error, eagers = (
@@ -109,9 +117,7 @@ def test_nothing_of_a_part_that_is_ruled_out_and_nothing_where_masked(backend):
     logits[0, 1] = torch.nan
     ids = torch.full((1, 2), NO_TOKEN)
     mask = torch.tensor([[True, False]])
-    state = torch.ops.kl_kernels.fold_part(
-        logits, logits, ids, mask, 1.0, 1.0, None, None, backend
-    )  # fmt: skip
+    state = torch.ops.kl_kernels.fold_part(logits, logits, ids, mask, 1.0, 1.0, None, None, backend)
     field = dict(zip(STATE_FIELDS, state))
     assert field["anchor"][0, 0].isfinite()
     assert field["anchor"][0, 0] < -1e30
@@ -146,11 +152,18 @@ def test_several_states_merge_at_once_as_they_do_in_turn(has_ref):
     ids = torch.randint(100, V, (2, 3), generator=g)
     states = [
         torch.ops.kl_kernels.fold_part(
-            logits[0, ..., start:end], logits[1, ..., start:end] if has_ref else None,
-            local_token_ids(ids, start, end - start), None, 1.0, 1.0, None, None, "reference",
+            logits[0, ..., start:end],
+            logits[1, ..., start:end] if has_ref else None,
+            local_token_ids(ids, start, end - start),
+            None,
+            1.0,
+            1.0,
+            None,
+            None,
+            "reference",
         )
         for start, end in PARTS
-    ]  # fmt: skip
+    ]
     at_once, in_turn = merge_shards(torch.stack(states)), merge_parts(states)
     torch.testing.assert_close(tuple(at_once.state), tuple(in_turn.state), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(at_once[1:], in_turn[1:], rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""What holds of every row, whatever its logits: outputs of the fused functions, by properties."""
+"""Properties of the fused functions' outputs that hold for every row, whatever its logits."""
 
 import math
 from itertools import pairwise
@@ -115,9 +115,12 @@ def test_models_that_change_places_exchange_their_divergences(backend, rows, bet
     found = outputs_of(rows, backend, beta=beta)
     swapped = outputs_of(Rows(rows.ref_logits, rows.logits, rows.token_ids), backend, beta=1 - beta)
     expected = {
-        "kl": found["forward_kl"], "forward_kl": found["kl"], "jsd": found["jsd"],
-        "logprob": found["ref_logprob"], "ref_logprob": found["logprob"],
-    }  # fmt: skip
+        "kl": found["forward_kl"],
+        "forward_kl": found["kl"],
+        "jsd": found["jsd"],
+        "logprob": found["ref_logprob"],
+        "ref_logprob": found["logprob"],
+    }
     assert_outputs_agree(swapped, expected, backend)
 
 
@@ -275,7 +278,7 @@ def test_temperature_divides_the_logits(backend, rows, temperature):
 @examples
 @given(hostile(kinds=tuple(FINITE), sizes=(2, 5, 31)))
 def test_k1_and_k3_are_the_exact_kl_on_average(backend, rows):
-    """Over all tokens, each with the policy's probability."""
+    """The average is over all tokens, each with the policy's probability."""
     log_p, log_q = (x.flatten(0, 1).log_softmax(-1) for x in rows[:2])  # [4, V]
     p = log_p.exp()
     exact = outputs_of(rows.on(backend), backend)["kl"].flatten().double()

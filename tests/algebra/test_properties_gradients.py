@@ -1,4 +1,4 @@
-"""What holds of every row's gradient, whatever its logits."""
+"""Properties of gradients that hold for every row, whatever its logits."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_a_gradient_adds_up_to_zero_over_the_vocabulary(backend, rows, temperatu
 @examples
 @given(hostile(), generators)
 def test_gradients_are_linear_in_what_comes_from_above(backend, rows, g):
-    """And all outputs' together are the sum of each one's own."""
+    """Gradients of all outputs together are the sum of each output's own."""
     rows = rows.on(backend)
     weights = {
         name: torch.randn(2, 2, generator=g, dtype=rows.logits.dtype) for name in DIFFERENTIABLE

@@ -1,4 +1,4 @@
-"""What holds of rewards, advantages, losses and controllers, whatever they are made of."""
+"""Properties of rewards, advantages, losses and controllers that hold for all inputs."""
 
 import math
 
@@ -16,7 +16,7 @@ masks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=1
     lambda columns: torch.tensor(columns).T.contiguous()  # [2, T]
 )
 on_all_backends = pytest.mark.parametrize("backend", BACKENDS)
-# What the backends make of sums of numbers of about 1.
+# Tolerances of the backends' sums of numbers of about 1.
 CLOSE = {"reference": 1e-12, "cpu": 1e-5}
 DTYPE = {"reference": torch.float64, "cpu": torch.float32}
 

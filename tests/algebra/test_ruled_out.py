@@ -115,9 +115,13 @@ def test_kl_penalty_and_its_gradient(estimator, gradient, kl_clamp, log_ratio_cl
     logprobs = torch.tensor([-1.0, -INF, -INF, -1.0], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([-3.0, -INF, -2.0, -INF], dtype=torch.float64)
     value = kl_kernels.kl_penalty(
-        logprobs, ref, estimator,
-        gradient=gradient, kl_clamp=kl_clamp, log_ratio_clamp=log_ratio_clamp,
-    )  # fmt: skip
+        logprobs,
+        ref,
+        estimator,
+        gradient=gradient,
+        kl_clamp=kl_clamp,
+        log_ratio_clamp=log_ratio_clamp,
+    )
     values, grads = [], []
     for a, b in zip(logprobs.tolist(), ref.tolist()):
         d = clip(log_ratio(a, b), log_ratio_clamp)
@@ -172,9 +176,17 @@ def assert_rewards_are_right(backend):
     for estimator, kl_clip in itertools.product((*F, "exact"), (None, 5.0)):
         logits, ref_logits, token_ids, mask = rows()
         found = kl_kernels.kl_rewards(
-            logits, ref_logits, token_ids, torch.zeros(1), mask,
-            kl_coef=0.1, kl_estimator=estimator, kl_clip=kl_clip, biased=True, backend=backend,
-        )  # fmt: skip
+            logits,
+            ref_logits,
+            token_ids,
+            torch.zeros(1),
+            mask,
+            kl_coef=0.1,
+            kl_estimator=estimator,
+            kl_clip=kl_clip,
+            biased=True,
+            backend=backend,
+        )
         wanted = expected_rewards(estimator, 0.1, kl_clip, logits, ref_logits, token_ids)
         for value, expected in zip(found[:2], wanted):
             message = f"{estimator} {kl_clip}"
@@ -192,11 +204,15 @@ def test_reward_and_correction_add_up_to_the_k1_reward(backend):
     inputs = rows()
     k1, exact = (
         kl_kernels.kl_rewards(
-            *inputs[:3], torch.zeros(1), inputs[3],
-            kl_coef=0.1, kl_estimator=estimator, backend=backend,
+            *inputs[:3],
+            torch.zeros(1),
+            inputs[3],
+            kl_coef=0.1,
+            kl_estimator=estimator,
+            backend=backend,
         )
         for estimator in ("k1", "exact")
-    )  # fmt: skip
+    )
     torch.testing.assert_close(exact.rewards + exact.advantage_correction, k1.rewards, **CLOSE)
     assert k1.rewards[0, 1] == 0
 
@@ -205,10 +221,17 @@ def on_two_ranks(group, inputs, estimator):
     logits, ref_logits, token_ids, mask = inputs
     here = slice(0, 11) if dist.get_rank(group) == 0 else slice(11, None)
     found = kl_kernels.kl_rewards(
-        logits[..., here], ref_logits[..., here], token_ids, torch.zeros(1), mask,
-        kl_coef=0.1, kl_estimator=estimator, biased=True, group=group,
+        logits[..., here],
+        ref_logits[..., here],
+        token_ids,
+        torch.zeros(1),
+        mask,
+        kl_coef=0.1,
+        kl_estimator=estimator,
+        biased=True,
+        group=group,
         vocab_start=here.start,
-    )  # fmt: skip
+    )
     return found.rewards, found.advantage_correction
 
 
@@ -242,9 +265,11 @@ def composed(logits, token_ids, old, ref_logprobs, advantages, mask, options):
     clips = {name: options[name] for name in names if name in options}
     loss, metrics = kl_kernels.ppo_policy_loss(logprob, old, advantages, mask, **clips)
     kl = kl_kernels.kl_penalty(
-        logprob, ref_logprobs, options.get("kl_estimator", "k2"),
+        logprob,
+        ref_logprobs,
+        options.get("kl_estimator", "k2"),
         log_ratio_clamp=options.get("log_ratio_clamp", 20.0),
-    )  # fmt: skip
+    )
     metrics["kl"] = kl_kernels.masked_mean(kl.detach(), mask)
     if coefficient := options.get("kl_loss_coef"):
         loss = loss + coefficient * kl_kernels.masked_mean(kl, mask)
@@ -310,9 +335,13 @@ def test_ppo_policy_loss_token_by_token(dual_clip, log_ratio_clamp, sign):
         mask = torch.zeros(1, 4)
         mask[0, t] = 1
         loss, metrics = kl_kernels.ppo_policy_loss(
-            logprobs, old, torch.full((1, 4), sign), mask,
-            log_ratio_clamp=log_ratio_clamp, dual_clip=dual_clip,
-        )  # fmt: skip
+            logprobs,
+            old,
+            torch.full((1, 4), sign),
+            mask,
+            log_ratio_clamp=log_ratio_clamp,
+            dual_clip=dual_clip,
+        )
         log = clip(log_ratio(logprobs[0, t].item(), old[0, t].item()), log_ratio_clamp)
         r = math.exp(log) if log < INF else INF
         unclipped, clipped = -sign * r, -sign * min(max(r, 0.8), 1.2)
@@ -343,9 +372,12 @@ def test_an_overflowing_ratio_whose_clip_decides_has_no_gradient():
     for logprob in (-1.0, 0.0):
         leaf = torch.full((1, 1), logprob, requires_grad=True)
         loss, _ = kl_kernels.ppo_policy_loss(
-            leaf, torch.full((1, 1), -200.0), torch.ones(1, 1), torch.ones(1, 1),
+            leaf,
+            torch.full((1, 1), -200.0),
+            torch.ones(1, 1),
+            torch.ones(1, 1),
             log_ratio_clamp=None,
-        )  # fmt: skip
+        )
         assert loss.item() == pytest.approx(-1.2)
         assert torch.autograd.grad(loss, leaf)[0].item() == 0
 
@@ -378,7 +410,7 @@ def test_importance_weights(mode, level):
     assert metrics["bounded_fraction"].item() == pytest.approx(outside / 6)
 
 
-# What is made of them elsewhere
+# Ruled-out tokens in integrations and losses
 
 
 def test_trainers_estimators_by_way_of_the_patches():

@@ -1,6 +1,6 @@
-"""What only the CPU backend has: instruction sets, threads, dtype pairs and its error texts.
+"""Features of the CPU backend alone: instruction sets, threads, dtype pairs and its error texts.
 
-That its results are true is `test_fused_ops.py`'s job. Vocabularies here are one block of 2048 and
+`test_fused_ops.py` checks its results. Vocabularies here are one block of 2048 and
 a half, so that whole blocks, vectors and tails are all taken.
 """
 
@@ -84,7 +84,7 @@ def test_the_best_instruction_set_is_in_use(instruction_set):
 @pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])  # the last: pairs that are not near each other
 @pytest.mark.parametrize("inf_fraction", [0.0, 0.5])
 def test_a_small_kl_keeps_its_digits(instruction_set, dtype, spread, inf_fraction):
-    """Of two sums that are rounded apart there would be an error of 10 %."""
+    """Two sums that are rounded apart would leave an error of 10 %."""
     for vocab_size in (33, V):
         cell = Cell("", dtype, vocab_size, 1e-6, spread, 0.7, 0.0, inf_fraction, 8)
         inputs = rows_of_a_kl(cell)
@@ -138,7 +138,7 @@ def test_every_pair_of_dtypes(dtype, ref_dtype):
 
 
 def test_saved_states_belong_to_their_anchors():
-    """(anchor, sum) has to give the log-sum-exp in float64, and 0 for masked rows."""
+    """(anchor, sum) must give the log-sum-exp in float64, and 0 for masked rows."""
     logits, ref_logits, token_ids = make_rows(torch.bfloat16, torch.float32)
     mask = torch.tensor([[True, True, False], [True, False, True]])
     args = TokenKLArgs(logits, ref_logits, token_ids, mask, 0.7, 1.3, None, None)
@@ -276,7 +276,7 @@ def test_a_library_that_is_not_there_says_so():
     ["random", "wide", "peaked", "unlikely-token", "offset", "temperature", "both-inf"],
 )
 def test_the_gradient_of_kl_is_within_1e_5_of_its_own_norm(difficulty):
-    """Also where one token has all the probability, and eager's own gradient is noise."""
+    """One token may have all the probability, where eager's own gradient is noise."""
     inputs = Case(difficulty, 1025, torch.float32).inputs()
     ones = {name: torch.ones(2, 2) for name in DIFFERENTIABLE}
     true = gradients(inputs, ones, torch.float64)["kl"]

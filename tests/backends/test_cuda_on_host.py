@@ -53,11 +53,15 @@ def binaries(tmp_path_factory):
         pool.submit(library)
         programs = {
             name: pool.submit(
-                compile_host, "sanitized.cpp", directory / name,
-                "-g", *flags, "-fno-sanitize-recover=all",
+                compile_host,
+                "sanitized.cpp",
+                directory / name,
+                "-g",
+                *flags,
+                "-fno-sanitize-recover=all",
             )
             for name, flags in SANITIZERS.items()
-        }  # fmt: skip
+        }
         return {name: program.result() for name, program in programs.items()}
 
 
@@ -91,8 +95,9 @@ def test_logits_far_from_zero_have_true_gradients(kind):
 
 def test_the_gate_of_the_numerics_report_holds():
     runs = {NAME: partial(fused, backend=NAME), **EAGERS}
-    few = replace(QUICK, dtypes=("float32",), spreads=(), temperatures=(), vocab_sizes=(),
-                  most_rows=2)  # fmt: skip
+    few = replace(
+        QUICK, dtypes=("float32",), spreads=(), temperatures=(), vocab_sizes=(), most_rows=2
+    )
     cells = [measure(cell, runs) for cell in few.cells()]
     assert [str(breach) for breach in breaches({"cells": cells})] == []
 

@@ -161,7 +161,7 @@ def test_special_rows_of_a_part(vocab_size, has_ref):
 
 
 def test_a_token_elsewhere_has_no_entry_in_the_gradient():
-    """Where logits are not told to be a part, it is a token outside the vocabulary: NaN."""
+    """The token is NaN, as outside the vocabulary, unless the logits are declared a part."""
     logits, _, token_ids = random_rows(70)
     kernels = backend()
     out = kernels.token_stats(arguments("token_stats", logits=logits, token_ids=token_ids))

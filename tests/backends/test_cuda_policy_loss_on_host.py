@@ -19,11 +19,11 @@ from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, PolicyLossArgs, Sc
 VOCAB_SIZE = 2973
 A100 = 163 << 10, 164 << 10, 0
 NARROW = *H200[:2], 9  # SMs in a group
-PLENTY = 1 << 20  # of an SM: any number of blocks fits
+PLENTY = 1 << 20  # limits of an SM in which any number of blocks fits
 
 
 def device_for(n_blocks, logits, ref_logits):
-    """On which a row takes so many blocks; 0: it is read again, by a cluster, -1: by one block."""
+    """Describe a GPU where a row takes `n_blocks`; 0: a cluster reads it again, -1: one block."""
     if n_blocks <= 0:
         return 0, PLENTY, 16 * (n_blocks == 0)
     part = -(-logits.shape[-1] // (64 * n_blocks)) * 64
@@ -96,7 +96,7 @@ def random_rows(vocab_size=VOCAB_SIZE, dtype=torch.float32, shape=(2, 2)):
 
 @pytest.fixture(scope="module")
 def logprobs():
-    """Of the policy's random rows, and the reference's, float32."""
+    """Log-probabilities of the policy's random rows, and of the reference's, float32."""
     logits, ref_logits, token_ids = random_rows()
     args = arguments("token_kl", logits=logits, ref_logits=ref_logits, token_ids=token_ids)
     return reference.token_kl(args)[:2]
@@ -126,12 +126,15 @@ def test_options(name, with_reference, place, logprobs):
     logprob, ref_logprob = logprobs
     weights = {"token_weights": 0.2, "importance_weights": 0.5}
     check(
-        place, logits, ref_logits if with_reference else None, token_ids,
+        place,
+        logits,
+        ref_logits if with_reference else None,
+        token_ids,
         old_logprobs=logprob + per_token(token_ids.shape, 2, 0.7),
         ref_logprobs=None if with_reference else ref_logprob,
         **{k: per_token(token_ids.shape, 3).abs() * v + 0.1 for k, v in weights.items()},
         **OPTIONS[name] | ({"kl_coef": 0.0} if not with_reference and "k" not in name[0] else {}),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("place", ON_CHIP_OR_NOT)
@@ -143,7 +146,7 @@ def test_a_metric_of_an_infinite_kl_leaves_the_gradient_alone(place):
 
 @pytest.mark.parametrize("place", ON_CHIP_OR_NOT)
 def test_a_row_nobody_pulls_at_is_zero(place):
-    """Also where its logits are NaN: they are not looked at again."""
+    """Logits that are NaN make no difference: they are not read again."""
     logits, ref_logits, token_ids = random_rows()
     advantages = torch.ones(2, 2)
     advantages[0, 1] = 0.0
@@ -205,9 +208,12 @@ def test_a_row_does_not_depend_on_the_others(place):
     terms, grad = run(kernels, logits, ref_logits, token_ids, advantages=torch.ones(2, 2))
     row = slice(1, None), slice(1, 2)
     alone, grad_alone = run(
-        kernels, logits[row], ref_logits[row], token_ids[row].contiguous(),
+        kernels,
+        logits[row],
+        ref_logits[row],
+        token_ids[row].contiguous(),
         advantages=torch.ones(1, 1),
-    )  # fmt: skip
+    )
     assert torch.equal(alone, terms[:, 1:, 1:2])
     assert torch.equal(grad_alone, grad[row])
 

@@ -1,4 +1,4 @@
-"""What surrounds a call: threads, processes, copies, and torch's modes."""
+"""Calls from threads, processes, copies and torch's modes."""
 
 import copy
 import pickle
@@ -23,14 +23,18 @@ def inputs(seed=0):
         return torch.randn(shape, generator=g)
 
     return {
-        "logits": normal(B, T, V), "ref_logits": normal(B, T, V), "scores": normal(B),
-        "ids": torch.randint(V, (B, T), generator=g), "old": -normal(B, T).abs(),
+        "logits": normal(B, T, V),
+        "ref_logits": normal(B, T, V),
+        "scores": normal(B),
+        "ids": torch.randint(V, (B, T), generator=g),
+        "old": -normal(B, T).abs(),
         "advantages": normal(B, T),
         "mask": torch.rand((B, T), generator=g) < 0.8,
         "topk_ids": torch.rand((B, T, V), generator=g).topk(K).indices,
         "topk_logprobs": normal(B, T, V).log_softmax(-1)[..., :K],
-        "weight": normal(V, D), "ref_hidden": normal(B, T, D),
-    }  # fmt: skip
+        "weight": normal(V, D),
+        "ref_hidden": normal(B, T, D),
+    }
 
 
 # Each from what is differentiated to what is summed; heads take the first logits for hidden states.

@@ -1,7 +1,7 @@
-"""What only the Triton kernels have: tiles, splits, two loops per row, alignment, late checks.
+"""Features of the Triton kernels alone: tiles, splits, two loops per row, alignment, late checks.
 
-Tiles are so small here that some hundred logits make several tiles and splits and a tail. What is
-true of every backend is tested elsewhere, at the sizes the kernels are launched with.
+Tiles are so small here that some hundred logits make several tiles and splits and a tail. Features
+of every backend are tested elsewhere, at the sizes the kernels are launched with.
 """
 
 import dataclasses
@@ -26,9 +26,15 @@ TILE, SPLIT = 64, 256
 # In float32 a tile is 64 logits, so a row has a split of four tiles and one of 64 + 8; in bfloat16
 # 128 logits and splits of two tiles and of 72. Unaligned rows have tiles of 64 as well.
 SMALL = {
-    "lanes": 16, "steps": 1, "unaligned_steps": 4, "fold_split": SPLIT, "backward_split": 128,
-    "finish_rows": 4, "gae_block": 4, "policy_loss_lanes": 16,
-}  # fmt: skip
+    "lanes": 16,
+    "steps": 1,
+    "unaligned_steps": 4,
+    "fold_split": SPLIT,
+    "backward_split": 128,
+    "finish_rows": 4,
+    "gae_block": 4,
+    "policy_loss_lanes": 16,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +92,7 @@ def assert_true(*cases):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-# Which rows are read once.
+# Rows that are read once.
 
 
 def test_ordinary_rows_and_padded_columns_are_folded_once(inputs, folded_again):
@@ -100,10 +106,17 @@ def test_ordinary_rows_and_padded_columns_are_folded_once(inputs, folded_again):
 
 LOWEST = torch.finfo(torch.float32).min
 TROUBLES = [
-    (-torch.inf, -torch.inf), (LOWEST, LOWEST), (-torch.inf, 0.0), (0.0, LOWEST),
-    (torch.nan, 0.0), (0.0, torch.nan), (torch.inf, 0.0), (0.0, torch.inf),
-    (40.0, 0.0), (0.0, 40.0),
-]  # fmt: skip
+    (-torch.inf, -torch.inf),
+    (LOWEST, LOWEST),
+    (-torch.inf, 0.0),
+    (0.0, LOWEST),
+    (torch.nan, 0.0),
+    (0.0, torch.nan),
+    (torch.inf, 0.0),
+    (0.0, torch.inf),
+    (40.0, 0.0),
+    (0.0, 40.0),
+]
 
 
 @pytest.mark.parametrize("where", [0, TILE + 1, SPLIT - TILE, SPLIT + 1])
@@ -215,7 +228,7 @@ def test_loads_are_as_wide_as_every_row_allows(dtypes, vocab_size, view, lane):
 
 
 def test_each_mix_of_gradients_is_the_sum_of_its_parts(inputs):
-    """And written everywhere: nothing is left of what lay in the buffer's memory."""
+    """Every number is written: none is left from the buffer's memory."""
     logits, ref_logits, token_ids = inputs
     mask = torch.tensor([[True, False], [True, True]])
     logits[0, 1] = torch.nan

@@ -1,7 +1,6 @@
-"""Where the Triton kernels write gradients, and what the one-visit policy loss reads.
+"""The Triton kernels' writes of gradients, and the reads of the one-visit policy loss.
 
-Tiles as small as in test_triton_backend.py. That the numbers are right on every backend is tested
-elsewhere.
+Tiles are as small as in test_triton_backend.py. The numbers are tested elsewhere, on every backend.
 """
 
 import dataclasses
@@ -27,10 +26,15 @@ from kl_kernels.schemas import (
 
 V = 328
 SMALL = {
-    "lanes": 16, "steps": 1, "unaligned_steps": 4, "fold_split": 256, "backward_split": 128,
-    "policy_loss_lanes": 16, "scale_programs": 5,
-}  # fmt: skip
-TILE = 64  # of float32
+    "lanes": 16,
+    "steps": 1,
+    "unaligned_steps": 4,
+    "fold_split": 256,
+    "backward_split": 128,
+    "policy_loss_lanes": 16,
+    "scale_programs": 5,
+}
+TILE = 64  # float32 logits
 LAYOUTS = [(V, torch.float32), (V, torch.bfloat16), (V - 27, torch.float32)]
 MASK = torch.tensor([[True, False, True], [True, True, True]])
 
@@ -167,9 +171,14 @@ def test_a_gradient_far_away_does_not_wrap(tmp_path):
     mask = MASK[:1]
     for grad in (far, near):
         policy_loss(
-            x, y, token_ids, grad, mask=mask,
-            advantages=mask.float(), token_weights=mask.float(),
-        )  # fmt: skip
+            x,
+            y,
+            token_ids,
+            grad,
+            mask=mask,
+            advantages=mask.float(),
+            token_weights=mask.float(),
+        )
         triton_kernels.scale_gradient(ScaleGradientArgs(grad, torch.tensor(3.0)))
     assert torch.equal(far, near)
     assert near[0, 2].any()
@@ -187,16 +196,20 @@ def test_the_policy_loss_does_not_depend_on_tiles(layout, estimator):
     g = torch.Generator().manual_seed(1)
     old = -3 + torch.randn(2, 3, generator=g)
     options = {
-        "old_logprobs": old, "advantages": torch.randn(2, 3, generator=g), "dual_clip": 3.0,
-        "importance_weights": torch.rand(2, 3, generator=g), "ref_logprobs": old - 0.3,
-        "kl_estimator": ESTIMATORS.index(estimator), "log_ratio_clamp": 4.0,
-    }  # fmt: skip
+        "old_logprobs": old,
+        "advantages": torch.randn(2, 3, generator=g),
+        "dual_clip": 3.0,
+        "importance_weights": torch.rand(2, 3, generator=g),
+        "ref_logprobs": old - 0.3,
+        "kl_estimator": ESTIMATORS.index(estimator),
+        "log_ratio_clamp": 4.0,
+    }
     grads = torch.empty_like(x), torch.empty_like(x)
     terms = policy_loss(x, y, token_ids, grads[0], **options)
     expected = policy_loss(x, y, token_ids, grads[1], reference, **options)
     torch.testing.assert_close(terms, expected, rtol=3e-6, atol=3e-6)
     rounding = 2e-6 if x.dtype == torch.float32 else 2**-9
-    # Of a certain token the gradient is 0, a difference of terms around the loss's weights.
+    # The gradient of a certain token is 0, a difference of terms around the loss's weights.
     scale = grads[1].float().norm(dim=-1).clamp_min(0.01)
     assert ((grads[0].float() - grads[1].float()).norm(dim=-1) <= rounding * scale).all()
 
@@ -315,7 +328,7 @@ def test_a_gradient_is_scaled_in_place(factor, layout):
 
 
 def test_a_factor_of_one_writes_nothing():
-    # What float32 arithmetic would change: a signalling NaN becomes a quiet one.
+    # A signalling NaN: float32 arithmetic would make it a quiet one.
     signalling = torch.tensor([0x7F800001] * 8, dtype=torch.int32)
     gradient = signalling.clone().view(torch.float32).expand(1, 2, 8)
     triton_kernels.scale_gradient(ScaleGradientArgs(gradient, torch.tensor(1.0)))

@@ -46,7 +46,7 @@ def scaled(logits_ptr, factor_ptr, out_ptr, row_stride, vocab_size, BLOCK: tl.co
 def library_function(logits):
     """Host code that looks for a GPU, and chooses by which one it finds."""
     if not logits.is_cuda or logits.device.type != "cuda":
-        raise ValueError("logits have to be on a GPU")
+        raise ValueError("logits must be on a GPU")
     n_rows, vocab_size = logits[:, :].shape
     num_warps = 8 if torch.cuda.get_device_capability(logits.device) == (9, 0) else 4
     sums = torch.zeros(n_rows, device=logits.device)

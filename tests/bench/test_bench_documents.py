@@ -1,4 +1,4 @@
-"""What is committed in bench/results can be shown: every picture is named by a block and drawn."""
+"""Results committed in bench/results can be shown: each picture is named in a block and drawn."""
 
 import importlib
 import json

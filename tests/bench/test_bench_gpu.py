@@ -1,4 +1,4 @@
-"""What `make gpu` does, as far as it can be seen without a GPU: its steps, jobs and bookkeeping."""
+"""The steps, jobs and bookkeeping of `make gpu`, as far as they run without a GPU."""
 
 import argparse
 import json
@@ -25,8 +25,10 @@ def test_the_benchmarks_run_dry(tmp_path):
     environment = {"PYTHONPATH": str(BENCH.parent), "PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--results", tmp_path, "--commit", "abc"],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "gpu_dry_run.json").read_text())
     assert results["commit"] == "abc"
@@ -133,7 +135,9 @@ def test_every_gpu_backend_has_a_numerics_report_of_its_own(bench, tmp_path):
 def test_without_a_gpu_it_says_so_at_once(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu.make_gpu", tmp_path],
-        capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 2
     assert done.stderr == "error: torch finds no GPU; --dry-run tries the steps without one\n"

@@ -1,4 +1,4 @@
-"""How a GPU's results are shown and judged, on made-up ones: nothing here was measured."""
+"""Pages and verdicts of a GPU's results, on made-up ones: nothing here was measured."""
 
 import json
 import re
@@ -21,16 +21,24 @@ def bench(monkeypatch):
 
 
 def measurement(case, contender, share):
-    """What bench/gpu/measure.py writes of a contender at `share` of the ceiling."""
+    """Make the record of bench/gpu/measure.py for a contender at `share` of the ceiling."""
     rate = share * CEILINGS[case.ceiling]
     median = case.bytes_moved / rate / 1e3
     gradient = "gradient" in case.job or case.job == "policy loss"
     return {
-        "job": case.job, "rows": case.rows, "vocab_size": case.vocab_size, "contender": contender,
-        "median_us": median, "fastest_us": 0.98 * median, "slowest_us": 1.05 * median,
-        "gb_per_s": rate, "share": share, "ceiling": case.ceiling, "launches": 4,
+        "job": case.job,
+        "rows": case.rows,
+        "vocab_size": case.vocab_size,
+        "contender": contender,
+        "median_us": median,
+        "fastest_us": 0.98 * median,
+        "slowest_us": 1.05 * median,
+        "gb_per_s": rate,
+        "share": share,
+        "ceiling": case.ceiling,
+        "launches": 4,
         "peak_mb": 2e-6 * case.rows * case.vocab_size * (1 if gradient else 0.001),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -39,16 +47,22 @@ def results(bench):
     from bench.gpu.measure import cases
 
     return {
-        "device": "NVIDIA H200", "driver": "1", "cuda": "13.0", "commit": "abc",
-        "time": "2026-01-01T00:00:00Z", "facts": {"torch": "2", "triton": "3"},
-        "backends": list(BACKENDS), "ceilings_gb_per_s": CEILINGS,
-        "left_out": {"token_kl 65536 x 128256, eager": "out of memory"}, "failed": {},
+        "device": "NVIDIA H200",
+        "driver": "1",
+        "cuda": "13.0",
+        "commit": "abc",
+        "time": "2026-01-01T00:00:00Z",
+        "facts": {"torch": "2", "triton": "3"},
+        "backends": list(BACKENDS),
+        "ceilings_gb_per_s": CEILINGS,
+        "left_out": {"token_kl 65536 x 128256, eager": "out of memory"},
+        "failed": {},
         "measurements": [
             measurement(case, contender, 0.4 if contender in case.peers else 0.95)
             for case in cases()
             for contender in (*BACKENDS, *case.peers)
         ],
-    }  # fmt: skip
+    }
 
 
 def test_a_page_shows_every_measurement_and_names_its_pictures(results):
@@ -83,7 +97,7 @@ def test_the_readme_has_the_first_size_of_each_job_and_how_many_targets_are_met(
     assert "21 of 22 targets are met" in gpu_page.short_table(results)
 
 
-SPOILT = {  # by target: what a measurement has to be, and what of it makes the target missed
+SPOILT = {  # by target: a measurement's required fields, and the field and value that miss it
     "`token_kl`, 8192": ({"job": "token_kl", "vocab_size": 262144}, "share", 0.96),
     "`token_stats`, likewise": ({"job": "token_stats", "rows": 8192}, "share", 0.96),
     "gradient of a KL": ({"job": "KL gradient"}, "share", 0.94),
@@ -122,13 +136,20 @@ def test_every_target_is_spoilt(bench):
 
 def offline(**kernel):
     return {
-        "chip": "h200", "rows": 8192, "vocab_size": 128256,
+        "chip": "h200",
+        "rows": 8192,
+        "vocab_size": 128256,
         "kernels": [
             {"library": "kl_kernels", "name": name, "unit": "pair", "instructions": 14.0} | kernel
-            for name in ("fold: policy and reference", "fold: policy", "backward: KL",
-                         "backward: no KL", "policy loss: policy and reference")
+            for name in (
+                "fold: policy and reference",
+                "fold: policy",
+                "backward: KL",
+                "backward: no KL",
+                "policy loss: policy and reference",
+            )
         ],
-    }  # fmt: skip
+    }
 
 
 def test_predictions_take_the_measured_ceiling_and_the_slowest_resource(results):
@@ -172,14 +193,20 @@ def test_counters_are_read_from_ncus_table(bench):
     from bench.gpu.counters import STALL, kernels
 
     stalls = {
-        "long_scoreboard": "8.25", "wait": "2", "barrier": "0.5", "selected": "1", "membar": "0",
+        "long_scoreboard": "8.25",
+        "wait": "2",
+        "barrier": "0.5",
+        "selected": "1",
+        "membar": "0",
         "math_pipe_throttle": "1.5",
-    }  # fmt: skip
+    }
     first = {
-        "gpu__time_duration.sum": "1,234,567", "smsp__inst_executed.sum": "32,000",
-        "dram__bytes_read.sum": "4,202,692,608", "lts__t_sector_hit_rate.pct": "0.5",
+        "gpu__time_duration.sum": "1,234,567",
+        "smsp__inst_executed.sum": "32,000",
+        "dram__bytes_read.sum": "4,202,692,608",
+        "lts__t_sector_hit_rate.pct": "0.5",
         "launch__registers_per_thread": "64",
-    } | {name.join(STALL): cycles for name, cycles in stalls.items()}  # fmt: skip
+    } | {name.join(STALL): cycles for name, cycles in stalls.items()}
     second = {"gpu__time_duration.sum": "99", "lts__t_sector_hit_rate.pct": "n/a"}
     found = list(kernels(ncu_table(first, second), n_logits=1000))
     assert [k["kernel"] for k in found] == ["kernel_0(int, float)", "kernel_1(int, float)"]
@@ -188,8 +215,11 @@ def test_counters_are_read_from_ncus_table(bench):
     assert found[0]["instructions_per_logit"] == 32 * 32000 / 1000
     assert found[0]["registers"] == 64
     assert found[0]["stalls"] == {
-        "long_scoreboard": 8.25, "wait": 2, "math_pipe_throttle": 1.5, "barrier": 0.5
-    }  # fmt: skip
+        "long_scoreboard": 8.25,
+        "wait": 2,
+        "math_pipe_throttle": 1.5,
+        "barrier": 0.5,
+    }
     assert found[1] == {"kernel": "kernel_1(int, float)", "nanoseconds": 99, "stalls": {}}
     assert list(kernels("==ERROR== no permission\n", 1000)) == []
 
@@ -213,9 +243,13 @@ def test_counters_stand_beside_what_was_counted(results):
     from bench.gpu import page as gpu_page
 
     row = {
-        "backend": "triton", "job": "token_kl", "kernel": "fold_kernel(int)",
-        "instructions_per_logit": 7.25, "bytes_read": 4.2e9, "stalls": {"wait": 2.0},
-    }  # fmt: skip
+        "backend": "triton",
+        "job": "token_kl",
+        "kernel": "fold_kernel(int)",
+        "instructions_per_logit": 7.25,
+        "bytes_read": 4.2e9,
+        "stalls": {"wait": 2.0},
+    }
     counters = {"kernels": [row, row | {"backend": "cuda"}], "commit": "abc", "command": "x"}
     limits = {"memory": 0.8, "issue": 0.5, "mufu": 0.4}
     by_job = {

@@ -41,12 +41,12 @@ def test_sizes_at_which_the_fixed_cost_matters_are_not_fitted(growth):
     assert found["fixed_ms"] == pytest.approx(9e-3)
     assert 0.95 < found["slope"] < 1
     assert found["slope_low"] <= found["slope"] <= found["slope_high"]
-    # From the first size on, the slope would have been that of mostly nothing.
+    # A fit from the first size on would be dominated by the fixed cost.
     assert growth.log_slope(SIZES, seconds) < 0.75
 
 
 def test_a_fit_keeps_its_fewest_sizes(growth):
-    # Nothing grows: the fixed cost is all there is.
+    # Constant times: the fixed cost alone.
     assert growth.first_of_growth(SIZES, np.full(len(SIZES), 1e-3)) == len(SIZES) - growth.FEWEST
 
 
@@ -59,7 +59,7 @@ def test_intervals_cover_a_known_median(interval):
 
 
 def test_an_interval_draws_rounds_whole(interval):
-    """What both columns share does not widen the interval of their ratio."""
+    """Noise that both columns share does not widen the interval of their ratio."""
     shared = np.random.default_rng(2).lognormal(size=30)
     low, high = interval(np.stack([shared, 2 * shared], 1), lambda r: float((r[:, 1] / r[:, 0])[0]))
     assert (low, high) == pytest.approx((2, 2))

@@ -155,14 +155,20 @@ def made_up():
         row("GAE", "verl", 41.0, "float32", gb_per_s=0.0, share=0.0, note="whitened | twice"),
     ]
     return {
-        "device": "A CPU", "threads": 2, "kind": "cpu", "read_gb_per_s": 38.0, "commit": "abc123",
-        "facts": {"torch": "9.9"}, "peers": {"trl": "1.16.0", "quack-kernels": "not installed"},
-        "command": "make bench", "measurements": measurements,
+        "device": "A CPU",
+        "threads": 2,
+        "kind": "cpu",
+        "read_gb_per_s": 38.0,
+        "commit": "abc123",
+        "facts": {"torch": "9.9"},
+        "peers": {"trl": "1.16.0", "quack-kernels": "not installed"},
+        "command": "make bench",
+        "measurements": measurements,
         "not_measured": [
             {"operation": "exact KL", "contender": name, "reason": "Liger needs a GPU"}
             for name in ("Liger KL", "Liger JSD")
         ],
-    }  # fmt: skip
+    }
 
 
 def test_the_page_has_every_number_and_every_reason(bench):
@@ -262,7 +268,7 @@ def test_the_command_needs_a_checkout(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the command runs, without running it."""
+    """Record the commands that would run, without running them."""
     from kl_kernels.lab import bench
 
     ran = []

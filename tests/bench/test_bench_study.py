@@ -49,8 +49,11 @@ def test_pictures_are_drawn_from_the_published_text(data, bench_study, tmp_path,
     (tmp_path / "old.png").write_bytes(b"")
     bench_study.publish_pictures(json.loads(bench_study.as_text(bench_study.published(data))))
     assert {path.stem for path in tmp_path.iterdir()} == {
-        "overoptimisation", "learning_curves", "control", "estimators",
-    }  # fmt: skip
+        "overoptimisation",
+        "learning_curves",
+        "control",
+        "estimators",
+    }
 
 
 def test_letters_of_a_picture_400_pixels_wide_are_8_pixels_high(data):

@@ -21,7 +21,7 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 AT_ROOT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")
 PAGES = [*(ROOT / page for page in AT_ROOT), *DOCS]
 ELSEWHERE = ("http://", "https://", "mailto:")
-API = re.compile(r"^::: (\S+)", re.MULTILINE)  # what mkdocstrings puts in its place
+API = re.compile(r"^::: (\S+)", re.MULTILINE)  # replaced by mkdocstrings
 
 
 def parsed(page):
@@ -33,7 +33,7 @@ def blocks(page):
 
 
 def targets(page):
-    """Where links and images point."""
+    """Yield the targets of links and images."""
     for token in parsed(page):
         for child in token.children or ():
             target = child.attrGet("href") or child.attrGet("src")
@@ -42,7 +42,7 @@ def targets(page):
 
 
 def anchors(page):
-    """Of headings as GitHub and MkDocs name them, and of the API."""
+    """Yield the anchors of headings, as GitHub and MkDocs name them, and of the API."""
     tokens = parsed(page)
     for opening, heading in pairwise(tokens):
         if opening.type == "heading_open":
@@ -52,7 +52,7 @@ def anchors(page):
 
 
 def names():
-    """What the documents take as given, tiny."""
+    """Make tiny versions of the names that the documents' code takes as given."""
     torch.manual_seed(0)
     b, prompt, t, v = 4, 3, 8, 32
     size = {"vocab_size": v, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

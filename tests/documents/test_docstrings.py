@@ -18,13 +18,13 @@ SHAPED = re.compile(r"\[[^\]]*\]")
 
 
 def sections(name):
-    """What precedes the sections of a docstring under "", then each section's text by its title."""
+    """Split a docstring: the text before its sections under "", each section's under its title."""
     head, *rest = SECTION.split(inspect.getdoc(getattr(kl_kernels, name)))
     return {"": head, **dict(zip(rest[::2], rest[1::2]))}
 
 
 def entries(text):
-    """The description of each argument by its name."""
+    """Return the description of each argument by its name."""
     found = re.split(r"^ {4}(\w+): ", text, flags=re.MULTILINE)
     return {key: " ".join(value.split()) for key, value in zip(found[1::2], found[2::2])}
 
@@ -76,7 +76,7 @@ NOT_AT_RUN_TIME = {"ProcessGroup": object, "Path": object}
 
 
 def choices(name):
-    """What each argument with a literal type accepts, by the argument's name."""
+    """Yield the values that each argument with a literal type accepts, by the argument's name."""
     public = getattr(kl_kernels, name)
     annotated = public.__init__ if inspect.isclass(public) else public
     for argument, hint in typing.get_type_hints(annotated, localns=NOT_AT_RUN_TIME).items():

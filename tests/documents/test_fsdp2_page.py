@@ -24,10 +24,12 @@ def batch(step):
     lengths = torch.randint(1, T + 1, (B,))
     lengths[:2] = 1 - step
     return {
-        "ids": ids, "token_ids": ids[:, PROMPT:], "mask": torch.arange(T) < lengths[:, None],
+        "ids": ids,
+        "token_ids": ids[:, PROMPT:],
+        "mask": torch.arange(T) < lengths[:, None],
         "advantages": torch.randn(B, 1).expand(B, T).double(),
         "old_logprobs": -3 + 0.1 * torch.randn(B, T).double(),
-    }  # fmt: skip
+    }
 
 
 def whole(x):
@@ -49,9 +51,13 @@ def rows_of_rank(given):
 
 def names_of(policy, reference):
     return {
-        "torch": torch, "kl_kernels": kl_kernels, "policy": policy, "reference": reference,
-        "before": BEFORE, "beta": 0.3,
-    }  # fmt: skip
+        "torch": torch,
+        "kl_kernels": kl_kernels,
+        "policy": policy,
+        "reference": reference,
+        "before": BEFORE,
+        "beta": 0.3,
+    }
 
 
 def by_ranks(group, way, mesh):
@@ -175,14 +181,14 @@ def after_unshard(group):
 
 
 def test_unshard_leaves_a_gradient_of_one_rank_that_reshard_drops(ranks):
-    """As the page warns. Where this fails, FSDP2 has mended it, and the page has to say so."""
+    """The page warns of this. If this test fails, FSDP2 has mended it, and the page must say so."""
     (one, dropped), (other, _), *_ = ranks(after_unshard, n=N_RANKS)
     assert not torch.allclose(one, other)
     assert dropped is None
 
 
 class Tied(torch.nn.Module):
-    """As transformers ties an output layer to the embedding."""
+    """A model whose output layer is tied to the embedding, as in transformers."""
 
     def __init__(self):
         super().__init__()

@@ -16,7 +16,7 @@ FROM_LOGITS, LOSS, FROM_HIDDEN = blocks_of("how-to/megatron.md")
 
 
 class AllReduceInBackward(torch.autograd.Function):
-    """Of a column-parallel layer's input, as each rank has its own columns' gradient."""
+    """The gradient of a column-parallel layer's input: each rank has that of its own columns."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -35,10 +35,12 @@ def batch():
     ids = torch.randint(V, (B, PROMPT + T))
     lengths = torch.randint(0, T + 1, (B,))
     return {
-        "ids": ids, "token_ids": ids[:, PROMPT:], "mask": torch.arange(T) < lengths[:, None],
+        "ids": ids,
+        "token_ids": ids[:, PROMPT:],
+        "mask": torch.arange(T) < lengths[:, None],
         "advantages": torch.randn(B, 1).expand(B, T).double(),
         "old_logprobs": -3 + 0.1 * torch.randn(B, T).double(),
-    }  # fmt: skip
+    }
 
 
 def padded_rows(lm, columns, rank):
@@ -60,9 +62,13 @@ def by_ranks(group, padding, from_hidden):
     hidden = policy.model(given["ids"]).last_hidden_state[:, BEFORE]
     ref_hidden = reference.model(given["ids"]).last_hidden_state[:, BEFORE]
     names = given | {
-        "torch": torch, "kl_kernels": kl_kernels, "group": tensor, "data_parallel_group": data,
-        "vocab_size": V, "beta": 0.3,
-    }  # fmt: skip
+        "torch": torch,
+        "kl_kernels": kl_kernels,
+        "group": tensor,
+        "data_parallel_group": data,
+        "vocab_size": V,
+        "beta": 0.3,
+    }
     if from_hidden:
         names |= {"hidden": hidden, "weight": weight}
         names |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight}

@@ -194,10 +194,14 @@ SHORT |= {"ref_hidden": SHORT["hidden"]}
         ("linear_token_stats", HEAD, "hidden", "token_ids"),
         ("linear_token_stats", HEAD | {"mask": MASK}, None, "mask"),
         ("linear_token_kl", HEADS, "hidden", "token_ids"),
-        ("linear_token_jsd", {k: v for k, v in HEADS.items() if k != "token_ids"}
-         | {"mask": MASK}, None, "mask"),
+        (
+            "linear_token_jsd",
+            {k: v for k, v in HEADS.items() if k != "token_ids"} | {"mask": MASK},
+            None,
+            "mask",
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_row_more_or_less_than_tokens_is_answered_with_the_slice(
     function, arguments, rows, per_token
 ):

@@ -113,7 +113,7 @@ def refused(group, kind):
         "trained reference": lambda: kl(
             hidden, weight, ref_hidden, ref_sharded.requires_grad_(), ids
         ),
-    }  # fmt: skip
+    }
     cases[kind]()
 
 
@@ -145,7 +145,7 @@ def test_other_dtensors_are_refused_by_name_on_every_rank(ranks, kind):
 
 
 def float16_gradient(group, scale):
-    """Of ranks whose gradients' sum is beyond float16's largest number, their mean is not."""
+    """A gradient whose sum over ranks overflows float16, and whose mean does not."""
     mesh = dist.init_device_mesh("cpu", (4,))
     weight = distribute_tensor(torch.zeros(4, 2, dtype=torch.float16), mesh, [Shard(0)])
     weight.requires_grad_()

@@ -163,10 +163,15 @@ ONLY_PLAIN = ("compute_rewards", "compute_gae", "global_denominator")
 def arguments(name):
     logits, ref_logits, per_token = inputs()
     known = per_token | {
-        "logits": logits, "ref_logits": ref_logits, "scores": torch.zeros(B),
-        "ended": torch.ones(B), "row_mask": per_token["mask"], "index": per_token["token_ids"],
-        "topk_ids": per_token["token_ids"][..., None], "topk_logprobs": -torch.ones(B, T, 1),
-    }  # fmt: skip
+        "logits": logits,
+        "ref_logits": ref_logits,
+        "scores": torch.zeros(B),
+        "ended": torch.ones(B),
+        "row_mask": per_token["mask"],
+        "index": per_token["token_ids"],
+        "topk_ids": per_token["token_ids"][..., None],
+        "topk_logprobs": -torch.ones(B, T, 1),
+    }
     return {each: known.get(each, -torch.ones(B, T)) for each in CALLS[name]}
 
 

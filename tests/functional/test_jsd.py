@@ -22,7 +22,7 @@ def divergence(p, q):  # [..., V] probabilities
 
 
 def dense(x, y, beta):
-    """By the book, in float64; each column's share."""
+    """Compute each column's share by the definition, in float64."""
     p, q = x.double().softmax(-1), y.double().softmax(-1)
     m = (1 - beta) * p + beta * q
     return beta * divergence(q, m) + (1 - beta) * divergence(p, m)
@@ -131,7 +131,7 @@ def test_betas_near_the_ends_stay_finite(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_unit_in_the_last_place_never_makes_it_negative(backend):
-    """Of 64 rows, rounding pushes some below 0."""
+    """Rounding would push some of 64 rows below 0."""
     dtype = torch.float64 if backend == "reference" else torch.float32
     x, up = random(64, 50, dtype=dtype)
     y = torch.where(up > 0, torch.nextafter(x, torch.tensor(math.inf, dtype=dtype)), x)
@@ -193,7 +193,7 @@ def test_the_ends_are_the_two_divergences(backend):
     kl = kl_kernels.token_kl(x, y, torch.zeros(2, 3, dtype=torch.long), backend=backend)
     assert torch.equal(kl_kernels.token_jsd(x, y, beta=0, backend=backend), kl.forward_kl)
     assert torch.equal(kl_kernels.token_jsd(x, y, beta=1.0, backend=backend), kl.kl)
-    # From inside they are the slopes: jsd / beta goes to KL(reference || policy).
+    # The slope at beta = 0: jsd / beta goes to KL(reference || policy).
     near = kl_kernels.token_jsd(x.double(), y.double(), beta=1e-7) / 1e-7
     torch.testing.assert_close(near, kl.forward_kl.double(), rtol=2e-5, atol=0)
 
@@ -205,9 +205,15 @@ def test_gradcheck_in_float64():
 
         def function(z, beta=beta):
             return kl_kernels.token_jsd(
-                z, y, beta=beta, mask=mask, temperature=0.7, ref_temperature=1.3,
-                softcap=4.0, ref_softcap=3.0,
-            )  # fmt: skip
+                z,
+                y,
+                beta=beta,
+                mask=mask,
+                temperature=0.7,
+                ref_temperature=1.3,
+                softcap=4.0,
+                ref_softcap=3.0,
+            )
 
         assert torch.autograd.gradcheck(function, x.requires_grad_())
 
@@ -216,8 +222,12 @@ def test_gradcheck_in_float64():
 def test_temperatures_and_softcaps(backend):
     x, y = random(2, 3, 130, spread=8.0)
     how = {
-        "beta": 0.3, "temperature": 0.7, "ref_temperature": 1.3, "softcap": 5.0, "ref_softcap": 9.0
-    }  # fmt: skip
+        "beta": 0.3,
+        "temperature": 0.7,
+        "ref_temperature": 1.3,
+        "softcap": 5.0,
+        "ref_softcap": 9.0,
+    }
     expected, expected_grad = evaluate(x.double(), y.double(), **how)
     jsd, grad = evaluate(x, y, **how, backend=backend)
     torch.testing.assert_close(jsd.double(), expected, rtol=2e-6, atol=2e-7)

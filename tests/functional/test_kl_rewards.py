@@ -75,15 +75,21 @@ def expected(inputs, estimator, kl_coef, kl_clip, score_clip, positions):
 @pytest.mark.parametrize("kl_clip", [None, 0.5])
 def test_estimators(backend, estimator, kl_clip, inputs):
     result = kl_kernels.kl_rewards(
-        *inputs, SCORES, MASK,
-        kl_coef=0.3, kl_estimator=estimator, kl_clip=kl_clip, biased=True, backend=backend,
-    )  # fmt: skip
+        *inputs,
+        SCORES,
+        MASK,
+        kl_coef=0.3,
+        kl_estimator=estimator,
+        kl_clip=kl_clip,
+        biased=True,
+        backend=backend,
+    )
     rewards, corrections = expected(inputs, estimator, 0.3, kl_clip, None, POSITIONS["last_token"])
     torch.testing.assert_close(result.rewards.double(), rewards, atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(
         result.advantage_correction.double(), corrections, atol=2e-6, rtol=2e-6
     )
-    if kl_clip is not None:  # the clip has to have clipped something, on both sides where it can
+    if kl_clip is not None:  # some KL must be clipped, on both sides where possible
         unclipped, _ = expected(inputs, estimator, 0.3, None, None, POSITIONS["last_token"])
         assert ((unclipped - rewards).abs() > 0.01).any()
 
@@ -94,9 +100,14 @@ def test_estimators(backend, estimator, kl_clip, inputs):
 def test_score_positions(backend, position, score_clip, inputs):
     where = torch.tensor(POSITIONS["index"]) if position == "index" else position
     result = kl_kernels.kl_rewards(
-        *inputs, SCORES, MASK,
-        kl_coef=0.1, score_position=where, score_clip=score_clip, backend=backend,
-    )  # fmt: skip
+        *inputs,
+        SCORES,
+        MASK,
+        kl_coef=0.1,
+        score_position=where,
+        score_clip=score_clip,
+        backend=backend,
+    )
     rewards, _ = expected(inputs, "k1", 0.1, None, score_clip, POSITIONS[position])
     torch.testing.assert_close(result.rewards.double(), rewards, atol=2e-6, rtol=2e-6)
 
@@ -132,8 +143,11 @@ def test_nan_outside_the_mask_changes_nothing(backend, inputs):
         logits.masked_fill(~MASK[..., None], torch.nan),
         ref_logits.masked_fill(~MASK[..., None], torch.inf),
         token_ids.masked_fill(~MASK, -1),
-        SCORES, MASK, kl_coef=0.1, backend=backend,
-    )  # fmt: skip
+        SCORES,
+        MASK,
+        kl_coef=0.1,
+        backend=backend,
+    )
     for a, b in zip(clean, dirty):
         assert torch.equal(a, b)
 
@@ -169,9 +183,15 @@ def test_a_zero_coefficient_leaves_the_score_alone_even_where_kl_is_infinite(
     logits, ref_logits, token_ids = inputs
     ref_logits[0, 0, token_ids[0, 0]] = -torch.inf
     result = kl_kernels.kl_rewards(
-        logits, ref_logits, token_ids, SCORES, MASK,
-        kl_coef=0.0, kl_estimator=estimator, backend=backend,
-    )  # fmt: skip
+        logits,
+        ref_logits,
+        token_ids,
+        SCORES,
+        MASK,
+        kl_coef=0.0,
+        kl_estimator=estimator,
+        backend=backend,
+    )
     assert result.kl[0, 0] == torch.inf
     expected_rewards = torch.zeros(5, T)
     for b, position in enumerate(POSITIONS["last_token"][:4]):

@@ -77,8 +77,10 @@ class Case:
         o = self.options
         log_p = log_softmax(
             (self.hidden, self.weight, self.bias),
-            o.get("logit_scale", 1.0), o.get("softcap"), o.get("temperature", 1.0),
-        )  # fmt: skip
+            o.get("logit_scale", 1.0),
+            o.get("softcap"),
+            o.get("temperature", 1.0),
+        )
         log_q = log_softmax(
             (self.ref_hidden, self.ref_weight, self.ref_bias),
             o.get("ref_logit_scale", o.get("logit_scale", 1.0)),

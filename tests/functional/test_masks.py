@@ -1,4 +1,4 @@
-"""What counts as a mask, in every function that takes one, and where it stands."""
+"""Accepted masks, in every function that takes one, and the position of the argument."""
 
 import inspect
 
@@ -26,17 +26,33 @@ from kl_kernels import checks, monitor
 MASKED = {
     **{name: "mask" for name in CALLS if "mask" in CALLS[name][0]},
     **dict.fromkeys(
-        ("token_stats", "token_kl", "token_jsd", "linear_token_stats", "linear_token_kl",
-         "linear_token_jsd", "topk_kl", "kl_penalty"),
+        (
+            "token_stats",
+            "token_kl",
+            "token_jsd",
+            "linear_token_stats",
+            "linear_token_kl",
+            "linear_token_jsd",
+            "topk_kl",
+            "kl_penalty",
+        ),
         "mask",
     ),
     "selective_log_softmax": "row_mask",
     "missing_eos_penalty": "ended",
-}  # fmt: skip
+}
 DTYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.float64,
-    torch.bfloat16, torch.float16, torch.float8_e4m3fn,
-)  # fmt: skip
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+)
 ADDITIVE = torch.where(MASK, 0.0, -torch.inf)
 NO_MASKS = {
     "additive": (ADDITIVE, "-inf"),
@@ -69,7 +85,7 @@ def test_a_mask_counts_whatever_its_dtype(name):
     masked = MASKED[name]
     expected = call(name, **{masked: shaped(MASK, name)})
     everything = call(name, **{masked: shaped(torch.ones_like(MASK), name)})
-    assert not all(map(torch.equal, expected, everything)), "the mask has to matter"
+    assert not all(map(torch.equal, expected, everything)), "the mask must matter"
     for dtype in DTYPES:
         found = call(name, **{masked: shaped(MASK, name).to(dtype)})
         assert all(map(torch.equal, expected, found)), dtype

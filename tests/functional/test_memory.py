@@ -1,4 +1,4 @@
-"""What a call takes from the system: outputs, one gradient, and nothing that stays.
+"""Memory of a call: outputs, one gradient, and nothing that stays.
 
 Resident pages are counted, as the kernels' own allocations are no torch tensors. Logits are larger
 than 32 MiB, from which on malloc gives all that is freed back at once.
@@ -61,7 +61,7 @@ OPS = {
 
 @pytest.mark.parametrize("name", OPS)
 def test_forward_keeps_nothing_of_the_logits_size(name, models):
-    OPS[name](*models)  # what libraries allocate once
+    OPS[name](*models)  # lets libraries allocate their buffers
     assert peak(lambda: OPS[name](*models)) < SMALL
 
 
@@ -98,7 +98,7 @@ def test_a_fused_loss_takes_one_gradient_in_all(models):
 def test_a_fused_loss_takes_nothing_where_no_gradient_is_asked_for(
     grad_mode, inplace_backward, models
 ):
-    """Under no_grad, and of logits that do not require grad."""
+    """The gradient is not needed under no_grad, nor for logits that do not require grad."""
     x = models[0].clone().requires_grad_(not grad_mode)
     ones = torch.ones(1, T)
 
@@ -116,7 +116,7 @@ def test_a_fused_loss_takes_nothing_where_no_gradient_is_asked_for(
                 backend="cpu",
             )
 
-    step()  # what libraries allocate once
+    step()  # lets libraries allocate their buffers
     assert peak(step) < SMALL
     assert torch.equal(x.detach(), models[0])
 
@@ -130,7 +130,7 @@ def test_a_linear_head_takes_what_it_was_allowed(models):
             hidden, weight, hidden, weight * 0.5, models[2], memory_budget=budget, backend="cpu"
         )
 
-    step()  # what the library of matrix products allocates once
+    step()  # lets the library of matrix products allocate its buffers
     assert peak(step) < budget + weight.nbytes + SMALL < LOGITS
 
 

@@ -33,7 +33,7 @@ NO_COUNT = {
 
 
 def nothing(shape):
-    """What is masked is NaN."""
+    """Return values that are all NaN, and a mask that leaves none of them."""
     return torch.full(shape, torch.nan), torch.zeros(shape)
 
 
@@ -143,9 +143,12 @@ def test_losses_compile_into_one_graph_with_any_denominator(count):
 
 def verls(**info):
     return SimpleNamespace(
-        clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None,
-        get=lambda name, default: default, global_batch_info=info,
-    )  # fmt: skip
+        clip_ratio=0.2,
+        clip_ratio_low=None,
+        clip_ratio_high=None,
+        get=lambda name, default: default,
+        global_batch_info=info,
+    )
 
 
 @pytest.mark.parametrize("count", [0, torch.tensor(0)])
@@ -184,15 +187,19 @@ def test_verl_s_controller_is_not_steered_by_a_batch_without_tokens():
 def test_trl_s_divergence_of_no_items_is_0(count):
     student = torch.randn(1, 2, 5, requires_grad=True)
     loss = trl._generalized_jsd_loss(
-        student, torch.randn(1, 2, 5), torch.full((1, 2), -100),
-        num_items_in_batch=count, original=None, backend=None,
-    )  # fmt: skip
+        student,
+        torch.randn(1, 2, 5),
+        torch.full((1, 2), -100),
+        num_items_in_batch=count,
+        original=None,
+        backend=None,
+    )
     loss.backward()
     assert loss == 0
     assert not student.grad.any()
 
 
-# What is steered by the KL
+# Controllers and early stopping
 
 
 STEERED = {
@@ -231,11 +238,13 @@ def over_ranks(group, names, empty_ranks):
         controller = STEERED[name]()
         found[name] = [
             controller.update(
-                kl[here : here + 1], 64,
-                mask=MASK[:1] * (step != 1 or here not in empty_ranks), group=group,
+                kl[here : here + 1],
+                64,
+                mask=MASK[:1] * (step != 1 or here not in empty_ranks),
+                group=group,
             )
             for step, kl in enumerate(KLS)
-        ]  # fmt: skip
+        ]
     return found
 
 

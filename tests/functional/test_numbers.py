@@ -19,9 +19,11 @@ LOGITS, REF_LOGITS = torch.randn(2, 2, 3, V, generator=g)
 IDS = torch.randint(V, (2, 3), generator=g)
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 HEADS = {
-    "hidden": torch.randn(2, 3, D, generator=g), "weight": torch.randn(V, D, generator=g),
-    "ref_hidden": torch.randn(2, 3, D, generator=g), "ref_weight": torch.randn(V, D, generator=g),
-}  # fmt: skip
+    "hidden": torch.randn(2, 3, D, generator=g),
+    "weight": torch.randn(V, D, generator=g),
+    "ref_hidden": torch.randn(2, 3, D, generator=g),
+    "ref_weight": torch.randn(V, D, generator=g),
+}
 ONE, OTHER = -torch.rand(2, 2, 3, generator=g)
 OLD = torch.tensor([[-9.0, 0.0, -9.0], [-9.0, 0.0, 0.0]])  # each clip decides somewhere
 ADVANTAGES = torch.tensor([[1.0, -1.0, -2.0], [2.0, 0.0, 0.0]])
@@ -35,7 +37,7 @@ HEAD_SCALE = {**SCALE, "logit_scale": 0.25, "memory_budget": 1 << 20}
 HEAD_SCALES = {**SCALES, **HEAD_SCALE, "ref_logit_scale": 0.5}
 CLIPS = {"clip_low": 0.03125, "clip_high": 0.0625, "dual_clip": 1.25, "log_ratio_clamp": 0.5}
 
-# What a function takes besides numbers, and the numbers.
+# Each function's other arguments, and its numbers.
 CALLS = {
     "token_stats": ({"logits": LOGITS, "token_ids": IDS}, SCALE),
     "token_kl": ({**BOTH, "token_ids": IDS}, SCALES),
@@ -47,7 +49,11 @@ CALLS = {
     "fused_policy_loss": (
         {**BOTH, "token_ids": IDS, "old_logprobs": OLD, "advantages": ADVANTAGES, "mask": MASK},
         {
-            **SCALES, **CLIPS, "kl_loss_coef": 0.5, "entropy_coef": 0.25, "denominator": 8,
+            **SCALES,
+            **CLIPS,
+            "kl_loss_coef": 0.5,
+            "entropy_coef": 0.25,
+            "denominator": 8,
             "loss_scale": 4.0,
         },
     ),
@@ -57,7 +63,8 @@ CALLS = {
     "selective_log_softmax": ({"logits": LOGITS, "index": IDS[..., None]}, {"temperature": 0.5}),
     "topk_kl": (
         {
-            "logits": LOGITS, "topk_ids": IDS[..., None],
+            "logits": LOGITS,
+            "topk_ids": IDS[..., None],
             "topk_logprobs": torch.full((2, 3, 1), -1.0),
         },
         {**SCALE, "beta": 0.25},
@@ -68,7 +75,8 @@ CALLS = {
         {"kl_coef": 0.125, "score_clip": 1.5, "kl_clip": 0.25},
     ),
     "importance_weights": (
-        {"logprobs": ONE, "rollout_logprobs": OTHER, "mask": MASK}, {"low": 0.5, "high": 1.0}
+        {"logprobs": ONE, "rollout_logprobs": OTHER, "mask": MASK},
+        {"low": 0.5, "high": 1.0},
     ),
     "kl_penalty": (
         {"logprobs": ONE, "ref_logprobs": OTHER, "kl_penalty": "k3"},
@@ -90,10 +98,11 @@ CALLS = {
     "masked_whiten": ({"x": ONE, "mask": MASK}, {"eps": 0.125}),
     "missing_eos_penalty": ({"scores": SCORES, "ended": MASK[:, 2]}, {"penalty": 0.5}),
     "overlong_penalty": (
-        {"lengths": torch.tensor([300, 480])}, {"max_length": 512, "buffer": 64, "factor": 0.5}
+        {"lengths": torch.tensor([300, 480])},
+        {"max_length": 512, "buffer": 64, "factor": 0.5},
     ),
     "length_normalized_scores": ({"scores": SCORES, "mask": MASK}, {"exponent": 0.5}),
-}  # fmt: skip
+}
 ELSEWHERE = {"vocab_start"}  # with a group: tests/partitioned/test_parallel.py
 INTEGERS = {"dim"}
 IN_CALLS = [(function, name) for function, (_, numbers) in CALLS.items() for name in numbers]
@@ -150,7 +159,7 @@ def test_each_number_reaches_its_function(function, name):
     other = 0 if name == "dim" else CALLS[function][1][name] * 0.875
     pairs = zip(call(function), call(function, **{name: other}), strict=True)
     is_changed = any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
-    if name != "loss_scale":  # which changes the rounding, if anything
+    if name != "loss_scale":  # it changes the rounding alone, if anything
         assert is_changed == (name != "memory_budget")
 
 
@@ -158,7 +167,7 @@ def test_each_number_reaches_its_function(function, name):
 def test_what_is_no_number_is_refused_by_name(function, name):
     for wrong in NO_NUMBERS:
         if name == "dim" and isinstance(wrong, (tuple, list)):
-            continue  # of dimensions
+            continue  # accepted: several dimensions
         if name == "denominator" and isinstance(wrong, torch.Tensor):
             continue  # a tensor stays one: tests/rl/test_rl_losses.py
         with pytest.raises((TypeError, ValueError), match=rf"^{name} (is|has) ") as error:

@@ -52,9 +52,15 @@ class Batch:
                 logprob, self.ref_logprob, kl_estimator, log_ratio_clamp=clips["log_ratio_clamp"]
             )
         loss, metrics = kl_kernels.ppo_policy_loss(
-            logprob, self.old_logprobs, self.advantages, self.mask, weights=self.weights,
-            aggregation=aggregation, denominator=denominator, **clips,
-        )  # fmt: skip
+            logprob,
+            self.old_logprobs,
+            self.advantages,
+            self.mask,
+            weights=self.weights,
+            aggregation=aggregation,
+            denominator=denominator,
+            **clips,
+        )
         for coefficient, value in ((kl_loss_coef, kl), (-entropy_coef, entropy)):
             loss = loss + coefficient * aggregate(value, self.mask, aggregation, denominator)
         metrics["kl"] = kl_kernels.masked_mean(kl, self.mask)
@@ -63,11 +69,19 @@ class Batch:
 
     def fused(self, backend, logits=None, **options):
         return kl_kernels.fused_policy_loss(
-            self.logits if logits is None else logits, self.token_ids, self.old_logprobs,
-            self.advantages, self.mask, ref_logits=self.ref_logits, weights=self.weights,
-            temperature=TEMPERATURE, ref_temperature=REF_TEMPERATURE, softcap=SOFTCAP,
-            backend=backend, **options,
-        )  # fmt: skip
+            self.logits if logits is None else logits,
+            self.token_ids,
+            self.old_logprobs,
+            self.advantages,
+            self.mask,
+            ref_logits=self.ref_logits,
+            weights=self.weights,
+            temperature=TEMPERATURE,
+            ref_temperature=REF_TEMPERATURE,
+            softcap=SOFTCAP,
+            backend=backend,
+            **options,
+        )
 
 
 OPTIONS = [
@@ -119,7 +133,7 @@ def test_loss_metrics_and_gradient_are_those_of_the_definition(backend):
 
 
 def test_the_batch_holds_every_case():
-    """What the test above is worth: each clip and the clamp decide for some tokens, not for all."""
+    """Each clip and the clamp decide for some tokens, not for all, in the test above."""
     _, metrics, _ = Batch().true(**OPTIONS[0] | {"dual_clip": 1.2})
     assert 0 < metrics["clip_fraction"] < 1
     assert 0 < metrics["clip_fraction_dual"] < 1
@@ -168,9 +182,13 @@ def test_float16_gradients_survive_by_the_loss_scale(backend):
 def test_without_old_logprobs_every_ratio_is_one(backend):
     batch = Batch()
     stats = kl_kernels.token_stats(
-        batch.logits, batch.token_ids, mask=batch.mask,
-        temperature=TEMPERATURE, softcap=SOFTCAP, backend=backend,
-    )  # fmt: skip
+        batch.logits,
+        batch.token_ids,
+        mask=batch.mask,
+        temperature=TEMPERATURE,
+        softcap=SOFTCAP,
+        backend=backend,
+    )
     results = []
     for old in (None, stats.logprob):
         batch.old_logprobs = old
@@ -190,17 +208,26 @@ def test_reference_logprobs_take_the_place_of_reference_logits(backend):
         for from_logits in (True, False):
             batch = Batch()
             ref_logprobs = kl_kernels.token_stats(
-                batch.ref_logits, batch.token_ids, mask=batch.mask, temperature=0.8,
+                batch.ref_logits,
+                batch.token_ids,
+                mask=batch.mask,
+                temperature=0.8,
                 backend=backend,
-            ).logprob  # fmt: skip
+            ).logprob
             reference = (
                 {"ref_logits": batch.ref_logits} if from_logits else {"ref_logprobs": ref_logprobs}
             )
             logits = batch.logits.clone().requires_grad_()
             loss, metrics = kl_kernels.fused_policy_loss(
-                logits, batch.token_ids, batch.old_logprobs, batch.advantages, batch.mask,
-                backend=backend, **reference, **options,
-            )  # fmt: skip
+                logits,
+                batch.token_ids,
+                batch.old_logprobs,
+                batch.advantages,
+                batch.mask,
+                backend=backend,
+                **reference,
+                **options,
+            )
             results.append((loss, metrics["kl"], *torch.autograd.grad(loss, logits)))
         for got, expected in zip(*results):
             assert torch.equal(got, expected)
@@ -316,7 +343,7 @@ BAD = [
     ({"ref_logits": None, "ref_logprobs": torch.zeros(B, T)}, r"kl_estimator is 'exact' and ref_l"),
     ({"entropy_coef": float("inf")}, r"entropy_coef is inf"),
     ({"clip_low": -0.1}, r"clip_low is -0.1"),
-    ({"dual_clip": 1.0}, r"dual_clip is 1.0; it has to be above 1"),
+    ({"dual_clip": 1.0}, r"dual_clip is 1.0; it must be above 1"),
     ({"log_ratio_clamp": 0.0}, r"log_ratio_clamp is 0.0"),
     ({"loss_scale": 0.0}, r"loss_scale is 0.0"),
     ({"loss_scale": torch.ones(2)}, r"loss_scale has shape \(2,\); it must be 0-dim"),
@@ -335,8 +362,12 @@ BAD = [
 def test_a_bad_argument_is_named(change, message):
     batch = Batch()
     arguments = {
-        "logits": batch.logits, "token_ids": batch.token_ids, "old_logprobs": batch.old_logprobs,
-        "advantages": batch.advantages, "mask": batch.mask, "ref_logits": batch.ref_logits,
-    }  # fmt: skip
+        "logits": batch.logits,
+        "token_ids": batch.token_ids,
+        "old_logprobs": batch.old_logprobs,
+        "advantages": batch.advantages,
+        "mask": batch.mask,
+        "ref_logits": batch.ref_logits,
+    }
     with pytest.raises(ValueError, match=message):
         kl_kernels.fused_policy_loss(**arguments | change)

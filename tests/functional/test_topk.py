@@ -29,7 +29,7 @@ def divergence(p, q, beta):
 
 
 def truth(row, ids, logprobs, beta, temperature=1.0, softcap=None):
-    """Of one row: events are the listed ids, and the sum over all other tokens."""
+    """Compute one row's loss: events are the listed ids, and the sum over all other tokens."""
     x = row.detach().double().requires_grad_()
     z = x if softcap is None else softcap * torch.tanh(x / softcap)
     policy = (z / temperature).softmax(-1)
@@ -168,14 +168,14 @@ def test_infinite_where_it_is_infinite(softcap):
 
 def test_a_list_that_sums_to_one_leaves_a_policy_without_a_tail_finite():
     logits = torch.tensor([[0.3, -0.2, -torch.inf, -torch.inf, -torch.inf]] * 2)
-    logprobs = torch.tensor([[0.6, 0.4]] * 2).log()  # whose sum may be off by a rounding
+    logprobs = torch.tensor([[0.6, 0.4]] * 2).log()  # their sum may be off by a rounding
     found = kl_kernels.topk_kl(logits, torch.tensor([[0, 1]] * 2), logprobs)
     p = logits[0, :2].double().softmax(-1)
     assert found.tolist() == pytest.approx(2 * [float(kl([0.6, 0.4], p))], rel=1e-3)
 
 
 def kl_to_a_list_without_a_tail(sizes):
-    """Of flat policies over 16 tokens, from uniform lists of so many of them."""
+    """Return the KL of flat policies over 16 tokens to uniform lists of each size."""
     width = max(sizes)
     ids = torch.arange(width).expand(len(sizes), width)
     counts = torch.tensor(sizes)[:, None]
@@ -189,7 +189,7 @@ def test_a_tail_that_rounding_hides_counts_as_that_rounding_of_its_own_row():
     for size, found in zip(sizes, together.tolist()):
         assert found == pytest.approx(kl_to_a_list_without_a_tail([size]).item(), rel=1e-6)
         policy, tail = size / 16, 1 - size / 16
-        # Between 2^-24 and 2^-20 of 1, the rounding of a few numbers of that size.
+        # The tail's mass is within 2^-24 and 2^-20, the rounding of a few numbers around 1.
         low, high = (policy * math.log(policy) + tail * math.log(tail / 2**-e) for e in (20, 24))
         assert low < found < high
 
@@ -210,7 +210,7 @@ def test_padded_vocabularies_change_nothing():
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_mask_changes_nothing_of_what_it_keeps(beta):
     logits, ids, logprobs = some(4, 30, 5)
-    logprobs[:, :2] = -torch.inf  # and what is listed comes behind what is not
+    logprobs[:, :2] = -torch.inf  # unlisted entries come first
     ids[0, :2] = torch.arange(30)[~torch.isin(torch.arange(30), ids[0])][:2]
     ids[1] = torch.tensor([3, 3, 99, 99, -1])
     mask = torch.tensor([1, 0, 1, 1])
@@ -300,7 +300,7 @@ def test_rounding_above_0_counts_as_0_and_more_is_named(dtype, rounding):
     for wrong in (1.1 * rounding, 0.7, torch.inf):
         with pytest.raises(ValueError, match=r"^topk_logprobs holds .* which are at most 0"):
             found(wrong)
-        assert found(wrong, torch.tensor([0])) == 0  # nobody asks a masked row
+        assert found(wrong, torch.tensor([0])) == 0  # masked rows are not checked
 
 
 def test_above_0_is_nan_in_its_row_where_nobody_looks(monkeypatch):

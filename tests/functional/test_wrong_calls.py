@@ -103,10 +103,13 @@ def test_a_wrong_argument_is_named(function, changed, message):
 @pytest.mark.parametrize(
     ("function", "missing"),
     [
-        ("fused_policy_loss", "mask"), ("kl_rewards", "mask"), ("kl_rewards", "kl_coef"),
-        ("masked_mean", "mask"), ("token_kl", "token_ids"),
+        ("fused_policy_loss", "mask"),
+        ("kl_rewards", "mask"),
+        ("kl_rewards", "kl_coef"),
+        ("masked_mean", "mask"),
+        ("token_kl", "token_ids"),
     ],
-)  # fmt: skip
+)
 def test_a_missing_argument_is_named(function, missing):
     others, numbers = CALLS[function]
     given = {name: value for name, value in {**others, **numbers}.items() if name != missing}
@@ -143,7 +146,7 @@ def test_packed_rows_are_told_to_be_unpacked():
     assert "unpack" not in str(error.value)
 
 
-# What looks like a mistake and has a right number.
+# Calls that look like a mistake and have a right result.
 
 
 def test_ids_of_no_token_may_be_anything_where_masked():

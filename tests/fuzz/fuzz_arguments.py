@@ -1,4 +1,4 @@
-"""Hostile values for arguments. Each comes with what has to become of a call that holds it."""
+"""Hostile values for arguments, each with the required outcome of a call that holds it."""
 
 import math
 import random
@@ -11,8 +11,13 @@ import torch
 REFUSED, VALID, ANY = "refused", "valid", "any"  # ANY: a result or a named refusal
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHER_DTYPES = (
-    torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
-)  # fmt: skip
+    torch.int64,
+    torch.int8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def shape(tensor: torch.Tensor, random_: random.Random) -> Hostile:
 
 def dtype(tensor: torch.Tensor, random_: random.Random) -> Hostile:
     to = random_.choice(FLOATS + OTHER_DTYPES)
-    # Complex and eight-bit numbers are in nobody's list of what is accepted.
+    # Complex and eight-bit numbers are accepted nowhere.
     return Hostile(tensor.to(to), ANY if to not in OTHER_DTYPES[3:4] else REFUSED, f"{to}")
 
 

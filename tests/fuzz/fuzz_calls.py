@@ -45,7 +45,7 @@ def _options(random_: random.Random, **choices: tuple[Any, ...]) -> dict[str, An
 
 
 def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
-    """Of every public function."""
+    """Make valid arguments for any public function."""
     g = torch.Generator().manual_seed(random_.randrange(1 << 30))
     b, t, v, d, k = (
         random_.choice(sizes)
@@ -60,9 +60,12 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
     ids = torch.randint(v, (b, t), generator=g)
     mask = torch.rand((b, t), generator=g) < 0.7
     of_logits = _options(
-        random_, mask=(mask, mask.float(), mask.long()), temperature=(0.5, 1, 2.0),
-        softcap=(5.0, 30, None), backend=BACKENDS if dtype != torch.float64 else BACKENDS[1:],
-    )  # fmt: skip
+        random_,
+        mask=(mask, mask.float(), mask.long()),
+        temperature=(0.5, 1, 2.0),
+        softcap=(5.0, 30, None),
+        backend=BACKENDS if dtype != torch.float64 else BACKENDS[1:],
+    )
     of_both = {
         **of_logits,
         **_options(random_, ref_temperature=(0.7, None), ref_softcap=(20.0, None)),
@@ -119,10 +122,16 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
     if name == "compute_gae":
         arguments = {n: float_tokens[n] for n in ("rewards", "values")}
         return {
-            **arguments, "mask": mask,
-            **_options(random_, gamma=(0.9, 1), lam=(0, 1.0), masked=("skip", "zero"),
-                       backend=(None, "reference")),
-        }  # fmt: skip
+            **arguments,
+            "mask": mask,
+            **_options(
+                random_,
+                gamma=(0.9, 1),
+                lam=(0, 1.0),
+                masked=("skip", "zero"),
+                backend=(None, "reference"),
+            ),
+        }
     if name == "compute_rewards":
         options = _options(random_, score_clip=(0.5, None), kl_clip=(0.3, None))
         return {
@@ -135,18 +144,22 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
     if name == "kl_penalty":
         kinds = ("k1", "k2", "k3", "abs", "k3+", "mse")
         return {
-            "logprobs": float_tokens["logprobs"], "ref_logprobs": normal(b, t),
-            **_options(random_, kl_penalty=kinds, mask=(mask,), kl_clamp=(10.0,),
-                       log_ratio_clamp=(20.0,)),
-        }  # fmt: skip
+            "logprobs": float_tokens["logprobs"],
+            "ref_logprobs": normal(b, t),
+            **_options(
+                random_, kl_penalty=kinds, mask=(mask,), kl_clamp=(10.0,), log_ratio_clamp=(20.0,)
+            ),
+        }
     if name == "importance_weights":
         options = _options(
             random_, mode=("truncate", "mask"), level=("token", "sequence", "geometric")
         )
         return {
-            "logprobs": normal(b, t), "rollout_logprobs": -normal(b, t).abs(), "mask": mask,
+            "logprobs": normal(b, t),
+            "rollout_logprobs": -normal(b, t).abs(),
+            "mask": mask,
             **options,
-        }  # fmt: skip
+        }
     if name == "ppo_policy_loss":
         arguments = {n: -normal(b, t).abs() for n in ("logprobs", "old_logprobs", "advantages")}
         options = _options(random_, dual_clip=(3.0,), clip_low=(0.1,), denominator=(7,))
@@ -184,14 +197,23 @@ TENSORS = (
     "weights",
 )
 OPTIONS = (
-    "backend", "kl_estimator", "score_position", "aggregation", "masked", "mode", "level",
-    "kl_penalty", "importance_sampling_level", "gradient",
-)  # fmt: skip
-# Without a reference, or without clip_range, nobody looks.
+    "backend",
+    "kl_estimator",
+    "score_position",
+    "aggregation",
+    "masked",
+    "mode",
+    "level",
+    "kl_penalty",
+    "importance_sampling_level",
+    "gradient",
+)
+# Arguments that are ignored without a reference, or without clip_range.
 NOT_ALWAYS_READ = {
-    ("fused_policy_loss", "ref_temperature"), ("fused_policy_loss", "ref_softcap"),
+    ("fused_policy_loss", "ref_temperature"),
+    ("fused_policy_loss", "ref_softcap"),
     ("ppo_value_loss", "old_values"),
-}  # fmt: skip
+}
 FLAGS = ("inplace_backward", "shift_mean", "unbiased", "biased", "group", "vocab_start", "dim")
 
 

@@ -1,4 +1,4 @@
-"""What calls have to give, from their arguments in float64."""
+"""True results of calls, from their arguments in float64."""
 
 import math
 
@@ -152,10 +152,15 @@ def compute_rewards(a):
 
 # Masked rows are 0 in these, whatever they hold.
 PER_TOKEN = {
-    "token_stats": "mask", "token_kl": "mask", "token_jsd": "mask", "topk_kl": "mask",
-    "selective_log_softmax": "row_mask", "linear_token_stats": "mask", "linear_token_kl": "mask",
+    "token_stats": "mask",
+    "token_kl": "mask",
+    "token_jsd": "mask",
+    "topk_kl": "mask",
+    "selective_log_softmax": "row_mask",
+    "linear_token_stats": "mask",
+    "linear_token_kl": "mask",
     "linear_token_jsd": "mask",
-}  # fmt: skip
+}
 TRUTHS = {
     f.__name__: f
     for f in (

@@ -17,7 +17,7 @@ GRADIENT_TOLERANCE = 2e-4
 
 
 def verdict(seed: int) -> str | None:
-    """None, or what is wrong with call `seed`."""
+    """Return the mistake of call `seed`, or None."""
     call = call_of(seed)
     try:
         with warnings.catch_warnings():
@@ -46,7 +46,7 @@ def _wrong_error(call: Call, error: Exception) -> str | None:
 
 def _wrong_result(call: Call, result: Any) -> str | None:
     if call.expected == hostile.REFUSED:
-        return "takes what it has to refuse"
+        return "accepts arguments that it must refuse"
     if call.direct or (truth := truth_of(call)) is None:
         return None
     if not _is_comparable(call):
@@ -60,7 +60,7 @@ def _wrong_result(call: Call, result: Any) -> str | None:
 
 
 def _wrong_gradient(call: Call, seed: int) -> str | None:
-    """Of a call whose results are right."""
+    """Check the gradient of a call whose results are right."""
     leaves = {
         name: value.detach().requires_grad_()
         for name, value in call.arguments.items()
@@ -71,7 +71,7 @@ def _wrong_gradient(call: Call, seed: int) -> str | None:
     results = [result] if isinstance(result, torch.Tensor) else list(result)
     expected = [_masked(call, of) for of in truth_of(call)(arguments)]
     if not all(bool(of.isfinite().all()) for of in expected):
-        return None  # what is infinite has no gradient to compare
+        return None  # an infinite result has no gradient to compare
     pairs = [(r, e) for r, e in zip(results, expected, strict=True) if r.requires_grad]
     g = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(r.shape, generator=g, dtype=torch.float64) for r, _ in pairs]
@@ -94,7 +94,7 @@ def _gradient_or_error(call: Call, seed: int) -> str | None:
 
 
 def _is_comparable(call: Call) -> bool:
-    """Of infinities and NaN the functions' own tests speak."""
+    """Whether arguments are moderate: the functions' own tests cover infinities and NaN."""
     values = list(call.arguments.values())
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return (

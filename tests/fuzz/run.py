@@ -56,7 +56,7 @@ def fuzz(seed: int, calls: int, *, progress: bool = False) -> list[str]:
 
 
 def _wait(worker: subprocess.Popen, at: Path, end: int, progress: bool) -> bool:
-    """Until the worker is done; whether it had to be killed."""
+    """Wait until the worker is done; return whether it was killed."""
     before, since, shown = "", time.monotonic(), time.monotonic()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What callers may have told torch for all of a program changes no result."""
+"""Torch's global settings, which callers may change, change no result."""
 
 import random
 import warnings

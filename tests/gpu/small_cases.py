@@ -17,9 +17,12 @@ import kl_kernels
 B, T = 2, 3
 # One logit; less than a tile; tiles and a tail, aligned and not; several splits of a row.
 CASES = [
-    (1, torch.float32), (301, torch.bfloat16), (2601, torch.float32), (4104, torch.bfloat16),
+    (1, torch.float32),
+    (301, torch.bfloat16),
+    (2601, torch.float32),
+    (4104, torch.bfloat16),
     (70000, torch.bfloat16),
-]  # fmt: skip
+]
 SOFTCAPPED = 301  # kernels of their own, which take their time to compile: once is enough
 
 
@@ -51,9 +54,16 @@ def evaluate(backend, tensors, extra):
     weights, rewards, values = extra
     x = logits.detach().requires_grad_()
     shaped = kl_kernels.kl_rewards(
-        logits, ref_logits, token_ids, scores, mask, kl_coef=0.1, kl_estimator="exact",
-        kl_clip=5.0, backend=backend,
-    )  # fmt: skip
+        logits,
+        ref_logits,
+        token_ids,
+        scores,
+        mask,
+        kl_coef=0.1,
+        kl_estimator="exact",
+        kl_clip=5.0,
+        backend=backend,
+    )
     found = {f"kl_rewards.{name}": value for name, value in shaped._asdict().items()}
     advantages = torch.ops.kl_kernels.gae(rewards, values, mask, 0.99, 0.95, True, backend)
     found |= {"advantages": advantages[0], "returns": advantages[1]}

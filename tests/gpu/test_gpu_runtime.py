@@ -1,4 +1,4 @@
-"""What only a GPU has: streams, graphs, device memory, and reads nobody can check beforehand."""
+"""Streams, graphs and device memory of a GPU, and arguments whose values are not checked there."""
 
 import pytest
 import torch
@@ -52,9 +52,17 @@ def policy_loss(logits, ref_logits, token_ids, backend, mask=None, upstream=1.0,
     logits = logits.detach().requires_grad_()
     ones = torch.ones(token_ids.shape, device=logits.device)
     loss, _ = kl_kernels.fused_policy_loss(
-        logits, token_ids, None, ones, ones if mask is None else mask, ref_logits=ref_logits,
-        kl_loss_coef=0.1, entropy_coef=0.1, backend=backend, **options,
-    )  # fmt: skip
+        logits,
+        token_ids,
+        None,
+        ones,
+        ones if mask is None else mask,
+        ref_logits=ref_logits,
+        kl_loss_coef=0.1,
+        entropy_coef=0.1,
+        backend=backend,
+        **options,
+    )
     return loss.detach(), torch.autograd.grad(upstream * loss, logits)[0]
 
 

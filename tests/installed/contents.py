@@ -1,4 +1,4 @@
-"""What is in the sdist and in the wheel: every file that belongs there, and no other.
+"""Check the files of the sdist and of the wheel: every file that belongs there, and no other.
 
 python tests/installed/contents.py FOLDER
 """
@@ -22,8 +22,10 @@ def main() -> None:
         sys.exit(f"{wheel.name}: not a wheel of Python 3.10's stable ABI for any Linux")
     sources = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        check=True, capture_output=True, text=True,
-    ).stdout.split("\n")  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\n")
     sources = {name for name in sources if name and Path(name).exists()}
 
     with tarfile.open(sdist) as archive:
@@ -33,7 +35,7 @@ def main() -> None:
     compare(sdist, found, {name for name in sources if not name.startswith(".")} | {"MANIFEST.in"})
 
     libraries = {"kl_kernels/_C_cpu.abi3.so"}
-    # Without the cuda backend there is the reason why, which `python -m kl_kernels info` shows.
+    # A wheel without the cuda backend holds the reason, which `python -m kl_kernels info` shows.
     cuda = "+cu" in wheel.name
     libraries.add("kl_kernels/_C_cuda." + ("abi3.so" if cuda else "unavailable"))
     with zipfile.ZipFile(wheel) as archive:

@@ -16,7 +16,7 @@ ACCEPTED = {
 }
 # Copyleft file by file (tqdm): asks for the sources of files that were changed, and none are.
 ACCEPTED |= {"MPL-2.0"}
-# What packages without an SPDX expression say: which of the BSD licences does not matter.
+# Statements of packages without an SPDX expression: any BSD licence is accepted.
 CLASSIFIERS = {"License :: OSI Approved :: BSD License"}
 
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def refusal(package: dict) -> str | None:
-    """Of all that a package says of its licence, what is not accepted; None if all of it is."""
+    """Return the licences a package states that are not accepted; None if all are."""
     stated = [statement(licence) for licence in package.get("licenses", ())]
     wrong = [s for s in stated if s not in CLASSIFIERS and not parts(s) <= ACCEPTED]
     return "nothing stated" if not stated else ", ".join(wrong) or None

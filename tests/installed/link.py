@@ -1,9 +1,9 @@
-"""Links what the package in a folder depends on into that folder, from the Python that runs this.
+"""Link a package's dependencies into the folder that holds it, from the Python that runs this.
 
 python tests/installed/link.py SITE_PACKAGES [REQUIREMENT...]
 
-What its metadata does not ask for, directly or through others, is not there: an import fails. With
-requirements, these are linked, and what they depend on, and no package has to be there.
+Packages that its metadata does not ask for, directly or through others, are absent: importing them
+fails. With requirements, these and their dependencies are linked, and the folder may be empty.
 """
 
 import sys

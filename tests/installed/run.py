@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent
-# What a wheel could get wrong, without the minutes that the Triton interpreter takes.
+# Tests that a bad wheel would fail, without the minutes that the Triton interpreter takes.
 SELECTION = (
     "functional/test_arguments",
     "backends/test_cpu_backend",
@@ -62,12 +62,12 @@ def main() -> None:
             project = ("--pyproject", TESTS.parent / "pyproject.toml", "--mc-type", "library")
             run(*describe, *project, "--output-file", args.sbom, python)
             run(sys.executable, HERE / "licences.py", args.sbom)
-            # That py.typed does what it is there for.
+            # Check that mypy finds the package's types, by py.typed.
             mypy = (sys.executable, "-m", "mypy", "--python-executable", python)
             settings = ("--config-file", TESTS / "typing" / "mypy.ini")
             run(*mypy, *settings, TESTS / "typing" / "public_api.py")
 
-        run(source, TESTS / "trainers" / "overlay.py", environment)  # for pytest
+        run(source, TESTS / "trainers" / "overlay.py", environment)  # makes pytest importable
         shutil.copytree(TESTS, Path(folder) / "tests")
         files = [f"tests/{name}.py" for name in SELECTION]
         run(python, "-I", "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)

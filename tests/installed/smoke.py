@@ -86,7 +86,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    """What `python -m kl_kernels` prints."""
+    """Run `python -m kl_kernels`, and return its output."""
     call = [sys.executable, "-I", "-m", "kl_kernels", *arguments]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == code, done

@@ -13,7 +13,7 @@ import torch
 
 from kl_kernels.integrations import openrlhf, verl
 
-KLS = (0.5, 2.0, 0.125, 9.0, 0.5, 3.0)  # of each step, nats per token
+KLS = (0.5, 2.0, 0.125, 9.0, 0.5, 3.0)  # by step, nats per token
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 SCORES = torch.tensor([1.0, -2.0])
 TARGET, HORIZON, N_STEPS = 1.0, 16.0, 4
@@ -43,9 +43,11 @@ def verl_step(controller, kl):
     at_end = torch.zeros(MASK.shape)
     at_end[0, 2], at_end[1, 0] = SCORES
     tensors = {
-        "response_mask": MASK, "old_log_probs": ref + kl, "ref_log_prob": ref,
+        "response_mask": MASK,
+        "old_log_probs": ref + kl,
+        "ref_log_prob": ref,
         "token_level_scores": at_end,
-    }  # fmt: skip
+    }
     batch = type("Batch", (dict,), {"batch_size": (N_STEPS,)})(tensors)
     data, metrics = verl._apply_kl_penalty(SimpleNamespace(batch=batch), controller)
     assert type(metrics["actor/reward_kl_penalty_coeff"]) is float

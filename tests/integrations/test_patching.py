@@ -61,9 +61,11 @@ def test_every_reference_is_replaced_and_comes_back(package):
 def test_a_function_of_a_class(package):
     trainer = package("trainer").Trainer
     replacement = Replacement(
-        "someones_trainer.trainer", "Trainer.loss", ("x",),
+        "someones_trainer.trainer",
+        "Trainer.loss",
+        ("x",),
         lambda original: staticmethod(lambda x: original.__func__(x) + 1),
-    )  # fmt: skip
+    )
     original = vars(trainer)["loss"]
     with Patch([replacement]):
         assert trainer().step(1) == 2
@@ -166,7 +168,7 @@ def test_a_package_that_is_not_there_is_named():
 
 
 def test_a_fork_waits_for_a_patch_that_another_thread_is_making(package):
-    """Otherwise the child has half of the patch, and a lock that nobody will release."""
+    """Otherwise the child has half of the patch, and a lock that is never released."""
     making, go_on = threading.Event(), threading.Event()
 
     def slowly(original):

@@ -49,7 +49,7 @@ def test_each_response_is_as_it_is_alone():
 
 
 def test_tool_output_changes_nothing():
-    """Neither in the middle of a response, nor after the policy's last token."""
+    """Tool output may be in the middle of a response, or after the policy's last token."""
     masked = [(0, 2), (0, 3), (0, 6), (2, 3)]
     data = rollout(masked=masked)
     for sample, position in masked:

@@ -91,7 +91,7 @@ def make_callback(**options):
 
 @pytest.fixture
 def silent():
-    """Whatever is warned of by us is an error."""
+    """Turn this package's warnings into errors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=RuntimeWarning)
         yield
@@ -142,7 +142,7 @@ def test_evaluation_has_no_figures_for_it(tmp_path, silent):
 
 
 def resumed(folder, kls, *, stages, logging_steps):
-    """What a run sees that is stopped in its last stage and continued in another process."""
+    """Train with a run that is stopped in its last stage and continued in another process."""
     options = {
         "max_steps": 6,
         "logging_steps": logging_steps,
@@ -300,7 +300,7 @@ def test_training_ends_on_the_named_events_alone():
 
 
 def test_a_refused_state_leaves_the_monitor_as_it_was():
-    """Also one whose first detectors are right, and a later one is not."""
+    """The state may have right first detectors and a wrong later one."""
     monitor = KLMonitor(1.0, unit="token_mean")
     for step in range(20):
         monitor.observe(step, kl=0.1 + step % 3 / 10, entropy=1.0)

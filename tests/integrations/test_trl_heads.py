@@ -1,4 +1,4 @@
-"""Which calls of TRL's output layer stay TRL's, and that the others give what logits give."""
+"""Calls of TRL's output layer: some stay TRL's, and the others agree with logits."""
 
 import pytest
 import torch

@@ -12,13 +12,16 @@ MASK = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
 
 def config(**info):
     return SimpleNamespace(
-        clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None,
-        get=lambda name, default: default, global_batch_info=info,
-    )  # fmt: skip
+        clip_ratio=0.2,
+        clip_ratio_low=None,
+        clip_ratio_high=None,
+        get=lambda name, default: default,
+        global_batch_info=info,
+    )
 
 
 def loss_of(mode, **info):
-    """Of a policy that has not moved, where a token's loss is minus its advantage."""
+    """Return minus the loss of a policy that has not moved: a mean of the advantages."""
     advantages = torch.tensor(
         [[1.0, 2.0, torch.nan, 4.0], [torch.nan] * 4, [8.0] + [torch.nan] * 3]
     )
@@ -42,11 +45,13 @@ def loss_of(mode, **info):
         ("seq-mean-token-mean", {"dp_size": 2, "global_batch_size": 6}, (7 / 3 + 8) / 6 * 2),
         ("seq-mean-token-sum-norm", {}, 15 / 2 / 4),
         ("seq-mean-token-sum-norm", {"loss_scale_factor": 16}, 15 / 2 / 16),
-        ("seq-mean-token-sum-norm",
-         {"dp_size": 2, "global_batch_size": torch.tensor(6), "loss_scale_factor": 16},
-         15 / 6 * 2 / 16),
+        (
+            "seq-mean-token-sum-norm",
+            {"dp_size": 2, "global_batch_size": torch.tensor(6), "loss_scale_factor": 16},
+            15 / 6 * 2 / 16,
+        ),
     ],
-)  # fmt: skip
+)
 def test_aggregations(mode, info, expected):
     assert loss_of(mode, **info) == pytest.approx(expected, rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""Which versions of trainers the patches take."""
+"""Versions of trainers that the patches accept."""
 
 from importlib import metadata
 

@@ -26,10 +26,13 @@ def command(tmp_path_factory):
     started = {
         arch: subprocess.Popen(
             [sys.executable, "-m", "kl_kernels", "codegen", "--arch", arch, "--out", out[arch]],
-            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for arch in ARCHS
-    }  # fmt: skip
+    }
     shown = {}
 
     def finished(arch):
@@ -179,7 +182,7 @@ def test_limits_are_amounts_over_rates():
 def test_a_second_look_saves_what_the_l2_still_holds():
     fold = sass.Loop(Counter({"LDG.E.128": 1}), units=4)
     gradient = sass.Loop(Counter({"LDG.E.128": 1, "STG.E.64": 1}), units=4)
-    # Of 100 rows: 40 of 50 MiB, and 100.
+    # 100 rows take 40 MiB of 50, and then 100 MiB.
     assert second_look_hits(400 << 10, 100, CHIP) == 1
     assert second_look_hits(1 << 20, 100, CHIP) == 0.5
     # Per unit 4 bytes, and 4 again and 2 to be written.
@@ -229,8 +232,8 @@ def test_a_chip_says_which_architecture_it_is(arch, chip, compiled_for, predicte
         (["--arch", "sm_70"], "arch is 'sm_70'; accepted: 'sm_80', 'sm_90', 'sm_100', 'gfx942'"),
         (["--chip", "h20"], "chip is 'h20'; accepted: 'a100', 'h100', 'h200', 'b200'"),
         (["--chip", "a100", "--arch", "sm_90"], "chip is 'a100', an sm_80; arch is 'sm_90'"),
-        (["--rows", "0"], "rows is 0; it has to be at least 1"),
-        (["--vocab-size", "1"], "vocab-size is 1; it has to be at least 2"),
+        (["--rows", "0"], "rows is 0; it must be at least 1"),
+        (["--vocab-size", "1"], "vocab-size is 1; it must be at least 2"),
         (["--out", __file__], f"out is {__file__!r}; it cannot be made: File exists"),
     ],
 )

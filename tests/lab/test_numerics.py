@@ -47,7 +47,7 @@ def tiny_rows(distance, temperature):
 
 
 def enumerated(x, y, token, temperature):
-    """Of one row, by the definitions, with 40 digits: outputs, and gradients as lists."""
+    """Compute one row by the definitions, with 40 digits: outputs, and gradients as lists."""
     weights = [
         [mpmath.exp(mpmath.mpf(float(v)) / temperature) for v in logits] for logits in (x, y)
     ]
@@ -72,9 +72,13 @@ def enumerated(x, y, token, temperature):
     }
     gradients["d stats"] = [a + b for a, b in zip(gradients["d logprob"], gradients["d entropy"])]
     outputs = {
-        "logprob": log(p[token]), "ref_logprob": log(q[token]), "kl": reverse,
-        "forward_kl": forward, "entropy": entropy, "jsd": BETA * kl(q, m) + (1 - BETA) * kl(p, m),
-    }  # fmt: skip
+        "logprob": log(p[token]),
+        "ref_logprob": log(q[token]),
+        "kl": reverse,
+        "forward_kl": forward,
+        "entropy": entropy,
+        "jsd": BETA * kl(q, m) + (1 - BETA) * kl(p, m),
+    }
     return outputs, {
         name: [v / mpmath.mpf(temperature) for v in of] for name, of in gradients.items()
     }
@@ -250,8 +254,16 @@ def test_a_worse_backend_is_named_and_the_exit_code_is_1(tmp_path, monkeypatch, 
         right = finish(*args)
         return right._replace(kl=right.kl * 1.001)
 
-    few = replace(QUICK, dtypes=("float32",), kls=(1e-2,), spreads=(), temperatures=(),
-                  offsets=(), inf_fractions=(), vocab_sizes=())  # fmt: skip
+    few = replace(
+        QUICK,
+        dtypes=("float32",),
+        kls=(1e-2,),
+        spreads=(),
+        temperatures=(),
+        offsets=(),
+        inf_fractions=(),
+        vocab_sizes=(),
+    )
     monkeypatch.setattr(command, "QUICK", few)
     monkeypatch.setattr(reference, "finish", wrong)
     arguments = ["validate", "--backend", "reference", "--quick", "--report", str(tmp_path)]
@@ -271,8 +283,9 @@ def test_the_interpreter_has_cells_of_its_own():
     alone, both = parts_of(["triton"], DEFAULT), parts_of(["triton", "cpu"], DEFAULT)
     assert [(part.backends, part.grid) for part in alone] == [(("triton",), INTERPRETED)]
     assert [(part.backends, part.grid) for part in both] == [
-        (("cpu",), DEFAULT), (("triton", "cpu"), INTERPRETED),
-    ]  # fmt: skip
+        (("cpu",), DEFAULT),
+        (("triton", "cpu"), INTERPRETED),
+    ]
 
 
 @pytest.mark.parametrize(("axis", "keep_dims", "shape"), [(1, False, (2,)), (1, True, (2, 1))])

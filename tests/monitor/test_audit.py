@@ -96,7 +96,7 @@ def test_numbers_of_numpys_and_of_tensors_are_logged_as_numbers(path):
     ("data", "message"),
     [
         ({"a": [0, {"b": object()}]}, r"data\['a'\]\[1\]\['b'\] is a object; accepted: None, bool"),
-        ({"a": {1: 2}}, r"data\['a'\] has the key 1; keys have to be str"),
+        ({"a": {1: 2}}, r"data\['a'\] has the key 1; keys must be str"),
         ({"a": b"bytes"}, r"data\['a'\] is a bytes"),
         ({"a": np.ones(2)}, r"data\['a'\] is a ndarray"),
         ({"a": torch.ones(2)}, r"data\['a'\] is a Tensor"),

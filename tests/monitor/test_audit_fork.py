@@ -30,7 +30,7 @@ def kinds(path):
 
 
 def in_child(function):
-    """What it returned or said in its error, in a forked process."""
+    """Call `function` in a forked process, and return its result or error as text."""
     there, here = os.pipe()
     child = os.fork()
     if child == 0:
@@ -77,7 +77,7 @@ def test_a_closed_log_can_be_opened_again_beside_a_child(path, sleeper):
 
 
 def test_it_can_be_opened_again_beside_a_child_that_python_knows_nothing_of(path):
-    """Such as one of a C library: no hook closes its descriptors, and it shares the lock."""
+    """A C library may fork such a child: no hook closes its descriptors, and it shares the lock."""
     libc = ctypes.PyDLL(None)
     log = AuditLog(path)
     child = libc.fork()

@@ -102,5 +102,5 @@ def test_a_folder_is_its_names_and_contents(tmp_path):
 
 def test_a_folder_without_files_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match="it has to be a folder with files in it"):
+        with pytest.raises(ValueError, match="it must be a folder with files in it"):
             folder_hash(path)

@@ -1,4 +1,4 @@
-"""Whatever is done to a log is found, at the right line."""
+"""Every change of a log is found, at the right line."""
 
 import hashlib
 import json
@@ -272,7 +272,7 @@ def test_a_line_longer_than_any_record_is_never_in_memory_whole(log, monkeypatch
 
 @pytest.mark.parametrize("head", ["", "12ab", "G" * 64, "A" * 64])
 def test_a_head_that_is_no_hash_is_refused(log, head):
-    with pytest.raises(ValueError, match="it has to be 64 hexadecimal digits"):
+    with pytest.raises(ValueError, match="it must be 64 hexadecimal digits"):
         verify_log(log[0], head=head)
 
 

@@ -1,4 +1,4 @@
-"""Which updates a constraint lets pass."""
+"""Updates that a constraint accepts or refuses."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_undoing_needs_a_copy_where_nothing_else_brings_the_policy_back():
         ({}, "max_kl and max_ratio are None"),
         ({"max_kl": 0.0}, "max_kl is 0"),
         ({"max_kl": math.nan}, "max_kl is nan"),
-        ({"max_ratio": 1.0}, "max_ratio is 1.0; it has to be above 1"),
+        ({"max_ratio": 1.0}, "max_ratio is 1.0; it must be above 1"),
         ({"max_ratio": math.inf}, "max_ratio is inf"),
         ({"max_kl": 1.0, "action": "warn"}, "action is 'warn'; accepted: 'log', 'skip', 'stop'"),
     ],

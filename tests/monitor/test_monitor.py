@@ -55,13 +55,13 @@ def metrics(unit="sequence_sum", **inputs):
 
 
 def named(inputs, unit="sequence_sum"):
-    """As sinks get them: by names that say the unit, or which of many."""
+    """Rename metrics as sinks get them: names tell the unit, or the reduction."""
     names = {"kl": f"kl_{unit}", "ratio": "ratio_max"}
     return {names.get(name, name): value for name, value in inputs.items()}
 
 
 def expected(unit, tensors, mask=MASK):
-    """By loops over what the mask leaves."""
+    """Reduce by loops over the unmasked positions."""
     kept = [
         [float(x) for x, m in zip(row, mask_row) if m]
         for row, mask_row in zip(tensors["kl"].double(), mask)

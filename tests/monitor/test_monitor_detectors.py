@@ -1,4 +1,4 @@
-"""Each detector on series made for it: what it has to tell, and what it must not."""
+"""Each detector on series made for it: the changes it must report, and those it must not."""
 
 import math
 
@@ -117,7 +117,7 @@ def test_a_constant_has_no_shift_until_it_changes():
 
 
 def test_the_statistic_is_the_log_likelihood_ratio_of_a_step():
-    """By generalised least squares in float64: a step in AR(1) noise around an estimated mean."""
+    """Generalised least squares in float64 of a step in AR(1) noise around an estimated mean."""
     series = ar1(np.random.default_rng(3), 60)
     series[52:] += 0.2
     detector = shift()
@@ -130,7 +130,7 @@ def test_the_statistic_is_the_log_likelihood_ratio_of_a_step():
     residuals = np.clip((whole[1:] - fit.phi * whole[:-1]) / fit.sd, -3.5, 3.5)
     best = -math.inf
     for k in range(len(recent)):
-        signature = np.full(len(recent) - k, 1 - fit.phi)  # of a unit step, in the residuals
+        signature = np.full(len(recent) - k, 1 - fit.phi)  # a unit step, in the residuals
         signature[0] = 1
         s = signature @ residuals[k:]
         # The mean's error enters each of these residuals times -(1 - phi), and has variance

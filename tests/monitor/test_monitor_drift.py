@@ -1,4 +1,4 @@
-"""Where a batch's KL sits, against loops over its tokens."""
+"""`summarize_drift`, against loops over a batch's tokens."""
 
 import json
 import math

@@ -67,7 +67,7 @@ def test_a_shift_of_three_tenths_is_found_in_under_15_steps(sd, change_at, share
         series = ar1(rng, change_at + 14, sd=sd)
         series[change_at:] += 0.3
         found += any(t >= change_at for t, kind in alarms(series) if kind == "kl_drift")
-    # Not significantly (one-sided, 1 %) below.
+    # The share is not significantly (one-sided, 1 %) lower.
     assert found / n_runs >= share - 2.33 * np.sqrt(share * (1 - share) / n_runs)
 
 

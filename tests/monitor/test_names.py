@@ -29,7 +29,7 @@ def test_what_a_trainer_does_not_log_cannot_be_taken_for_what_it_does(names):
     theirs = set(NAMES[names].values())
     for name, renamed in zip(ALL, rename(ALL, names)):
         assert renamed in theirs or renamed == f"kl_kernels/{name}"
-    # A KL that does not tell its unit is nobody's; OpenRLHF's "kl" is a third unit.
+    # A KL without a unit has no trainer's name; OpenRLHF's "kl" is a third unit.
     assert rename({"kl": 1.0}, names) == {"kl_kernels/kl": 1.0}
 
 

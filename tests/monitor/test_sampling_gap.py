@@ -51,7 +51,7 @@ def warped(logits, temperature=1.0, top_p=1.0, top_k=None):
 
 
 def probability(sampler, ids, mask):  # [N]
-    """Of each answer, if tokens are sampled from these logits."""
+    """Return each answer's probability, if tokens are sampled from these logits."""
     logprob = token_stats(sampler[before(ids)], ids, backend="reference").logprob
     return torch.where(mask, logprob, 0.0).sum(1).exp()
 
@@ -64,7 +64,7 @@ def scored(logits, ids, mask):
 
 
 def expected_gap(sampler, scorer, *, shift=0):
-    """By enumeration, of a batch so large that it has its expected number of tokens."""
+    """Enumerate the gap of a batch so large that it has its expected number of tokens."""
     ids, mask = answers()
     weight = probability(sampler, ids, mask)
     torch.testing.assert_close(weight.sum(), torch.tensor(1.0, dtype=torch.float64))
@@ -107,7 +107,7 @@ def test_each_mistake_has_its_sign(seed):
 
 
 def test_off_by_one_and_another_tokenizer_are_far_above():
-    """On the average of small languages; of four tokens, some wrong rows fit by chance."""
+    """The average of small languages shows it; with four tokens, some wrong rows fit by chance."""
     shifted = [expected_gap(table(s).log_softmax(-1), table(s), shift=1) for s in range(20)]
     assert np.mean(shifted) > 0.4
     permuted = [
@@ -132,8 +132,9 @@ def test_a_small_difference_of_temperature_gives_its_share_of_the_varentropy():
 def test_gap_and_standard_error_are_those_of_loops_over_the_mask():
     ids, mask = answers()
     logprob, entropy = scored(table()[before(ids)], ids, mask)
-    terms = [float(-p - h) for p, h, m in zip(logprob.flatten(), entropy.flatten(), mask.flatten())
-             if m]  # fmt: skip
+    terms = [
+        float(-p - h) for p, h, m in zip(logprob.flatten(), entropy.flatten(), mask.flatten()) if m
+    ]
     gap, error = sampling_gap(logprob.requires_grad_(), entropy, mask.long())
     assert float(gap) == pytest.approx(sum(terms) / len(terms), rel=1e-12)
     assert float(error) == pytest.approx(math.hypot(*terms) / len(terms), rel=1e-12)
@@ -269,7 +270,7 @@ def alarm_probability(likely, rare, eps, n):
     ("likely", "rare"), [(1, 150_000), (1, 1000), (1, 1), (150_000, 1), (1000, 1), (2, 150_000)]
 )
 def test_rare_tokens_that_were_not_drawn_are_no_alarm(likely, rare):
-    """By enumeration: fewer than one batch in 500,000, however rare, for every size of batch."""
+    """Enumeration gives fewer than one batch in 500,000, however rare, for every size of batch."""
     for n in (26, 64, 160, 1000, 4000):
         for eps in np.geomspace(1e-4, 0.5, 12):
             assert alarm_probability(likely, rare, eps, n) < 2e-6, (n, eps)
@@ -323,7 +324,7 @@ def test_a_gap_is_told_once_and_again_after_it_was_over():
     monitor = KLMonitor()
     events = [e for step, inputs in runs() for e in gap_events(inputs, monitor, step)]
     impossible = [e.step for e in events if e.value == math.inf]
-    assert impossible == [5]  # of 6 and 8 it is not over: nothing else was seen in between
+    assert impossible == [5]  # at 6 and 8 the alarm is not over: step 7 has no tokens
     assert all("probability 0" in e.message for e in events[:1])
     [first, again] = [e for e in events if e.value < math.inf]
     assert 10 <= first.step < 13

@@ -64,7 +64,7 @@ def test_a_forked_child_is_refused_where_it_would_wait_for_ever(tmp_path):
                 write()
             except ValueError as error:
                 told += "a TensorBoardSink belongs to process" in str(error)
-        sink.close()  # of the child's copy: nothing
+        sink.close()  # the child's copy: no effect
         os._exit(told)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     sink.log(3, {"entropy": 4.0})
@@ -83,7 +83,7 @@ def test_a_writer_of_the_callers_stays_open(tmp_path):
 
 
 class FakeRun:
-    """Of wandb's Run, what the sink may use: parameters by name and order, and steps that rise."""
+    """The part of wandb's Run that the sink uses: parameters, their order, and rising steps."""
 
     def __init__(self):
         self.rows, self.axes, self.alerts, self.step = [], {}, [], 0

@@ -1,4 +1,4 @@
-"""How the operators behave inside autograd, torch.compile and the dispatcher."""
+"""The operators inside autograd, torch.compile and the dispatcher."""
 
 import gc
 
@@ -46,9 +46,15 @@ def test_a_policy_loss_is_one_call_and_backward_scales(backend):
     logits, ref_logits, token_ids = make()
     with Calls() as calls:
         loss, _ = kl_kernels.fused_policy_loss(
-            logits, token_ids, None, torch.ones(2, 3), torch.ones(2, 3),
-            ref_logits=ref_logits, kl_loss_coef=0.1, backend=backend,
-        )  # fmt: skip
+            logits,
+            token_ids,
+            None,
+            torch.ones(2, 3),
+            torch.ones(2, 3),
+            ref_logits=ref_logits,
+            kl_loss_coef=0.1,
+            backend=backend,
+        )
         assert calls.names == ["policy_loss"]
         ref_logits.fill_(torch.nan)
         loss.backward()
@@ -251,9 +257,15 @@ def rewards(logits, ref_logits, token_ids, mask, **how):
 
 def policy_loss(logits, ref_logits, token_ids, mask, **how):
     loss, metrics = kl_kernels.fused_policy_loss(
-        logits, token_ids, None, mask.float() - 0.3, mask,
-        ref_logits=ref_logits, kl_loss_coef=0.1, **how,
-    )  # fmt: skip
+        logits,
+        token_ids,
+        None,
+        mask.float() - 0.3,
+        mask,
+        ref_logits=ref_logits,
+        kl_loss_coef=0.1,
+        **how,
+    )
     return 2.0 * loss + metrics["kl"]
 
 
@@ -295,7 +307,7 @@ def test_what_is_saved_of_a_row_belongs_to_the_anchor_as_it_is_saved(backend):
 
 
 def test_a_token_is_found_in_whichever_block_of_the_vocabulary_it_lies():
-    """By the reference, which takes the vocabulary in blocks: the tokens at all their ends."""
+    """The reference takes the vocabulary in blocks; the tokens are at all their ends."""
     token_ids = torch.tensor([0, BLOCK_V - 1, BLOCK_V, BLOCK_V + 4])
     logits = torch.zeros(4, BLOCK_V + 5, dtype=torch.float64, requires_grad=True)
     kl_kernels.token_stats(logits, token_ids, backend="reference").logprob.sum().backward()

@@ -1,4 +1,4 @@
-"""`inplace_backward`: the gradient over the logits, the same numbers, and nobody misled."""
+"""`inplace_backward`: the gradient over the logits, equal numbers, an error for other readers."""
 
 import pytest
 import torch
@@ -30,17 +30,30 @@ def token_stats(logits, inputs, **options):
 
 def kl_rewards(logits, inputs, **options):
     result = kl_kernels.kl_rewards(
-        logits, inputs.ref_logits, inputs.token_ids, torch.zeros(len(logits)),
-        mask_of(inputs), kl_coef=0.1, **options,
-    )  # fmt: skip
+        logits,
+        inputs.ref_logits,
+        inputs.token_ids,
+        torch.zeros(len(logits)),
+        mask_of(inputs),
+        kl_coef=0.1,
+        **options,
+    )
     return (result.kl + result.logprob).sum()
 
 
 def policy_loss(logits, inputs, **options):
     loss, _ = kl_kernels.fused_policy_loss(
-        logits, inputs.token_ids, None, torch.ones(logits.shape[:2]), mask_of(inputs),
-        ref_logits=inputs.ref_logits, kl_loss_coef=0.5, entropy_coef=0.1, loss_scale=1.0, **options,
-    )  # fmt: skip
+        logits,
+        inputs.token_ids,
+        None,
+        torch.ones(logits.shape[:2]),
+        mask_of(inputs),
+        ref_logits=inputs.ref_logits,
+        kl_loss_coef=0.5,
+        entropy_coef=0.1,
+        loss_scale=1.0,
+        **options,
+    )
     return loss
 
 

@@ -41,7 +41,7 @@ def cpp_parameters(library, operator):
 @pytest.mark.parametrize("library", ["cpu", "cuda"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_cpp_takes_the_fields_of_the_class(operator, library):
-    """In its order and by its names: a schema tells torch the types, and C++ is not checked."""
+    """Order and names must agree: a schema tells torch the types, and C++ is not checked."""
     expected = {
         name: kind.replace("(a!)", "")
         for name, kind in argument_types(OPERATORS[operator].args).items()

@@ -48,7 +48,7 @@ def policy_loss(logits, a, **how):
     return loss
 
 
-# From logits to a loss; those of the second kind can write their gradient over the logits.
+# Functions from logits to a loss; the second kind can write their gradient over the logits.
 OF_LOGITS = {
     "selective_log_softmax": lambda x, a: kl_kernels.selective_log_softmax(
         x, a["topk_ids"], 0.8, a["mask"]
@@ -117,7 +117,7 @@ def test_under_autocast_logits_are_narrow_and_results_are_not(name, dtype, given
 
 
 def test_a_scaled_loss_has_the_gradient_times_the_scale(given):
-    """Whose parts of 1e-8 float16 alone would round to 0; the scaler divides by it again."""
+    """Parts of 1e-8 would round to 0 in float16; the scaler divides by the scale again."""
     logits = (given["hidden"] @ given["weight"].T).detach()
     right = logits.half().float().requires_grad_()
     (policy_loss(right, given) * 1e-6).backward()
@@ -148,7 +148,7 @@ def clipped(logprobs, a):
     return kl_kernels.ppo_policy_loss(logprobs, a["old"], a["advantages"], a["mask"])[0]
 
 
-# From numbers per token to a loss.
+# Functions from numbers per token to a loss.
 OF_TOKENS = {
     "kl_penalty": lambda x, a: kl_kernels.kl_penalty(x, a["old"], "k3").sum(),
     "ppo_policy_loss": clipped,

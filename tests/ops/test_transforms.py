@@ -15,7 +15,7 @@ def kl_and_more(x, a):
     return r.kl + 0.3 * r.forward_kl - 0.1 * r.entropy + 0.2 * r.logprob
 
 
-# From logits to one number per token.
+# Functions from logits to one number per token.
 FUSED = {
     "token_stats": lambda x, a: sum(kl_kernels.token_stats(x, a["ids"], softcap=5.0)),
     "token_kl": kl_and_more,
@@ -26,7 +26,7 @@ FUSED = {
     ),
     "selective_log_softmax": lambda x, a: kl_kernels.selective_log_softmax(x, a["ids"]),
 }
-# Those whose backward is more than one formula of one operator.
+# Functions whose backward is more than one formula of one operator.
 REFUSED = {
     "selective_log_softmax": lambda x, a: kl_kernels.selective_log_softmax(x, a["several"]),
     "topk_kl": lambda x, a: kl_kernels.topk_kl(x, a["several"], a["several_logprobs"]),
@@ -49,12 +49,13 @@ def samples():
 
     several = torch.rand((N, B, T, V), generator=g).topk(3).indices
     return normal(N, B, T, V), {
-        "ref_logits": normal(N, B, T, V), "scores": normal(N, B),
+        "ref_logits": normal(N, B, T, V),
+        "scores": normal(N, B),
         "ids": torch.randint(V, (N, B, T), generator=g),
         "mask": torch.rand((N, B, T), generator=g) < 0.8,
         "several": several,
         "several_logprobs": normal(N, B, T, V).log_softmax(-1).gather(-1, several),
-    }  # fmt: skip
+    }
 
 
 def sample(samples, i):
@@ -105,7 +106,7 @@ def test_a_jacobian_has_the_gradient_of_each_token(samples):
 
 
 def test_parameters_of_a_module_have_gradients_per_sample(samples):
-    """What gradients per sample are for: a model's parameters, and one loss for each sequence."""
+    """Gradients per sample of a model's parameters, with one loss for each sequence."""
     torch.manual_seed(0)
     model = torch.nn.Linear(V, V)
     parameters = {name: p.detach() for name, p in model.named_parameters()}

@@ -26,13 +26,16 @@ def heads(shape=(2, 5), dtype=torch.float32):
 
 
 SCALED = {
-    "temperature": 0.8, "ref_temperature": 1.2, "softcap": 3.0, "logit_scale": 1.7,
+    "temperature": 0.8,
+    "ref_temperature": 1.2,
+    "softcap": 3.0,
+    "logit_scale": 1.7,
     "ref_logit_scale": 0.6,
-}  # fmt: skip
+}
 
 
 def by_the_book(leaves, ref, beta, scaled):
-    """In float64, from full logits."""
+    """Compute the JSD in float64, from full logits."""
     logits, ref_logits = (
         hidden.double() @ weight.double().T + bias.double()
         for hidden, weight, bias in (leaves, ref)
@@ -139,9 +142,14 @@ def sharded(group, beta, backend):
     here = slice(*CUTS[dist.get_world_size(group)][rank : rank + 2])
     logits = x[..., here].clone().requires_grad_()
     jsd = kl_kernels.token_jsd(
-        logits, y[..., here], beta=beta, mask=mask, group=group, vocab_start=here.start,
+        logits,
+        y[..., here],
+        beta=beta,
+        mask=mask,
+        group=group,
+        vocab_start=here.start,
         backend=backend,
-    )  # fmt: skip
+    )
     return jsd.detach(), torch.autograd.grad(jsd.sum(), logits)[0]
 
 
@@ -167,9 +175,14 @@ def sharded_head(group, backend):
     here = slice(*CUTS[dist.get_world_size(group)][rank : rank + 2])
     mine = [leaves[0], *(t[here].detach().requires_grad_() for t in leaves[1:])]
     jsd = linear(
-        mine, [ref[0], *(t[here] for t in ref[1:])], beta=0.3, memory_budget=SMALL,
-        group=group, vocab_start=here.start, backend=backend,
-    )  # fmt: skip
+        mine,
+        [ref[0], *(t[here] for t in ref[1:])],
+        beta=0.3,
+        memory_budget=SMALL,
+        group=group,
+        vocab_start=here.start,
+        backend=backend,
+    )
     return jsd.detach(), torch.autograd.grad(jsd.sum(), mine)
 
 
@@ -217,7 +230,7 @@ def test_logits_may_be_dtensors(ranks, over_rows):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_the_part_that_is_everything_has_the_sums_of_the_row(backend):
-    """In float32 whatever the logits are, with a softcap for either model; 0 where masked."""
+    """Sums are float32 for any logits, with a softcap for either model; 0 where masked."""
     g = torch.Generator().manual_seed(0)
     x, y = (4 * torch.randn(2, 2, 3, 41, generator=g)).bfloat16()
     mask = torch.tensor([[True, True, False], [True, False, True]])
@@ -226,9 +239,7 @@ def test_the_part_that_is_everything_has_the_sums_of_the_row(backend):
     jsd, mixture_kl, policy_state, ref_state = torch.ops.kl_kernels.token_jsd(
         x, y, mask, *options, False, backend
     )
-    sums = torch.ops.kl_kernels.mixture_part(
-        x, y, mask, policy_state, ref_state, *options, backend
-    )  # fmt: skip
+    sums = torch.ops.kl_kernels.mixture_part(x, y, mask, policy_state, ref_state, *options, backend)
     assert sums.dtype == torch.float32
     assert not sums[:, ~mask].any()
     torch.testing.assert_close(sums, torch.stack([jsd, mixture_kl]), rtol=1e-5, atol=1e-6)

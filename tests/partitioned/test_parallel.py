@@ -25,7 +25,7 @@ from kl_kernels.lab.validate.truth import DIFFERENTIABLE, OUTPUTS, eager, gradie
 from kl_kernels.partitioned import shards as parallel
 
 V = 76
-EQUAL, UNEVEN = (0, 38, 76), (0, 1, 30, 64, 76)  # of the padded cases the last shard is -inf
+EQUAL, UNEVEN = (0, 38, 76), (0, 1, 30, 64, 76)  # in padded cases the last shard is -inf
 BACKENDS = ("reference", "cpu")
 
 
@@ -115,8 +115,13 @@ def test_a_shard_of_padding_alone_changes_nothing(ranks):
     inputs = case()
     inputs = replace(inputs, token_ids=inputs.token_ids % EQUAL[1])
     (outputs, grad), (_, padding_grad) = ranks(padding_shard, inputs, n=2)
-    kept = on_one_rank(replace(inputs, logits=inputs.logits[..., : EQUAL[1]],
-                               ref_logits=inputs.ref_logits[..., : EQUAL[1]]))  # fmt: skip
+    kept = on_one_rank(
+        replace(
+            inputs,
+            logits=inputs.logits[..., : EQUAL[1]],
+            ref_logits=inputs.ref_logits[..., : EQUAL[1]],
+        )
+    )
     torch.testing.assert_close(outputs, kept[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad, kept[1], rtol=1e-5, atol=1e-6)
     assert not padding_grad.any()
@@ -354,9 +359,14 @@ def of_dtensors(group, shape, placements, inputs, scores):
         result = kl_kernels.token_kl(logits, ref_logits, token_ids, temperature=0.7)
     else:
         result = kl_kernels.kl_rewards(
-            logits, ref_logits, token_ids, distribute_tensor(scores, mesh, rows),
-            distribute_tensor(MASK, mesh, rows), kl_coef=0.3, kl_estimator="exact",
-        )  # fmt: skip
+            logits,
+            ref_logits,
+            token_ids,
+            distribute_tensor(scores, mesh, rows),
+            distribute_tensor(MASK, mesh, rows),
+            kl_coef=0.3,
+            kl_estimator="exact",
+        )
     (result.kl.sum() + (2 * result.logprob).sum()).backward()
     assert logits.grad.placements == logits.placements
     outputs = [output.full_tensor().detach() for output in result]
@@ -383,9 +393,14 @@ def test_dtensors_find_group_and_place_by_themselves(ranks, shape, placements, s
     logits = inputs.logits.clone().requires_grad_()
     if scored:
         whole = kl_kernels.kl_rewards(
-            logits, inputs.ref_logits, inputs.token_ids, SCORES, MASK,
-            kl_coef=0.3, kl_estimator="exact",
-        )  # fmt: skip
+            logits,
+            inputs.ref_logits,
+            inputs.token_ids,
+            SCORES,
+            MASK,
+            kl_coef=0.3,
+            kl_estimator="exact",
+        )
     else:
         whole = kl_kernels.token_kl(logits, inputs.ref_logits, inputs.token_ids, temperature=0.7)
     (whole.kl.sum() + (2 * whole.logprob).sum()).backward()

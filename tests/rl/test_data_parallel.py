@@ -18,7 +18,7 @@ BEFORE = slice(PROMPT - 1, -1)
 
 
 def batch(reference, step):
-    """Of all ranks. In the second step one rank has no tokens; in the last, one rank alone has."""
+    """Make all ranks' batch: step 1 leaves one rank without tokens, step 2 all ranks but one."""
     torch.manual_seed(1 + step)
     ids = torch.randint(V, (B, PROMPT + T))
     lengths = torch.randint(0, T + 1, (B,))
@@ -31,10 +31,13 @@ def batch(reference, step):
     advantages = torch.randn(B, 1).expand(B, T).double()
     old_logprobs = -3 + 0.1 * torch.randn(B, T).double()
     return {
-        "ids": ids, "token_ids": ids[:, PROMPT:], "mask": torch.arange(T) < lengths[:, None],
-        "advantages": advantages, "old_logprobs": old_logprobs,
+        "ids": ids,
+        "token_ids": ids[:, PROMPT:],
+        "mask": torch.arange(T) < lengths[:, None],
+        "advantages": advantages,
+        "old_logprobs": old_logprobs,
         "ref_logits": reference(ids).logits[:, BEFORE],
-    }  # fmt: skip
+    }
 
 
 def whole(x):
@@ -42,7 +45,7 @@ def whole(x):
 
 
 def by_ranks(group, wrapper, aggregation):
-    """What the page's loop makes of each step's gradients and, at the end, weights."""
+    """Run the page's loop, and return each step's gradients and the last weights."""
     policy, reference = policy_and_reference(vocab_size=V)
     model = policy
     if wrapper == "ddp":
@@ -52,9 +55,14 @@ def by_ranks(group, wrapper, aggregation):
         fully_shard(policy.model.layers[0], mesh=mesh)
         fully_shard(policy, mesh=mesh)
     names = {
-        "torch": torch, "kl_kernels": kl_kernels, "policy": model, "aggregation": aggregation,
-        "optimizer": torch.optim.SGD(policy.parameters(), lr=1.0), "beta": 0.1, "before": BEFORE,
-    }  # fmt: skip
+        "torch": torch,
+        "kl_kernels": kl_kernels,
+        "policy": model,
+        "aggregation": aggregation,
+        "optimizer": torch.optim.SGD(policy.parameters(), lr=1.0),
+        "beta": 0.1,
+        "before": BEFORE,
+    }
     (loop,) = blocks_of("how-to/any-trainer.md", "python", containing="global_denominator")
     own = torch.arange(B).chunk(N_RANKS)[dist.get_rank()]
     gradients = []
@@ -72,13 +80,18 @@ def by_one_process(aggregation):
         given = batch(reference, step)
         optimizer.zero_grad()
         out = kl_kernels.token_kl(
-            policy(given["ids"]).logits[:, BEFORE], given["ref_logits"], given["token_ids"],
+            policy(given["ids"]).logits[:, BEFORE],
+            given["ref_logits"],
+            given["token_ids"],
             mask=given["mask"],
-        )  # fmt: skip
+        )
         loss, _ = kl_kernels.ppo_policy_loss(
-            out.logprob, given["old_logprobs"], given["advantages"], given["mask"],
+            out.logprob,
+            given["old_logprobs"],
+            given["advantages"],
+            given["mask"],
             aggregation=aggregation,
-        )  # fmt: skip
+        )
         (loss + 0.1 * kl_kernels.aggregate(out.kl, given["mask"], aggregation)).backward()
         optimizer.step()
         gradients.append([weight.grad.clone() for weight in policy.parameters()])

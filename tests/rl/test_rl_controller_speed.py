@@ -1,4 +1,4 @@
-"""How long each controller takes to reach its target, on a model of how KL follows beta."""
+"""Updates that each controller needs to reach its target, on a model of a KL that follows beta."""
 
 import math
 import random

@@ -159,15 +159,23 @@ def test_settings_in_numbers_of_any_kind_are_kept_as_pythons_own(number):
             *start, number(512.0), unit="token_mean", error_clip=number(0.25), **bounds
         ),
         ThresholdKLController(
-            *start, unit="token_mean", tolerance=number(2.0), raise_by=number(1.5),
-            lower_by=number(0.5), **bounds,
+            *start,
+            unit="token_mean",
+            tolerance=number(2.0),
+            raise_by=number(1.5),
+            lower_by=number(0.5),
+            **bounds,
         ),
         PIKLController(
-            *start, unit="token_mean", gain=number(0.25), lag=number(4.0), error_clip=number(0.5),
+            *start,
+            unit="token_mean",
+            gain=number(0.25),
+            lag=number(4.0),
+            error_clip=number(0.5),
             **bounds,
         ),
         FixedKLController(number(0.25)),
-    ]  # fmt: skip
+    ]
     for control in made:
         control.update(9.0, 64)
         numbers = [v for v in vars(control).values() if not isinstance(v, str)]
@@ -175,9 +183,11 @@ def test_settings_in_numbers_of_any_kind_are_kept_as_pythons_own(number):
 
 
 ALL = {
-    "AdaptiveKLController": controller, "ThresholdKLController": threshold, "PIKLController": pi,
+    "AdaptiveKLController": controller,
+    "ThresholdKLController": threshold,
+    "PIKLController": pi,
     "FixedKLController": lambda: FixedKLController(0.2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("owner", ALL)
@@ -317,7 +327,7 @@ def test_the_threshold_rules_of_ppo_and_rllib(kl, ppo, rllib):
 
 
 def test_the_pi_controller_is_a_sum_over_all_errors_so_far():
-    """In position form: log value = log start + gain (sum of errors) + gain lag (last - first)."""
+    """The position form is log value = log start + gain (sum of errors) + gain lag (last - first)."""
     kls = [6.0, 9.0, 15.0, 100.0, 3.0, 0.1, 0.0, -2.0, 6.5]
     errors = [min(max(math.log(kl / 6) if kl > 0 else -math.inf, -1), 1) for kl in kls]
     control = pi(gain=0.15, lag=4.0, error_clip=1.0)
@@ -340,7 +350,7 @@ def test_at_a_bound_the_pi_controller_does_not_wind_up():
     for _ in range(100):
         control.update(60.0, 64)
     assert control.value == 0.3
-    assert control.update(6.0, 64).value < 0.3, "the very next update has to act"
+    assert control.update(6.0, 64).value < 0.3, "the very next update must act"
 
 
 def test_the_unit_has_to_be_stated():

@@ -1,4 +1,4 @@
-"""What importance weights say of the engine that sampled, as docs/how-to/trl-vllm.md has it."""
+"""Importance weights as a check of the engine that sampled: docs/how-to/trl-vllm.md."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ def logits():
 
 
 def weights_of(policy, sampled_from, claimed):
-    """Of N tokens: log-probabilities [V] of the trainer, of the engine, and what that says."""
+    """Weigh N tokens, given [V] log-probabilities: trainer's, engine's, and those it claims."""
     g = torch.Generator().manual_seed(1)
     ids = torch.multinomial(sampled_from.exp(), N, replacement=True, generator=g)[None]
     return kl_kernels.importance_weights(policy[ids[0]][None], claimed[ids[0]][None], ids >= 0)
 
 
 def standard_error(policy, sampled_from):
-    """Of the mean of N weights with the mean 1."""
+    """Standard error of the mean of N weights with the mean 1."""
     return (((2 * policy - sampled_from).exp().sum() - 1) / N).sqrt().item()
 
 
@@ -57,7 +57,7 @@ def test_tokens_that_were_cut_make_every_weight_too_small(logits):
 
 
 def test_weights_multiply_the_policy_term_alone():
-    """Neither the KL nor the entropy."""
+    """The KL and the entropy are not weighted."""
     g = torch.Generator().manual_seed(2)
     x, y = (torch.randn((2, 3, V), generator=g) for _ in range(2))
     ids, mask = torch.randint(V, (2, 3), generator=g), torch.ones(2, 3)

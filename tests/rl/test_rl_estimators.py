@@ -39,7 +39,7 @@ def expected_under_policy(f):
     return lambda lp: (lp.exp() * f(lp - log_p(REFERENCE))).sum()
 
 
-# What a combination may be the gradient of.
+# Gradients that a combination may have.
 TRUTHS = {
     "KL": gradient_of(expected_under_policy(lambda d: d)),
     "forward KL": gradient_of(lambda lp: (log_p(REFERENCE).exp() * (log_p(REFERENCE) - lp)).sum()),

@@ -6,9 +6,14 @@ import importlib
 import pytest
 
 MODULES = {
-    "adaptive_controllers": 3, "advantages": 1, "controllers": 1, "early_stop": 1, "masked": 3,
-    "rewards": 1, "scores": 3,
-}  # fmt: skip
+    "adaptive_controllers": 3,
+    "advantages": 1,
+    "controllers": 1,
+    "early_stop": 1,
+    "masked": 3,
+    "rewards": 1,
+    "scores": 3,
+}
 
 
 @pytest.mark.parametrize("module", MODULES)

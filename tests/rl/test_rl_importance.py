@@ -108,7 +108,7 @@ def test_equal_engines_weigh_1_and_masked_nan_reaches_nothing():
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 def test_an_unknown_log_probability_has_weight_0_in_both_modes(level, mode, side):
-    """At the level of sequences its whole sequence has; metrics are of what is known."""
+    """Levels of sequences give its whole sequence weight 0; metrics leave out the unknown."""
     logprobs, rollout = pair(spread=0.3)
     expected, _ = importance_weights(logprobs, rollout, MASK, mode=mode, level=level)
     for name, tensor in (("engine", rollout), ("trainer", logprobs)):
@@ -154,7 +154,7 @@ def test_weights_are_constants():
         ({"mode": "clip"}, "mode is 'clip'; accepted: 'truncate', 'mask'"),
         ({"level": "batch"}, "level is 'batch'"),
         ({"low": -1.0}, "low is -1"),
-        ({"low": 3.0}, "high is 2.0; it has to be at least low, 3.0"),
+        ({"low": 3.0}, "high is 2.0; it must be at least low, 3.0"),
         ({"high": math.nan}, "high is nan"),
     ],
 )
@@ -167,9 +167,13 @@ def test_bounds_belong_to_what_they_bound():
     logprobs = torch.tensor([[0.5, 2.0, 1.0]], dtype=torch.float64).log()
     ratios = logprobs.exp()
     found, metrics = importance_weights(
-        logprobs, torch.zeros_like(logprobs), torch.ones(1, 3),
-        mode="mask", low=ratios[0, 0].item(), high=ratios[0, 1].item(),
-    )  # fmt: skip
+        logprobs,
+        torch.zeros_like(logprobs),
+        torch.ones(1, 3),
+        mode="mask",
+        low=ratios[0, 0].item(),
+        high=ratios[0, 1].item(),
+    )
     assert torch.equal(found, ratios)
     assert metrics["bounded_fraction"] == 0
 

@@ -116,10 +116,11 @@ def test_micro_batches_add_up_to_the_whole(kind, mode, as_tensor):
     def loss_and_grad(parts, denominator):
         leaf = x.clone().requires_grad_()
         loss = sum(
-            loss_fn(leaf[p], *(t[p] for t in rest), MASK[p],
-                    aggregation=mode, denominator=denominator)[0]
+            loss_fn(
+                leaf[p], *(t[p] for t in rest), MASK[p], aggregation=mode, denominator=denominator
+            )[0]
             for p in parts
-        )  # fmt: skip
+        )
         return loss, torch.autograd.grad(loss, leaf)[0]
 
     whole = loss_and_grad([slice(None)], None)
@@ -127,7 +128,7 @@ def test_micro_batches_add_up_to_the_whole(kind, mode, as_tensor):
     for w, p in zip(whole, loss_and_grad(parts, denominator)):
         torch.testing.assert_close(p, w, **CLOSE)
     averaged = loss_and_grad(parts, None)[0] / len(parts)
-    assert abs(averaged - whole[0]) > 1e-3  # what averaging micro-batch means would give
+    assert abs(averaged - whole[0]) > 1e-3  # the mean of micro-batch means differs
 
 
 # One token each: advantage, log ratio, and with clip 0.2 / 0.3 and dual clip 3 the loss and its
@@ -160,7 +161,7 @@ def test_each_case_of_the_clipped_loss(advantage, log_ratio, loss, grad):
 
 
 def test_a_dual_clip_that_the_loss_just_reaches_leaves_its_gradient():
-    """Of the loss alone and of the fused one's formula: a ratio that is dual_clip to the bit."""
+    """A ratio that equals dual_clip to the bit, in the loss alone and in the fused formula."""
     one = torch.ones(1, 1, dtype=torch.float64)
     log_ratio = 1.5 * one
     ratio = log_ratio.exp()

@@ -21,10 +21,14 @@ def test_trees_are_whole():
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 @pytest.mark.parametrize(
     ("kl_estimator", "options"),
-    [("k1", {}), ("k1", {"correct": True}), ("exact", {"correct": True}),
-     ("exact", {"kl_in_loss": True})],
+    [
+        ("k1", {}),
+        ("k1", {"correct": True}),
+        ("exact", {"correct": True}),
+        ("exact", {"kl_in_loss": True}),
+    ],
     ids=["k1", "k1_corrected_by_nothing", "exact_and_correction", "exact_and_kl_in_loss"],
-)  # fmt: skip
+)
 def test_offered_combinations_have_the_true_gradient(tree, kl_estimator, options):
     error, _ = disagreement(tree.gradient(kl_estimator, **options), tree.true_gradient())
     assert error < 1e-13
@@ -33,10 +37,16 @@ def test_offered_combinations_have_the_true_gradient(tree, kl_estimator, options
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 @pytest.mark.parametrize(
     ("kl_estimator", "options"),
-    [("exact", {}), ("k2", {}), ("k3", {}), ("abs", {}), ("k1", {"kl_in_loss": True}),
-     ("exact", {"correct": True, "kl_in_loss": True})],
+    [
+        ("exact", {}),
+        ("k2", {}),
+        ("k3", {}),
+        ("abs", {}),
+        ("k1", {"kl_in_loss": True}),
+        ("exact", {"correct": True, "kl_in_loss": True}),
+    ],
     ids=["exact_alone", "k2", "k3", "abs", "k1_and_kl_in_loss", "exact_corrected_twice"],
-)  # fmt: skip
+)
 def test_other_combinations_are_clearly_wrong(tree, kl_estimator, options):
     error, cosine = disagreement(tree.gradient(kl_estimator, **options), tree.true_gradient())
     assert error > 0.2
@@ -59,10 +69,16 @@ def test_compute_rewards_from_the_kl_gives_the_rewards_of_kl_rewards(score_posit
         score_position = torch.arange(len(tree.scores)) % (T + 1) - 1
     for kl_estimator in ("k1", "exact"):
         out = kl_rewards(
-            tree.padded(tree.policy), tree.padded(tree.reference), tree.tokens, tree.scores,
-            tree.mask, kl_coef=BETA, kl_estimator=kl_estimator, score_position=score_position,
+            tree.padded(tree.policy),
+            tree.padded(tree.reference),
+            tree.tokens,
+            tree.scores,
+            tree.mask,
+            kl_coef=BETA,
+            kl_estimator=kl_estimator,
+            score_position=score_position,
             score_clip=1.5,
-        )  # fmt: skip
+        )
         kl = out.kl if kl_estimator == "exact" else out.logprob - out.ref_logprob
         kl = torch.where(tree.mask, kl, torch.nan)
         rewards = compute_rewards(

@@ -1,4 +1,4 @@
-"""Nobody but the user can write to what a run leaves, and a link planted in it leads nowhere."""
+"""Only the user can write to a run's files, and a link planted among them is not followed."""
 
 import json
 import os
@@ -55,8 +55,15 @@ def test_a_run_folder_is_written_by_its_user_alone_and_read_as_the_umask_has_it(
     tokenizer.chat_template = {"default": "x", "tool_use": "y"}  # saved in a folder of their own
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     save_model(run.policy, lm, tokenizer)
-    assert {"audit.jsonl", "audit.jsonl.head", "audit.jsonl.lock", "metrics.jsonl", "checkpoint.pt",
-            "config.json", "policy"} == {path.name for path in run.path.iterdir()}  # fmt: skip
+    assert {
+        "audit.jsonl",
+        "audit.jsonl.head",
+        "audit.jsonl.lock",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "config.json",
+        "policy",
+    } == {path.name for path in run.path.iterdir()}
     assert list(run.policy.glob("*/tool_use*"))
     assert_by_the_umask(tmp_path / "runs", umask)
 
@@ -89,7 +96,7 @@ def test_a_folder_that_is_there_keeps_its_mode(tmp_path):
 
 @pytest.fixture
 def victim(tmp_path):
-    """Somebody's file outside the run folder, which has to stay as it is."""
+    """A file outside the run folder, which must stay as it is."""
     path = tmp_path / "victim"
     path.write_text("untouched")
     yield path

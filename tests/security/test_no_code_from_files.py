@@ -1,4 +1,4 @@
-"""What is read back from a file is data: nothing in it runs, whoever wrote it."""
+"""Files that are read back are data: nothing in them runs, whoever wrote them."""
 
 import ast
 import itertools
@@ -40,7 +40,7 @@ MAY_IMPORT_PICKLE = {"kl_kernels/lab/ppo/checkpoint.py"}  # for the name of an e
 
 
 def dangers(source: str, path: str = "x.py") -> list[str]:
-    """What in a module could run what it reads."""
+    """List the code of a module that could run what it reads."""
     found = []
     for node in ast.walk(ast.parse(source)):
         what = None
@@ -173,9 +173,15 @@ def readers(folder: Path):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "study.json", "metrics.jsonl", "audit log", "audit head",
-     "audit log and its head"],
-)  # fmt: skip
+    [
+        "config.json",
+        "study.json",
+        "metrics.jsonl",
+        "audit log",
+        "audit head",
+        "audit log and its head",
+    ],
+)
 def test_no_other_file_is_unpickled(tmp_path, mark, name, form):
     path, read = readers(tmp_path)[name]
     path.write_bytes(poisoned(mark, form))
@@ -240,7 +246,7 @@ class Tokenizer(PreTrainedTokenizerFast):
 
 @pytest.mark.parametrize("model_type", ["llama", "of-its-own"])
 def test_code_in_a_model_s_folder_is_not_run(model, mark, model_type, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked, either
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # consent must not be asked for, either
     code = CODE.format(mark=str(mark), model_type=model_type)
     for name in ("modeling_own.py", "configuration_own.py", "tokenization_own.py", "__init__.py"):
         (model / name).write_text(code)

@@ -1,4 +1,4 @@
-"""Neither importing the package, nor building it, nor its offline commands, opens a connection."""
+"""Importing the package, building it and its offline commands open no connection."""
 
 import json
 import subprocess

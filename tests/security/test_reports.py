@@ -1,4 +1,4 @@
-"""What people and language models write is text in a report: no tag, no link, no picture."""
+"""Text from people and language models stays text in a report: no tag, no link, no picture."""
 
 from html.parser import HTMLParser
 
@@ -51,9 +51,13 @@ def samples(text: str) -> Table:
 
 def page(text: str) -> str:
     blocks = [
-        Heading(text), Text(text), Bullets([text]), Picture("p", text), Table([text], [[text]]),
+        Heading(text),
+        Text(text),
+        Bullets([text]),
+        Picture("p", text),
+        Table([text], [[text]]),
         samples(text),
-    ]  # fmt: skip
+    ]
     return to_html(text, blocks, {"p": PNG})
 
 

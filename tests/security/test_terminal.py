@@ -1,4 +1,4 @@
-"""What a model writes reaches no terminal as a command, nor a report as an invisible sign."""
+"""Text from a model reaches no terminal as a command, and no report as an invisible sign."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def test_metrics_hold_samples_escaped_as_json_has_them(tmp_path, text):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_errors_are_printed_escaped(tmp_path, text, capsys):
-    """Of an answer, of a folder's configuration, and of its files' names."""
+    """Errors quote an answer, a folder's configuration, and its files' names."""
     with pytest.raises(ValueError, match="returned None") as error:
         compute_scores(lambda prompts, answers: [None], ["p"], [text])
     assert_harmless(str(error.value))

@@ -8,7 +8,7 @@ KINDS = ("full", "right padding", "left padding", "holes", "one token each")
 
 
 def mask_of(kind, shape=SHAPE, seed=0):  # -> [B, T] bool, a token or more in each row
-    """Which positions are tokens of the policy."""
+    """Make a mask of the policy's tokens."""
     generator = torch.Generator().manual_seed(seed)
     rows, width = shape
     lengths = torch.randint(1, width + 1, (rows, 1), generator=generator)

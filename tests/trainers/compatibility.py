@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
 
 def told(record: dict[str, Any] | None) -> Any:
-    """What has to be equal; the packages beside a trainer move on."""
+    """Return the fields that must be equal; the packages beside a trainer may change."""
     return record and (record["trainer"], record["version"], record["exercised"])
 
 

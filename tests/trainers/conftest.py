@@ -26,7 +26,7 @@ os.environ |= {
 
 HERE = Path(__file__).parent
 PASSED = pytest.StashKey[Counter]()
-# Whose versions a reader wants to know.
+# Packages whose versions are recorded.
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "tensordict", "ray")
 
 
@@ -51,7 +51,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """Of a whole and green run of one environment."""
+    """Write the record of a complete, green run of one environment."""
     folders = {item.path.relative_to(HERE).parts[0] for item in session.items}
     if exitstatus != pytest.ExitCode.OK or len(folders) != 1:
         return

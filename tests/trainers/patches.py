@@ -1,4 +1,4 @@
-"""What is asked of every trainer's patch, and of the page that tells how to apply it."""
+"""Checks of every trainer's patch, and of the page that tells how to apply it."""
 
 import re
 
@@ -17,9 +17,9 @@ def check_undo(make_patch, places):
 
 
 def check_same_steps(ours, theirs):
-    """What each of several steps gives by name, with the patch and without.
+    """Compare several steps' results by name, with the patch and without.
 
-    "gradient" is among it, which has to be there, and "kl_coef", which has to move at each step:
+    They include "gradient", which must not be 0, and "kl_coef", which must change at each step:
     controllers may keep it in another type than the one it began with.
     """
     assert len(ours) == len(theirs) >= 3

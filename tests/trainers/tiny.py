@@ -21,10 +21,16 @@ def make_tokenizer():
 def make_model(seed=0, **config):
     torch.manual_seed(seed)
     config = {
-        "vocab_size": len(LETTERS) + 2, "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128,
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
-    } | config  # fmt: skip
+        "vocab_size": len(LETTERS) + 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    } | config
     return LlamaForCausalLM(LlamaConfig(**config))
 
 

@@ -1,4 +1,4 @@
-"""What a user's own strict type checker makes of typical calls: `make lint` runs one on this file.
+"""Typical calls for a user's own strict type checker: `make lint` runs one on this file.
 
 Never executed. `assert_type` is red for what has become Any, and an `ignore` is red (as unused)
 once the wrong call beside it is no longer seen to be wrong.

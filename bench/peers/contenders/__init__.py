@@ -27,17 +27,17 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far from float64 a contender may be and still be timed.
+    """Errors against float64 up to which a contender is timed.
 
-    value: absolute, and relative to the true value; gradient: of its norm. Both get the rounding of
-    a result's own dtype on top.
+    value: absolute, and relative to the true value; gradient: relative to its norm. Both get the
+    rounding of a result's own dtype on top.
     """
 
     value: float
     gradient: float
 
 
-FUSED = Tolerance(4e-6, 1e-5)  # what kl_kernels promises
+FUSED = Tolerance(4e-6, 1e-5)  # promised by kl_kernels
 FLOAT32 = Tolerance(2e-4, 1e-3)  # float32 sums over a vocabulary, in any order
 
 

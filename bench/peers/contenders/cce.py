@@ -24,7 +24,7 @@ def _logprob(implementation: str) -> Call:
     from cut_cross_entropy import linear_cross_entropy
 
     def run(x: HeadInputs) -> Results:
-        # filter_eps=None: no small gradients are left out, as nobody else leaves them out.
+        # filter_eps=None: no small gradients are left out, as in all other contenders.
         loss = linear_cross_entropy(
             x.hidden, x.weight, x.token_ids, reduction="none", filter_eps=None, impl=implementation
         )

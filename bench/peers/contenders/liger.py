@@ -13,8 +13,13 @@ from bench.peers.operations import CLIP, JSD_BETA, LOSS_KL_COEF, HeadInputs, Inp
 NAME = "Liger"
 
 
-@offers("token logprob", name=f"{NAME} cross-entropy", rounds=True, source="overwritten",
-        note="the loss has the logits' dtype; the gradient is written over the logits")  # fmt: skip
+@offers(
+    "token logprob",
+    name=f"{NAME} cross-entropy",
+    rounds=True,
+    source="overwritten",
+    note="the loss has the logits' dtype; the gradient is written over the logits",
+)
 def logprob() -> Call:
     need_cuda(NAME)
     from liger_kernel.transformers.functional import liger_cross_entropy
@@ -77,17 +82,30 @@ def policy_loss() -> Call:
 
     def run(x: Inputs) -> Results:
         loss, _ = triton_grpo_loss(
-            x.with_prompt, x.old_logprobs, x.ref_logprobs, x.token_ids, x.advantages,
-            temperature=1.0, beta=LOSS_KL_COEF, eps_low=CLIP, eps_high=CLIP, inplace=False,
-            loss_type="bnpo", reduce=True,
-        )  # fmt: skip
+            x.with_prompt,
+            x.old_logprobs,
+            x.ref_logprobs,
+            x.token_ids,
+            x.advantages,
+            temperature=1.0,
+            beta=LOSS_KL_COEF,
+            eps_low=CLIP,
+            eps_high=CLIP,
+            inplace=False,
+            loss_type="bnpo",
+            reduce=True,
+        )
         return {"loss": loss}
 
     return run
 
 
-@offers("linear logprob + entropy", name=f"{NAME} fused linear", rounds=True,
-        note="in chunks of torch operators where the GPU is not a Hopper")  # fmt: skip
+@offers(
+    "linear logprob + entropy",
+    name=f"{NAME} fused linear",
+    rounds=True,
+    note="in chunks of torch operators where the GPU is not a Hopper",
+)
 def linear_stats() -> Call:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
@@ -102,8 +120,12 @@ def linear_stats() -> Call:
     return run
 
 
-@offers("linear logprob + entropy", name=f"{NAME} fused linear cross-entropy", rounds=True,
-        note="the mean log-probability only")  # fmt: skip
+@offers(
+    "linear logprob + entropy",
+    name=f"{NAME} fused linear cross-entropy",
+    rounds=True,
+    note="the mean log-probability only",
+)
 def linear_cross_entropy() -> Call:
     need_cuda(NAME)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -114,8 +136,12 @@ def linear_cross_entropy() -> Call:
     return run
 
 
-@offers("linear exact KL", name=f"{NAME} fused linear JSD", rounds=True,
-        note="the mean KL(policy || reference) only")  # fmt: skip
+@offers(
+    "linear exact KL",
+    name=f"{NAME} fused linear JSD",
+    rounds=True,
+    note="the mean KL(policy || reference) only",
+)
 def linear_jsd() -> Call:
     need_cuda(NAME)
     from liger_kernel.transformers.functional import liger_fused_linear_jsd

@@ -62,10 +62,18 @@ def rollout(x: Inputs) -> kl_kernels.KLRewards:
 def policy_loss() -> Call:
     def run(x: Inputs) -> Results:
         loss, _ = kl_kernels.fused_policy_loss(
-            x.logits, x.token_ids, x.old_logprobs, per_token(x), x.mask, loss_scale=ONE,
-            ref_logprobs=x.ref_logprobs, kl_estimator="k3", kl_loss_coef=LOSS_KL_COEF,
-            clip_low=CLIP, clip_high=CLIP,
-        )  # fmt: skip
+            x.logits,
+            x.token_ids,
+            x.old_logprobs,
+            per_token(x),
+            x.mask,
+            loss_scale=ONE,
+            ref_logprobs=x.ref_logprobs,
+            kl_estimator="k3",
+            kl_loss_coef=LOSS_KL_COEF,
+            clip_low=CLIP,
+            clip_high=CLIP,
+        )
         return {"loss": loss}
 
     return run
@@ -75,17 +83,29 @@ def policy_loss() -> Call:
 def policy_loss_with_exact_kl() -> Call:
     def run(x: Inputs) -> Results:
         loss, _ = kl_kernels.fused_policy_loss(
-            x.logits, x.token_ids, x.old_logprobs, per_token(x), x.mask, loss_scale=ONE,
-            ref_logits=x.ref_logits, kl_loss_coef=LOSS_KL_COEF, entropy_coef=ENTROPY_COEF,
-            clip_low=CLIP, clip_high=CLIP,
-        )  # fmt: skip
+            x.logits,
+            x.token_ids,
+            x.old_logprobs,
+            per_token(x),
+            x.mask,
+            loss_scale=ONE,
+            ref_logits=x.ref_logits,
+            kl_loss_coef=LOSS_KL_COEF,
+            entropy_coef=ENTROPY_COEF,
+            clip_low=CLIP,
+            clip_high=CLIP,
+        )
         return {"loss": loss}
 
     return run
 
 
-@offers("policy loss with exact KL", name=f"{OURS} in two visits", tolerance=FUSED,
-        note="`token_kl` and a loss in torch: each logit is read twice")  # fmt: skip
+@offers(
+    "policy loss with exact KL",
+    name=f"{OURS} in two visits",
+    tolerance=FUSED,
+    note="`token_kl` and a loss in torch: each logit is read twice",
+)
 def two_visits() -> Call:
     def run(x: Inputs) -> Results:
         stats = kl_kernels.token_kl(x.logits, x.ref_logits, x.token_ids)._asdict()
@@ -134,9 +154,15 @@ def ppo_step() -> Call:
             before.rewards, x.values, x.mask, gamma=GAMMA, lam=LAM
         )
         loss, metrics = kl_kernels.fused_policy_loss(
-            x.logits, x.token_ids, before.logprob, kl_kernels.masked_whiten(advantages, x.mask),
-            x.mask, clip_low=CLIP, clip_high=CLIP, loss_scale=ONE,
-        )  # fmt: skip
+            x.logits,
+            x.token_ids,
+            before.logprob,
+            kl_kernels.masked_whiten(advantages, x.mask),
+            x.mask,
+            clip_low=CLIP,
+            clip_high=CLIP,
+            loss_scale=ONE,
+        )
         return {"rewards": before.rewards, "mean_entropy": metrics["entropy"], "loss": loss}
 
     return run

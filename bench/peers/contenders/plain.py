@@ -114,8 +114,12 @@ def linear_kl(x: HeadInputs) -> Results:
     return statistics(logits.float(), ref_logits.float(), x.token_ids)
 
 
-@offers("linear logprob + entropy", name="torch linear_cross_entropy", rounds=True,
-        note="log-probability only")  # fmt: skip
+@offers(
+    "linear logprob + entropy",
+    name="torch linear_cross_entropy",
+    rounds=True,
+    note="log-probability only",
+)
 def linear_cross_entropy() -> Call:
     function = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if function is None:

@@ -30,8 +30,12 @@ def logprob() -> Call:
     return run
 
 
-@offers("linear logprob + entropy", name=f"{NAME} linear cross-entropy", rounds=True,
-        note="the mean log-probability only")  # fmt: skip
+@offers(
+    "linear logprob + entropy",
+    name=f"{NAME} linear cross-entropy",
+    rounds=True,
+    note="the mean log-probability only",
+)
 def linear_cross_entropy() -> Call:
     _need_hopper()
     from quack.linear_cross_entropy import chunked_linear_cross_entropy

@@ -13,7 +13,7 @@ from bench.peers.operations import JSD_BETA, HeadInputs, Inputs, Results, grpo_l
 
 ON_CPU = not torch.cuda.is_available()  # no kernel there: the logits' dtype is computed in
 NAME = "TRL"
-VOCAB_CHUNK = 8192  # of the head, at a time
+VOCAB_CHUNK = 8192  # columns of the head at a time
 
 
 @offers("token logprob", name=NAME, rounds=ON_CPU)
@@ -87,8 +87,13 @@ def linear_stats() -> Call:
     return run
 
 
-@offers("linear exact KL", name=f"{NAME} chunked", rounds=True, constant=("entropy",),
-        note="KL and entropy only, no gradient of the entropy")  # fmt: skip
+@offers(
+    "linear exact KL",
+    name=f"{NAME} chunked",
+    rounds=True,
+    constant=("entropy",),
+    note="KL and entropy only, no gradient of the entropy",
+)
 def linear_kl() -> Call:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 

@@ -143,9 +143,13 @@ def _clipped_loss() -> Call:
     from verl.workers.config import ActorConfig
 
     config = ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=CLIP,
-        clip_ratio_low=CLIP, clip_ratio_high=CLIP,
-    )  # fmt: skip
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio=CLIP,
+        clip_ratio_low=CLIP,
+        clip_ratio_high=CLIP,
+    )
 
     def clipped_loss(old: Tensor, logprob: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         return compute_policy_loss_vanilla(old, logprob, advantages, mask, config=config)[0]

@@ -1,1 +1,1 @@
-"""What the Triton kernels compile to, counted in machine code without a GPU."""
+"""The machine code of the Triton kernels, compiled and counted without a GPU."""

@@ -1,4 +1,4 @@
-"""What the loops over the vocabulary may cost, for bfloat16 rows that are aligned.
+"""Budgets of the loops over the vocabulary, for bfloat16 rows that are aligned.
 
 In the time that the 4 bytes of a pair take, an H200 has slots for 28 instructions and 3.5 special
 functions, an A100 for 38 and 4.8, a B200 for 19 and 2.3. Within these budgets memory binds, except
@@ -54,7 +54,7 @@ REGISTERS = {"sm_80": 64, "sm_90": 64, "sm_100": 80}
 
 
 def excesses(arch: str, kernel: Kernel) -> list[str]:
-    """A sentence for each figure of a kernel with budgeted loops that is over its budget."""
+    """Return a sentence for each figure of a kernel's budgeted loops that is over its budget."""
     if not kernel.loops:
         return []
     found: list[tuple[str, str, float, float]] = [

@@ -1,4 +1,4 @@
-"""How long a loop takes at least, from what it is made of and what a chip can do.
+"""The least time of a loop, from its instructions and bytes and a chip's rates.
 
 A loop over n units (logits, or pairs of them) takes no less than the slowest of
 
@@ -64,8 +64,8 @@ def limits(loop: Loop, units: int, chip: Chip) -> dict[str, float]:
 def second_look_hits(row_bytes: int, rows_in_flight: int, chip: Chip) -> float:
     """The share of each row that the L2 still holds when the row is read again from its end.
 
-    If what is written, and what is read for the last time, makes room at once. Rows are in step,
-    so that none makes room for another: at worst.
+    Assumes that data written, or read for the last time, leaves the cache at once, and the worst
+    case that rows are in step, so that none makes room for another.
     """
     return min(1.0, (chip.l2 << 20) / (rows_in_flight * row_bytes))
 
@@ -81,7 +81,7 @@ def visit(first: Loop, second: Loop, hits: float, units: int, chip: Chip) -> flo
 def occupancy(registers: int, shared: int, num_warps: int, chip: Chip) -> float:
     """The share of an SM's warps that can be resident at once.
 
-    Of a thread's `registers`, and a block's bytes of `shared` memory and warps.
+    The limits are a thread's `registers`, and a block's bytes of `shared` memory and warps.
     """
     per_warp = -(-registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
     blocks = min(

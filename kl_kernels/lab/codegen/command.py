@@ -1,4 +1,4 @@
-"""`python -m kl_kernels codegen`: what the Triton kernels compile to, and how fast that can be."""
+"""`python -m kl_kernels codegen`: the Triton kernels' machine code, and its least times."""
 
 from __future__ import annotations
 
@@ -23,13 +23,24 @@ from kl_kernels.lab.codegen.chips import (
 from kl_kernels.lab.codegen.sass import Kernel
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-CHIP_OF = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200"}  # by default
+CHIP_OF = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200"}  # the default chip
 
 KERNEL_COLUMNS = ("kernel", "registers", "stack bytes", "shared bytes", "occupancy")
 LOOP_COLUMNS = (
-    "loop", "per", "instructions", "MUFU", "bytes", "load", "store", "barriers", "shuffles",
-    "memory ms", "issue ms", "MUFU ms", "bound by",
-)  # fmt: skip
+    "loop",
+    "per",
+    "instructions",
+    "MUFU",
+    "bytes",
+    "load",
+    "store",
+    "barriers",
+    "shuffles",
+    "memory ms",
+    "issue ms",
+    "MUFU ms",
+    "bound by",
+)
 VISIT_COLUMNS = ("both looks in one visit", "L2 hits", "memory ms", "ms if all hit", "ms if none")
 
 
@@ -67,15 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 1: a kernel costs more than its budget."""
     arch, chip = _target(args.arch, args.chip)
-    # One logit would be compiled in, and the loops be gone.
+    # With one logit, the compiler would remove the loops.
     for name, value, least in (("rows", args.rows, 1), ("vocab-size", args.vocab_size, 2)):
         if value < least:
-            raise ValueError(f"{name} is {value}; it has to be at least {least}")
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
     if args.out:
         _make_writable(args.out)
     _check_triton()
 
-    # Imported here: there may be no Triton to import.
+    # Imported here: Triton may not be installed.
     from kl_kernels.lab.codegen.compile import compile_for, empty_cache
     from kl_kernels.lab.codegen.variants import Shape, variants
 
@@ -134,7 +145,7 @@ def _make_writable(out: Path) -> None:
     except OSError as error:
         raise OSError(f"out is {str(out)!r}; it cannot be made: {error.strerror}") from error
     if not os.access(out, os.W_OK):
-        raise OSError(f"out is {str(out)!r}; it has to be a directory that can be written")
+        raise OSError(f"out is {str(out)!r}; it must be a directory that can be written")
 
 
 def _check_triton() -> None:

@@ -34,7 +34,7 @@ TARGETS = {
 
 
 class _OfflineDriver:
-    """What the JIT asks of a driver before it has anything to launch."""
+    """A driver with the functions that the JIT calls before a launch."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -54,14 +54,14 @@ class _OfflineDriver:
 
 @contextmanager
 def empty_cache() -> Iterator[None]:
-    """Triton keeps what it compiles; what is compiled in here is compiled here."""
+    """Use a temporary cache: everything compiled inside is compiled anew."""
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         yield
 
 
 def compile_kernel(arch: str, kernel: Any, arguments: Mapping[str, Any]) -> Any:
-    """Any JIT function for one of TARGETS, with its arguments and options as for a launch.
+    """Compile a JIT function for one of TARGETS, with its arguments and options as for a launch.
 
     A dtype or a `MockTensor` stands for a pointer, to memory that is aligned. Gives what Triton
     compiles to: `.asm` by stage, and `.metadata`.
@@ -73,7 +73,7 @@ def compile_kernel(arch: str, kernel: Any, arguments: Mapping[str, Any]) -> Any:
 
 
 def compile_for(arch: str, variant: Variant) -> tuple[Kernel, dict[str, bytes]]:
-    """`variant` for one of TARGETS, and its files by suffix. AMD's loops are not counted."""
+    """Compile `variant` for one of TARGETS; files are by suffix. AMD's loops are not counted."""
     target = TARGETS[arch]
     # One lane per thread, whatever the size of a warp.
     lanes = variant.arguments.get("N", launch.CONFIG.lanes)
@@ -115,7 +115,7 @@ def _amd_usage(text: str) -> tuple[int, int]:
 
 
 def disassemble(cubin: bytes) -> str:
-    """By the disassembler that comes with Triton."""
+    """Disassemble with the disassembler that comes with Triton."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cubin")
         path.write_bytes(cubin)

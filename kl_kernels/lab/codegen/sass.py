@@ -40,7 +40,7 @@ class Loop:
 
     @property
     def read(self) -> float:
-        """Of these bytes, the loaded ones."""
+        """Count the bytes loaded, without those stored."""
         return sum(self._widths("LDG.")) / self.units
 
     @property
@@ -77,10 +77,10 @@ class Loop:
 @dataclass(frozen=True)
 class Kernel:
     name: str
-    registers: int  # of a thread
+    registers: int  # per thread
     stack: int  # bytes of a thread; more than 0: registers spilled
     shared: int  # bytes of a block
-    num_warps: int  # of a block
+    num_warps: int  # per block
     loops: dict[str, Loop]  # over the vocabulary
 
 
@@ -113,7 +113,7 @@ def loops(listing: str, units: int) -> list[Loop]:
 
 
 def program(listing: str, units: int) -> Loop:
-    """All of a kernel that has no loop, without what fills up its end."""
+    """Return all instructions of a kernel without loops, without the padding at its end."""
     opcodes = [text.split()[0] for at, text in _code(listing) if not _is_branch_to_itself(at, text)]
     return Loop(Counter(opcode for opcode in opcodes if opcode != "NOP"), units)
 

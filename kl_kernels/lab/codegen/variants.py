@@ -31,7 +31,7 @@ from kl_kernels.schemas import (
     TokenStatsArgs,
 )
 
-OPTIONS = {*launch.COMPILE, "num_warps"}  # of the compiler, not arguments of a kernel
+OPTIONS = {*launch.COMPILE, "num_warps"}  # the compiler's options, not arguments of a kernel
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Shape:
 
 
 def _operands(shape: Shape) -> dict[str, Any]:
-    """Every argument that any operator has, by name."""
+    """Make every argument that any operator has, by name."""
     rows = (1, shape.rows)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -170,7 +170,7 @@ def _over_vocabulary(name: str, launched: Launch, loops: tuple[str, ...], unit: 
 
 
 def _launches(launcher: Callable[[Any], Any], args: Any) -> list[Launch]:
-    """What the launcher of an operator would launch, in order."""
+    """Record the launches of an operator's launcher, in order."""
     with _recorded() as found:
         launcher(args)
     return found
@@ -189,7 +189,7 @@ def _recorded() -> Iterator[list[Launch]]:
 
 
 class _Recorder:
-    """Stands for a kernel, and notes its launches."""
+    """A stand-in for a kernel that records its launches."""
 
     def __init__(self, kernel: Any, found: list[Launch]):
         self._kernel, self._found = kernel, found

@@ -1,4 +1,4 @@
-"""From the folder of a finished study to the numbers of its report."""
+"""The numbers of a study's report, computed from the folder of the finished study."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from kl_kernels.lab.study.prepare import load_task
 from kl_kernels.lab.study.statistics import mean_interval
 from kl_kernels.lab.study.tree import compare_forms
 
-Records = Mapping[str, Sequence[Sequence[Record]]]  # for each beta, a run per seed
+Records = Mapping[str, Sequence[Sequence[Record]]]  # by beta, a run per seed
 
 
 def analyse(plan: Plan, study: StudyFolder) -> dict[str, Any]:
-    """Everything a report says, as JSON has it."""
+    """Compute everything a report says, as values that JSON can hold."""
     records = {
         beta: [read_metrics(study.run(beta, seed).metrics) for seed in plan.seeds]
         for beta in plan.betas

@@ -1,4 +1,4 @@
-"""The arguments of `python -m kl_kernels study`, without what a study imports: as those of ppo."""
+"""The arguments of `python -m kl_kernels study`, without the imports that a study needs."""
 
 from __future__ import annotations
 

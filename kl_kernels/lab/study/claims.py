@@ -1,6 +1,6 @@
 """Conclusions: sentences whose numbers, and whose verdicts, come from the runs.
 
-A verdict can be that a claim does not hold, or that the study has not the runs to test it.
+A verdict can be that a claim does not hold, or that the study lacks the runs to test it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ HELD_KL = 1.5  # nats per answer
 NEAR_GOLD = 0.5  # points
 NEAR_LENGTH = 0.15  # relative
 NEAR_TARGET = 0.2  # relative
-KEPT = 0.8  # of what is lost without a penalty
+KEPT = 0.8  # part of the gold that is lost without a penalty
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`holds` is None where the study has not the runs to tell."""
+    """A claim; `holds` is None where the study lacks the runs to test it."""
 
     claim: str
     holds: bool | None
@@ -50,7 +50,7 @@ def conclusions(
     fits: Mapping[str, Any] | None,
     estimators: Mapping[str, Any],
 ) -> list[Claim]:
-    """Every claim that the study has any runs for, and what became of it."""
+    """Judge every claim that the study has any runs for."""
     claims = []
     numbers = [beta for beta in outcomes if beta != ADAPTIVE]
     if "0" in outcomes:
@@ -215,7 +215,7 @@ def over(runs: Sequence[Outcome], number: Any) -> Interval:
 
 
 def paired(a: Sequence[Outcome], b: Sequence[Outcome], number: Any) -> Interval:
-    """Runs of the same seed share their start."""
+    """Return the mean difference, seed by seed: runs of the same seed share their start."""
     return mean_interval(np.array([number(x) - number(y) for x, y in zip(a, b)]))
 
 

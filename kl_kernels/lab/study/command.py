@@ -27,12 +27,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def conduct(args: argparse.Namespace) -> tuple[int, StudyFolder]:
-    """The exit status, and where everything is."""
+    """Run the study, and return the exit status and the study's folder."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     jobs = n_cores() if args.jobs is None else args.jobs
     if jobs < 1:
-        raise ValueError(f"jobs is {jobs}; it has to be at least 1")
+        raise ValueError(f"jobs is {jobs}; it must be at least 1")
     plan, study = _planned(args)
     print(f"study folder: {study.path}", flush=True)
     try:

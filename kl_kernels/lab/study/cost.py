@@ -1,4 +1,4 @@
-"""What an estimate of the KL costs: the logits it has to read, and its time, side by side."""
+"""The cost of estimates of the KL: the logits each must read, and its time, side by side."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How good estimators of the KL are, on answers of a trained policy: bias and variance.
+"""Bias and variance of estimators of the KL, on answers of a trained policy.
 
-Per answer, as controllers and rewards use it: the sum over its tokens. Tokens are sampled from the
-policy, so k1, k3 and the exact KL per token all have the KL of the answer as their expectation; k2
-has not. What differs is how far single answers scatter around it.
+Estimates are per answer, as controllers and rewards use them: sums over its tokens. Tokens are
+sampled from the policy, so k1, k3 and the exact KL per token all have the KL of the answer as their
+expectation; k2 has not. They differ in how far single answers scatter around it.
 """
 
 from __future__ import annotations

@@ -85,11 +85,15 @@ def _draw_fit(axes: Any, data: Data) -> None:
         axes.plot(fit.peak, top, "D", markersize=8, color="white", markeredgecolor=GOLD, zorder=4)
         _say(axes, f"fitted peak\n{fit.peak**2:.0f} nats", (fit.peak, top), GOLD, (-4, -30))
     axes.text(
-        0.03, 0.97,
+        0.03,
+        0.97,
         f"fit to gold: {start:.2f} + d ({fit.alpha:.2f} - {fit.beta:.2f} log d)\n"
         f"R² = {fit.r_squared:.2f},  d = √KL  (Gao et al. 2023)",
-        transform=axes.transAxes, va="top", color=GOLD, fontsize=SMALL,
-    )  # fmt: skip
+        transform=axes.transAxes,
+        va="top",
+        color=GOLD,
+        fontsize=SMALL,
+    )
 
 
 def _draw_ends(axes: Any, data: Data) -> None:
@@ -103,8 +107,14 @@ def _draw_ends(axes: Any, data: Data) -> None:
         way = np.sqrt(np.maximum(curve["kl"]["mean"], 0.0))
         axes.plot(way, curve["gold"]["mean"], color=colour, linewidth=1, alpha=0.35)
         half = 0.0 if row["gold"]["low"] is None else gold - row["gold"]["low"]
-        axes.errorbar(x, gold, yerr=half, color=colour, capsize=3 if half else 0,
-                      fmt="D" if beta == ADAPTIVE else "o")  # fmt: skip
+        axes.errorbar(
+            x,
+            gold,
+            yerr=half,
+            color=colour,
+            capsize=3 if half else 0,
+            fmt="D" if beta == ADAPTIVE else "o",
+        )
         if beta == "0":
             _say(axes, "beta = 0", (x, gold), colour, (8, 0), va="center")
         elif beta == ADAPTIVE:
@@ -136,8 +146,9 @@ def learning_curves(data: Data) -> Figure:
     low, high = min(map(min, means)), max(map(max, means))
     grid[0, 0].set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
     for height, text, colour in ((0.95, "proxy (trained on)", PROXY), (0.85, "gold", GOLD)):
-        grid[0, 0].text(0.04, height, text, transform=grid[0, 0].transAxes, color=colour,
-                        va="top", fontsize=9.5)  # fmt: skip
+        grid[0, 0].text(
+            0.04, height, text, transform=grid[0, 0].transAxes, color=colour, va="top", fontsize=9.5
+        )
     for axes in list(grid.flat)[len(betas) :]:
         axes.set_visible(False)
     for column in range(n_columns):
@@ -164,8 +175,13 @@ def control(data: Data) -> Figure:
             _seeds(betas, curve["kl_coef"], colour, style=style)
             beta_ends.append((curve["kl_coef"]["mean"], described(beta), colour))
     kls.axhline(data["kl_target"], color=GREY, linewidth=1, linestyle=":")
-    kls.text(1, data["kl_target"] * 1.08, f"target {data['kl_target']:g} nats", color=GREY,
-             fontsize=SMALL)  # fmt: skip
+    kls.text(
+        1,
+        data["kl_target"] * 1.08,
+        f"target {data['kl_target']:g} nats",
+        color=GREY,
+        fontsize=SMALL,
+    )
     for axes, ends, title, unit in (
         (kls, kl_ends, "KL to the reference, by beta", "exact KL  [nats per answer]"),
         (betas, beta_ends, "the penalty itself (beta = 0 has none)", "beta  [score per nat]"),
@@ -201,8 +217,15 @@ def estimators(data: Data) -> Figure:
                 [value["mean"] - value["low"] for value in values],
                 [value["high"] - value["mean"] for value in values],
             ]
-            axes.errorbar(x, means, yerr=np.abs(errors), color=colour, capsize=3,
-                          marker=MARKERS[name], markersize=5)  # fmt: skip
+            axes.errorbar(
+                x,
+                means,
+                yerr=np.abs(errors),
+                color=colour,
+                capsize=3,
+                marker=MARKERS[name],
+                markersize=5,
+            )
             ends[axes].append((means, name, colour))
     for axes in (variance, bias):
         level_line = 1.0 if axes is variance else 0.0
@@ -236,8 +259,9 @@ def _band(axes: Any, curve: Data, colour: Any, *, first: int = 1, style: str = "
     updates = range(first, first + len(curve["mean"]))
     axes.plot(updates, curve["mean"], style, color=colour, linewidth=1.7)
     if curve["low"] and curve["low"][0] is not None:
-        axes.fill_between(updates, curve["low"], curve["high"], color=colour, alpha=0.17,
-                          linewidth=0)  # fmt: skip
+        axes.fill_between(
+            updates, curve["low"], curve["high"], color=colour, alpha=0.17, linewidth=0
+        )
 
 
 def _seeds(axes: Any, curve: Data, colour: Any, *, first: int = 1, style: str = "-") -> None:
@@ -260,10 +284,16 @@ def label_ends(axes: Any, ends: list[tuple[list[float], str, Any]]) -> None:
         means, text, colour = ends[i]
         lowest = max(heights[i], lowest + gap)
         axes.annotate(
-            text, (1.0, heights[i]), (1.02, lowest), xycoords="axes fraction",
-            textcoords="axes fraction", color=colour, va="center", fontsize=9.5,
+            text,
+            (1.0, heights[i]),
+            (1.02, lowest),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=9.5,
             annotation_clip=False,
-        )  # fmt: skip
+        )
 
 
 def _logarithmic(set_scale: Callable[[str], None], axis: Any) -> None:
@@ -284,8 +314,18 @@ def _say(
     ha: str = "left",
 ) -> None:
     box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0}
-    axes.annotate(text, place, offset, textcoords="offset points", color=colour, fontsize=9.5,
-                  va=va, ha=ha, bbox=box, zorder=5)  # fmt: skip
+    axes.annotate(
+        text,
+        place,
+        offset,
+        textcoords="offset points",
+        color=colour,
+        fontsize=9.5,
+        va=va,
+        ha=ha,
+        bbox=box,
+        zorder=5,
+    )
 
 
 def _nats_on_top(axes: Any) -> None:

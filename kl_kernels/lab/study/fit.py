@@ -1,4 +1,4 @@
-"""How a reward moves with the distance from the reference, in the form of Gao et al. (2023).
+"""Reward as a function of the distance from the reference, in the form of Gao et al. (2023).
 
 "Scaling laws for reward model overoptimization", arXiv 2210.10760, for RL:
 

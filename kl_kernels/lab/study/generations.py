@@ -19,7 +19,7 @@ N_PROMPTS = 5
 def answers_side_by_side(
     study: StudyFolder, task: Task, config: PPOConfig, betas: list[str]
 ) -> list[dict[str, Any]]:
-    """For prompts from all over the corpus, an answer of each: text, proxy and gold.
+    """Sample an answer of each model to prompts from all over the corpus: text, proxy and gold.
 
     Sampled, with the same random numbers for all; the likeliest answers of so small a language
     model repeat themselves whatever it was trained for.
@@ -34,8 +34,9 @@ def answers_side_by_side(
         else:
             lm, name = load_model(study.run(beta, config.seed).policy)[0], described(beta)
         torch.manual_seed(config.seed)
-        samples = sample(lm.to(task.lm.device).eval(), task.tokenizer, prompts,
-                         config.answer_tokens)  # fmt: skip
+        samples = sample(
+            lm.to(task.lm.device).eval(), task.tokenizer, prompts, config.answer_tokens
+        )
         answers = answer_texts(samples, task.tokenizer)
         proxies = compute_scores(task.reward, texts, answers).tolist()
         for row, answer, proxy in zip(found, answers, proxies):

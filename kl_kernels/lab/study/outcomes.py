@@ -1,4 +1,4 @@
-"""What came of a run, in a few numbers, and what came of a beta: their means over seeds."""
+"""The outcome of a run in a few numbers, and the outcome of a beta: their means over seeds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Outcome:
     peak_update: float
     peak_kl: float
     last_third_kl: float
-    last_third_kl_range: tuple[float, float]  # of single updates
+    last_third_kl_range: tuple[float, float]  # lowest and highest single update
     largest_kl: float
 
     @property
@@ -63,7 +63,7 @@ def _mean(records: Sequence[Record], name: str) -> float:
 
 
 def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, dict[str, Any]]:
-    """For each beta, each column's interval over seeds."""
+    """Return each column's interval over seeds, by beta."""
     return {
         beta: {
             name: dataclasses.asdict(mean_interval([run.column(name) for run in runs]))
@@ -74,7 +74,7 @@ def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, dict[str, Any]
 
 
 def curves(runs: Sequence[Sequence[Record]]) -> dict[str, dict[str, list[Any]]]:
-    """For each reported number, its mean over seeds and interval at every update."""
+    """Return each reported number's mean over seeds and interval at every update."""
     return {
         name: _columns([[record[name] for record in records] for records in runs])
         for name in REPORTED

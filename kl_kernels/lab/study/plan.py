@@ -22,7 +22,7 @@ N_SEQUENCES = 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study runs. Betas are numbers as text, in the order of reports, or "adaptive".
+    """The runs of a study. Betas are numbers as text, in the order of reports, or "adaptive".
 
     Raises:
         ValueError: a beta or a number is not accepted, or the constants have no gold score.
@@ -36,11 +36,11 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(map(canonical_beta, self.betas)))
         if not self.betas or len(set(self.betas)) < len(self.betas):
-            raise ValueError(f"betas is '{','.join(self.betas)}'; each has to be there once")
+            raise ValueError(f"betas is '{','.join(self.betas)}'; each must be there once")
         if self.n_seeds < 1:
-            raise ValueError(f"seeds is {self.n_seeds}; it has to be at least 1")
+            raise ValueError(f"seeds is {self.n_seeds}; it must be at least 1")
         if self.n_sequences < 2:
-            raise ValueError(f"sequences is {self.n_sequences}; it has to be at least 2")
+            raise ValueError(f"sequences is {self.n_sequences}; it must be at least 2")
         if self.constants.controller == "fixed":
             raise ValueError(
                 "controller is 'fixed', which betas says with a number; it is for 'adaptive' here"
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def n_updates(self) -> int:
-        """Of all runs together."""
+        """Count the updates of all runs together."""
         return len(self.betas) * self.n_seeds * self.constants.updates
 
     def config(self, beta: str, seed: int) -> PPOConfig:

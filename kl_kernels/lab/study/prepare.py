@@ -1,4 +1,4 @@
-"""`python -m kl_kernels.lab.study.prepare DIR`: what all runs of a seed start from, made once."""
+"""`python -m kl_kernels.lab.study.prepare DIR`: make the start of all runs of a seed, once."""
 
 from __future__ import annotations
 

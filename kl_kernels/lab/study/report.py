@@ -1,4 +1,4 @@
-"""What the report of a study says, in which order; every number comes from `analysis.py`."""
+"""The text of a study's report, section by section; every number comes from `analysis.py`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ COLUMN_TITLES = {
 
 
 def write_report(plan: Plan, study: StudyFolder) -> str:
-    """Leave report.html, report.json and the pictures; returns what to say in the terminal."""
+    """Write report.html, report.json and the pictures; return the text for the terminal."""
     data = analyse(plan, study)
     pngs = draw(data)
     for name, png in pngs.items():
@@ -163,7 +163,7 @@ def samples_table(data: Data) -> Table:
 
 
 def _plain(text: str) -> str:
-    """Nothing of what a language model may write, or a file of prompts hold, is markup."""
+    """Replace what would be markup in the text of a language model or of a file of prompts."""
     return one_line(text).translate(str.maketrans("`*", "'·"))
 
 

@@ -29,9 +29,9 @@ from kl_kernels.text import printable
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_STOP = 20.0
 LINES_OF_LOG = 15
-BYTES_OF_PROGRESS = 2000  # of a log's end, where the bar that moves is
+BYTES_OF_PROGRESS = 2000  # read from a log's end, where the progress bar is
 
-# As tqdm writes it. (Other bars in the log are transformers', of models that are loaded.)
+# The bar as tqdm writes it. (Other bars in the log are transformers', of models that are loaded.)
 PROGRESS = re.compile(r"(pretraining|preferences): +\d+%\|[^|\r\n]*\| (\d+/\d+)")
 
 
@@ -56,7 +56,7 @@ class Job:
 
 
 def jobs_of(plan: Plan, study: StudyFolder) -> list[Job]:
-    """First the starts, which runs wait for, then the runs, a seed at a time."""
+    """List the starts, which runs wait for, then the runs, a seed at a time."""
     return [_start_job(plan, study, seed) for seed in plan.seeds] + [
         _run_job(plan, study, beta, seed) for seed in plan.seeds for beta in plan.betas
     ]
@@ -162,12 +162,12 @@ def _launch(job: Job, side_by_side: int, lock: int | None) -> subprocess.Popen[b
 
 
 def n_cores() -> int:
-    """That this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Run folders are whole at any moment, so that nobody has to be asked nicely."""
+    """Terminate the children, then kill those left: run folders are whole at any moment."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -179,7 +179,7 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _said(job: Job) -> str:
-    """The job's name and, while it prepares what has no updates to count, how far it is."""
+    """Return the job's name and, while it prepares, its progress: there are no updates to count."""
     if job.folder.metrics.is_file() or not job.log.is_file():
         return job.name
     with open(job.log, "rb") as log:
@@ -214,7 +214,7 @@ def _locked(study: StudyFolder) -> Iterator[int | None]:
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the study as Ctrl-C does, where it would have left the children running."""
+    """Make SIGTERM end the study as Ctrl-C does; otherwise it would leave the children running."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

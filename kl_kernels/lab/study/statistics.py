@@ -33,7 +33,7 @@ def _rounded(x: float) -> str:
 
 
 def interval_of(stored: dict[str, Any]) -> Interval:
-    """Back from JSON."""
+    """Read an interval back from JSON."""
     return Interval(**stored)
 
 

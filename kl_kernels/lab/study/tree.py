@@ -55,7 +55,7 @@ class Tree:
         return torch.where(self.mask, steps, 0.0).sum(1)
 
     def true_gradient(self) -> Tensor:
-        """Of E[score] - beta sum p (log p - log q) over whole responses, through p as well."""
+        """Differentiate E[score] - beta sum p (log p - log q) over responses, through p as well."""
         logprob, ref_logprob = map(self.sequence_logprob, (self.policy, self.reference))
         objective = logprob.exp() * (self.scores - BETA * (logprob - ref_logprob))
         return torch.autograd.grad(objective.sum(), self.policy)[0]
@@ -95,7 +95,7 @@ class Tree:
 
 
 def make_tree(*, early_eos: bool) -> Tree:
-    """Without `early_eos` all V^T responses have T tokens; with it EOS ends a response."""
+    """Build a tree. Without `early_eos` all V^T responses have T tokens; with it EOS ends them."""
     g = torch.Generator().manual_seed(3)
     prefixes = [p for t in range(T) for p in itertools.product(range(V), repeat=t)]
     state_of = {prefix: i for i, prefix in enumerate(prefixes)}

@@ -26,7 +26,7 @@ class Inputs:
     ref_softcap: float | None = None
 
     def to(self, dtype: torch.dtype, ref_dtype: torch.dtype | None = None) -> Inputs:
-        """The same inputs rounded to `dtype`; what is true is then computed from the rounded."""
+        """Return the inputs rounded to `dtype`, from which the true values are then computed."""
         return replace(
             self,
             logits=_rounded(self.logits, dtype),

@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """No option is accepted and then without effect."""
+    """Refuse options that would have no effect."""
     for vocab_size in args.vocab_size or ():
         if vocab_size < 1:
-            raise ValueError(f"vocab-size is {vocab_size}; it has to be at least 1")
+            raise ValueError(f"vocab-size is {vocab_size}; it must be at least 1")
     if args.vocab_size and (args.quick or args.report):
         other = "report" if args.report else "quick"
         raise ValueError(f"vocab-size is given, but {other} has sizes of its own; leave one out")
@@ -96,7 +96,7 @@ def _verdict(backends: list[str], n: int, failed: list[tuple[str, Error]]) -> st
 
 
 def _report(wanted: list[str], args: argparse.Namespace) -> int:
-    """Of the backends that take tensors of the device: the GPU's, where there is one."""
+    """List the backends that take tensors of the device: the GPU's, where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     refusals = {name: refusal(name, device, float64=False) for name in wanted}
     for name, reason in refusals.items():
@@ -110,7 +110,7 @@ def _report(wanted: list[str], args: argparse.Namespace) -> int:
 
 
 def _validate(backend: str, vocab_sizes: tuple[int, ...]) -> list[Error]:
-    """Print what is not accepted as soon as it is found, then a row per difficulty and dtype."""
+    """Print each failure as soon as it is found, then a row per difficulty and dtype."""
     rows: dict[tuple[str, str], list[Error]] = defaultdict(list)
     cases = grid(vocab_sizes)
     on_gpu = torch.cuda.is_available() and "cuda" in BACKENDS[backend].device_types

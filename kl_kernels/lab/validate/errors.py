@@ -1,6 +1,6 @@
-"""How far a result is from the truth, in units that one number can bound.
+"""Errors of results, in units that one number can bound.
 
-What is accepted: an error within the budget, or at most torch eager's own error in float32
+An error is accepted if it is within the budget, or is at most torch eager's own error in float32
 arithmetic on the same logits.
 """
 
@@ -30,7 +30,7 @@ GRADIENT_BUDGET = 1e-5
 
 @dataclass(frozen=True)
 class Error:
-    """One quantity of one case: its largest error over the rows, and what is accepted."""
+    """One quantity of one case: its largest error over the rows, and the error that is accepted."""
 
     case: Case
     quantity: str
@@ -53,7 +53,7 @@ class Error:
 
 
 def value_error(quantity: str, got: Tensor, true: Tensor) -> float:
-    """Largest |got - true| / scale; NaN and infinities have to be in the same places.
+    """Largest |got - true| / scale; NaN and infinities must be in the same places.
 
     The scale is max(1, |true|) for logarithms and 0.15 + |true| for divergences, so that a budget
     of 2e-6 means 3e-7 + 2e-6 kl.
@@ -135,7 +135,7 @@ def _eager(inputs: Inputs, weights: dict[str, Tensor], dtype: torch.dtype) -> di
     found |= {f"d {name}": grad for name, grad in grads.items()}
     found[MIX] = torch.stack(list(grads.values())).sum(0)
     found[STATS_MIX] = grads["logprob"] + grads["entropy"]
-    # On policy the ratio is 1, so a token's loss is -advantage logprob + coefficients kl, entropy;
+    # The ratio on policy is 1, so a token's loss is -advantage logprob + coefficients kl, entropy;
     # of a token that is ruled out the ratio is 1 whatever the other logits are, so a constant.
     ruled_out = found["logprob"][..., None] == -torch.inf
     of_ratio = grads["logprob"].masked_fill(ruled_out, 0.0)
@@ -161,9 +161,13 @@ def _fused(
         mask, ids = arguments["mask"], arguments["token_ids"]
         loss, _ = kl_kernels.fused_policy_loss(
             **arguments | of_reference | {"mask": torch.ones_like(ids) if mask is None else mask},
-            old_logprobs=None, advantages=weights["logprob"], entropy_coef=ENTROPY_COEF,
-            aggregation="seq-mean-token-sum", denominator=1.0, loss_scale=1.0,
-        )  # fmt: skip
+            old_logprobs=None,
+            advantages=weights["logprob"],
+            entropy_coef=ENTROPY_COEF,
+            aggregation="seq-mean-token-sum",
+            denominator=1.0,
+            loss_scale=1.0,
+        )
         return torch.autograd.grad(loss, logits)[0]
 
     found = {LOSS: loss_grad(kl_loss_coef=KL_LOSS_COEF)}

@@ -1,4 +1,4 @@
-"""What is true, and what torch eager makes of it: the formulas with autograd, no blocks, no state.
+"""The true values, and torch eager's: the formulas with autograd, without blocks or state.
 
 Independent of `reference.py` on purpose: nothing here shares code with what is being checked.
 """
@@ -15,7 +15,7 @@ from kl_kernels.lab.validate.cases import NEG_INF, Inputs
 
 OUTPUTS = ("logprob", "ref_logprob", "kl", "forward_kl", "entropy")
 DIFFERENTIABLE = ("logprob", "kl", "forward_kl", "entropy")
-BETA = 0.3  # of the generalised Jensen-Shannon divergence: neither model counts as the other
+BETA = 0.3  # Jensen-Shannon divergence: not 1/2, so that the models' roles differ
 
 
 def eager(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def eager(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def eager_jsd(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    """The generalised Jensen-Shannon divergence for BETA, likewise."""
+    """The generalised Jensen-Shannon divergence for BETA, in `dtype` arithmetic, [B, T]."""
     keep, log_p, log_q = _models(inputs, dtype)
     of_p, of_q = math.log(1 - BETA), math.log(BETA)
     log_m = torch.logaddexp(_finite(log_p) + of_p, _finite(log_q) + of_q)
@@ -45,7 +45,7 @@ def eager_jsd(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def _models(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows count, [B, T], and both models' log-softmax, [B, T, V]."""
+    """Return the rows that count, [B, T], and both models' log-softmax, [B, T, V]."""
     keep = torch.ones_like(inputs.token_ids, dtype=torch.bool)
     if inputs.mask is not None:
         keep = inputs.mask
@@ -63,7 +63,7 @@ def _log_softmax(x: Tensor, temperature: float, softcap: float | None) -> Tensor
 
 
 def _finite(log_p: Tensor) -> Tensor:
-    """Where p = 0 the logarithm is never used, but 0 * -inf would be NaN."""
+    """Replace -inf, the log of p = 0, by 0: it is multiplied by p, and 0 * -inf is NaN."""
     return log_p.masked_fill(log_p == NEG_INF, 0.0)
 
 
@@ -97,7 +97,7 @@ def gradients(
 
 
 def jsd_gradient(inputs: Inputs, weight: Tensor, dtype: torch.dtype) -> Tensor:  # weight: [B, T]
-    """Of the weighted JSD's sum, [B, T, V]."""
+    """Gradient of the weighted JSD's sum, [B, T, V]."""
     x = inputs.logits.to(dtype).requires_grad_()
     jsd = eager_jsd(replace(inputs, logits=x), dtype)
     return torch.autograd.grad((weight.to(dtype) * jsd).sum(), x)[0]

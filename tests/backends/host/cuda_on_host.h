@@ -81,7 +81,7 @@ namespace cuda_on_host {
 constexpr int kWarp = 32;
 
 // A warp's shuffles: everyone writes, everyone waits, everyone reads. Two places to write take
-// turns: nobody gets to the first again before all have read it.
+// turns: no thread gets to the first again before all have read it.
 struct Warp {
   Barrier here{kWarp};
   uint64_t exchange[2][kWarp] = {};
@@ -119,7 +119,7 @@ struct Cluster {
     for (int i = 0; i < n_blocks; ++i)
       blocks.push_back(std::make_unique<Block>(n_threads, shared_bytes, *this));
   }
-  // A block's memory was read after so many arrivals of the reader: nobody may leave before all
+  // A block's memory was read after so many arrivals of the reader: no block may leave before all
   // have arrived once more.
   void read_after(int n_arrivals) {
     int known = needed_waits;
@@ -151,11 +151,11 @@ struct Thread {
   std::vector<std::vector<Copy>> groups = {};  // committed, not yet waited for
 };
 
-// What cudaDeviceGetAttribute answers; tests change it.
+// Answers of cudaDeviceGetAttribute; tests change them.
 inline int device_attributes[kDeviceAttributes];
 inline int sms_per_group;  // a cluster's blocks run in one of these
 inline int blocks_of_last_cluster;
-// What cudaFuncSetAttribute has allowed.
+// Limits set by cudaFuncSetAttribute.
 inline std::map<const void*, std::map<cudaFuncAttribute, int>> allowed;
 
 inline int clusters_per_group(int shared_bytes, int n_blocks) {

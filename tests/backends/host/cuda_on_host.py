@@ -206,7 +206,7 @@ def run_as(device: tuple[int, int, int]) -> None:
 
 
 def blocks_per_row(vocab_size: int, dtype: torch.dtype, with_reference: bool) -> int:
-    """Over how many blocks the kernels for a GPU keep a row; 0: it is read again."""
+    """Return the number of blocks that keep a row in the kernels for a GPU; 0: it is read again."""
     return library().host_blocks_per_row(
         c_int64(vocab_size), c_bool(dtype == torch.float32), c_bool(with_reference)
     )

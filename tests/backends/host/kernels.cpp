@@ -60,8 +60,8 @@ int host_mix_backward(const Rows* rows, const Logits* policy, const Logits* refe
                                           nullptr);
 }
 
-// What the kernels believe to run on: the shared memory of a block and of an SM, in bytes, and the
-// SMs of a group (GPC); 0: no clusters.
+// The GPU that the kernels believe to run on: the shared memory of a block and of an SM, in bytes,
+// and the SMs of a group (GPC); 0: no clusters.
 void host_device(int shared_per_block, int shared_per_sm, int sms_per_group) {
   int* const attributes = cuda_on_host::device_attributes;
   attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin] = shared_per_block;

@@ -9,7 +9,7 @@ CONSTANTS = PPOConfig(updates=N_UPDATES)
 
 
 def run(*, gold_end, proxy_end=3.0, kl_end=20.0, length_end=28.0, gold_peak=None, kl_coef=0.1):
-    """From gold 2 straight to its peak at a third of the way, and straight to the end."""
+    """Make a run whose gold goes straight from 2 to its peak, at a third, and to its end."""
     peak = gold_end if gold_peak is None else gold_peak
     records = []
     for i in range(N_UPDATES):
@@ -60,7 +60,7 @@ def as_expected():
 
 
 def estimates(ratio=(3.0, 2.5, 3.5)):
-    """Of two policies, as `estimators.compare` gives them."""
+    """Make the results of `estimators.compare` for two policies."""
 
     def interval(mean, low, high):
         return {"mean": mean, "low": low, "high": high}

@@ -104,7 +104,7 @@ def test_exact_is_not_best_where_the_interval_reaches_one(ratio):
 
 
 def test_two_runs_of_one_seed():
-    """What `make ppo` runs: no interval, and no small beta to see fail."""
+    """The runs of `make ppo` have no interval, and no small beta to see fail."""
     found = claims({"0": [hacked()], "adaptive": [run(gold_end=4.8)]})
     expected = dict.fromkeys(("hacked", "target", "kept", "not enough", "gao", "exact"), True)
     holds = {name: claim["holds"] for name, claim in found.items()}

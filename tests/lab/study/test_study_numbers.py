@@ -37,7 +37,7 @@ def test_a_variance_ratio_and_its_interval():
     exactly = variance_ratio(2 * x + 5, x)
     assert (exactly.mean, exactly.low, exactly.high) == pytest.approx((4, 4, 4))
     other = variance_ratio(np.random.default_rng(1).normal(size=500), x)
-    # Of independent normals, var(log ratio) = 4 / n: about +- 18 %.
+    # The log ratio of independent normals' variances has the variance 4 / n: about +- 18 %.
     assert other.low < other.mean < other.high
     assert np.log(other.high / other.low) == pytest.approx(2 * 1.96 * (4 / 500) ** 0.5, rel=0.2)
 
@@ -80,12 +80,19 @@ def test_two_points_are_no_fit():
 def test_an_outcome_by_hand():
     golds = [2, 3, 5, 4, 6, 5, 5, 0, 0, 1, 2, 2]
     records = [
-        {"update": i + 1, "gold": gold, "kl": float(i), "proxy": 0.0, "kl_coef": 0.0,
-         "entropy": 0.0, "length": 1.0}
+        {
+            "update": i + 1,
+            "gold": gold,
+            "kl": float(i),
+            "proxy": 0.0,
+            "kl_coef": 0.0,
+            "entropy": 0.0,
+            "length": 1.0,
+        }
         for i, gold in enumerate(golds)
-    ]  # fmt: skip
+    ]
     found = outcome(records)
-    assert found.gold_peak == 5.0  # of updates 3 to 7
+    assert found.gold_peak == 5.0  # the mean of updates 3 to 7
     assert (found.peak_update, found.peak_kl) == (5.0, 4.0)
     assert found.end["gold"] == 1.0
     assert found.gold_drop == 4.0

@@ -1,4 +1,4 @@
-"""What a reader gets: one file that needs no other, with the data's own numbers and verdicts."""
+"""The report: one self-contained file, with the data's own numbers and verdicts."""
 
 import re
 
@@ -17,14 +17,17 @@ def whole(records):
     return analyse_records(CONSTANTS, records, estimates()) | {
         "seeds": [0],
         "cost": {
-            "tokens": 2560, "vocab_size": 2048, "mb_of_logits": 42.0, "threads": 2,
+            "tokens": 2560,
+            "vocab_size": 2048,
+            "mb_of_logits": 42.0,
+            "threads": 2,
             "contenders": {"`token_kl`": {"ms": 4.0, "ratio": 1.0}},
         },
         "gradients": {"k1 in the reward": {"relative_error": 5e-16, "cosine": 1.0}},
         "samples": [
             {"prompt": "A class", "answers": {"reference": ANSWER}},
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,9 @@ def test_the_page_opens_with_the_picture_and_needs_nothing_else(full):
     page = to_html(TITLE, contents(data), pngs)
     assert re.search(r"</h1>\s*<figure><img", page)
     assert page.count("<img") == len(pngs) == 4
-    assert all(source.startswith("data:image/png;base64,")
-               for source in re.findall(r'src="([^"]*)"', page))  # fmt: skip
+    assert all(
+        source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', page)
+    )
     text = re.sub(r'src="[^"]*"', "", page)
     assert not re.search(r"<script|<link|https?:|@import|url\(", text)
 
@@ -64,8 +68,13 @@ def test_the_table_has_a_row_for_the_start_and_each_beta(full):
         b for b in contents(full[0]) if isinstance(b, Table) and b.header[0] == "KL penalty"
     ]
     assert [row[0] for row in table.rows] == [
-        "start", "beta = 0", "beta = 0.03", "beta = 0.1", "beta = 5", "adaptive beta",
-    ]  # fmt: skip
+        "start",
+        "beta = 0",
+        "beta = 0.03",
+        "beta = 0.1",
+        "beta = 5",
+        "adaptive beta",
+    ]
     gold = dict(zip(table.header, table.rows[1]))["gold"]
     assert gold == "-2.00 ± 0.50"  # -2.2, -2, -1.8: 0.2 x 4.303 / sqrt(3)
 

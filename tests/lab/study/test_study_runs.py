@@ -183,7 +183,7 @@ def test_two_studies_in_one_folder_are_refused(tmp_path):
     [
         (["--betas", "0,x"], "betas holds 'x'; accepted: numbers from 0 on, and 'adaptive'"),
         (["--betas", "-1"], "betas holds '-1'"),
-        (["--betas", "0.1,0.10"], "betas is '0.1,0.1'; each has to be there once"),
+        (["--betas", "0.1,0.10"], "betas is '0.1,0.1'; each must be there once"),
         (["--seeds", "0"], "seeds is 0"),
         (["--jobs", "0"], "jobs is 0"),
         (["--sequences", "1"], "sequences is 1"),

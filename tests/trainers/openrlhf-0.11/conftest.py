@@ -7,9 +7,18 @@ from types import ModuleType
 from unittest.mock import MagicMock
 
 EMPTY = (
-    "aiohttp", "bitsandbytes", "datasets", "deepspeed", "fastapi", "flash_attn", "pylatexenc",
-    "ray", "torchdata", "uvicorn", "vllm",
-)  # fmt: skip
+    "aiohttp",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "fastapi",
+    "flash_attn",
+    "pylatexenc",
+    "ray",
+    "torchdata",
+    "uvicorn",
+    "vllm",
+)
 # Asked for by log_probs_from_logits, which has another way where there is none.
 ABSENT = "flash_attn.ops"
 
@@ -37,5 +46,5 @@ def _anything(name):
     return MagicMock()
 
 
-# Before anything that is installed: `datasets` may be, in some version.
+# First, before installed packages: `datasets` may be one of them, in some version.
 sys.meta_path.insert(0, _Empty())

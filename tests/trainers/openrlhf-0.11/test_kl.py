@@ -70,9 +70,16 @@ def test_values_are_openrlhfs_at_any_distance(estimator, unbiased):
 @pytest.mark.exercises("compute_approx_kl: far from the reference the gradient stays")
 @pytest.mark.parametrize(
     ("estimator", "distance", "expected"),
-    [("k1", 12.0, 1.0), ("k1", -12.0, 1.0), ("k2", 5.0, 5.0), ("k2", -7.0, -7.0),
-     ("k3", -2.7, -13.88), ("k3", -9.0, -8102.1), ("k3", 12.0, 1.0)],
-)  # fmt: skip
+    [
+        ("k1", 12.0, 1.0),
+        ("k1", -12.0, 1.0),
+        ("k2", 5.0, 5.0),
+        ("k2", -7.0, -7.0),
+        ("k3", -2.7, -13.88),
+        ("k3", -9.0, -8102.1),
+        ("k3", 12.0, 1.0),
+    ],
+)
 def test_a_clamp_does_not_end_the_pull_back(estimator, distance, expected):
     """Theirs: gradient 0 where the KL is clamped at 10. Ours: the estimator's."""
     at, base = torch.full((1, 1), distance), torch.zeros(1, 1)

@@ -32,7 +32,7 @@ def logits_and_labels(dtype=torch.float32, vocabulary=65):
 def test_log_probabilities_are_openrlhfs(patched, temperature):
     logits, labels = logits_and_labels()
     value, grad = gradient(lambda x: utils.log_probs_from_logits(x, labels, temperature), logits)
-    # Of a copy: theirs divides its argument by the temperature in place.
+    # Pass a copy: theirs divides its argument by the temperature in place.
     their_value, their_grad = gradient(
         lambda x: log_probs_from_logits(x * 1, labels, temperature), logits
     )
@@ -106,9 +106,15 @@ def test_the_policy_loss_is_openrlhfs(log_probs, kind, dual_clip, token_level_lo
 
     def ours(x):
         value, seen["ours"] = kl_kernels.ppo_policy_loss(
-            x, old, advantages, mask, clip_low=0.2, clip_high=0.3, dual_clip=dual_clip,
+            x,
+            old,
+            advantages,
+            mask,
+            clip_low=0.2,
+            clip_high=0.3,
+            dual_clip=dual_clip,
             aggregation="token-mean" if token_level_loss else "seq-mean-token-mean",
-        )  # fmt: skip
+        )
         return value
 
     seen = {}

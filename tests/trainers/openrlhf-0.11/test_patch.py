@@ -19,7 +19,7 @@ N_STEPS = 4
 
 
 def log_probs_of(logits, sequences, mask):
-    """As `Actor.forward` computes them: shifted by one, and multiplied by the mask."""
+    """Compute them as `Actor.forward` does: shifted by one, and multiplied by the mask."""
     rolled = torch.roll(sequences, shifts=-1, dims=1)
     log_probs = actor.log_probs_from_logits(logits, rolled)[:, :-1]
     return log_probs[:, -mask.shape[1] :] * mask.float()
@@ -35,10 +35,13 @@ def whole_step(policy, ref_logits, controller, generator, estimator, unbiased):
 
     old, ref = (log_probs_of(x, sequences, mask) for x in (policy, ref_logits))
     experience = SimpleNamespace(
-        rewards=torch.rand(ROWS, generator=generator), index=list(range(ROWS)), info={},
-        values=torch.randn(ROWS, RESPONSE, generator=generator), action_mask=mask,
+        rewards=torch.rand(ROWS, generator=generator),
+        index=list(range(ROWS)),
+        info={},
+        values=torch.randn(ROWS, RESPONSE, generator=generator),
+        action_mask=mask,
         kl=experience_maker.compute_approx_kl(old, ref, kl_estimator="k1"),
-    )  # fmt: skip
+    )
     rewards = experience_maker.compute_reward(
         experience.rewards, controller.value, experience.kl, mask, reward_clip_range=(-10, 10)
     )
@@ -92,13 +95,18 @@ def test_whole_steps_are_the_same(estimator, unbiased):
 
 
 PLACES = {
-    utils: ("log_probs_from_logits", "compute_entropy", "compute_approx_kl", "compute_reward",
-            "masked_mean"),
+    utils: (
+        "log_probs_from_logits",
+        "compute_entropy",
+        "compute_approx_kl",
+        "compute_reward",
+        "masked_mean",
+    ),
     actor: ("log_probs_from_logits", "compute_entropy"),
     experience_maker: ("compute_approx_kl", "compute_reward", "masked_mean"),
     ppo_actor: ("compute_approx_kl", "masked_mean"),
     loss: ("masked_mean",),
-}  # fmt: skip
+}
 
 
 @pytest.mark.exercises("patch and undo: every reference that OpenRLHF holds")

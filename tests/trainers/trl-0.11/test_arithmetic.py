@@ -24,11 +24,17 @@ def batch(seed=0, rows=6, length=9):
 
 
 def their_trainer(**config):
-    """As much of a PPOTrainer as its arithmetic looks at."""
+    """Make the part of a PPOTrainer that its arithmetic reads."""
     defaults = {
-        "kl_penalty": "kl", "whiten_rewards": False, "gamma": 1.0, "lam": 0.95,
-        "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "ratio_threshold": 10.0,
-    }  # fmt: skip
+        "kl_penalty": "kl",
+        "whiten_rewards": False,
+        "gamma": 1.0,
+        "lam": 0.95,
+        "cliprange": 0.2,
+        "cliprange_value": 0.2,
+        "vf_coef": 0.1,
+        "ratio_threshold": 10.0,
+    }
     trainer = SimpleNamespace(
         config=SimpleNamespace(**defaults | config), kl_ctl=FixedKLController(0.2)
     )
@@ -138,13 +144,15 @@ def test_masked_statistics(shift_mean):
     x = torch.randn(mask.shape, generator=generator) * 3 + 5
     weights = mask.float()
     found = (
-        kl_kernels.masked_mean(x, mask), kl_kernels.masked_var(x, mask),
+        kl_kernels.masked_mean(x, mask),
+        kl_kernels.masked_var(x, mask),
         kl_kernels.masked_whiten(x, mask, shift_mean=shift_mean)[mask],
-    )  # fmt: skip
+    )
     expected = (
-        core.masked_mean(x, weights), core.masked_var(x, weights),
+        core.masked_mean(x, weights),
+        core.masked_var(x, weights),
         core.masked_whiten(x, weights, shift_mean=shift_mean)[mask],
-    )  # fmt: skip
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

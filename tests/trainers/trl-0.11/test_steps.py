@@ -20,15 +20,26 @@ def value_head(model):
 def train(folder):
     torch.manual_seed(0)
     config = PPOConfig(
-        batch_size=4, mini_batch_size=2, ppo_epochs=2, learning_rate=1e-2, seed=0,
-        kl_penalty="kl", init_kl_coef=0.2, adap_kl_ctrl=True, target=0.5, horizon=50,
-    )  # fmt: skip
+        batch_size=4,
+        mini_batch_size=2,
+        ppo_epochs=2,
+        learning_rate=1e-2,
+        seed=0,
+        kl_penalty="kl",
+        init_kl_coef=0.2,
+        adap_kl_ctrl=True,
+        target=0.5,
+        horizon=50,
+    )
     policy = value_head(load_policy(folder))
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
     trainer = PPOTrainer(
-        config, policy, value_head(str(folder)), make_tokenizer(),
+        config,
+        policy,
+        value_head(str(folder)),
+        make_tokenizer(),
         optimizer=optimizer,
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(2)
     stats = []
     for _ in range(4):

@@ -36,11 +36,16 @@ def ppo(folder, tmp_path):
     parameters = [*policy.parameters(), *value.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     trainer = PPOTrainer(
-        args=config, processing_class=tokenizer, model=policy, value_model=value,
-        ref_model=type(policy).from_pretrained(folder), reward_model=scorer(folder, 5),
-        train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows),
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        value_model=value,
+        ref_model=type(policy).from_pretrained(folder),
+        reward_model=scorer(folder, 5),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
-    )  # fmt: skip
+    )
     trainer.train()
     return policy, [log for log in trainer.state.log_history if "objective/kl" in log]
 
@@ -53,9 +58,12 @@ def grpo(folder, tmp_path):
         beta=0.1,
     )  # fmt: skip
     trainer = GRPOTrainer(
-        model=load_policy(folder), reward_funcs=reward_vowels, args=config,
-        train_dataset=Dataset.from_list(prompts()), processing_class=make_tokenizer(),
-    )  # fmt: skip
+        model=load_policy(folder),
+        reward_funcs=reward_vowels,
+        args=config,
+        train_dataset=Dataset.from_list(prompts()),
+        processing_class=make_tokenizer(),
+    )
     trainer.train()
     return trainer.model, [log for log in trainer.state.log_history if "loss" in log]
 

@@ -15,16 +15,26 @@ __all__ = ["folder"]
 
 def make_trainer(folder, output, callback, **options):
     config = GRPOConfig(
-        output_dir=str(output), per_device_train_batch_size=8, num_generations=4, optim="sgd",
-        max_completion_length=8, learning_rate=0.5, logging_steps=1, report_to=[], seed=0,
+        output_dir=str(output),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        optim="sgd",
+        max_completion_length=8,
+        learning_rate=0.5,
+        logging_steps=1,
+        report_to=[],
+        seed=0,
         use_cpu=True,
         **({"beta": 0.1, "max_steps": 4, "save_strategy": "no", "bf16": False} | options),
-    )  # fmt: skip
+    )
     return GRPOTrainer(
-        model=load_policy(folder), reward_funcs=reward_vowels, args=config,
-        train_dataset=Dataset.from_list(prompts()), processing_class=make_tokenizer(),
+        model=load_policy(folder),
+        reward_funcs=reward_vowels,
+        args=config,
+        train_dataset=Dataset.from_list(prompts()),
+        processing_class=make_tokenizer(),
         callbacks=[callback],
-    )  # fmt: skip
+    )
 
 
 class Recorder:
@@ -53,9 +63,11 @@ def test_it_watches_what_the_trainer_logs(folder, tmp_path):
     for step, log in logs.items():
         seen = recorder.metrics[step]
         assert seen == {
-            "kl_token_mean": log["kl"], "entropy": log["entropy"], "reward": log["reward"],
+            "kl_token_mean": log["kl"],
+            "entropy": log["entropy"],
+            "reward": log["reward"],
             "grad_norm": log["grad_norm"],
-        }  # fmt: skip
+        }
 
 
 @pytest.mark.exercises("KLMonitorCallback: ends training over a KL budget; audit log")

@@ -14,10 +14,18 @@ from kl_kernels.integrations import trl as integration
 
 __all__ = ["folder"]
 COMMON = {
-    "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.5, "optim": "sgd",
-    "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": [],
-    "seed": 0, "bf16": False, "use_cpu": True,
-}  # fmt: skip
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.5,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "seed": 0,
+    "bf16": False,
+    "use_cpu": True,
+}
 CHAT = (
     "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}"
     "{{ eos_token }}{% endif %}{% endfor %}"
@@ -29,9 +37,12 @@ def distil(folder, tmp_path, beta):
         output_dir=str(tmp_path), beta=beta, max_completion_length=10, **COMMON
     )
     trainer = DistillationTrainer(
-        model=load_policy(folder), teacher_model=make_model(5, hidden_size=48), args=config,
-        train_dataset=Dataset.from_list(prompts()), processing_class=make_tokenizer(),
-    )  # fmt: skip
+        model=load_policy(folder),
+        teacher_model=make_model(5, hidden_size=48),
+        args=config,
+        train_dataset=Dataset.from_list(prompts()),
+        processing_class=make_tokenizer(),
+    )
     return trained(trainer)
 
 
@@ -42,14 +53,21 @@ def gkd(folder, tmp_path, beta):
         output_dir=str(tmp_path), beta=beta, lmbda=0.5, max_new_tokens=8, max_length=64, **COMMON
     )
     rows = [
-        {"messages": [{"role": "user", "content": row["prompt"]},
-                      {"role": "assistant", "content": "an answer"}]}
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": "an answer"},
+            ]
+        }
         for row in prompts()
-    ]  # fmt: skip
+    ]
     trainer = GKDTrainer(
-        model=load_policy(folder), teacher_model=make_model(5), args=config,
-        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-    )  # fmt: skip
+        model=load_policy(folder),
+        teacher_model=make_model(5),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
     return trained(trainer)
 
 

@@ -132,9 +132,14 @@ def test_fused_head(options, outputs):
 
     def values(*factors):
         found = utils._ChunkedLogProbFunction.apply(
-            *factors, targets, 0.8, 128, options.get("final_logit_softcapping"),
-            options.get("logit_scale", 1.0), outputs,
-        )  # fmt: skip
+            *factors,
+            targets,
+            0.8,
+            128,
+            options.get("final_logit_softcapping"),
+            options.get("logit_scale", 1.0),
+            outputs,
+        )
         assert [x is not None for x in found] == [True, "entropy" in outputs, False, False, False]
         return [x for x in found if x is not None]
 
@@ -173,16 +178,23 @@ def test_no_token():
 def test_divergence(beta, options):
     teacher_hidden, teacher_weight, teacher_bias = head(1)
     of_both = (
-        options.get("logit_scale", 1.0), options.get("final_logit_softcapping"),
-        options.get("logit_scale", 1.0), options.get("final_logit_softcapping"),
-    )  # fmt: skip
+        options.get("logit_scale", 1.0),
+        options.get("final_logit_softcapping"),
+        options.get("logit_scale", 1.0),
+        options.get("final_logit_softcapping"),
+    )
     entropies = []
 
     def values(*student):
         divergence, entropy = distillation_trainer.ChunkedDivergenceFunction.apply(
-            *student, teacher_hidden, teacher_weight.requires_grad_(), teacher_bias,
-            beta, 1.5, *of_both,
-        )  # fmt: skip
+            *student,
+            teacher_hidden,
+            teacher_weight.requires_grad_(),
+            teacher_bias,
+            beta,
+            1.5,
+            *of_both,
+        )
         assert not entropy.requires_grad
         entropies.append(entropy)
         return (divergence,)
@@ -200,11 +212,15 @@ def test_divergence(beta, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"reduction": "sum"}, {"num_items_in_batch": 17}, {"reduction": "none"},
-        {"num_items_in_batch": 5, "reduction": "none"}, {"temperature": 2.0, "labels": None},
+        {},
+        {"reduction": "sum"},
+        {"num_items_in_batch": 17},
+        {"reduction": "none"},
+        {"num_items_in_batch": 5, "reduction": "none"},
+        {"temperature": 2.0, "labels": None},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_generalized_jsd_loss(beta, options):
     torch.manual_seed(0)
     teacher = torch.randn(2, 4, 30)
@@ -265,9 +281,10 @@ def test_a_tail_that_rounding_hides():
     logprobs = torch.tensor([[0.9, 0.05]]).log()
     tail = exact[2:].logsumexp(0)
     expected = (
-        0.9 * (math.log(0.9) - exact[0]) + 0.05 * (math.log(0.05) - exact[1])
+        0.9 * (math.log(0.9) - exact[0])
+        + 0.05 * (math.log(0.05) - exact[1])
         + 0.05 * (math.log(0.05) - tail)
-    )  # fmt: skip
+    )
     valid = torch.ones_like(ids, dtype=torch.bool)
     of_student, of_teacher = (
         server_distillation_trainer._add_tail_bucket(x, valid)[0]

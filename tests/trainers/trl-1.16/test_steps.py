@@ -24,17 +24,20 @@ def train(name, folder, tmp_path, peft_config=None, **options):
         **({"beta": 0.1, "temperature": 0.8, "bf16": False} | options),
     )  # fmt: skip
     trainer = trainer_class(
-        model=load_policy(folder), reward_funcs=reward_vowels, args=config,
-        train_dataset=Dataset.from_list(prompts()), processing_class=make_tokenizer(),
+        model=load_policy(folder),
+        reward_funcs=reward_vowels,
+        args=config,
+        train_dataset=Dataset.from_list(prompts()),
+        processing_class=make_tokenizer(),
         peft_config=peft_config,
-    )  # fmt: skip
+    )
     trainer.train()
     return trainer.model, [log for log in trainer.state.log_history if "loss" in log]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many tokens the linear head was asked for."""
+    """Count the tokens of each call of the linear head."""
     counted = []
     real = trl_heads.linear_token_stats
 

@@ -34,7 +34,7 @@ def test_log_probabilities_are_verls(shape, inplace_backward):
     logits, labels = logits_and_labels(shape)
 
     def ours(x):
-        # Of a copy, as a trainer's logits are no leaves: in place, the gradient takes its place.
+        # Pass a copy, as a trainer's logits are no leaves: in place, the gradient replaces it.
         return verl_F.logprobs_from_logits(x * 1, labels, inplace_backward=inplace_backward)
 
     value, grad = gradient(ours, logits)

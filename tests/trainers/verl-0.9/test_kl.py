@@ -31,11 +31,17 @@ def test_values_and_gradients_are_verls(log_probs, patched, name, suffix):
     for penalty in (
         lambda x: core_algos.kl_penalty(x, ref, name + suffix),
         # k1 is not taken for a loss by ours unless it is said how.
-        lambda x: kl_kernels.kl_penalty(
-            x, ref, name + suffix,
-            gradient="score_function" if name + suffix in ("k1", "kl") else "pathwise",
-        ) if name + suffix not in ("k1", "kl") else x - ref,
-    ):  # fmt: skip
+        lambda x: (
+            kl_kernels.kl_penalty(
+                x,
+                ref,
+                name + suffix,
+                gradient="score_function" if name + suffix in ("k1", "kl") else "pathwise",
+            )
+            if name + suffix not in ("k1", "kl")
+            else x - ref
+        ),
+    ):
         value, grad = gradient(penalty, log_probs)
         their_value, their_grad = gradient(lambda x: theirs(x, ref, name + suffix), log_probs)
         # Rounding of exp(x) - x - 1, of which expm1 has none.

@@ -84,10 +84,14 @@ def test_nan_where_masked_does_not_reach_a_sequence_mean(aggregation):
 GLOBAL_BATCH = {
     "alone": {},
     "counts": {"dp_size": 4, "batch_num_tokens": 170, "global_batch_size": 23},
-    "budget": {"dp_size": 2, "batch_num_tokens": 90, "global_batch_size": 12,
-               "loss_scale_factor": 64},
+    "budget": {
+        "dp_size": 2,
+        "batch_num_tokens": 90,
+        "global_batch_size": 12,
+        "loss_scale_factor": 64,
+    },
     "budget alone": {"loss_scale_factor": 64},
-}  # fmt: skip
+}
 
 
 @cache
@@ -104,17 +108,27 @@ def test_the_policy_loss_is_vanillas(log_probs, mode, info, weighted):
     mask = mask_of("holes")
     old = log_probs_near(log_probs, 1.0, seed=1)
     config = ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio_low=0.2, clip_ratio_high=0.3,
-        clip_ratio_c=2.5, global_batch_info=GLOBAL_BATCH[info],
-    )  # fmt: skip
+        strategy="fsdp",
+        rollout_n=1,
+        use_dynamic_bsz=True,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.3,
+        clip_ratio_c=2.5,
+        global_batch_info=GLOBAL_BATCH[info],
+    )
     weights = normal(3).exp() if weighted else None
 
     def loss_of(name):
         def loss(x):
             value, metrics = policy_loss(name)(
-                old_log_prob=old, log_prob=x, advantages=normal(2), response_mask=mask,
-                loss_agg_mode=mode, config=config, rollout_is_weights=weights,
-            )  # fmt: skip
+                old_log_prob=old,
+                log_prob=x,
+                advantages=normal(2),
+                response_mask=mask,
+                loss_agg_mode=mode,
+                config=config,
+                rollout_is_weights=weights,
+            )
             seen[name] = metrics
             return value
 

@@ -38,10 +38,14 @@ def whole_step(policy, ref_logits, controller, generator, config):
         }
 
     data = TensorDict(
-        {"prompts": tokens[:, :PROMPT], "responses": tokens[:, PROMPT:],
-         "attention_mask": attention, "response_mask": mask.long()},
+        {
+            "prompts": tokens[:, :PROMPT],
+            "responses": tokens[:, PROMPT:],
+            "attention_mask": attention,
+            "response_mask": mask.long(),
+        },
         batch_size=[ROWS],
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for name, x in (("old_log_probs", policy), ("ref_log_prob", ref_logits)):
             data[name] = losses.no_padding_2_padding(model(x)["log_probs"], data)
@@ -81,9 +85,15 @@ def train(loss_mode, kl_loss_type):
     ref_logits = policy + 0.4 * torch.randn(shape, generator=generator)
     controller = core_algos.AdaptiveKLController(0.1, target_kl=0.1, horizon=50)
     config = ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, use_kl_loss=True, kl_loss_coef=0.1,
-        kl_loss_type=kl_loss_type, entropy_coeff=0.01, policy_loss={"loss_mode": loss_mode},
-    )  # fmt: skip
+        strategy="fsdp",
+        rollout_n=1,
+        use_dynamic_bsz=True,
+        use_kl_loss=True,
+        kl_loss_coef=0.1,
+        kl_loss_type=kl_loss_type,
+        entropy_coeff=0.01,
+        policy_loss={"loss_mode": loss_mode},
+    )
     steps = []
     for _ in range(N_STEPS):
         steps.append(whole_step(policy, ref_logits, controller, generator, config))
@@ -102,13 +112,21 @@ def test_whole_steps_are_the_same(loss_mode, kl_loss_type):
 
 
 PLACES = {
-    verl_F: ("logprobs_from_logits", "entropy_from_logits", "entropy_from_logits_with_chunking",
-             "masked_whiten"),
-    core_algos: ("kl_penalty", "compute_gae_advantage_return", "get_adv_estimator_fn",
-                 "get_policy_loss_fn"),
+    verl_F: (
+        "logprobs_from_logits",
+        "entropy_from_logits",
+        "entropy_from_logits_with_chunking",
+        "masked_whiten",
+    ),
+    core_algos: (
+        "kl_penalty",
+        "compute_gae_advantage_return",
+        "get_adv_estimator_fn",
+        "get_policy_loss_fn",
+    ),
     ray_trainer: ("apply_kl_penalty",),
     losses: ("kl_penalty", "get_policy_loss_fn"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.exercises("patch and undo: every reference that verl holds")

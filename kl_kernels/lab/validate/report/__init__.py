@@ -1,1 +1,1 @@
-"""How far every backend, and torch eager, are from float64: `validate --report DIR`."""
+"""Errors of every backend and of torch eager against float64: `validate --report DIR`."""

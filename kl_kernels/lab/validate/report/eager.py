@@ -1,4 +1,4 @@
-"""What a trainer writes without a fused kernel, with torch's own gradients.
+"""The code of a trainer without a fused kernel, with torch's own gradients.
 
 Upcast, as TRL and verl do: `logits.float()` and a log-softmax of it. In the dtype: a log-softmax of
 the logits as they come, and all that follows in their dtype. In float32 the two are the same.

@@ -43,26 +43,48 @@ def draw(results: Results) -> Figure:
     narrow_dtype = next((d for d in results["grid"]["dtypes"] if d != "float32"), "float32")
     for axes, dtype in ((small, "float32"), (narrow, narrow_dtype)):
         curves(axes, {name: relative_kl(results, name, dtype) for name in names})
-        axes.set(title=f"KL of {dtype} logits", xlabel="KL  [nats]",
-                 ylabel="relative error of the KL  [1]")  # fmt: skip
+        axes.set(
+            title=f"KL of {dtype} logits",
+            xlabel="KL  [nats]",
+            ylabel="relative error of the KL  [1]",
+        )
         axes.set_xscale("log")
         axes.axhline(0.01, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.annotate("1 %", (1, 0.01), (-3, 2), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", ha="right", fontsize=9.5)  # fmt: skip
+        axes.annotate(
+            "1 %",
+            (1, 0.01),
+            (-3, 2),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9.5,
+        )
     curves(sizes, {name: in_ulps(results, name, "entropy", "vocab_size") for name in names})
-    sizes.set(title="Entropy of float32 logits", xlabel="vocabulary  [tokens]",
-              ylabel="error of the entropy  [ulp of max(1, value)]")  # fmt: skip
+    sizes.set(
+        title="Entropy of float32 logits",
+        xlabel="vocabulary  [tokens]",
+        ylabel="error of the entropy  [ulp of max(1, value)]",
+    )
     sizes.set_xscale("log")
     curves(offsets, {name: in_ulps(results, name, "kl", "offset") for name in names})
-    offsets.set(title="KL of float32 logits with offsets",
-                ylabel="error of the KL  [ulp of max(1, value)]",
-                xlabel="added to the policy's logits, taken from the reference's  [1]")  # fmt: skip
+    offsets.set(
+        title="KL of float32 logits with offsets",
+        ylabel="error of the KL  [ulp of max(1, value)]",
+        xlabel="added to the policy's logits, taken from the reference's  [1]",
+    )
     offsets.set_xscale("symlog", linthresh=10)
     offsets.xaxis.set_minor_formatter(NullFormatter())
     for axes in (sizes, offsets):
         axes.axhline(FLOOR["max"], color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.annotate("floor of the gate", (0, FLOOR["max"]), (4, 3), ha="left", fontsize=9.5,
-                      xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
+        axes.annotate(
+            "floor of the gate",
+            (0, FLOOR["max"]),
+            (4, 3),
+            ha="left",
+            fontsize=9.5,
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+        )
     for axes in (small, narrow, sizes, offsets):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=12))
@@ -73,13 +95,14 @@ def draw(results: Results) -> Figure:
     lines = {line.get_label(): line for axes in (small, narrow) for line in axes.get_lines()}
     drawn = [name for name in names if name in lines]
     labels = [results["labels"].get(name, name) for name in drawn]
-    figure.legend([lines[name] for name in drawn], labels, loc="outside upper center",
-                  ncols=2, frameon=False)  # fmt: skip
+    figure.legend(
+        [lines[name] for name in drawn], labels, loc="outside upper center", ncols=2, frameon=False
+    )
     return figure
 
 
 def curves(axes: Any, points_by_name: dict[str, list[Point]]) -> None:
-    """For each contender the median of the rows, and a band from the 10 % to the 90 % quantile."""
+    """Draw each contender's median of the rows, and a band from the 10 % to the 90 % quantile."""
     for name, points in points_by_name.items():
         if not points:
             continue
@@ -90,7 +113,7 @@ def curves(axes: Any, points_by_name: dict[str, list[Point]]) -> None:
 
 
 def relative_kl(results: Results, name: str, dtype: str) -> list[Point]:
-    """Over all vocabularies; at the KL that the rows have, which may be above the one asked for."""
+    """Pool all vocabularies, at the KL that the rows have, which may be above the one asked for."""
     by_kl: dict[float, list[Results]] = {}
     for m in results["cells"]:
         cell = m["cell"]
@@ -111,7 +134,7 @@ def relative_kl(results: Results, name: str, dtype: str) -> list[Point]:
 
 
 def in_ulps(results: Results, name: str, quantity: str, axis: str) -> list[Point]:
-    """Of float32 logits, along an axis through the grid's base."""
+    """Collect errors on float32 logits, along an axis through the grid's base."""
     grid = results["grid"]
     least = SMALLEST["ulp"]
     points: dict[float, Point] = {}

@@ -42,7 +42,7 @@ class Breach:
 
 
 def breaches(results: Results) -> list[Breach]:
-    """Of every backend, in every cell of a report's results."""
+    """List the failures of every backend in every cell of a report's results."""
     return [
         Breach(name, measured["name"], quantity, says)
         for measured in results["cells"]

@@ -1,4 +1,4 @@
-"""The declared grid of the numerics report: which rows errors are measured on."""
+"""The declared grid of the numerics report: the rows that errors are measured on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SMALL_KL = 1e-5  # nats, the one that the gate has a rule of its own for
 class Cell:
     """Some rows of one kind. The policy's logits are normal, the reference is a KL away."""
 
-    axis: str  # what is varied: the others are at the grid's base
+    axis: str  # the axis that is varied: the others are at the grid's base
     dtype: str
     vocab_size: int
     kl: float  # KL(policy || reference) aimed at, nats; 0: equal rows
     spread: float  # standard deviation of the logits: how peaked a row is
     temperature: float
     offset: float  # added to the policy's logits, taken from the reference's
-    inf_fraction: float  # of the vocabulary, -inf in both
+    inf_fraction: float  # part of the vocabulary that is -inf in both
     rows: int
 
     @property
@@ -60,16 +60,20 @@ class NumericsGrid:
         )
         offsets = [o for o in self.offsets if takes_offset(dtype, o)]
         cells = [
-            *(replace(base, axis="kl", kl=k, vocab_size=v)
-              for v in self.kl_vocab_sizes for k in self.kls),
+            *(
+                replace(base, axis="kl", kl=k, vocab_size=v)
+                for v in self.kl_vocab_sizes
+                for k in self.kls
+            ),
             *(replace(base, axis="vocab_size", vocab_size=v) for v in self.vocab_sizes),
             *(replace(base, axis="spread", spread=s) for s in self.spreads),
-            # Of flat rows and peaked ones small KLs lose most: to logarithms, and to few terms.
+            # Small KLs lose most digits on flat rows, to logarithms, and on peaked ones, which
+            # have few terms.
             *(replace(base, axis="spread", spread=s, kl=SMALL_KL) for s in self.spreads),
             *(replace(base, axis="temperature", temperature=t) for t in self.temperatures),
             *(replace(base, axis="offset", offset=o) for o in offsets),
             *(replace(base, axis="inf_fraction", inf_fraction=f) for f in self.inf_fractions),
-        ]  # fmt: skip
+        ]
         return [replace(cell, rows=self._rows(cell.vocab_size)) for cell in cells]
 
     def _rows(self, vocab_size: int) -> int:
@@ -77,7 +81,7 @@ class NumericsGrid:
 
 
 def takes_offset(dtype: str, offset: float) -> bool:
-    """Whether logits are left that differ: up to a spacing of 1 around the offset."""
+    """Whether numbers around the offset are at most 1 apart, so that logits stay different."""
     return abs(offset) * torch.finfo(getattr(torch, dtype)).eps <= 1
 
 

@@ -29,8 +29,16 @@ EAGER, DTYPE_EAGER = "eager", "eager in the dtype"
 EAGERS = {EAGER: upcast_eager, DTYPE_EAGER: dtype_eager}
 DIVERGENCES = ("kl", "forward_kl", "jsd")
 NEVER_NEGATIVE = (*DIVERGENCES, "entropy", "stats entropy")
-VALUES = ("logprob", "ref_logprob", "kl", "forward_kl", "entropy", "stats logprob",
-          "stats entropy", "jsd")  # fmt: skip
+VALUES = (
+    "logprob",
+    "ref_logprob",
+    "kl",
+    "forward_kl",
+    "entropy",
+    "stats logprob",
+    "stats entropy",
+    "jsd",
+)
 GRADIENTS = ("d logprob", "d kl", "d forward_kl", "d entropy", "d stats", "d jsd")
 QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
 ULP = 2.0**-23  # float32's spacing from 1 to 2
@@ -71,7 +79,7 @@ def fused(inputs: Inputs, backend: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Truth:
-    """In float64: every quantity, and what a gradient's error is measured by."""
+    """Every quantity in float64, and the scale of each gradient's error."""
 
     found: dict[str, Tensor]  # outputs [B, T], gradients [B, T, V]
     rounding: dict[str, Tensor]  # [B, T, V], by gradient: half an ulp of the logits' dtype
@@ -93,7 +101,7 @@ class Truth:
 
 
 def true_of(inputs: Inputs) -> dict[str, Tensor]:
-    """What `fused` finds, in float64."""
+    """Compute in float64 the quantities that `fused` computes."""
     ones = torch.ones(inputs.token_ids.shape, dtype=torch.float64, device=inputs.logits.device)
     weights = dict.fromkeys(DIFFERENTIABLE, ones)
     found = {name: value.detach() for name, value in eager(inputs, torch.float64).items()}
@@ -118,7 +126,7 @@ def gradient_terms(inputs: Inputs) -> Tensor:  # -> [B, T]
 
 
 def measure(cell: Cell, runs: Mapping[str, Contender], device: str = "cpu") -> Results:
-    """A cell, what is true of it, and every contender's errors."""
+    """Measure a cell: its true values, and every contender's errors."""
     inputs = make_rows(cell, device)
     truth = Truth.of(inputs)
     if cell.dtype == "float32":
@@ -135,7 +143,7 @@ def measure(cell: Cell, runs: Mapping[str, Contender], device: str = "cpu") -> R
 
 
 def errors_of(got: dict[str, Tensor], truth: Truth) -> dict[str, Results]:
-    """Of every quantity, in ulps: of the larger of 1 and the value, or of a gradient's scale."""
+    """Return every quantity's error in ulps of max(1, value), or of a gradient's scale."""
     return {
         **{name: _value_errors(name, got[name], truth.found[name]) for name in VALUES},
         **{name: _gradient_errors(name, got[name], truth) for name in GRADIENTS},
@@ -165,7 +173,7 @@ def _gradient_errors(name: str, got: Tensor, truth: Truth) -> Results:
 
 
 def _distribution(errors: Tensor) -> Results:
-    """Of the rows; NaN counts as infinite."""
+    """Summarise the rows' errors; NaN counts as infinite."""
     rows = errors.detach().double().flatten().nan_to_num(torch.inf, torch.inf)
     found = {"max": rows.max(), "mean": rows.mean()}
     # (A quantile between two infinities would be NaN.)
@@ -174,5 +182,5 @@ def _distribution(errors: Tensor) -> Results:
 
 
 def _number(value: Tensor) -> float | None:
-    """A few digits; None for what JSON has no number for."""
+    """Round to a few digits; None for NaN and infinities, which JSON lacks."""
     return float(f"{float(value):.{DIGITS}g}") if value.isfinite() else None

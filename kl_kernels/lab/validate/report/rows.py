@@ -11,7 +11,7 @@ from kl_kernels.lab.validate.cases import NEG_INF, Inputs
 from kl_kernels.lab.validate.report.grid import Cell
 
 HALVINGS = 15
-LOG2_STEPS = (-24.0, 12.0)  # of the distance between the models' logits
+LOG2_STEPS = (-24.0, 12.0)  # range of the distance between the models' logits
 
 
 def make_rows(cell: Cell, device: str = "cpu") -> Inputs:
@@ -27,7 +27,7 @@ def make_rows(cell: Cell, device: str = "cpu") -> Inputs:
     x = (cell.spread * torch.randn(shape, generator=g) + cell.offset).to(dtype)
     noise = torch.randn(shape, generator=g, dtype=torch.float64)
     out = torch.rand(shape, generator=g) < cell.inf_fraction
-    out[:, 0] = False  # something is left
+    out[:, 0] = False  # at least one logit stays finite
     x = x.masked_fill(out, NEG_INF)
     p = (x.double() / cell.temperature).softmax(-1)
     token_ids = torch.multinomial(p, 1, generator=g).squeeze(-1)

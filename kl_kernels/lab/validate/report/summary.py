@@ -1,4 +1,4 @@
-"""What the tables show of a report's cells."""
+"""The summary of a report's cells that its tables show."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ def summarise(results: Results) -> Results:
         "n_cells": len(results["cells"]),
         "worst": {
             dtype: {
-                quantity: {name: of_all_cells(results, dtype, quantity, name)
-                           for name in contenders(results)}
+                quantity: {
+                    name: of_all_cells(results, dtype, quantity, name)
+                    for name in contenders(results)
+                }
                 for quantity in (*VALUES, *GRADIENTS)
             }
             for dtype in grid["dtypes"]
@@ -28,7 +30,7 @@ def summarise(results: Results) -> Results:
             for kl in grid["kls"]
             if kl > 0
         },
-    }  # fmt: skip
+    }
 
 
 def contenders(results: Results) -> list[str]:
@@ -44,7 +46,7 @@ def measured(results: Results, dtype: str) -> Iterator[tuple[Results, Results]]:
 
 
 def of_all_cells(results: Results, dtype: str, quantity: str, name: str) -> Results | None:
-    """Mean and largest of the cells with a number, and in how many it is NaN; None: not run."""
+    """Mean and largest over the cells with a number, and the count of NaN; None: not run."""
     found = [e[name][quantity] for _, e in measured(results, dtype) if name in e]
     numbers = [f for f in found if f["max"] is not None]
     if not numbers:

@@ -45,7 +45,7 @@ def parts_of(backends: Sequence[str], grid: NumericsGrid) -> list[Part]:
 
 
 def run(backends: Sequence[str], grid: NumericsGrid, folder: Path, ran: str | None = None) -> bool:
-    """Whether the gate holds. `ran` is the commit where git cannot tell."""
+    """Write the report; return whether the gate holds. `ran` is the commit if git cannot tell."""
     folder.mkdir(parents=True, exist_ok=True)
     ran = ran or commit()
     results = measure_all(parts_of(backends, grid)) | {"commit": ran}

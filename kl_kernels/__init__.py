@@ -99,7 +99,7 @@ LAZY = {
     "linear_token_stats": "functional.hidden",
 }
 
-if TYPE_CHECKING:  # which would take any name to be there if it saw __getattr__
+if TYPE_CHECKING:  # a type checker that sees __getattr__ takes any name to be there
     from kl_kernels.functional.hidden import linear_token_kl, linear_token_stats
     from kl_kernels.functional.hidden_jsd import linear_token_jsd
 else:

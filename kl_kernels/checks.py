@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-MOST_BY_ROUNDING = 0.01  # of a log-probability above 0, in nats
+MOST_BY_ROUNDING = 0.01  # a log-probability above 0, in nats
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -138,7 +138,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """`tensor` has to be a tensor with the shape and device of `like`."""
+    """`tensor` must be a tensor with the shape and device of `like`."""
     check_tensor(like_name, like)
     check_tensor(name, tensor)
     check_same_kind(name, tensor, like_name, like)
@@ -204,7 +204,7 @@ def check_batch(name: str, tensor: Tensor) -> None:
 
 
 def check_per_sequence(name: str, tensor: Tensor, batch_name: str, batch: Tensor) -> None:
-    """`tensor` has to be [B] where `batch` is [B, T], on the same device."""
+    """`tensor` must be [B] where `batch` is [B, T], on the same device."""
     check_tensor(name, tensor)
     check_same_kind(name, tensor, batch_name, batch)
     if tensor.shape != batch.shape[:1]:
@@ -243,7 +243,7 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 
 def check_per_token(name: str, tensor: Tensor, logits: Tensor) -> None:
-    """`tensor` has to be [...] where `logits` is [..., V], on the same device."""
+    """`tensor` must be [...] where `logits` is [..., V], on the same device."""
     check_tensor(name, tensor)
     check_same_kind(name, tensor, "logits", logits)
     if tensor.shape != logits.shape[:-1]:
@@ -295,7 +295,7 @@ def values_are_at_hand(tensor: Tensor) -> bool:
 def check_token_range(
     token_ids: Tensor, mask: Tensor | None, vocab_size: int, name: str = "token_ids"
 ) -> None:
-    """Token ids that count have to lie in [0, V)."""
+    """Token ids that count must lie in [0, V)."""
     if not values_are_at_hand(token_ids):
         return
     outside = (token_ids < 0) | (token_ids >= vocab_size)

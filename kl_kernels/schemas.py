@@ -181,7 +181,7 @@ class TokenJSDBackwardArgs(NamedTuple):
 
 
 class KLRewardsArgs(NamedTuple):
-    """What `token_kl` takes, and how rewards are made of its results."""
+    """Arguments of `token_kl`, and the coefficients of the rewards."""
 
     logits: Tensor  # [B, T, V]
     ref_logits: Tensor  # [B, T, V]
@@ -285,7 +285,7 @@ OPERATORS = {
 
 
 class Execution(NamedTuple):
-    """How a differentiable operator runs: what does not change its result."""
+    """Execution options of a differentiable operator, which do not change its result."""
 
     inplace_backward: bool  # the gradient goes over the logits
     backend: str | None  # a key of `dispatch.BACKENDS`, or None for the best
@@ -357,7 +357,7 @@ def state_fields(has_ref: bool) -> tuple[str, ...]:
     return STATE_FIELDS if has_ref else STATE_FIELDS[:4]
 
 
-# What parts of a vocabulary add up to, once their row is finished; 0 where masked.
+# Sums over the parts of a vocabulary, once their row is finished; 0 where masked.
 MIXTURE_SUMS = ("jsd", "mixture_kl")
 
 # The per-token KL a reward can be shaped with, in the order kernels number them.
@@ -367,8 +367,8 @@ ESTIMATORS = get_args(Estimator)
 # Accepted by `backend=`: the keys of `dispatch.BACKENDS`.
 BackendName = Literal["triton", "cuda", "cpu", "reference"]
 
-# What `policy_loss` returns of every token, [8, B, T]: the first weighted so that the sum over the
-# batch is the loss, the others to be averaged; 0 where masked.
+# Terms that `policy_loss` returns for every token, [8, B, T]. The sum of the first over the batch
+# is the loss, the others are to be averaged; 0 where masked.
 POLICY_LOSS_TERMS = (
     "loss",
     "clip_fraction",

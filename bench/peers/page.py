@@ -10,7 +10,7 @@ from kl_kernels.lab.documents import Block, Bullets, Heading, Picture, Table, Te
 
 __all__ = ["blocks", "pictures", "short_table"]
 OURS = "kl_kernels"
-SHORT = (  # what the README shows
+SHORT = (  # shown in the README
     "logprob + entropy + gradient",
     "exact KL + gradient",
     "policy loss",
@@ -175,5 +175,5 @@ def without_way(m: Results) -> str:
 
 
 def times(m: Results | None) -> str:
-    """How many times as long as ours, with a second digit where that is less."""
+    """Ratio to our time, with a second digit where it is below 1."""
     return "" if m is None else f"{m['ratio']:.{1 if m['ratio'] >= 1 else 2}f}x"

@@ -1,4 +1,4 @@
-// What a finished row becomes: a shaped reward, or a policy loss and its gradient. Once for host
+// Epilogues of a finished row: a shaped reward, or a policy loss and its gradient. Once for host
 // and device; kl_kernels/algebra/epilogues.py says the same in PyTorch.
 #pragma once
 
@@ -53,7 +53,7 @@ KL_HOST_DEVICE ShapedReward reward_epilogue(const Finished<float>& f, float kl_c
   return {-kl_coef * estimate, -kl_coef * shortfall};
 }
 
-// What a token's loss is made of besides its logits.
+// Per-token inputs of the loss besides the logits.
 struct PolicyLossInputs {
   float old_logprob, advantage;
   float token_weight;       // of the token's loss in the whole

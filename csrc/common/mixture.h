@@ -16,7 +16,7 @@
 
 namespace kl_kernels {
 
-// What a logit's place in the mixture depends on besides tx and ty.
+// A row's constants of the mixture, besides tx and ty.
 template <class Real>
 struct Mixture {
   Real shift;  // log2(sx / sy): ty + shift is log2 q where tx is log2 p; NaN if the row is
@@ -84,7 +84,7 @@ struct Beside {
 };
 
 // -inf of both is a fall of NaN and becomes kMostFall; its weight 2^-inf is 0 all the same.
-// (AVX-512 makes it of NaN 2^-inf, which its definition of scaling makes 0.)
+// (AVX-512's scalef turns a NaN exponent into 2^-inf = 0 here.)
 template <class Functions, class Real, class Scalar>
 KL_HOST_DEVICE Beside<Real> beside_mixture(const Mixture<Scalar>& mixture, Real tx, Real ty) {
   constexpr Scalar kMostFall = 100;

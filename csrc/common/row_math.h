@@ -173,7 +173,7 @@ KL_HOST_DEVICE Anchored<Real> anchored(Real anchor, Real sum) {
   return {anchor, sum, log(sum)};
 }
 
-// What finish makes of a state, in nats; KL and entropy are never negative (NaN stays NaN).
+// Statistics of a finished row, in nats; KL and entropy are never negative (NaN stays NaN).
 template <class Real>
 struct Finished {
   Real logprob, ref_logprob, kl, forward_kl, entropy;

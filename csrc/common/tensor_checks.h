@@ -1,4 +1,4 @@
-// What every compiled backend asks of torch's tensors. Failures reach Python as ValueError.
+// Checks of torch's tensors that every compiled backend makes. Failures reach Python as ValueError.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits_tensor, cons
   return {logprob, entropy, states.tensor()};
 }
 
-// What token_kl and kl_rewards return for every row; `epilogue(row, finished)` adds to that.
+// Outputs of token_kl and kl_rewards for every row; `epilogue(row, finished)` adds to that.
 struct KlOutputs {
   explicit KlOutputs(const Tensor& logits)
       : logprob(per_token(logits)),

@@ -29,7 +29,7 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 // Whether a row's gradient depends on its reference.
 inline bool asks_for_kl(const Upstream<double>& g) { return g.kl != 0 || g.forward_kl != 0; }
 
-// What a row's gradient is made of besides its logits and the upstream gradient.
+// Statistics that a row's gradient needs besides its logits and the upstream gradient.
 struct RowStatistics {
   Anchored<double> policy, ref;  // anchors and sums of the row's state
   double kl, entropy;

@@ -1,4 +1,4 @@
-// What the CPU kernels do, one row (token) at a time, on raw pointers; no torch below this line.
+// Kernels of the CPU backend, one row (token) at a time, on raw pointers; no torch below this line.
 #pragma once
 
 #include <stdint.h>
@@ -24,7 +24,7 @@ KL_HOST_DEVICE bool is_far(double anchor) {
   return !(fabs(anchor) <= kFarAnchor);
 }
 
-// What a row's gradient is made of, besides the logits.
+// Constants of a row's gradient, besides the logits.
 struct RowGradient {
   bool in_float64;    // its numbers are too large for float arithmetic
   double anchor, sx;  // of the policy, as saved

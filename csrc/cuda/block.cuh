@@ -1,4 +1,4 @@
-// What the threads of a block find out together. Every order is fixed, so results are repeatable.
+// Reductions over the threads of a block. Every order is fixed, so results are repeatable.
 #pragma once
 
 #include "operators.h"

@@ -18,7 +18,7 @@ namespace kl_kernels {
 // its anchor is what costs digits: its terms are large, and every later one is rounded to theirs.
 constexpr float kCrowded = 512;
 
-// What one thread can see of a part without going through it: what is left of the last 8, the last
+// A probe of a part by one thread, without going through it: the rest of the last 8, the last
 // logit, which is where -inf pads, and the token's logits, which may be NaN and of another part.
 template <class Policy, class R, bool kHasRef>
 __device__ Extent token_extent(const Part<R, kHasRef>& part, float token_x, float token_y) {

@@ -23,7 +23,7 @@ __device__ inline void write_rewards(const Rows& rows, const Outputs& out,
   out.advantage_correction[row] = shaped.advantage_correction;
 }
 
-// Of logits that may be a part of their vocabulary; tx and ty are the token's.
+// The state of logits that may be a part of their vocabulary; tx and ty are the token's.
 __device__ inline void write_part_state(const Rows& rows, bool has_ref, float* to, uint32_t row,
                                         const RowState<double>& s, double tx, double ty) {
   if (to == nullptr) return;

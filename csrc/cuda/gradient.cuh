@@ -5,7 +5,7 @@
 
 namespace kl_kernels {
 
-// What a row's gradient depends on decides what is read and computed: nothing (it is 0), the
+// The statistics that a row's gradient depends on decide what is read: nothing (it is 0), the
 // policy alone, or the reference, too.
 enum class Terms { none, policy, kl, both_kls };
 
@@ -44,9 +44,8 @@ __device__ __forceinline__ float gradient(const RowGradient& r, float kx, float 
   return backward(r.c, tx, ty, w, exp2f(ty));
 }
 
-// Of a part along its gradient; `token` is counted from its first logit and may lie outside. The
-// gradient may lie over the logits: a thread reads what it is going to write, before, and no other
-// thread reads it.
+// Writes one part's gradient. `token` is relative to the part and may be out of range. In place is
+// safe: each thread reads exactly the elements that it writes later.
 template <class Policy, bool kAligned, Terms kTerms, Order kOrder, class R, bool kHasRef, class T>
 __device__ void write_gradient(const Part<R, kHasRef>& part, const RowGradient& r,
                                const GradRow<T>& grad, int64_t token) {

@@ -93,8 +93,8 @@ struct Grid {
   int n_threads;
   int shared_bytes = 0;             // dynamic shared memory of a block
   uint32_t blocks_per_cluster = 1;  // divides n_blocks
-  // What any launch of the kernel may ask for on this device. Always the same: the limit is the
-  // kernel's, not the launch's, and another thread may be about to launch it for another V.
+  // The most that a launch of the kernel may ask for on this device. Always the same: the limit is
+  // the kernel's, not the launch's, and another thread may be about to launch it for another V.
   int most_shared_bytes = shared_bytes;
 };
 

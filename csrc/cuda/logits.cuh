@@ -49,7 +49,7 @@ class Row {
   const T* at_;
 };
 
-// What 8 logits are is decided where they are used: before that, it would be waited for them.
+// Converts at first use, not at the load: converting at the load would stall on it.
 template <>
 struct Packed<Any> {
   uint32_t words[kLanes];  // of 16-bit types the first half

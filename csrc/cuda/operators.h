@@ -1,4 +1,4 @@
-// What the CUDA kernels compute, on raw device pointers; no torch below this line.
+// Operators of the CUDA kernels, on raw device pointers; no torch below this line.
 //
 // Every function enqueues on `stream` and returns at once; it may be captured in a CUDA graph.
 #pragma once
@@ -35,7 +35,7 @@ struct GradLogits {
   int64_t stride_b, stride_t;
 };
 
-// What the forward pass writes, each [B, T] or nullptr where it is not wanted. A state is [2, B,
+// Outputs of the forward pass, each [B, T] or nullptr where it is not wanted. A state is [2, B,
 // T]: the anchors, then the sums; of a part [kStateFields or kStateFieldsWithoutRef, B, T].
 struct Outputs {
   float *logprob, *ref_logprob, *kl, *forward_kl, *entropy;
@@ -53,7 +53,7 @@ struct RewardParams {
   float kl_clip;  // +inf: none
 };
 
-// What the backward pass reads, each [B, T]; upstream gradients may be nullptr. Without a gradient
+// Inputs of the backward pass, each [B, T]; upstream gradients may be nullptr. Without a gradient
 // of either KL, the reference's state and kl are not read.
 struct Saved {
   const float *grad_logprob, *grad_kl, *grad_forward_kl, *grad_entropy;
@@ -63,7 +63,7 @@ struct Saved {
   bool part;           // of a vocabulary: a token may be kNoToken
 };
 
-// What policy_loss knows of the tokens besides their logits, each [B, T] or nullptr.
+// Per-token inputs of policy_loss besides the logits, each [B, T] or nullptr.
 struct PolicyLossTokens {
   const float* old_logprobs;  // nullptr: the ratio is 1
   const float *advantages, *token_weights;
@@ -77,13 +77,13 @@ struct FinishedRows {
   double beta;
 };
 
-// What `mix` writes, each [B, T].
+// Outputs of `mix`, each [B, T].
 struct MixtureOutputs {
   float *jsd, *kl;  // kl: KL(policy || mixture)
   bool part;        // of a vocabulary: its share of both
 };
 
-// What the gradient of the divergence needs besides, each [B, T].
+// Further inputs of the gradient of the divergence, each [B, T].
 struct SavedMixture {
   const float *grad_jsd, *mixture_kl;
   double temperature;  // the policy's

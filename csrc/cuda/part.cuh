@@ -37,15 +37,15 @@ struct Span {
   int size, head;
 
   __device__ int tail(int group = kLanes) const { return head + (size - head) / group * group; }
-  // Which of those is left to this thread to take alone; none, if that is not below `size`.
+  // The one logit left to this thread alone; none, if that is not below `size`.
   __device__ int left(int group = kLanes) const {
     const int i = threadIdx.x;
     return i < head ? i : tail(group) + i - head;
   }
 };
 
-// From where on a gradient is aligned. Every logit's is on its own, so that this is free to choose:
-// what depends on the order, sums, takes its groups of 8 from the part's first logit on.
+// First aligned element of the gradient. A logit's gradient does not depend on how logits are
+// grouped, so vectors may start there; reductions group from the first logit, to be reproducible.
 template <class T>
 __device__ Span span_of(const GradRow<T>& grad, int size) {
   return {size, grad.until_aligned()};
@@ -74,7 +74,7 @@ __device__ Part<R, kHasRef> aligned_to(const GradRow<T>& grad, Part<R, kHasRef> 
   return part;
 }
 
-// Which row and which part of it this block is to work on.
+// The row, and the split of it, that this block works on.
 struct SplitOfRow {
   uint32_t row, part;
   int64_t begin;
@@ -171,7 +171,7 @@ struct FirstTile {
   typename R::Vector x, y;
 };
 
-// Of a part in global memory, on their way as soon as this is called.
+// The first tile of a part in global memory, on its way as soon as this is called.
 template <bool kAligned, class R, bool kHasRef>
 __device__ __forceinline__ FirstTile<R> begin_first_tile(const Part<R, kHasRef>& part, int i) {
   FirstTile<R> tile{};

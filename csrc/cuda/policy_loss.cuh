@@ -14,7 +14,7 @@
 
 namespace kl_kernels {
 
-// What the threads of a block tell each other. (Not static __shared__: tests run the blocks of a
+// Shared memory of a block. (Not static __shared__: tests run the blocks of a
 // cluster side by side on host threads.)
 template <int kThreads>
 struct alignas(16) BlockScratch {
@@ -29,7 +29,7 @@ __device__ inline void write_terms(const Rows& rows, uint32_t row, const PolicyL
   for (int i = 0; i < kPolicyLossTerms; ++i) terms[i * rows.n_rows + row] = loss.terms[i];
 }
 
-// What is not given, log-probabilities that are the policy's own then, is 0.
+// Inputs that are not given read as 0: log-probabilities are the policy's own then.
 __device__ inline PolicyLossInputs inputs_of(const PolicyLossTokens& tokens, uint32_t row) {
   const auto value = [row](const float* values) { return values == nullptr ? 0 : values[row]; };
   return {value(tokens.old_logprobs), tokens.advantages[row], tokens.token_weights[row],
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
   if (wants_gradient) {
     const RowGradient r = memory.gradient;  // in registers, not read again for every logit
     const auto grad = grad_row_of<T>(rows, policy, grad_logits, place);
-    // What was read last is the likeliest to be in the L2 cache still.
+    // The logits read last are the likeliest to be in the L2 cache still.
     constexpr Order kOrder = kResident ? Order::forwards : Order::backwards;
     const auto again = [&] {
       if constexpr (kResident)
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerSm)
 
 // Launchers
 
-// What decides where a row is kept; of the current device.
+// Limits of the current device, which decide where a row is kept.
 struct SharedMemory {
   int per_block, per_sm, reserved;  // bytes; `reserved` of every block for itself
   int clusters;                     // whether blocks form clusters

@@ -1,4 +1,4 @@
-// What CUDA provides. tests/backends/host runs the kernels on host threads and provides the same
+// The CUDA runtime. tests/backends/host runs the kernels on host threads and provides the same
 // names.
 #pragma once
 

@@ -21,7 +21,7 @@ __device__ __forceinline__ Packed<T> load_across(const T* at) {
   uint32_t words[2 * kPairs];
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
-    // What is not needed may not be there yet.
+    // Words that are not needed may not be there yet.
     const uint2 pair = pairs[i < kPairs - 1 || begin != 0 ? i : i - 1];
     words[2 * i] = pair.x;
     words[2 * i + 1] = pair.y;
@@ -43,10 +43,10 @@ class SmemRow {
   using Element = T;
   using Vector = Packed<T>;
 
-  // Of up to `size` logits, and before the first what makes up for its misalignment.
+  // Room for `size` logits, and before the first for its misalignment.
   __host__ __device__ static int64_t bytes(int64_t size) { return (size + kLanes) * sizeof(T); }
 
-  // Of a part that begins at `from`.
+  // A copy of the part that begins at `from`.
   __device__ SmemRow(void* memory, const T* from)
       : at_(static_cast<T*>(memory) + misalignment(from) / static_cast<int>(sizeof(T))) {}
 
@@ -113,7 +113,7 @@ __device__ __forceinline__ void for_each(const ArrivingPart<R, kHasRef>& part,
   for_each_left<Policy>(part, one);
 }
 
-// What of a row is copied in vectors; the others lie in vectors that do not belong to it alone.
+// The stretch of a row that is copied in whole vectors; the rest shares vectors with other rows.
 template <class T>
 __device__ Span vectors_of(const Row<T>& row, int size) {
   return {size, until_aligned(row.at(0), sizeof(T))};

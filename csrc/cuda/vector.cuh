@@ -38,7 +38,7 @@ __device__ inline int until_aligned(const void* at, int element_bytes) {
   return (kAlignment - misalignment(at)) % kAlignment / element_bytes;
 }
 
-// What becomes of a line that is loaded: it leaves the cache first, or stays to be read again.
+// Cache policy of a loaded line: evicted first, or kept to be read again.
 enum class Cache { stream, keep };
 
 // Aligned or not, a lane owns the same logits: with an odd V the alignment of a row depends on its

@@ -1,4 +1,4 @@
-"""What a finished row becomes: a shaped reward, or a policy loss and its gradient.
+"""Epilogues of a finished row: a shaped reward, or a policy loss and its gradient.
 
 Elementwise over rows, float64, without autograd: `policy_loss_epilogue` returns the gradient that
 the row's backward starts from.
@@ -73,12 +73,12 @@ def scored_rewards(f: Finished, a: KLRewardsArgs) -> tuple[Tensor, Tensor]:
 
 
 class PolicyLossInputs(NamedTuple):
-    """What a token's loss is made of besides its logits, each [n] float64."""
+    """Per-token inputs of the loss besides the logits, each [n] float64."""
 
     old_logprob: Tensor
     advantage: Tensor
-    token_weight: Tensor  # of the token's loss in the whole
-    importance_weight: Tensor  # of the clipped loss in the token's
+    token_weight: Tensor  # share of the token's loss in the whole
+    importance_weight: Tensor  # factor of the clipped loss
     ref_logprob: Tensor  # for k2 and k3
 
 

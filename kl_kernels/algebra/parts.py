@@ -92,7 +92,7 @@ def merge_shards(states: Tensor) -> Part:  # [R, F, B, T]
 
 
 class Whole(NamedTuple):
-    """What `token_kl` returns and saves, each [B, T] or, states, [2, B, T]; 0 where masked."""
+    """Results and saved states of whole rows, each [B, T] or, states, [2, B, T]; 0 where masked."""
 
     outputs: Finished
     policy_state: Tensor

@@ -110,7 +110,7 @@ def move(s: RowState, anchor: Tensor, ref_anchor: Tensor) -> RowState:
 
 
 class Finished(NamedTuple):
-    """What `finish` makes of a state, each [n] float64; KL and entropy are never negative."""
+    """Statistics of finished rows, each [n] float64; KL and entropy are never negative."""
 
     logprob: Tensor
     ref_logprob: Tensor

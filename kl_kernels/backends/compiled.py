@@ -31,7 +31,7 @@ def namespace(name: str) -> Any:
 
 
 def unavailable_reason(name: str) -> str | None:
-    """What keeps the compiled backend `name` from being used ("is not built ..."), or None."""
+    """Reason why the compiled backend `name` cannot be used ("is not built ..."), or None."""
     loaded = _load(name)
     if isinstance(loaded, str):
         return loaded

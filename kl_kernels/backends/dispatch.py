@@ -1,4 +1,4 @@
-"""Which backend runs an operator, and why not the others.
+"""Choice of the backend that runs an operator, and the reasons against the others.
 
 A backend is any namespace that has the functions of `schemas.OPERATORS`: the module `reference`,
 the package `triton_kernels`, or the operators of a compiled library.
@@ -26,7 +26,7 @@ from kl_kernels.checks import callers_level, check_choice
 class Backend:
     kernels: Callable[[], Any]  # the namespace with the operators
     unavailable_reason: Callable[[], str | None]  # why this machine lacks it, or None
-    device_types: tuple[str, ...] = ()  # of the tensors it takes; empty: any
+    device_types: tuple[str, ...] = ()  # devices of the tensors it takes; empty: any
     takes_float64: bool = False
 
 

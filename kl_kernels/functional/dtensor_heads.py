@@ -183,7 +183,7 @@ class _Local(torch.autograd.Function):
         x: DTensor,
         placements: list[Placement],
         grad_placements: list[Placement],
-        divisor: int,  # of the gradient
+        divisor: int,  # gradient
     ) -> Tensor:
         ctx.placements, ctx.grad_placements, ctx.divisor = x.placements, grad_placements, divisor
         ctx.mesh, ctx.shape, ctx.stride = x.device_mesh, x.shape, x.stride()

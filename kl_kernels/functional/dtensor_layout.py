@@ -1,4 +1,4 @@
-"""How DTensor logits lie on their mesh, and what of each argument belongs to this rank."""
+"""Layout of DTensor logits on their mesh, and this rank's part of each argument."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:  # half a second of import, for those who use it
 class Layout(NamedTuple):
     """The placements of logits that are there, or that hidden states and a head would make."""
 
-    name: str  # of the argument that the others follow
+    name: str  # name of the argument that the others follow
     given: DTensor  # that argument
-    shape: torch.Size  # of the logits, [..., V]
+    shape: torch.Size  # shape of the logits, [..., V]
     vocab_dim: int | None  # the mesh dimension over which the vocabulary is sharded
-    rows: tuple[Placement, ...]  # of what is per token
+    rows: tuple[Placement, ...]  # placements of everything per token
 
     @property
     def row_dims(self) -> list[int]:

@@ -34,7 +34,7 @@ R = TypeVar("R")
 Loss = tuple[Tensor, dict[str, Tensor]]
 
 LOGITS = ("logits", "ref_logits")
-FOLLOWED = ("token_ids", "index", "topk_ids")  # what outputs are DTensors, or plain, like
+FOLLOWED = ("token_ids", "index", "topk_ids")  # outputs are DTensors, or plain, as these are
 
 
 def takes_dtensors(function: Callable[P, R]) -> Callable[P, R]:
@@ -72,7 +72,7 @@ def loss_takes_dtensors(function: Callable[P, Loss]) -> Callable[P, Loss]:
 
     Raises:
         TypeError, ValueError: a DTensor's placements are none of those above, or split sequences
-            that the aggregation has to know whole.
+            that the aggregation must know whole.
     """
     signature = inspect.signature(function)
 

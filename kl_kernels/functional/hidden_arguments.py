@@ -1,4 +1,4 @@
-"""What the functions on linear heads are given: checks, scales, and the memory they may use."""
+"""Prepare the arguments of the functions on linear heads: checks, scales, memory budget."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shard(weight: Tensor, group: ProcessGroup | None, vocab_start: int | None) -
 
 
 def scaled(softcap: float | None, logit_scale: float) -> float | None:
-    """Of c tanh(s x / c) / T = c' tanh(x / c') / T', c' = c / s; and T' = T / s."""
+    """The c' = c / s of c tanh(s x / c) / T = c' tanh(x / c') / T'; and T' = T / s."""
     return None if softcap is None else softcap / logit_scale
 
 
@@ -66,7 +66,7 @@ def reference_options(
     vocab_start: int | None,
     backend: BackendName | None,
 ) -> Options:
-    """Of two heads, once they are checked; what is None of the reference is the policy's."""
+    """Validate both heads. Reference options left as None default to the policy's."""
     check_head("", hidden, weight, bias)
     temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
     check_head("ref_", ref_hidden, ref_weight, ref_bias)

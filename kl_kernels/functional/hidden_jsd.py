@@ -226,7 +226,7 @@ class LinearTokenJSD(torch.autograd.Function):
 def _mixture_sums(
     heads: list[Head], rows: Rows, whole: Whole, beta: float, options: Options
 ) -> Tensor:
-    """Of the rows that count, [len(MIXTURE_SUMS), 1, n], from logits that are multiplied anew."""
+    """Sums of the rows under the mask, [len(MIXTURE_SUMS), 1, n]; multiplies the logits again."""
     plan = plan_tiles(heads, rows.n, options.memory_budget)
     tiles = [Tiles(head, rows, plan) for head in heads]
     states = whole.policy_state, whole.ref_state

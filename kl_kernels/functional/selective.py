@@ -80,7 +80,7 @@ def _sampled(
     temperature: float,
     row_mask: Tensor | None,  # [...]
     backend: BackendName | None,
-    group: ProcessGroup | None = None,  # of DTensors that shard the vocabulary
+    group: ProcessGroup | None = None,  # the group of DTensors that shard the vocabulary
     vocab_start: int | None = None,
 ) -> Tensor:
     mask = prepare_mask(row_mask, logits, "row_mask")
@@ -122,7 +122,7 @@ def _selected(
 
 
 def check_several(name: str, ids: Tensor, logits: Tensor) -> None:
-    """`ids` has to hold K tokens at each position of the logits."""
+    """`ids` must hold K tokens at each position of the logits."""
     checks.check_same_kind(name, ids, "logits", logits)
     if ids.shape[:-1] != logits.shape[:-1] or ids.shape[-1] == 0:
         raise ValueError(

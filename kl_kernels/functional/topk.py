@@ -107,7 +107,7 @@ def topk_kl(
     events = _Events.apply(
         models.logits, ids, listed, kept, models.temperature, models.softcap, backend
     )
-    if kept is not None:  # of a masked row none is known, and the gradient of all -inf is NaN
+    if kept is not None:  # no event of a masked row is known; the gradient of all -inf is NaN
         events = torch.where(kept[..., None], events, 0.0)
     q, has_tail = _with_tail(ref, eps)
     # A list of the whole vocabulary leaves no tail, whatever the rounding of its sum says.
@@ -217,7 +217,7 @@ class _Events(torch.autograd.Function):
         )
         chosen = logits.gather(-1, ids)
         first, where = chosen.double().max(-1, keepdim=True)
-        # The kernels scale logits in their own precision: they have to say where the first one
+        # The kernels scale logits in their own precision: they must say where the first one
         # lies. The others are told from it by differences, in which that cancels.
         own_anchor, _, _, own_position = fold(chosen, where[..., 0])
         anchor = anchor.where(total > 0, own_anchor)  # that of nothing is no number near any

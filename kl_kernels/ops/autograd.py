@@ -252,7 +252,7 @@ def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
     )
 
 
-_FUNCTIONS = {}  # what `torch.func` differentiates in the place of the operators
+_FUNCTIONS = {}  # `torch.func` differentiates these in the place of the operators
 
 for _name, _setup, _backward in (
     ("token_stats", token_stats_setup, _token_stats_backward),

@@ -32,7 +32,7 @@ from kl_kernels.schemas import (
 
 @dataclass(frozen=True)
 class Options:
-    """Of `LinearTokenKL`: how logits are scaled, and how the work is done."""
+    """Options of a linear head: transforms of the logits, and how the work is done."""
 
     temperature: float
     ref_temperature: float
@@ -40,7 +40,7 @@ class Options:
     ref_softcap: float | None
     memory_budget: int  # bytes
     backend: BackendName | None
-    shard: Shard | None = None  # of the vocabulary that the heads are of; None: all of it
+    shard: Shard | None = None  # part of the vocabulary that the heads hold; None: all of it
 
 
 class _Upstream(NamedTuple):
@@ -139,7 +139,7 @@ def full_precision(weight: Tensor) -> torch.autocast:
 
 
 def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: Options) -> Whole:
-    """Of the rows that count, each [1, n]."""
+    """Finished rows under the mask, each [1, n]."""
     plan = plan_tiles(heads, rows.n, options.memory_budget)
     tiles = [Tiles(head, rows, plan) for head in heads]
     global_ids = rows.take(token_ids)[None]
@@ -179,7 +179,7 @@ def _counted_from(shard: Shard | None, token_ids: Tensor) -> Tensor:
 
 
 class _Saved(NamedTuple):
-    """What `fold_heads` found, each [1, n] or, states, [2, 1, n]."""
+    """Results of `fold_heads` that backward needs, each [1, n] or, states, [2, 1, n]."""
 
     policy_state: Tensor
     ref_state: Tensor
@@ -188,7 +188,7 @@ class _Saved(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Of a tile."""
+    """Row and vocabulary slices of one tile."""
 
     columns: slice
     rows: slice
@@ -249,7 +249,7 @@ def differentiate(
 
 def _over_logits(
     tile: Tensor,  # [rows, columns]
-    ref_tiles: list[Tensor],  # of the reference, or none
+    ref_tiles: list[Tensor],  # the reference's, or none
     token_ids: Tensor,  # [1, n]
     which: slice,
     options: Options,
@@ -291,13 +291,13 @@ class _GradientByColumns:
 
     def __init__(self, tensor: Tensor, n_columns: int, dtype: torch.dtype):  # [V, ...]
         self.gradient = tensor.new_empty(tensor.shape)
-        self._sums = self.gradient  # of all there is, where the dtype allows that
+        self._sums = self.gradient  # the gradient itself, where the dtype allows that
         if tensor.dtype != dtype:
             self._sums = tensor.new_empty((n_columns, *tensor.shape[1:]), dtype=dtype)
         self._started = -1
 
     def sums(self, columns: slice) -> Tensor:  # [columns, ...]
-        """To add to."""
+        """Return the sums of these columns, to be added to."""
         if self._sums is self.gradient:
             sums = self._sums[columns]
         else:
@@ -308,6 +308,6 @@ class _GradientByColumns:
         return sums
 
     def store(self, columns: slice) -> None:
-        """They are complete: rounds them."""
+        """Round the complete sums of these columns into the gradient."""
         if self._sums is not self.gradient:
             self.gradient[columns] = self.sums(columns)

@@ -89,7 +89,7 @@ def check_no_vocab_start(vocab_start: int | None) -> None:
 
 
 def shard_of(vocab_size: int, group: dist.ProcessGroup, vocab_start: int | None) -> Shard:
-    """Of a group's vocabulary, `vocab_size` here; see `operator` for what is raised."""
+    """This rank's shard of the group's vocabulary; raises as `operator_over` does."""
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"group does not hold this process, rank {dist.get_rank()} of the world")
@@ -114,7 +114,7 @@ def _local_ids(a: Any, shard: Shard) -> Tensor:  # [B, T]
 def exchange(
     state: Tensor,  # [F, B, T]
     shard: Shard,
-    vocab_size: int,  # of this shard
+    vocab_size: int,  # this shard's
     token_ids: Tensor,  # [B, T]
     mask: Tensor | None,  # [B, T]
 ) -> Part:

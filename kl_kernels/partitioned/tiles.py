@@ -81,11 +81,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How rows and columns are cut."""
+    """Sizes of the tiles that rows and columns are cut into."""
 
     n_rows: int
     vocab_size: int
-    rows: int  # of a tile, at most
+    rows: int  # rows of a tile, at most
     columns: int
 
     def row_slices(self) -> Iterator[slice]:
@@ -96,7 +96,7 @@ class TilePlan:
 
 
 def _slices(n: int, step: int) -> Iterator[slice]:
-    """Of nothing there is one, and it is empty: no rows are a case like any other."""
+    """Yield one empty slice when n is 0, so that callers need no special case."""
     return (slice(start, min(start + step, n)) for start in range(0, max(n, 1), step))
 
 
@@ -123,7 +123,7 @@ def plan_tiles(
             f"memory_budget is {memory_budget}; accepted: from {least} bytes on, which a single "
             "logit of these heads takes together with copies of its factors"
         )
-    # Of a square: per_logit side^2 + (per_row + per_column) side = memory_budget.
+    # A square tile: per_logit side^2 + (per_row + per_column) side = memory_budget.
     half = (per_row + per_column) / (2 * per_logit)
     side = int(math.sqrt(half * half + memory_budget / per_logit) - half)
     vocab_size = heads[0].weight.shape[0]

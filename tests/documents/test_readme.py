@@ -54,7 +54,7 @@ def test_the_readme_says_what_the_study_shows():
 
 
 def test_one_pass_reads_each_logit_once():
-    """Of the policy and of the reference: two tensors, by a policy loss with an exact KL."""
+    """A policy loss with an exact KL reads two tensors: the policy's and the reference's."""
     assert "one pass reads each logit once" in README
     assert results("traffic")["tensors"]["one visit"]["read"] == pytest.approx(2, rel=0.05)
 

@@ -1,4 +1,4 @@
-"""How the reference backend reads logits: rows in groups, the vocabulary in blocks."""
+"""Logits as the reference backend reads them: rows in groups, vocabulary in blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kl_kernels.algebra.row import (
     move,
 )
 
-EMPTY_SAVED_ANCHOR = -1.0e38  # of an all -inf part, in float32
+EMPTY_SAVED_ANCHOR = -1.0e38  # the anchor of an all -inf part, in float32
 BLOCK_V = 8192
 GROUP_ELEMENTS = 1 << 21  # rows are taken in groups of about this many logits per block
 
@@ -69,7 +69,7 @@ class Models(NamedTuple):
 
 
 def as_saved(s: RowState, dtype: torch.dtype) -> RowState:
-    """The saved anchor is what backward will subtract, so the saved sums have to belong to it.
+    """The saved anchor is what backward will subtract, so the saved sums must belong to it.
 
     Beyond reach it is the next number above, from which sums are small or 0: so a part of a row
     that lies far below the others adds nothing, where an overflow would make all of the row NaN.

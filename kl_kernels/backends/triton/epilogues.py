@@ -1,4 +1,4 @@
-"""What a finished row becomes, elementwise in float32: see the reference's `epilogues.py`.
+"""Epilogues of finished rows, elementwise in float32: see `algebra/epilogues.py`.
 
 ESTIMATOR is an index into `schemas.ESTIMATORS`.
 """
@@ -137,7 +137,7 @@ def clamp(x, bound):
 
 # Below this exp(d) - 1 cancels, and the series below has converged.
 SMALL = tl.constexpr(0.35)
-LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
+LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 
 
 @triton.jit

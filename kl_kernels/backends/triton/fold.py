@@ -124,7 +124,7 @@ def load_state(state_ptr, stride, mask, HAS_REF: tl.constexpr):
     return RowState(anchor, ref_anchor, sx, sy, ex, rk, fk, gap, least_gap)
 
 
-PARTIAL_FIELDS = 9  # of a split's state: what the two functions above agree on
+PARTIAL_FIELDS = 9  # fields of a split's state, which the two functions above agree on
 PARTIAL_FIELDS_WITHOUT_REF = 3
 
 

@@ -148,7 +148,7 @@ def is_sound(s, HAS_REF: tl.constexpr):
 
 
 class Finished(NamedTuple):
-    """What `finish` makes of a state, in nats; KL and entropy are never negative."""
+    """Statistics of a finished row, in nats; KL and entropy are never negative."""
 
     logprob: tl.tensor
     ref_logprob: tl.tensor

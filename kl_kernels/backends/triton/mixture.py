@@ -45,7 +45,7 @@ class Mixture(NamedTuple):
 
 
 class Beside(NamedTuple):
-    larger: tl.tensor  # of p and q, times sx
+    larger: tl.tensor  # the larger of p and q, times sx
     p: tl.tensor  # over the larger
     policy: tl.tensor  # log2(m / p)
     jsd: tl.tensor  # (1 - beta) p log2(m / p) + beta q log2(m / q), over the larger
@@ -53,7 +53,7 @@ class Beside(NamedTuple):
 
 @triton.jit
 def log2(x):
-    """Of 0 < x <= 1 that is no subnormal, within 3e-7 of itself, in half of tl.log2's instructions.
+    """Logarithm of a normal 0 < x <= 1, within 3e-7 of itself, in half of tl.log2's instructions.
 
     x = 2^k (1 + z) with 1 + z between the roots of 1/2 and 2, and log2(1 + z) is z times the
     polynomial of degree 8 that is minimax in relative error.

@@ -1,4 +1,4 @@
-"""How a row's logits are read: in tiles, each a tuple of [N, LANE] tensors.
+"""Tiles, in which a row's logits are read: each a tuple of [N, LANE] tensors.
 
 N is the number of threads. LANE neighbouring logits belong to one thread, which reads them at once
 (16 bytes), so that every sum over a tile stays within threads.

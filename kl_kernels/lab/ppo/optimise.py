@@ -51,8 +51,10 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 class UpdateResult:
     """Measurements of an update, and how it ended."""
 
-    losses: list[dict[str, float]] = field(default_factory=list)  # of each minibatch looked at
-    grad_norms: list[float] = field(default_factory=list)  # of each step taken, before clipping
+    losses: list[dict[str, float]] = field(default_factory=list)  # one for each minibatch looked at
+    grad_norms: list[float] = field(
+        default_factory=list
+    )  # one for each step taken, before clipping
     stopped_early: bool = False
     violation: Event | None = None
     action: str | None = None  # that the constraint asks for, given a violation

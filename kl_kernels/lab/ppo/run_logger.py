@@ -69,7 +69,7 @@ class RunLogger:
         record: Record,
         adapted: KLUpdate,
         violation: Event | None,
-        rollout: KLRewards,  # of this rank's answers, before the update
+        rollout: KLRewards,  # from this rank's answers, before the update
         mask: Tensor,  # [B, T]
     ) -> None:
         """Show an update to the monitor, add its events to the record, and write that."""

@@ -327,7 +327,7 @@ def test_the_threshold_rules_of_ppo_and_rllib(kl, ppo, rllib):
 
 
 def test_the_pi_controller_is_a_sum_over_all_errors_so_far():
-    """Position form: log value = log start + gain (sum of errors) + gain lag (last - first)."""
+    """The position form: log value = log start + gain (sum of errors) + gain lag (last - first)."""
     kls = [6.0, 9.0, 15.0, 100.0, 3.0, 0.1, 0.0, -2.0, 6.5]
     errors = [min(max(math.log(kl / 6) if kl > 0 else -math.inf, -1), 1) for kl in kls]
     control = pi(gain=0.15, lag=4.0, error_clip=1.0)

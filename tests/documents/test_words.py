@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 CHECKED = ["kl_kernels", "bench", "examples", "tests"]
 
 FORBIDDEN_START = re.compile(r"(of|what|likewise|which|how)\b", re.IGNORECASE)
-FORBIDDEN = re.compile(r"\b(has|have|had) to\b", re.IGNORECASE)
+OLD_DUTY = re.compile(r"\b(has|have|had) to\b", re.IGNORECASE)
 
 
 def docstrings(source):
@@ -49,7 +49,7 @@ def objections(source):
     found = []
     for line, text in [*docstrings(source), *comments(source)]:
         words = " ".join(text.split())
-        if FORBIDDEN_START.match(words) or FORBIDDEN.search(words):
+        if FORBIDDEN_START.match(words) or OLD_DUTY.search(words):
             found.append(f"line {line}: {words[:100]}")
     return found
 

@@ -2,7 +2,7 @@
 
 A backend is any namespace with the functions of `OPERATORS`, each taking its class of arguments
 (`dispatch.py` lists them). The schemas that torch registers are derived from the classes, for the
-operators (`ops.py`) as for the compiled libraries that implement them (`native.py`).
+operators (`library.py`) as for the compiled libraries that implement them (`compiled.py`).
 """
 
 from __future__ import annotations

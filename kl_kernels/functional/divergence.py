@@ -1,7 +1,7 @@
 """Divergences between whole distributions, in which no token is sampled.
 
 Logits are [..., V] and results [...]; dtypes, views, masks, `inplace_backward` and sharded
-vocabularies are as in `functional.py`.
+vocabularies are as in `logits.py`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ logits are copied first, with a warning that says how much.
 Sharded vocabularies (tensor parallelism): with `group`, each of its ranks passes [..., V_local]
 logits of its own part of the vocabulary and, apart from `vocab_start`, the same of everything else;
 token ids count over the whole vocabulary. Columns that only pad a shard must hold `-inf`. All ranks
-get the same outputs, bit for bit, through one collective (`parallel.py` has its cost). Backward
+get the same outputs, bit for bit, through one collective (`shards.py` has its cost). Backward
 sends nothing: every rank must compute the same loss from the outputs, and gets its own logits'
 gradient of that loss, once, not the sum over ranks (as with Megatron's vocabulary-parallel
 cross-entropy). If losses differ, each rank's logits get the gradient of its own loss; where the

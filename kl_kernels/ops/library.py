@@ -2,7 +2,7 @@
 
 `torch.ops.kl_kernels.*` exists once this file is imported, compiled library or not. Logits are
 [B, T, V] with any strides as long as neighbouring logits are neighbours in memory (a copy is made
-otherwise); everything per token is [B, T]. Shaping, checking and naming is `functional.py`'s job.
+otherwise); everything per token is [B, T]. Shaping, checking and naming is `logits.py`'s job.
 
 A *state* is the pair a row's gradient needs besides the logits, stacked as [2, B, T] float32: the
 anchor (near the row's largest logit, in log2 units) and the sum of 2^(logit - anchor).

@@ -1,4 +1,4 @@
-"""The algebra of `algebra.py` as device functions, in float32.
+"""The algebra of `algebra` as device functions, in float32.
 
 Notation is the reference's: tx = k x - A, w = 2^tx for the policy, ty = k y - B, u = 2^ty for the
 reference. What float32 changes:

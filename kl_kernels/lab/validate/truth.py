@@ -1,6 +1,6 @@
 """The true values, and torch eager's: the formulas with autograd, without blocks or state.
 
-Independent of `reference.py` on purpose: nothing here shares code with what is being checked.
+Independent of `reference` on purpose: nothing here shares code with what is being checked.
 """
 
 from __future__ import annotations

@@ -19,16 +19,12 @@ from kl_kernels.functional.arguments import as_rows, as_tokens, shaped
 from kl_kernels.functional.dtensor_heads import takes_dtensor_heads
 from kl_kernels.functional.hidden_arguments import (
     as_mask,
-    check_head,
     check_per_token,
-    check_scale,
-    checked_budget,
-    reference_options,
-    scaled,
-    shard,
+    prepare_head,
+    prepare_heads,
 )
 from kl_kernels.functional.logits import TokenKL, TokenStats
-from kl_kernels.partitioned.heads import LinearTokenKL, Options
+from kl_kernels.partitioned.heads import HeadOptions, LinearTokenKL
 from kl_kernels.partitioned.tiles import untraced
 from kl_kernels.schemas import BackendName
 
@@ -111,12 +107,18 @@ def linear_token_stats(
         >>> torch.allclose(out.logprob, whole.logprob), round(out.logprob.item(), 4)
         (True, -0.3133)
     """
-    check_head("", hidden, weight, bias)
-    temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
-    options = Options(
-        *(temperature / logit_scale,) * 2, *(scaled(softcap, logit_scale),) * 2,
-        checked_budget(memory_budget, hidden), backend, shard(weight, group, vocab_start),
-    )  # fmt: skip
+    options = prepare_head(
+        hidden,
+        weight,
+        bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        memory_budget=memory_budget,
+        group=group,
+        vocab_start=vocab_start,
+        backend=backend,
+    )
     outputs = _apply(hidden, weight, bias, (None, None, None), token_ids, mask, options)
     return TokenStats(outputs[0], outputs[4])
 
@@ -204,12 +206,24 @@ def linear_token_kl(
         >>> round(out.kl.item(), 4), round(out.ref_logprob.item(), 4)
         (0.1109, -0.6931)
     """
-    options = reference_options(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature=temperature,
-        ref_temperature=ref_temperature, softcap=softcap, ref_softcap=ref_softcap,
-        logit_scale=logit_scale, ref_logit_scale=ref_logit_scale, memory_budget=memory_budget,
-        group=group, vocab_start=vocab_start, backend=backend,
-    )  # fmt: skip
+    options = prepare_heads(
+        hidden,
+        weight,
+        bias,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        temperature=temperature,
+        ref_temperature=ref_temperature,
+        softcap=softcap,
+        ref_softcap=ref_softcap,
+        logit_scale=logit_scale,
+        ref_logit_scale=ref_logit_scale,
+        memory_budget=memory_budget,
+        group=group,
+        vocab_start=vocab_start,
+        backend=backend,
+    )
     reference = as_rows(ref_hidden), ref_weight, ref_bias
     return TokenKL(*_apply(hidden, weight, bias, reference, token_ids, mask, options))
 
@@ -221,7 +235,7 @@ def _apply(
     reference: tuple[Tensor | None, Tensor | None, Tensor | None],
     token_ids: Tensor,
     mask: Tensor | None,
-    options: Options,
+    options: HeadOptions,
 ) -> list[Tensor]:
     check_per_token("token_ids", token_ids, hidden)
     checks.check_token_dtype(token_ids)

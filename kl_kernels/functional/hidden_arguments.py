@@ -10,7 +10,7 @@ from torch import Tensor
 from kl_kernels import checks
 from kl_kernels.functional.arguments import as_tokens, needs_gradient
 from kl_kernels.functional.dtensor_heads import check_reduced
-from kl_kernels.partitioned.heads import Options
+from kl_kernels.partitioned.heads import HeadOptions
 from kl_kernels.partitioned.shards import Shard, check_no_vocab_start, shard_of
 from kl_kernels.schemas import BackendName
 
@@ -47,7 +47,34 @@ def checked_budget(memory_budget: int | None, hidden: Tensor) -> int:
     return int(checks.check_positive("memory_budget", memory_budget))
 
 
-def reference_options(
+def prepare_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    memory_budget: int | None,
+    group: ProcessGroup | None,
+    vocab_start: int | None,
+    backend: BackendName | None,
+) -> HeadOptions:
+    """Validate the policy's head, where there is no reference."""
+    check_head("", hidden, weight, bias)
+    temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
+    return HeadOptions(
+        temperature=temperature / logit_scale,
+        ref_temperature=temperature / logit_scale,
+        softcap=scaled(softcap, logit_scale),
+        ref_softcap=None,
+        memory_budget=checked_budget(memory_budget, hidden),
+        backend=backend,
+        shard=shard(weight, group, vocab_start),
+    )
+
+
+def prepare_heads(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -65,7 +92,7 @@ def reference_options(
     group: ProcessGroup | None,
     vocab_start: int | None,
     backend: BackendName | None,
-) -> Options:
+) -> HeadOptions:
     """Validate both heads. Reference options left as None default to the policy's."""
     check_head("", hidden, weight, bias)
     temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
@@ -77,11 +104,15 @@ def reference_options(
         logit_scale if ref_logit_scale is None else ref_logit_scale,
     )
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    return Options(
-        temperature / logit_scale, ref_temperature / ref_logit_scale,
-        scaled(softcap, logit_scale), scaled(ref_softcap, ref_logit_scale),
-        checked_budget(memory_budget, hidden), backend, shard(weight, group, vocab_start),
-    )  # fmt: skip
+    return HeadOptions(
+        temperature=temperature / logit_scale,
+        ref_temperature=ref_temperature / ref_logit_scale,
+        softcap=scaled(softcap, logit_scale),
+        ref_softcap=scaled(ref_softcap, ref_logit_scale),
+        memory_budget=checked_budget(memory_budget, hidden),
+        backend=backend,
+        shard=shard(weight, group, vocab_start),
+    )
 
 
 def as_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:  # [...] -> [B, T] bool
@@ -141,8 +172,10 @@ def check_reference(
     checks.check_same_kind("ref_hidden", ref_hidden, "hidden", hidden)
     checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
     for name, tensor in (
-        ("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)
-    ):  # fmt: skip
+        ("ref_hidden", ref_hidden),
+        ("ref_weight", ref_weight),
+        ("ref_bias", ref_bias),
+    ):
         if tensor is not None and needs_gradient(tensor):
             raise ValueError(
                 f"{name} requires grad, but the reference is a constant: "

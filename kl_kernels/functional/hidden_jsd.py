@@ -12,10 +12,10 @@ from kl_kernels.algebra.parts import Whole, any_token
 from kl_kernels.functional.arguments import as_rows, shaped
 from kl_kernels.functional.dtensor_heads import takes_dtensor_heads
 from kl_kernels.functional.hidden import linear_token_kl
-from kl_kernels.functional.hidden_arguments import as_mask, reference_options
+from kl_kernels.functional.hidden_arguments import as_mask, prepare_heads
 from kl_kernels.ops.autograd import once, only_first
 from kl_kernels.partitioned.heads import (
-    Options,
+    HeadOptions,
     Place,
     differentiate,
     fold_heads,
@@ -115,13 +115,25 @@ def linear_token_jsd(
         0.6931
     """
     jsd, _ = linear_jsd_and_entropy(
-        hidden, weight, ref_hidden, ref_weight,
-        beta=beta, bias=bias, ref_bias=ref_bias, mask=mask,
-        temperature=temperature, ref_temperature=ref_temperature,
-        softcap=softcap, ref_softcap=ref_softcap,
-        logit_scale=logit_scale, ref_logit_scale=ref_logit_scale,
-        memory_budget=memory_budget, group=group, vocab_start=vocab_start, backend=backend,
-    )  # fmt: skip
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        beta=beta,
+        bias=bias,
+        ref_bias=ref_bias,
+        mask=mask,
+        temperature=temperature,
+        ref_temperature=ref_temperature,
+        softcap=softcap,
+        ref_softcap=ref_softcap,
+        logit_scale=logit_scale,
+        ref_logit_scale=ref_logit_scale,
+        memory_budget=memory_budget,
+        group=group,
+        vocab_start=vocab_start,
+        backend=backend,
+    )
     return jsd
 
 
@@ -142,17 +154,31 @@ def linear_jsd_and_entropy(
     Both are [...]; `given` are the further options of `linear_token_jsd`.
     """
     beta = checks.check_unit_interval("beta", beta)
-    options = reference_options(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, **given)
+    options = prepare_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, **given)
     if beta in (0, 1):
         kl = linear_token_kl(
-            hidden, weight, ref_hidden, ref_weight, any_token(hidden),
-            bias=bias, ref_bias=ref_bias, mask=mask, **given,
-        )  # fmt: skip
+            hidden,
+            weight,
+            ref_hidden,
+            ref_weight,
+            any_token(hidden),
+            bias=bias,
+            ref_bias=ref_bias,
+            mask=mask,
+            **given,
+        )
         return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
     jsd, entropy = LinearTokenJSD.apply(
-        as_rows(hidden), weight, bias, as_rows(ref_hidden), ref_weight, ref_bias,
-        as_mask(mask, hidden), beta, options,
-    )  # fmt: skip
+        as_rows(hidden),
+        weight,
+        bias,
+        as_rows(ref_hidden),
+        ref_weight,
+        ref_bias,
+        as_mask(mask, hidden),
+        beta,
+        options,
+    )
     shape = hidden.shape[:-1]
     return shaped(jsd, shape), shaped(entropy, shape)
 
@@ -171,7 +197,7 @@ class LinearTokenJSD(torch.autograd.Function):
         ref_bias: Tensor | None,  # [V]
         mask: Tensor | None,  # [B, T]
         beta: float,
-        options: Options,
+        options: HeadOptions,
     ) -> tuple[Tensor, Tensor]:
         heads = heads_of(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         token_ids = any_token(hidden)
@@ -181,9 +207,17 @@ class LinearTokenJSD(torch.autograd.Function):
             jsd, mixture_kl = _mixture_sums(heads, rows, whole, beta, options).unbind()
         ctx.beta, ctx.options = beta, options
         ctx.save_for_backward(
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask,
-            whole.policy_state, whole.ref_state, mixture_kl,
-        )  # fmt: skip
+            hidden,
+            weight,
+            bias,
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            mask,
+            whole.policy_state,
+            whole.ref_state,
+            mixture_kl,
+        )
         entropy = rows.put(whole.outputs.entropy[0], jsd.dtype)
         ctx.mark_non_differentiable(entropy)
         return rows.put(jsd[0].clamp_min(0.0), jsd.dtype), entropy
@@ -224,7 +258,7 @@ class LinearTokenJSD(torch.autograd.Function):
 
 
 def _mixture_sums(
-    heads: list[Head], rows: Rows, whole: Whole, beta: float, options: Options
+    heads: list[Head], rows: Rows, whole: Whole, beta: float, options: HeadOptions
 ) -> Tensor:
     """Sums of the rows under the mask, [len(MIXTURE_SUMS), 1, n]; multiplies the logits again."""
     plan = plan_tiles(heads, rows.n, options.memory_budget)

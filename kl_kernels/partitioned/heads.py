@@ -31,8 +31,8 @@ from kl_kernels.schemas import (
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of a linear head: transforms of the logits, and how the work is done."""
+class HeadOptions:
+    """HeadOptions of a linear head: transforms of the logits, and how the work is done."""
 
     temperature: float
     ref_temperature: float
@@ -69,7 +69,7 @@ class LinearTokenKL(torch.autograd.Function):
         ref_bias: Tensor | None,  # [V]
         token_ids: Tensor,  # [B, T]
         mask: Tensor | None,  # [B, T]
-        options: Options,
+        options: HeadOptions,
     ) -> tuple[Tensor, ...]:
         heads = heads_of(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         rows = Rows(token_ids, mask)
@@ -80,9 +80,19 @@ class LinearTokenKL(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
         ctx.save_for_backward(
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, token_ids, mask,
-            whole.policy_state, whole.ref_state, whole.outputs.kl, whole.outputs.entropy,
-        )  # fmt: skip
+            hidden,
+            weight,
+            bias,
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            token_ids,
+            mask,
+            whole.policy_state,
+            whole.ref_state,
+            whole.outputs.kl,
+            whole.outputs.entropy,
+        )
         return outputs
 
     @staticmethod
@@ -138,7 +148,7 @@ def full_precision(weight: Tensor) -> torch.autocast:
     return torch.autocast(weight.device.type, enabled=False)
 
 
-def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: Options) -> Whole:
+def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOptions) -> Whole:
     """Finished rows under the mask, each [1, n]."""
     plan = plan_tiles(heads, rows.n, options.memory_budget)
     tiles = [Tiles(head, rows, plan) for head in heads]
@@ -197,7 +207,7 @@ class Place(NamedTuple):
 def differentiate(
     heads: list[Head],
     rows: Rows,
-    options: Options,
+    options: HeadOptions,
     over_logits: Callable[[Tensor, list[Tensor], Place], None],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
@@ -252,7 +262,7 @@ def _over_logits(
     ref_tiles: list[Tensor],  # the reference's, or none
     token_ids: Tensor,  # [1, n]
     which: slice,
-    options: Options,
+    options: HeadOptions,
     upstream: _Upstream,
     saved: _Saved,
 ) -> None:

@@ -10,8 +10,8 @@ import pytest
 from kl_kernels.lab.validate.cases import DIFFICULTIES, grid
 from kl_kernels.lab.validate.errors import errors
 
-# Triton's interpreter takes a second and a half for each case: one size here, the others with random
-# rows alone, and all numbers of tiles, smaller ones, in test_triton_backend.py.
+# Triton's interpreter takes a second and a half for each case: one size here, the others with
+# random rows alone, and all numbers of tiles, smaller ones, in test_triton_backend.py.
 SIZES = {
     "reference": (1, 2, 37, 1023, 1025, 9001),
     "cpu": (1, 2, 37, 1023, 1025, 9001, 50257),

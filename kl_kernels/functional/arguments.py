@@ -153,6 +153,7 @@ def prepare_mask(
 
 
 def check_batch_of_logits(logits: Tensor) -> None:
+    checks.check_tensor("logits", logits)
     if logits.ndim != 3:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [B, T, V]")
 

@@ -24,7 +24,8 @@ from kl_kernels.functional.hidden_arguments import (
     prepare_heads,
 )
 from kl_kernels.functional.logits import TokenKL, TokenStats
-from kl_kernels.partitioned.heads import HeadOptions, LinearTokenKL
+from kl_kernels.partitioned.functions import PartitionedKL
+from kl_kernels.partitioned.heads import HeadOptions, LinearHeads
 from kl_kernels.partitioned.tiles import untraced
 from kl_kernels.schemas import BackendName
 
@@ -244,5 +245,6 @@ def _apply(
     if options.shard is None:
         # Kernels see a tile's own ids; one that is in no tile would pass for one elsewhere.
         checks.check_token_range(ids, counts, weight.shape[0])
-    outputs = LinearTokenKL.apply(as_rows(hidden), weight, bias, *reference, ids, counts, options)
+    heads = as_rows(hidden), weight, bias, *reference
+    outputs = PartitionedKL.apply(LinearHeads(options), ids, counts, *heads)
     return [shaped(output, token_ids.shape) for output in outputs]

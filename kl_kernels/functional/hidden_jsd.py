@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from kl_kernels import checks
-from kl_kernels.algebra.parts import Whole, any_token
+from kl_kernels.algebra.parts import any_token
 from kl_kernels.functional.arguments import as_rows, shaped
 from kl_kernels.functional.dtensor_heads import takes_dtensor_heads
 from kl_kernels.functional.hidden import linear_token_kl
 from kl_kernels.functional.hidden_arguments import as_mask, prepare_heads
-from kl_kernels.ops.autograd import once, only_first
-from kl_kernels.partitioned.heads import (
-    HeadOptions,
-    Place,
-    differentiate,
-    fold_heads,
-    full_precision,
-    heads_of,
-)
-from kl_kernels.partitioned.shards import add_shards
-from kl_kernels.partitioned.tiles import Head, Rows, Tiles, plan_tiles, untraced
-from kl_kernels.schemas import (
-    MIXTURE_SUMS,
-    BackendName,
-    MixturePartArgs,
-    TokenJSDBackwardArgs,
-)
+from kl_kernels.partitioned.functions import PartitionedJSD
+from kl_kernels.partitioned.heads import LinearHeads
+from kl_kernels.partitioned.tiles import untraced
+from kl_kernels.schemas import BackendName
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -168,127 +154,7 @@ def linear_jsd_and_entropy(
             **given,
         )
         return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
-    jsd, entropy = LinearTokenJSD.apply(
-        as_rows(hidden),
-        weight,
-        bias,
-        as_rows(ref_hidden),
-        ref_weight,
-        ref_bias,
-        as_mask(mask, hidden),
-        beta,
-        options,
-    )
-    shape = hidden.shape[:-1]
+    heads = as_rows(hidden), weight, bias, as_rows(ref_hidden), ref_weight, ref_bias
+    counts, shape = as_mask(mask, hidden), hidden.shape[:-1]
+    jsd, entropy = PartitionedJSD.apply(LinearHeads(options), counts, beta, *heads)
     return shaped(jsd, shape), shaped(entropy, shape)
-
-
-class LinearTokenJSD(torch.autograd.Function):
-    """(divergence, the policy's entropy), [B, T], of two heads' logits, for 0 < beta < 1."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # [B, T, d]
-        weight: Tensor,  # [V, d]
-        bias: Tensor | None,  # [V]
-        ref_hidden: Tensor,  # [B, T, ref_d]
-        ref_weight: Tensor,  # [V, ref_d]
-        ref_bias: Tensor | None,  # [V]
-        mask: Tensor | None,  # [B, T]
-        beta: float,
-        options: HeadOptions,
-    ) -> tuple[Tensor, Tensor]:
-        heads = heads_of(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-        token_ids = any_token(hidden)
-        rows = Rows(token_ids, mask)
-        with full_precision(weight):
-            whole = fold_heads(heads, rows, token_ids, options)
-            jsd, mixture_kl = _mixture_sums(heads, rows, whole, beta, options).unbind()
-        ctx.beta, ctx.options = beta, options
-        ctx.save_for_backward(
-            hidden,
-            weight,
-            bias,
-            ref_hidden,
-            ref_weight,
-            ref_bias,
-            mask,
-            whole.policy_state,
-            whole.ref_state,
-            mixture_kl,
-        )
-        entropy = rows.put(whole.outputs.entropy[0], jsd.dtype)
-        ctx.mark_non_differentiable(entropy)
-        return rows.put(jsd[0].clamp_min(0.0), jsd.dtype), entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad_jsd: Tensor, _entropy: None) -> tuple[Tensor | None, ...]:
-        *head_tensors, mask, policy_state, ref_state, mixture_kl = ctx.saved_tensors
-        rows, o = Rows(grad_jsd, mask), ctx.options
-        per_row = rows.take(grad_jsd)[None], policy_state, ref_state, mixture_kl
-
-        def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:
-            logits = tile[None]
-            grad, saved_policy, saved_ref, saved_kl = (
-                value[..., place.rows].contiguous() for value in per_row
-            )
-            args = TokenJSDBackwardArgs(
-                grad_jsd=grad,
-                logits=logits,
-                ref_logits=ref_tiles[0][None],
-                mask=None,
-                policy_state=saved_policy,
-                ref_state=saved_ref,
-                mixture_kl=saved_kl,
-                beta=ctx.beta,
-                temperature=o.temperature,
-                ref_temperature=o.ref_temperature,
-                softcap=o.softcap,
-                ref_softcap=o.ref_softcap,
-                grad_logits=logits,
-            )
-            torch.ops.kl_kernels.token_jsd_backward_(*args, o.backend)
-
-        heads = heads_of(*head_tensors)
-        with torch.no_grad(), full_precision(heads[0].weight):
-            gradients = differentiate(heads, rows, o, over_logits, ctx.needs_input_grad[:3])
-        gradients = [once(g, of) for g, of in zip(gradients, head_tensors)]
-        return only_first(ctx, *gradients)
-
-
-def _mixture_sums(
-    heads: list[Head], rows: Rows, whole: Whole, beta: float, options: HeadOptions
-) -> Tensor:
-    """Sums of the rows under the mask, [len(MIXTURE_SUMS), 1, n]; multiplies the logits again."""
-    plan = plan_tiles(heads, rows.n, options.memory_budget)
-    tiles = [Tiles(head, rows, plan) for head in heads]
-    states = whole.policy_state, whole.ref_state
-    total = whole.policy_state.new_zeros((len(MIXTURE_SUMS), 1, rows.n), dtype=torch.float64)
-
-    def sums(which: slice) -> Tensor:  # [len(MIXTURE_SUMS), 1, rows]
-        logits, ref_logits = (of_head.logits(which)[None] for of_head in tiles)
-        policy_state, ref_state = (state[..., which].contiguous() for state in states)
-        args = MixturePartArgs(
-            logits=logits,
-            ref_logits=ref_logits,
-            mask=None,
-            policy_state=policy_state,
-            ref_state=ref_state,
-            beta=beta,
-            temperature=options.temperature,
-            ref_temperature=options.ref_temperature,
-            softcap=options.softcap,
-            ref_softcap=options.ref_softcap,
-        )
-        found: Tensor = torch.ops.kl_kernels.mixture_part(*args, options.backend)
-        return found
-
-    for columns in plan.column_slices():
-        for of_head in tiles:
-            of_head.at(columns)
-        parts = [sums(which) for which in plan.row_slices()]
-        total += torch.cat(parts, dim=-1)
-    if options.shard is not None:
-        total = add_shards(total, options.shard)
-    return total.to(heads[0].tile_dtype)

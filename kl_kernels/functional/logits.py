@@ -55,11 +55,9 @@ from kl_kernels.schemas import (
     Estimator,
     Execution,
     KLRewardsArgs,
-    KLRewardsOutputs,
     TokenKLArgs,
     TokenStatsArgs,
     output_dtype,
-    pick,
 )
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -203,7 +201,7 @@ def token_stats(
         softcap=models.softcap,
     )
     operator = operator_over("token_stats", logits, group, vocab_start)
-    logprob, entropy, _ = operator(*args, *Execution(inplace_backward, backend))
+    logprob, entropy, *_ = operator(*args, *Execution(inplace_backward, backend))
     return TokenStats(shaped(logprob, token_ids.shape), shaped(entropy, token_ids.shape))
 
 
@@ -281,7 +279,7 @@ def token_kl(
     ids, kept = prepare_token_ids(token_ids, logits), prepare_mask(mask, logits)
     args = TokenKLArgs(token_ids=ids, mask=kept, **models._asdict())
     operator = operator_over("token_kl", logits, group, vocab_start)
-    *outputs, _, _ = operator(*args, *Execution(inplace_backward, backend))
+    outputs = operator(*args, *Execution(inplace_backward, backend))[:5]
     return TokenKL(*(shaped(output, token_ids.shape) for output in outputs))
 
 
@@ -367,6 +365,7 @@ def kl_rewards(
         >>> out.rewards  # -0.1 (ln 0.731 - ln 0.5), then the score
         tensor([[-0.0380,  3.0000]])
     """
+    check_batch_of_logits(logits)
     models = prepare_models(
         logits,
         ref_logits,
@@ -376,7 +375,6 @@ def kl_rewards(
         ref_softcap,
         inplace_backward,
     )
-    check_batch_of_logits(logits)
     ids = prepare_token_ids(token_ids, logits)
     checks.check_per_token("mask", mask, logits)
     checks.check_per_sequence("scores", scores, "mask", mask)
@@ -396,5 +394,6 @@ def kl_rewards(
         **models._asdict(),
     )
     operator = operator_over("kl_rewards", logits, group, vocab_start)
-    outputs = operator(*args, *Execution(inplace_backward, backend))
-    return pick(KLRewards, KLRewardsOutputs(*outputs))
+    rewards, correction, *outputs = operator(*args, *Execution(inplace_backward, backend))
+    logprob, ref_logprob, kl, _, entropy, *_ = outputs
+    return KLRewards(rewards, correction, kl, logprob, ref_logprob, entropy)

@@ -153,6 +153,7 @@ def fused_policy_loss(
         1.3863
     """
     checks.refuse_transforms("fused_policy_loss")
+    check_batch_of_logits(logits)
     if ref_logits is None:
         models = prepare_policy(logits, temperature, softcap, inplace_backward)
     else:
@@ -165,7 +166,6 @@ def fused_policy_loss(
             ref_softcap,
             inplace_backward,
         )
-    check_batch_of_logits(logits)
     ids = prepare_token_ids(token_ids, logits)
     checks.check_per_token("advantages", advantages, logits)
     checks.check_per_token("mask", mask, logits)

@@ -87,7 +87,7 @@ def with_execution(cls: type[Any], inputs: Sequence[Any]) -> tuple[Any, Executio
     return cls(*inputs[:n]), Execution(*inputs[n:])
 
 
-def _run_backward(name: str, args: tuple[Any, ...], execution: Execution) -> Tensor:
+def run_backward(name: str, args: tuple[Any, ...], execution: Execution) -> Tensor:
     """Run a backward operator whose arguments lack `grad_logits`, the last."""
     *given, _ = args
     logits = args.logits  # type: ignore[attr-defined]
@@ -99,17 +99,11 @@ def _run_backward(name: str, args: tuple[Any, ...], execution: Execution) -> Ten
     return grad_logits
 
 
-def token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, execution = with_execution(TokenStatsArgs, inputs)
-    save_token_stats(ctx, a, TokenStatsOutputs(*output), execution, part=False)
-
-
-def save_token_stats(
-    ctx: Any, a: TokenStatsArgs, out: TokenStatsOutputs, execution: Execution, *, part: bool
-) -> None:
+def _token_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, ctx.execution = with_execution(TokenStatsArgs, inputs)
+    out = TokenStatsOutputs(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(out.policy_state)
-    ctx.execution = execution
     backward = TokenStatsBackwardArgs(
         grad_logprob=LATER,
         grad_entropy=LATER,
@@ -120,35 +114,29 @@ def save_token_stats(
         entropy=out.entropy,
         temperature=a.temperature,
         softcap=a.softcap,
-        part=part,
+        part=False,
         grad_logits=LATER,
     )
     keep(ctx, backward)
 
 
-def token_stats_grad(ctx: Any, *grads: Any) -> Tensor | None:
+def _token_stats_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     grad = TokenStatsOutputs(*grads)
     if grad.logprob is None and grad.entropy is None:
-        return None
+        return only_first(ctx, None)
     backward = kept(ctx, grad.logprob, grad.entropy)
-    return _run_backward("token_stats_backward", backward, ctx.execution)
+    return only_first(ctx, run_backward("token_stats_backward", backward, ctx.execution))
 
 
-def _token_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return only_first(ctx, token_stats_grad(ctx, *grads))
-
-
-def token_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, execution = with_execution(TokenKLArgs, inputs)
-    save_token_kl(ctx, a, TokenKLOutputs(*output), execution, part=False)
-
-
-def save_token_kl(
-    ctx: Any, a: TokenKLArgs, out: TokenKLOutputs, execution: Execution, *, part: bool
-) -> None:
-    ctx.set_materialize_grads(False)
+def _token_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, ctx.execution = with_execution(TokenKLArgs, inputs)
+    out = TokenKLOutputs(*output)
     ctx.mark_non_differentiable(out.ref_logprob, out.policy_state, out.ref_state)
-    ctx.execution = execution
+    _keep_token_kl(ctx, a, out)
+
+
+def _keep_token_kl(ctx: Any, a: TokenKLArgs, out: TokenKLOutputs) -> None:
+    ctx.set_materialize_grads(False)
     backward = TokenKLBackwardArgs(
         grad_logprob=LATER,
         grad_kl=LATER,
@@ -166,52 +154,46 @@ def save_token_kl(
         ref_temperature=a.ref_temperature,
         softcap=a.softcap,
         ref_softcap=a.ref_softcap,
-        part=part,
+        part=False,
         grad_logits=LATER,
     )
     keep(ctx, backward)
 
 
-def token_kl_grad(ctx: Any, *grads: Any) -> Tensor | None:
+def _token_kl_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     grad = TokenKLOutputs(*grads)
     backward = kept(ctx, grad.logprob, grad.kl, grad.forward_kl, grad.entropy)
-    if grad.kl is not None or grad.forward_kl is not None:
-        return _run_backward("token_kl_backward", backward, ctx.execution)
-    if grad.logprob is not None or grad.entropy is not None:
+    return only_first(ctx, kl_gradient(backward, ctx.execution))
+
+
+def kl_gradient(a: TokenKLBackwardArgs, execution: Execution) -> Tensor | None:
+    """The gradient of the logits, by arguments that lack `grad_logits`; None if none is wanted."""
+    if a.grad_kl is not None or a.grad_forward_kl is not None:
+        return run_backward("token_kl_backward", a, execution)
+    if a.grad_logprob is not None or a.grad_entropy is not None:
         # Without a KL gradient the reference logits are not read a second time.
-        stats = pick(TokenStatsBackwardArgs, backward)
-        return _run_backward("token_stats_backward", stats, ctx.execution)
+        return run_backward("token_stats_backward", pick(TokenStatsBackwardArgs, a), execution)
     return None
 
 
-def _token_kl_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return only_first(ctx, token_kl_grad(ctx, *grads))
-
-
 def _kl_rewards_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, execution = with_execution(KLRewardsArgs, inputs)
+    a, ctx.execution = with_execution(KLRewardsArgs, inputs)
     out = KLRewardsOutputs(*output)
-    # Marking replaces what was marked before: all of it at once.
-    save_token_kl(ctx, pick(TokenKLArgs, a), pick(TokenKLOutputs, out), execution, part=False)
     ctx.mark_non_differentiable(
         out.rewards, out.advantage_correction, out.ref_logprob, out.policy_state, out.ref_state
     )
+    _keep_token_kl(ctx, pick(TokenKLArgs, a), pick(TokenKLOutputs, out))
 
 
 def _kl_rewards_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-    grad = pick(TokenKLOutputs, KLRewardsOutputs(*grads))
-    return only_first(ctx, token_kl_grad(ctx, *grad))
+    return _token_kl_backward(ctx, *pick(TokenKLOutputs, KLRewardsOutputs(*grads)))
 
 
-def token_jsd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, execution = with_execution(TokenJSDArgs, inputs)
-    save_token_jsd(ctx, a, TokenJSDOutputs(*output), execution)
-
-
-def save_token_jsd(ctx: Any, a: TokenJSDArgs, out: TokenJSDOutputs, execution: Execution) -> None:
+def _token_jsd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, ctx.execution = with_execution(TokenJSDArgs, inputs)
+    out = TokenJSDOutputs(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(out.mixture_kl, out.policy_state, out.ref_state)
-    ctx.execution = execution
     backward = TokenJSDBackwardArgs(
         grad_jsd=LATER,
         logits=a.logits,
@@ -230,16 +212,12 @@ def save_token_jsd(ctx: Any, a: TokenJSDArgs, out: TokenJSDOutputs, execution: E
     keep(ctx, backward)
 
 
-def token_jsd_grad(ctx: Any, *grads: Any) -> Tensor | None:
+def _token_jsd_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     grad = TokenJSDOutputs(*grads)
     if grad.jsd is None:
-        return None
+        return only_first(ctx, None)
     backward = kept(ctx, grad.jsd)
-    return _run_backward("token_jsd_backward", backward, ctx.execution)
-
-
-def _token_jsd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return only_first(ctx, token_jsd_grad(ctx, *grads))
+    return only_first(ctx, run_backward("token_jsd_backward", backward, ctx.execution))
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -255,9 +233,9 @@ def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
 _FUNCTIONS = {}  # `torch.func` differentiates these in the place of the operators
 
 for _name, _setup, _backward in (
-    ("token_stats", token_stats_setup, _token_stats_backward),
-    ("token_kl", token_kl_setup, _token_kl_backward),
-    ("token_jsd", token_jsd_setup, _token_jsd_backward),
+    ("token_stats", _token_stats_setup, _token_stats_backward),
+    ("token_kl", _token_kl_setup, _token_kl_backward),
+    ("token_jsd", _token_jsd_setup, _token_jsd_backward),
     ("kl_rewards", _kl_rewards_setup, _kl_rewards_backward),
     ("token_stats_backward", _backward_setup, _no_second_derivative),
     ("token_kl_backward", _backward_setup, _no_second_derivative),
@@ -294,8 +272,8 @@ def once(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
     (`once_differentiable` looks at upstream gradients alone. Where those are constants, it would
     let the second derivative silently be 0.)
     """
-    if gradient is None or not torch.is_grad_enabled():  # no create_graph
-        return gradient
+    if gradient is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradient  # no create_graph
     result: Tensor = _Once.apply(gradient, of)
     return result
 

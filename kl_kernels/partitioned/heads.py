@@ -9,21 +9,31 @@ outside would hold the weight's [V, d].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kl_kernels.algebra.parts import Whole, finish_parts, local_token_ids, merge_parts, pack
-from kl_kernels.ops.autograd import once, only_first
-from kl_kernels.partitioned.shards import Shard, exchange
+from kl_kernels.algebra.parts import (
+    Whole,
+    any_token,
+    finish_parts,
+    local_token_ids,
+    merge_parts,
+    pack,
+)
+from kl_kernels.partitioned.functions import Inputs, Saved, Upstream
+from kl_kernels.partitioned.shards import Shard, add_shards, exchange
 from kl_kernels.partitioned.tiles import Head, Rows, Tiles, plan_tiles
 from kl_kernels.schemas import (
+    MIXTURE_SUMS,
     BackendName,
     FoldPartArgs,
+    MixturePartArgs,
+    TokenJSDBackwardArgs,
     TokenKLBackwardArgs,
     TokenStatsBackwardArgs,
     pick,
@@ -43,90 +53,91 @@ class HeadOptions:
     shard: Shard | None = None  # part of the vocabulary that the heads hold; None: all of it
 
 
-class _Upstream(NamedTuple):
-    """The loss's gradient with respect to each output, each [1, n]."""
+class LinearHeads(NamedTuple):
+    """Parts that are tiles of linear heads' logits.
 
-    logprob: Tensor | None
-    kl: Tensor | None
-    forward_kl: Tensor | None
-    entropy: Tensor | None
-
-
-class LinearTokenKL(torch.autograd.Function):
-    """(logprob, ref_logprob, kl, forward_kl, entropy), each [B, T], of the logits of a head.
-
-    The reference is a constant; without one, logprob and entropy are what there is to be had.
+    Inputs: hidden [B, T, d], weight [V, d], bias [V], then the same of the reference, or None.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # [B, T, d]
-        weight: Tensor,  # [V, d]
-        bias: Tensor | None,  # [V]
-        ref_hidden: Tensor | None,  # [B, T, ref_d]
-        ref_weight: Tensor | None,  # [V, ref_d]
-        ref_bias: Tensor | None,  # [V]
-        token_ids: Tensor,  # [B, T]
-        mask: Tensor | None,  # [B, T]
-        options: HeadOptions,
-    ) -> tuple[Tensor, ...]:
-        heads = heads_of(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-        rows = Rows(token_ids, mask)
-        with full_precision(weight):
-            whole = fold_heads(heads, rows, token_ids, options)
-        outputs = tuple(rows.put(value[0], value.dtype) for value in whole.outputs)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(outputs[1])
-        ctx.save_for_backward(
-            hidden,
-            weight,
-            bias,
-            ref_hidden,
-            ref_weight,
-            ref_bias,
-            token_ids,
-            mask,
-            whole.policy_state,
-            whole.ref_state,
-            whole.outputs.kl,
-            whole.outputs.entropy,
-        )
-        return outputs
+    options: HeadOptions
 
-    @staticmethod
-    def backward(
-        ctx: Any,
-        grad_logprob: Tensor | None,
-        _ref_logprob: None,
-        grad_kl: Tensor | None,
-        grad_forward_kl: Tensor | None,
-        grad_entropy: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        grads = grad_logprob, grad_kl, grad_forward_kl, grad_entropy
-        if all(g is None for g in grads):
-            return only_first(ctx)
-        *head_tensors, token_ids, mask, policy_state, ref_state, kl, entropy = ctx.saved_tensors
-        heads = heads_of(*head_tensors)
-        if grad_kl is None and grad_forward_kl is None:
+    def fold(self, inputs: Inputs, token_ids: Tensor, mask: Tensor | None) -> Whole:
+        heads = heads_of(*inputs)
+        with full_precision(heads[0].weight):
+            return fold_heads(heads, Rows(token_ids, mask), token_ids, self.options)
+
+    def spread(self, value: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:  # [1, n]
+        return Rows(like, mask).put(value[0], value.dtype)
+
+    def mixture_sums(
+        self, inputs: Inputs, mask: Tensor | None, whole: Whole, beta: float
+    ) -> Tensor:
+        heads = heads_of(*inputs)
+        rows = Rows(any_token(heads[0].hidden), mask)
+        with full_precision(heads[0].weight):
+            return mixture_sums(heads, rows, whole, beta, self.options)
+
+    def kl_gradients(
+        self,
+        inputs: Inputs,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        saved: Saved,
+        upstream: Upstream,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        heads = heads_of(*inputs)
+        if upstream.kl is None and upstream.forward_kl is None:
             del heads[1:]  # the reference's logits are not computed a second time
         rows = Rows(token_ids, mask)
-        upstream = _Upstream(*(None if g is None else rows.take(g)[None] for g in grads))
-        saved = _Saved(policy_state, ref_state, kl, entropy)
-        ids = _counted_from(ctx.options.shard, rows.take(token_ids)[None])
+        of_rows = Upstream(*(None if g is None else rows.take(g)[None] for g in upstream))
+        ids = _counted_from(self.options.shard, rows.take(token_ids)[None])
 
         def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:
             columns, which = place
             own_ids = local_token_ids(ids, columns.start, columns.stop - columns.start)
-            _over_logits(tile, ref_tiles, own_ids, which, ctx.options, upstream, saved)
+            _write_kl_gradient(tile, ref_tiles, own_ids, which, self.options, of_rows, saved)
 
-        with torch.no_grad(), full_precision(heads[0].weight):
-            gradients = differentiate(
-                heads, rows, ctx.options, over_logits, ctx.needs_input_grad[:3]
+        return self._differentiate(heads, rows, over_logits, needs)
+
+    def jsd_gradients(
+        self,
+        inputs: Inputs,
+        mask: Tensor | None,
+        saved: Saved,
+        beta: float,
+        grad_jsd: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        heads, rows = heads_of(*inputs), Rows(grad_jsd, mask)
+        grad = rows.take(grad_jsd)[None]
+
+        def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:
+            s = _of_rows(saved, place.rows)
+            args = TokenJSDBackwardArgs(
+                grad_jsd=grad[:, place.rows].contiguous(),
+                logits=tile[None],
+                ref_logits=ref_tiles[0][None],
+                mask=None,
+                policy_state=s.policy_state,
+                ref_state=s.ref_state,
+                mixture_kl=s.kl,
+                beta=beta,
+                temperature=self.options.temperature,
+                ref_temperature=self.options.ref_temperature,
+                softcap=self.options.softcap,
+                ref_softcap=self.options.ref_softcap,
+                grad_logits=tile[None],
             )
-        gradients = [once(g, of) for g, of in zip(gradients, head_tensors)]
-        return only_first(ctx, *gradients)
+            torch.ops.kl_kernels.token_jsd_backward_(*args, self.options.backend)
+
+        return self._differentiate(heads, rows, over_logits, needs)
+
+    def _differentiate(
+        self, heads: list[Head], rows: Rows, over_logits: OverLogits, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        with torch.no_grad(), full_precision(heads[0].weight):
+            return differentiate(heads, rows, self.options, over_logits, needs[:3])
 
 
 def heads_of(
@@ -184,17 +195,45 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOp
     return finish_parts(part, None, dtype)
 
 
+def mixture_sums(
+    heads: list[Head], rows: Rows, whole: Whole, beta: float, options: HeadOptions
+) -> Tensor:
+    """Sums of the rows under the mask, [len(MIXTURE_SUMS), 1, n]; multiplies the logits again."""
+    plan = plan_tiles(heads, rows.n, options.memory_budget)
+    tiles = [Tiles(head, rows, plan) for head in heads]
+    states = whole.policy_state, whole.ref_state
+    total = whole.policy_state.new_zeros((len(MIXTURE_SUMS), 1, rows.n), dtype=torch.float64)
+
+    def sums(which: slice) -> Tensor:  # [len(MIXTURE_SUMS), 1, rows]
+        logits, ref_logits = (of_head.logits(which)[None] for of_head in tiles)
+        policy_state, ref_state = (state[..., which].contiguous() for state in states)
+        args = MixturePartArgs(
+            logits=logits,
+            ref_logits=ref_logits,
+            mask=None,
+            policy_state=policy_state,
+            ref_state=ref_state,
+            beta=beta,
+            temperature=options.temperature,
+            ref_temperature=options.ref_temperature,
+            softcap=options.softcap,
+            ref_softcap=options.ref_softcap,
+        )
+        found: Tensor = torch.ops.kl_kernels.mixture_part(*args, options.backend)
+        return found
+
+    for columns in plan.column_slices():
+        for of_head in tiles:
+            of_head.at(columns)
+        parts = [sums(which) for which in plan.row_slices()]
+        total += torch.cat(parts, dim=-1)
+    if options.shard is not None:
+        total = add_shards(total, options.shard)
+    return total.to(heads[0].tile_dtype)
+
+
 def _counted_from(shard: Shard | None, token_ids: Tensor) -> Tensor:
     return token_ids if shard is None else token_ids - shard.start
-
-
-class _Saved(NamedTuple):
-    """Results of `fold_heads` that backward needs, each [1, n] or, states, [2, 1, n]."""
-
-    policy_state: Tensor
-    ref_state: Tensor
-    kl: Tensor
-    entropy: Tensor
 
 
 class Place(NamedTuple):
@@ -204,12 +243,15 @@ class Place(NamedTuple):
     rows: slice
 
 
+OverLogits = Callable[[Tensor, list[Tensor], Place], None]
+
+
 def differentiate(
     heads: list[Head],
     rows: Rows,
     options: HeadOptions,
-    over_logits: Callable[[Tensor, list[Tensor], Place], None],
-    needs: tuple[bool, ...],
+    over_logits: OverLogits,
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the first head's hidden [B, T, d], weight [V, d] and bias [V], if needed.
 
@@ -257,18 +299,22 @@ def differentiate(
     ]
 
 
-def _over_logits(
+def _of_rows(saved: Saved, which: slice) -> Saved:
+    return Saved(*(value[..., which].contiguous() for value in saved))
+
+
+def _write_kl_gradient(
     tile: Tensor,  # [rows, columns]
     ref_tiles: list[Tensor],  # the reference's, or none
     token_ids: Tensor,  # [1, n]
     which: slice,
     options: HeadOptions,
-    upstream: _Upstream,
-    saved: _Saved,
+    upstream: Upstream,  # each [1, n]
+    saved: Saved,
 ) -> None:
-    """Writes the gradient of the policy's logits over them."""
-    g = _Upstream(*(None if g is None else g[:, which] for g in upstream))
-    s = _Saved(*(value[..., which].contiguous() for value in saved))
+    """Write the gradient of the policy's logits over them."""
+    g = Upstream(*(None if g is None else g[:, which] for g in upstream))
+    s = _of_rows(saved, which)
     args = TokenKLBackwardArgs(
         grad_logprob=g.logprob,
         grad_kl=g.kl,

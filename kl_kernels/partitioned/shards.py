@@ -18,20 +18,18 @@ way) at their limits, for 65,536 tokens, a vocabulary of 262,144 over 8 ranks an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kl_kernels.algebra.epilogues import scored_rewards
 from kl_kernels.algebra.parts import (
     Part,
     Whole,
-    any_token,
     finish_parts,
     local_token_ids,
     merge_shards,
@@ -39,17 +37,24 @@ from kl_kernels.algebra.parts import (
 from kl_kernels.algebra.row import Finished
 from kl_kernels.checks import check_integer, refuse_transforms
 from kl_kernels.ops import autograd
+from kl_kernels.partitioned.functions import (
+    Inputs,
+    PartitionedJSD,
+    PartitionedKL,
+    Saved,
+    Upstream,
+)
 from kl_kernels.schemas import (
     STATE_FIELDS,
+    Execution,
     FoldPartArgs,
     KLRewardsArgs,
     MixturePartArgs,
     TokenJSDArgs,
-    TokenJSDOutputs,
+    TokenJSDBackwardArgs,
     TokenKLArgs,
-    TokenKLOutputs,
+    TokenKLBackwardArgs,
     TokenStatsArgs,
-    TokenStatsOutputs,
     output_dtype,
     pick,
 )
@@ -72,13 +77,15 @@ def operator_over(
 ) -> Callable[..., Any]:
     """The operator `name`, of whole logits or, with a group, of this rank's.
 
+    The results are the operator's; behind them, states that whole logits alone have.
+
     Raises:
         TypeError, ValueError: `vocab_start` without a group, below 0 or no int, or a group that
             this rank is not in.
     """
     if group is not None:
         refuse_transforms(f"{name} with a group")
-        return _sharded(name, shard_of(logits.shape[-1], group, vocab_start))
+        return partial(_SHARDED[name], shard_of(logits.shape[-1], group, vocab_start))
     check_no_vocab_start(vocab_start)
     return autograd.operator(name)
 
@@ -96,19 +103,6 @@ def shard_of(vocab_size: int, group: dist.ProcessGroup, vocab_start: int | None)
     if vocab_start is None:
         return Shard(group, rank * vocab_size)
     return Shard(group, check_integer("vocab_start", vocab_start, at_least=0))
-
-
-def _fold_and_exchange(a: FoldPartArgs, shard: Shard, backend: str | None) -> Whole:
-    """The finished rows, from this rank's logits and all ranks' token ids."""
-    local = a._replace(token_ids=_local_ids(a, shard))
-    state = torch.ops.kl_kernels.fold_part(*local, backend)
-    part = exchange(state, shard, a.logits.shape[-1], a.token_ids, a.mask)
-    return finish_parts(part, a.mask, output_dtype(a.logits))
-
-
-def _local_ids(a: Any, shard: Shard) -> Tensor:  # [B, T]
-    """The token ids counted from this shard's first."""
-    return local_token_ids(a.token_ids, shard.start, a.logits.shape[-1])
 
 
 def exchange(
@@ -165,108 +159,163 @@ def _check_held_once(held_once: Tensor, token_ids: Tensor, vocab_size: Tensor) -
         )
 
 
-class _TokenStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        *of_operator, shard = inputs
-        a, execution = autograd.with_execution(TokenStatsArgs, of_operator)
-        fold = FoldPartArgs(
-            logits=a.logits,
-            ref_logits=None,
-            token_ids=a.token_ids,
-            mask=a.mask,
-            temperature=a.temperature,
-            ref_temperature=a.temperature,
-            softcap=a.softcap,
-            ref_softcap=None,
+class ShardedLogits(NamedTuple):
+    """Parts that are shards of the logits, one on each rank.
+
+    Inputs: logits [B, T, V_local], and the reference's, or None.
+    """
+
+    shard: Shard
+    temperature: float
+    ref_temperature: float
+    softcap: float | None
+    ref_softcap: float | None
+    execution: Execution
+
+    @classmethod
+    def of(cls, shard: Shard, a: Any, execution: Execution) -> ShardedLogits:
+        """The shard of an operator's arguments."""
+        if not hasattr(a, "ref_logits"):
+            return cls(shard, a.temperature, a.temperature, a.softcap, None, execution)
+        transforms = a.temperature, a.ref_temperature, a.softcap, a.ref_softcap
+        return cls(shard, *transforms, execution)
+
+    def fold(self, inputs: Inputs, token_ids: Tensor, mask: Tensor | None) -> Whole:
+        logits, ref_logits = inputs
+        vocab_size = logits.shape[-1]
+        args = FoldPartArgs(
+            logits=logits,
+            ref_logits=ref_logits,
+            token_ids=local_token_ids(token_ids, self.shard.start, vocab_size),
+            mask=mask,
+            temperature=self.temperature,
+            ref_temperature=self.ref_temperature,
+            softcap=self.softcap,
+            ref_softcap=self.ref_softcap,
         )
-        whole = _fold_and_exchange(fold, shard, execution.backend)
-        out = TokenStatsOutputs(whole.outputs.logprob, whole.outputs.entropy, whole.policy_state)
-        local = a._replace(token_ids=_local_ids(a, shard))
-        autograd.save_token_stats(ctx, local, out, execution, part=True)
-        return tuple(out)
+        state = torch.ops.kl_kernels.fold_part(*args, self.execution.backend)
+        part = exchange(state, self.shard, vocab_size, token_ids, mask)
+        return finish_parts(part, mask, output_dtype(logits))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return autograd.only_first(ctx, autograd.token_stats_grad(ctx, *grads))
+    def spread(self, value: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:
+        return value
 
-
-class _TokenKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        *of_operator, shard = inputs
-        a, execution = autograd.with_execution(TokenKLArgs, of_operator)
-        whole = _fold_and_exchange(pick(FoldPartArgs, a), shard, execution.backend)
-        out = TokenKLOutputs(*whole.outputs, whole.policy_state, whole.ref_state)
-        local = a._replace(token_ids=_local_ids(a, shard))
-        autograd.save_token_kl(ctx, local, out, execution, part=True)
-        return tuple(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return autograd.only_first(ctx, autograd.token_kl_grad(ctx, *grads))
-
-
-class _TokenJSD(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        *of_operator, shard = inputs
-        a, execution = autograd.with_execution(TokenJSDArgs, of_operator)
-        fold = FoldPartArgs(
-            logits=a.logits,
-            ref_logits=a.ref_logits,
-            token_ids=any_token(a.logits),
-            mask=a.mask,
-            temperature=a.temperature,
-            ref_temperature=a.ref_temperature,
-            softcap=a.softcap,
-            ref_softcap=a.ref_softcap,
-        )
-        whole = _fold_and_exchange(fold, shard, execution.backend)
-        part = MixturePartArgs(
-            logits=a.logits,
-            ref_logits=a.ref_logits,
-            mask=a.mask,
+    def mixture_sums(
+        self, inputs: Inputs, mask: Tensor | None, whole: Whole, beta: float
+    ) -> Tensor:
+        logits, ref_logits = inputs
+        args = MixturePartArgs(
+            logits=logits,
+            ref_logits=ref_logits,
+            mask=mask,
             policy_state=whole.policy_state,
             ref_state=whole.ref_state,
-            beta=a.beta,
-            temperature=a.temperature,
-            ref_temperature=a.ref_temperature,
-            softcap=a.softcap,
-            ref_softcap=a.ref_softcap,
+            beta=beta,
+            temperature=self.temperature,
+            ref_temperature=self.ref_temperature,
+            softcap=self.softcap,
+            ref_softcap=self.ref_softcap,
         )
-        sums = torch.ops.kl_kernels.mixture_part(*part, execution.backend)
-        jsd, mixture_kl = add_shards(sums.double(), shard).to(sums.dtype).unbind()
-        jsd, mixture_kl = jsd.clamp_min(0.0), mixture_kl.clone()
-        out = TokenJSDOutputs(jsd, mixture_kl, whole.policy_state, whole.ref_state)
-        autograd.save_token_jsd(ctx, a, out, execution)
-        return tuple(out)
+        sums = torch.ops.kl_kernels.mixture_part(*args, self.execution.backend)
+        return add_shards(sums.double(), self.shard).to(sums.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return autograd.only_first(ctx, autograd.token_jsd_grad(ctx, *grads))
+    def kl_gradients(
+        self,
+        inputs: Inputs,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        saved: Saved,
+        upstream: Upstream,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        logits, ref_logits = inputs
+        args = TokenKLBackwardArgs(
+            grad_logprob=upstream.logprob,
+            grad_kl=upstream.kl,
+            grad_forward_kl=upstream.forward_kl,
+            grad_entropy=upstream.entropy,
+            logits=logits,
+            ref_logits=ref_logits,
+            token_ids=local_token_ids(token_ids, self.shard.start, logits.shape[-1]),
+            mask=mask,
+            policy_state=saved.policy_state,
+            ref_state=saved.ref_state,
+            kl=saved.kl,
+            entropy=saved.entropy,
+            temperature=self.temperature,
+            ref_temperature=self.ref_temperature,
+            softcap=self.softcap,
+            ref_softcap=self.ref_softcap,
+            part=True,
+            grad_logits=autograd.LATER,
+        )
+        return [autograd.kl_gradient(args, self.execution)]
+
+    def jsd_gradients(
+        self,
+        inputs: Inputs,
+        mask: Tensor | None,
+        saved: Saved,
+        beta: float,
+        grad_jsd: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        logits, ref_logits = inputs
+        args = TokenJSDBackwardArgs(
+            grad_jsd=grad_jsd,
+            logits=logits,
+            ref_logits=ref_logits,
+            mask=mask,
+            policy_state=saved.policy_state,
+            ref_state=saved.ref_state,
+            mixture_kl=saved.kl,
+            beta=beta,
+            temperature=self.temperature,
+            ref_temperature=self.ref_temperature,
+            softcap=self.softcap,
+            ref_softcap=self.ref_softcap,
+            grad_logits=autograd.LATER,
+        )
+        return [autograd.run_backward("token_jsd_backward", args, self.execution)]
 
 
-def _kl_rewards(*inputs: Any) -> tuple[Tensor, ...]:
-    *of_operator, shard = inputs
-    a, execution = autograd.with_execution(KLRewardsArgs, of_operator)
-    out = TokenKLOutputs(*_TokenKL.apply(*pick(TokenKLArgs, a), *execution, shard))
-    finished = Finished(*(value.detach().double() for value in pick(Finished, out)))
-    rewards, correction = (t.to(out.kl.dtype) for t in scored_rewards(finished, a))
-    return rewards, correction, *out
+# The operators of logits that are sharded: the same arguments, and the results without the states.
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "token_stats": _TokenStats.apply,
-    "token_kl": _TokenKL.apply,
-    "token_jsd": _TokenJSD.apply,
+def _token_stats(shard: Shard, *inputs: Any) -> tuple[Tensor, ...]:
+    a, execution = autograd.with_execution(TokenStatsArgs, inputs)
+    parts = ShardedLogits.of(shard, a, execution)
+    logprob, _, _, _, entropy = PartitionedKL.apply(parts, a.token_ids, a.mask, a.logits, None)
+    return logprob, entropy
+
+
+def _token_kl(shard: Shard, *inputs: Any) -> tuple[Tensor, ...]:
+    a, execution = autograd.with_execution(TokenKLArgs, inputs)
+    parts = ShardedLogits.of(shard, a, execution)
+    outputs: tuple[Tensor, ...] = PartitionedKL.apply(
+        parts, a.token_ids, a.mask, a.logits, a.ref_logits
+    )
+    return outputs
+
+
+def _token_jsd(shard: Shard, *inputs: Any) -> tuple[Tensor, ...]:
+    a, execution = autograd.with_execution(TokenJSDArgs, inputs)
+    parts = ShardedLogits.of(shard, a, execution)
+    jsd, _ = PartitionedJSD.apply(parts, a.mask, a.beta, a.logits, a.ref_logits)
+    return (jsd,)
+
+
+def _kl_rewards(shard: Shard, *inputs: Any) -> tuple[Tensor, ...]:
+    a, execution = autograd.with_execution(KLRewardsArgs, inputs)
+    outputs = _token_kl(shard, *pick(TokenKLArgs, a), *execution)
+    finished = Finished(*(value.detach().double() for value in outputs))
+    shaped = (reward.to(outputs[0].dtype) for reward in scored_rewards(finished, a))
+    return *shaped, *outputs
+
+
+_SHARDED: dict[str, Callable[..., Any]] = {
+    "token_stats": _token_stats,
+    "token_kl": _token_kl,
+    "token_jsd": _token_jsd,
     "kl_rewards": _kl_rewards,
 }
-
-
-def _sharded(name: str, shard: Shard) -> Callable[..., Any]:
-    function = _FUNCTIONS[name]
-    return lambda *args: function(*args, shard)

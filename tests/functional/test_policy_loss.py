@@ -353,7 +353,7 @@ BAD = [
     ({"old_logprobs": torch.ones(B)}, r"old_logprobs has shape \(3,\)"),
     ({"advantages": torch.ones(B)}, r"advantages has shape \(3,\)"),
     ({"mask": torch.ones(B)}, r"mask has shape \(3,\)"),
-    ({"logits": torch.zeros(B, V)}, r"logits has shape \(3, 45\); it has to be \[B, T, V\]"),
+    ({"logits": torch.zeros(B, V)}, r"logits has shape \(3, 45\); it must be \[B, T, V\]"),
     ({"ref_temperature": 0.0}, r"ref_temperature is 0.0"),
 ]
 

@@ -2,12 +2,12 @@
 // so small that a few thousand logits take every path: several tiles, several parts, tails, both
 // loops.
 #define KL_CUDA_ON_HOST
-#include "../../csrc/cuda/backward.cuh"
-#include "../../csrc/cuda/forward.cuh"
-#include "../../csrc/cuda/gae.cuh"
-#include "../../csrc/cuda/mixture.cuh"
-#include "../../csrc/cuda/policy_loss.cuh"
-#include "../../csrc/cuda/scale.cuh"
+#include "../../../csrc/cuda/backward.cuh"
+#include "../../../csrc/cuda/forward.cuh"
+#include "../../../csrc/cuda/gae.cuh"
+#include "../../../csrc/cuda/mixture.cuh"
+#include "../../../csrc/cuda/policy_loss.cuh"
+#include "../../../csrc/cuda/scale.cuh"
 
 using namespace kl_kernels;
 

@@ -132,7 +132,7 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, model_folder, monkeypatch, capsys):
         (["--controller", "pid"], "controller is 'pid'; accepted: 'adaptive', 'fixed'"),
         (["--controller", "pi", "--kl-coef", "0"], "kl_coef is 0, which cannot adapt"),
         (["--overlong-buffer", "41"], "overlong_buffer is 41; it has to be at most answer_tokens"),
-        (["--max-ratio", "0.5"], "max_ratio is 0.5; it has to be above 1"),
+        (["--max-ratio", "0.5"], "max_ratio is 0.5; it must be above 1"),
         (
             ["--max-ratio", "2", "--constraint", "warn"],
             "constraint is 'warn'; accepted: 'log', 'skip'",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,10 @@ from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated: before any import
+
+# Folders with helpers, and with cases that other tests ask more backends about.
+SHARED = ("algebra", "backends", "functional", "fuzz")
+sys.path[:0] = [str(Path(__file__).with_name(folder)) for folder in SHARED]
 
 # The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -65,8 +65,13 @@ def test_two_tokens_by_hand(beta):
         assert got == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("vocab_size", [1, 2, 37, 2049, 9000])
+@pytest.mark.parametrize(
+    ("backend", "vocab_size"),
+    [
+        *itertools.product(BACKENDS, (1, 2, 37, 2049)),
+        *((backend, 9000) for backend in BACKENDS if backend != "triton"),  # interpreted: 20 s
+    ],
+)
 def test_value_and_gradient_are_those_of_the_definition(vocab_size, backend):
     for beta, dtype in itertools.product(BETAS, (torch.float32, torch.bfloat16, torch.float16)):
         x, y = random(2, 3, vocab_size, dtype=dtype)

@@ -40,22 +40,23 @@ class Saved(NamedTuple):
 class Parts(Protocol):
     """A vocabulary that comes in parts."""
 
-    def fold(self, inputs: Inputs, token_ids: Tensor, mask: Tensor | None) -> Whole:
-        """Fold the parts into whole rows: all of [B, T], or those under the mask alone."""
+    def rows(self, like: Tensor, mask: Tensor | None) -> Any:
+        """Find the rows to fold, of the shape of `like` [B, T]; once, as this may synchronise."""
 
-    def spread(self, value: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:
-        """Bring a value of the folded rows to [B, T], the shape of `like`; 0 where masked."""
+    def fold(self, inputs: Inputs, token_ids: Tensor, rows: Any) -> Whole:
+        """Fold the parts into whole rows."""
 
-    def mixture_sums(
-        self, inputs: Inputs, mask: Tensor | None, whole: Whole, beta: float
-    ) -> Tensor:
+    def spread(self, value: Tensor, rows: Any) -> Tensor:
+        """Bring a value of the folded rows to [B, T], 0 where masked."""
+
+    def mixture_sums(self, inputs: Inputs, rows: Any, whole: Whole, beta: float) -> Tensor:
         """Sum both divergences of a mixture over the parts, [len(MIXTURE_SUMS), ...]."""
 
     def kl_gradients(
         self,
         inputs: Inputs,
         token_ids: Tensor,
-        mask: Tensor | None,
+        rows: Any,
         saved: Saved,
         upstream: Upstream,
         needs: Sequence[bool],
@@ -65,7 +66,7 @@ class Parts(Protocol):
     def jsd_gradients(
         self,
         inputs: Inputs,
-        mask: Tensor | None,
+        rows: Any,
         saved: Saved,
         beta: float,
         grad_jsd: Tensor,
@@ -84,8 +85,9 @@ class PartitionedKL(torch.autograd.Function):
     def forward(
         ctx: Any, parts: Parts, token_ids: Tensor, mask: Tensor | None, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
-        whole = parts.fold(inputs, token_ids, mask)
-        outputs = tuple(parts.spread(value, token_ids, mask) for value in whole.outputs)
+        rows = parts.rows(token_ids, mask)
+        whole = parts.fold(inputs, token_ids, rows)
+        outputs = tuple(parts.spread(value, rows) for value in whole.outputs)
         ctx.parts = parts
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
@@ -102,7 +104,8 @@ class PartitionedKL(torch.autograd.Function):
         token_ids, mask, *rest = ctx.saved_tensors
         saved, inputs = Saved(*rest[:4]), rest[4:]
         needs = ctx.needs_input_grad[3:]
-        gradients = ctx.parts.kl_gradients(inputs, token_ids, mask, saved, upstream, needs)
+        rows = ctx.parts.rows(token_ids, mask)
+        gradients = ctx.parts.kl_gradients(inputs, token_ids, rows, saved, upstream, needs)
         return _behind(3, ctx, inputs, gradients)
 
 
@@ -114,21 +117,23 @@ class PartitionedJSD(torch.autograd.Function):
         ctx: Any, parts: Parts, mask: Tensor | None, beta: float, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         token_ids = any_token(inputs[0])  # type: ignore[arg-type]
-        whole = parts.fold(inputs, token_ids, mask)
-        jsd, mixture_kl = parts.mixture_sums(inputs, mask, whole, beta).unbind()
-        entropy = parts.spread(whole.outputs.entropy, token_ids, mask)
+        rows = parts.rows(token_ids, mask)
+        whole = parts.fold(inputs, token_ids, rows)
+        jsd, mixture_kl = parts.mixture_sums(inputs, rows, whole, beta).unbind()
+        entropy = parts.spread(whole.outputs.entropy, rows)
         ctx.parts, ctx.beta = parts, beta
         ctx.mark_non_differentiable(entropy)
         saved = Saved(whole.policy_state, whole.ref_state, mixture_kl, whole.outputs.entropy)
         ctx.save_for_backward(mask, *saved, *inputs)
-        return parts.spread(jsd.clamp_min(0.0), token_ids, mask), entropy
+        return parts.spread(jsd.clamp_min(0.0), rows), entropy
 
     @staticmethod
     def backward(ctx: Any, grad_jsd: Tensor, _entropy: None) -> tuple[Tensor | None, ...]:
         mask, *rest = ctx.saved_tensors
         saved, inputs = Saved(*rest[:4]), rest[4:]
         needs = ctx.needs_input_grad[3:]
-        gradients = ctx.parts.jsd_gradients(inputs, mask, saved, ctx.beta, grad_jsd, needs)
+        rows = ctx.parts.rows(grad_jsd, mask)
+        gradients = ctx.parts.jsd_gradients(inputs, rows, saved, ctx.beta, grad_jsd, needs)
         return _behind(3, ctx, inputs, gradients)
 
 

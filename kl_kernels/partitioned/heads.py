@@ -19,7 +19,6 @@ from torch import Tensor
 
 from kl_kernels.algebra.parts import (
     Whole,
-    any_token,
     finish_parts,
     local_token_ids,
     merge_parts,
@@ -61,19 +60,19 @@ class LinearHeads(NamedTuple):
 
     options: HeadOptions
 
-    def fold(self, inputs: Inputs, token_ids: Tensor, mask: Tensor | None) -> Whole:
+    def rows(self, like: Tensor, mask: Tensor | None) -> Rows:
+        return Rows(like, mask)
+
+    def fold(self, inputs: Inputs, token_ids: Tensor, rows: Rows) -> Whole:
         heads = heads_of(*inputs)
         with full_precision(heads[0].weight):
-            return fold_heads(heads, Rows(token_ids, mask), token_ids, self.options)
+            return fold_heads(heads, rows, token_ids, self.options)
 
-    def spread(self, value: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:  # [1, n]
-        return Rows(like, mask).put(value[0], value.dtype)
+    def spread(self, value: Tensor, rows: Rows) -> Tensor:  # [1, n]
+        return rows.put(value[0], value.dtype)
 
-    def mixture_sums(
-        self, inputs: Inputs, mask: Tensor | None, whole: Whole, beta: float
-    ) -> Tensor:
+    def mixture_sums(self, inputs: Inputs, rows: Rows, whole: Whole, beta: float) -> Tensor:
         heads = heads_of(*inputs)
-        rows = Rows(any_token(heads[0].hidden), mask)
         with full_precision(heads[0].weight):
             return mixture_sums(heads, rows, whole, beta, self.options)
 
@@ -81,7 +80,7 @@ class LinearHeads(NamedTuple):
         self,
         inputs: Inputs,
         token_ids: Tensor,
-        mask: Tensor | None,
+        rows: Rows,
         saved: Saved,
         upstream: Upstream,
         needs: Sequence[bool],
@@ -89,7 +88,6 @@ class LinearHeads(NamedTuple):
         heads = heads_of(*inputs)
         if upstream.kl is None and upstream.forward_kl is None:
             del heads[1:]  # the reference's logits are not computed a second time
-        rows = Rows(token_ids, mask)
         of_rows = Upstream(*(None if g is None else rows.take(g)[None] for g in upstream))
         ids = _counted_from(self.options.shard, rows.take(token_ids)[None])
 
@@ -103,13 +101,13 @@ class LinearHeads(NamedTuple):
     def jsd_gradients(
         self,
         inputs: Inputs,
-        mask: Tensor | None,
+        rows: Rows,
         saved: Saved,
         beta: float,
         grad_jsd: Tensor,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        heads, rows = heads_of(*inputs), Rows(grad_jsd, mask)
+        heads = heads_of(*inputs)
         grad = rows.take(grad_jsd)[None]
 
         def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:

@@ -180,34 +180,37 @@ class ShardedLogits(NamedTuple):
         transforms = a.temperature, a.ref_temperature, a.softcap, a.ref_softcap
         return cls(shard, *transforms, execution)
 
-    def fold(self, inputs: Inputs, token_ids: Tensor, mask: Tensor | None) -> Whole:
+    def rows(self, like: Tensor, mask: Tensor | None) -> Tensor | None:
+        return mask  # kernels skip what it rules out
+
+    def fold(self, inputs: Inputs, token_ids: Tensor, rows: Tensor | None) -> Whole:
         logits, ref_logits = inputs
         vocab_size = logits.shape[-1]
         args = FoldPartArgs(
             logits=logits,
             ref_logits=ref_logits,
             token_ids=local_token_ids(token_ids, self.shard.start, vocab_size),
-            mask=mask,
+            mask=rows,
             temperature=self.temperature,
             ref_temperature=self.ref_temperature,
             softcap=self.softcap,
             ref_softcap=self.ref_softcap,
         )
         state = torch.ops.kl_kernels.fold_part(*args, self.execution.backend)
-        part = exchange(state, self.shard, vocab_size, token_ids, mask)
-        return finish_parts(part, mask, output_dtype(logits))
+        part = exchange(state, self.shard, vocab_size, token_ids, rows)
+        return finish_parts(part, rows, output_dtype(logits))
 
-    def spread(self, value: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:
+    def spread(self, value: Tensor, rows: Tensor | None) -> Tensor:
         return value
 
     def mixture_sums(
-        self, inputs: Inputs, mask: Tensor | None, whole: Whole, beta: float
+        self, inputs: Inputs, rows: Tensor | None, whole: Whole, beta: float
     ) -> Tensor:
         logits, ref_logits = inputs
         args = MixturePartArgs(
             logits=logits,
             ref_logits=ref_logits,
-            mask=mask,
+            mask=rows,
             policy_state=whole.policy_state,
             ref_state=whole.ref_state,
             beta=beta,
@@ -223,7 +226,7 @@ class ShardedLogits(NamedTuple):
         self,
         inputs: Inputs,
         token_ids: Tensor,
-        mask: Tensor | None,
+        rows: Tensor | None,
         saved: Saved,
         upstream: Upstream,
         needs: Sequence[bool],
@@ -237,7 +240,7 @@ class ShardedLogits(NamedTuple):
             logits=logits,
             ref_logits=ref_logits,
             token_ids=local_token_ids(token_ids, self.shard.start, logits.shape[-1]),
-            mask=mask,
+            mask=rows,
             policy_state=saved.policy_state,
             ref_state=saved.ref_state,
             kl=saved.kl,
@@ -254,7 +257,7 @@ class ShardedLogits(NamedTuple):
     def jsd_gradients(
         self,
         inputs: Inputs,
-        mask: Tensor | None,
+        rows: Tensor | None,
         saved: Saved,
         beta: float,
         grad_jsd: Tensor,
@@ -265,7 +268,7 @@ class ShardedLogits(NamedTuple):
             grad_jsd=grad_jsd,
             logits=logits,
             ref_logits=ref_logits,
-            mask=mask,
+            mask=rows,
             policy_state=saved.policy_state,
             ref_state=saved.ref_state,
             mixture_kl=saved.kl,

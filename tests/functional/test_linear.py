@@ -528,3 +528,22 @@ def test_errors_name_argument_value_and_what_is_accepted(what):
     }
     with pytest.raises(error, match=message):
         kl_kernels.linear_token_kl(**(arguments | changed))
+
+
+@pytest.mark.parametrize("function", ["kl", "jsd"])
+def test_the_rows_under_a_mask_are_found_once_in_each_direction(function, monkeypatch):
+    """On a GPU finding them synchronises."""
+    found, nonzero = [], torch.Tensor.nonzero
+    monkeypatch.setattr(
+        torch.Tensor, "nonzero", lambda t, **how: (found.append(t), nonzero(t, **how))[1]
+    )
+    hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4)
+    mask, ids = torch.tensor([[True, False, True]] * 2), torch.ones(2, 3, dtype=torch.long)
+    heads = hidden, weight, hidden.detach() + 1, weight
+    if function == "kl":
+        loss = kl_kernels.linear_token_kl(*heads, ids, mask).kl.sum()
+    else:
+        loss = kl_kernels.linear_token_jsd(*heads, mask).sum()
+    assert len(found) == 1
+    loss.backward()
+    assert len(found) == 2

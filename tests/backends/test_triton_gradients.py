@@ -219,9 +219,9 @@ def read_again(monkeypatch):
     """The first place of each tile that the gradient's loop reads, and whether of a pair."""
     tiles, gradient = [], loss.gradient
 
-    def record(x_row, y_row, at, *args):
-        tiles.append((int(at.handle.data.min()), bool(args[-4])))
-        return gradient(x_row, y_row, at, *args)
+    def record(x, y, at, mask, c, of, eviction):
+        tiles.append((int(at.handle.data.min()), bool(of.KL)))
+        return gradient(x, y, at, mask, c, of, eviction)
 
     monkeypatch.setattr(loss, "gradient", record)
     return tiles

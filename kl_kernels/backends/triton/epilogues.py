@@ -8,7 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kl_kernels.backends.triton.math import KEEP_NAN
+from kl_kernels.backends.triton.math import KEEP_NAN, Upstream
 from kl_kernels.schemas import ESTIMATORS
 
 K1 = tl.constexpr(ESTIMATORS.index("k1"))
@@ -54,66 +54,83 @@ class PolicyLossTerms(NamedTuple):
     entropy: tl.tensor
 
 
-class Upstream(NamedTuple):
-    """The gradient of a token's weighted loss with respect to its row's statistics."""
+class Token(NamedTuple):
+    """Inputs of a token's policy loss."""
 
-    logprob: tl.tensor
-    kl: tl.tensor
-    entropy: tl.tensor
+    old_logprob: tl.tensor
+    advantage: tl.tensor
+    weight: tl.tensor
+    importance_weight: tl.tensor
+    ref_logprob: tl.tensor  # for k2 and k3
+
+
+class PolicyLossParams(NamedTuple):
+    """See `schemas.PolicyLossArgs`; the optional ones may be None."""
+
+    clip_low: tl.tensor
+    clip_high: tl.tensor
+    dual_clip: tl.tensor
+    log_ratio_clamp: tl.tensor
+    kl_coef: tl.tensor
+    entropy_coef: tl.tensor
 
 
 @triton.jit
 def policy_loss_epilogue(
-    f, old_logprob, advantage, token_weight, importance_weight,
-    ref_logprob,  # for k2 and k3
-    clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, entropy_coef,
-    ESTIMATOR: tl.constexpr, HAS_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """HAS_KL, HAS_ENTROPY: whether their coefficients differ from 0.
+    f, token, params, ESTIMATOR: tl.constexpr, HAS_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr
+):
+    """`f`: `Finished`, `token`: `Token`, `params`: `PolicyLossParams`.
 
-    If not they are left out: 0 * inf would be NaN.
+    HAS_KL, HAS_ENTROPY: whether their coefficients differ from 0. If not they are left out:
+    0 * inf would be NaN.
     """
-    log_ratio = clamp(log_ratio_of(f.logprob, old_logprob), log_ratio_clamp)
+    log_ratio = clamp(log_ratio_of(f.logprob, token.old_logprob), params.log_ratio_clamp)
     ratio = tl.exp(log_ratio)
-    unclipped = -advantage * ratio
-    within = tl.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high, KEEP_NAN)
-    clipped = -advantage * within
+    unclipped = -token.advantage * ratio
+    within = tl.clamp(ratio, 1.0 - params.clip_low, 1.0 + params.clip_high, KEEP_NAN)
+    clipped = -token.advantage * within
     clip_decides = clipped > unclipped
     loss = tl.where(clip_decides, clipped, unclipped)
     # The ratio of a token that both policies rule out is a constant, too.
-    constant, clip_fraction_dual = clip_decides | both_rule_out(f.logprob, old_logprob), 0.0
-    if dual_clip is not None:
-        bound = -advantage * dual_clip
-        dual_clip_decides = (advantage < 0.0) & (loss > bound)
+    constant, clip_fraction_dual = clip_decides | both_rule_out(f.logprob, token.old_logprob), 0.0
+    if params.dual_clip is not None:
+        bound = -token.advantage * params.dual_clip
+        dual_clip_decides = (token.advantage < 0.0) & (loss > bound)
         loss = tl.where(dual_clip_decides, bound, loss)
         constant = constant | dual_clip_decides
         clip_fraction_dual = dual_clip_decides.to(tl.float32)
-    loss = importance_weight * loss
+    loss = token.importance_weight * loss
     # d ratio / d logprob is the ratio, so the unclipped loss is its own derivative.
-    grad_logprob = tl.where(constant, 0.0, importance_weight * unclipped)
+    grad_logprob = tl.where(constant, 0.0, token.importance_weight * unclipped)
 
     kl = f.kl
     if ESTIMATOR != EXACT:
-        d = clamp(log_ratio_of(f.logprob, ref_logprob), log_ratio_clamp)
+        d = clamp(log_ratio_of(f.logprob, token.ref_logprob), params.log_ratio_clamp)
         kl, slope = exp_minus_linear(-d), -expm1(-d)
         if ESTIMATOR == K2:
             kl, slope = 0.5 * d * d, d
     grad_kl, grad_entropy = 0.0, 0.0
     if HAS_KL:
-        loss += kl_coef * kl
+        loss += params.kl_coef * kl
         if ESTIMATOR == EXACT:
-            grad_kl = token_weight * kl_coef
+            grad_kl = token.weight * params.kl_coef
         else:
-            grad_logprob += kl_coef * slope
+            grad_logprob += params.kl_coef * slope
     if HAS_ENTROPY:
-        loss -= entropy_coef * f.entropy
-        grad_entropy = token_weight * -entropy_coef
+        loss -= params.entropy_coef * f.entropy
+        grad_entropy = token.weight * -params.entropy_coef
 
     terms = PolicyLossTerms(
-        token_weight * loss, clip_decides.to(tl.float32), clip_fraction_dual,
-        exp_minus_linear(log_ratio), -log_ratio, ratio, kl, f.entropy,
-    )  # fmt: skip
-    return terms, Upstream(token_weight * grad_logprob, grad_kl, grad_entropy)
+        token.weight * loss,
+        clip_decides.to(tl.float32),
+        clip_fraction_dual,
+        exp_minus_linear(log_ratio),
+        -log_ratio,
+        ratio,
+        kl,
+        f.entropy,
+    )
+    return terms, Upstream(token.weight * grad_logprob, grad_kl, 0.0, grad_entropy)
 
 
 @triton.jit
@@ -143,9 +160,8 @@ LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 @triton.jit
 def exp_minus_linear(d):
     """exp(d) - 1 - d, +inf where d is infinite either way."""
-    series = d * d * (
-        1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))))
-    )  # fmt: skip
+    series = 1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))
+    series = d * d * (1 / 2 + d * (1 / 6 + d * series))
     # exp(inf) - inf would be NaN. (NaN is no minimum here, but exp(d) is NaN then.)
     return tl.where(tl.abs(d) < SMALL, series, tl.exp(d) - 1.0 - tl.minimum(d, LARGEST))
 

@@ -27,9 +27,13 @@ from kl_kernels.backends.triton.math import (
     within_reach,
 )
 from kl_kernels.backends.triton.tiles import (
+    SIZES,
+    Model,
+    Tile,
     fold_tile,
     lane_max,
     lane_min,
+    last_tile,
     load,
     load_pair,
     row_pointer,
@@ -37,61 +41,64 @@ from kl_kernels.backends.triton.tiles import (
 
 
 @triton.jit
-def fold_anchored(
-    x_ptr, y_ptr, xt, yt, n_full, n_rest, k, ref_k, softcap, ref_softcap,
-    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
-):  # fmt: skip
-    """The state of `n_full` tiles and `n_rest` logits of a last one, and whether it is sound.
+def fold_logits(x, y, xt, yt, size, tile: tl.constexpr, HAS_REF: tl.constexpr):
+    """The state of the first `size` logits; xt, yt: the token's logits, wherever they are.
 
-    The anchor is fixed before the loop, at the larger of the first tile's maximum and the sampled
-    token's logit, which is nearly always near the row's largest.
+    The fast loop has fixed anchors. Where they turn out badly chosen, or logits need guarding, the
+    loop with a running maximum reads the logits again.
     """
-    TILE: tl.constexpr = STEPS * N * LANE
-    x, y = load_pair(
-        x_ptr, y_ptr, softcap, ref_softcap, n_full * TILE + n_rest, STEPS, N, LANE, HAS_REF
-    )  # fmt: skip
-    anchor = tl.maximum(tl.maximum(tl.max(lane_max(x), 0), xt) * k, EMPTY_ANCHOR)
-    ref_anchor = tl.maximum(tl.maximum(tl.max(lane_max(y), 0), yt) * ref_k, EMPTY_ANCHOR)
+    s, sound = fold_anchored(x, y, xt, yt, size, tile, HAS_REF)
+    if not sound:
+        s = fold_running_max(x, y, size, tile, HAS_REF)
+    return s
+
+
+@triton.jit
+def fold_anchored(x, y, xt, yt, size, tile: tl.constexpr, HAS_REF: tl.constexpr):
+    """The state by anchors that are fixed before the loop, and whether it is sound.
+
+    The anchor is the larger of the first tile's maximum and the sampled token's logit, which is
+    nearly always near the row's largest.
+    """
+    TILE: tl.constexpr = tile.STEPS * tile.N * tile.LANE
+    last = last_tile(size, tile)
+    xs, ys = load_pair(x, y, 0, size, tile, HAS_REF)
+    anchor = tl.maximum(tl.maximum(tl.max(lane_max(xs), 0), xt) * x.k, EMPTY_ANCHOR)
+    ref_anchor = tl.maximum(tl.maximum(tl.max(lane_max(ys), 0), yt) * y.k, EMPTY_ANCHOR)
     # A row that rules tokens out mostly does so in the first tile too; unguarded, it would be
     # folded in vain. (The last tile is guarded: there are the columns a vocabulary is padded by.)
-    hopeless = tl.min(tl.minimum(lane_min(x) * k, lane_min(y) * ref_k), 0) == -INF
-    n_tried = tl.where(hopeless, 0, n_full)
-    s = empty_state(anchor, ref_anchor, N)
-    for _ in range(n_tried):
-        x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, None, STEPS, N, LANE, HAS_REF)
-        s = fold_tile(s, x, y, k, ref_k, HAS_REF, False)
-        x_ptr += TILE
-        y_ptr += TILE
-    x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, n_rest, STEPS, N, LANE, HAS_REF)
-    s = fold_tile(s, x, y, k, ref_k, HAS_REF, True)
+    hopeless = tl.min(tl.minimum(lane_min(xs) * x.k, lane_min(ys) * y.k), 0) == -INF
+    tried = tl.where(hopeless, 0, last)
+    s = empty_state(anchor, ref_anchor, tile.N)
+    for i in range(0, tried, TILE):
+        xs, ys = load_pair(x, y, i, None, tile, HAS_REF)
+        s = fold_tile(s, xs, ys, x.k, y.k, HAS_REF, False)
+    xs, ys = load_pair(x, y, last, size - last, tile, HAS_REF)
+    s = fold_tile(s, xs, ys, x.k, y.k, HAS_REF, True)
     s = add_all(s, anchor, ref_anchor)
-    return s, is_sound(s, HAS_REF) & (n_tried == n_full)
+    return s, is_sound(s, HAS_REF) & (tried == last)
 
 
 @triton.jit
-def fold_raised(s, x, y, k, ref_k, HAS_REF: tl.constexpr):
+def fold_raised(s, xs, ys, k, ref_k, HAS_REF: tl.constexpr):
     """Raise each lane's anchors to its running maximum, then fold."""
-    anchor = tl.maximum(s.anchor, lane_max(x) * k)
+    anchor = tl.maximum(s.anchor, lane_max(xs) * k)
     ref_anchor = s.ref_anchor
     if HAS_REF:
-        ref_anchor = tl.maximum(ref_anchor, lane_max(y) * ref_k)
-    return fold_tile(move(s, anchor, ref_anchor, HAS_REF), x, y, k, ref_k, HAS_REF, True)
+        ref_anchor = tl.maximum(ref_anchor, lane_max(ys) * ref_k)
+    return fold_tile(move(s, anchor, ref_anchor, HAS_REF), xs, ys, k, ref_k, HAS_REF, True)
 
 
 @triton.jit
-def fold_running_max(
-    x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap,
-    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
-):  # fmt: skip
+def fold_running_max(x, y, size, tile: tl.constexpr, HAS_REF: tl.constexpr):
     """The same state, whatever the logits hold."""
-    s = empty_state(EMPTY_ANCHOR, EMPTY_ANCHOR, N)
-    for _ in range(n_full):
-        x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, None, STEPS, N, LANE, HAS_REF)
-        s = fold_raised(s, x, y, k, ref_k, HAS_REF)
-        x_ptr += STEPS * N * LANE
-        y_ptr += STEPS * N * LANE
-    x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, n_rest, STEPS, N, LANE, HAS_REF)
-    return merge_all(fold_raised(s, x, y, k, ref_k, HAS_REF), HAS_REF)
+    last = last_tile(size, tile)
+    s = empty_state(EMPTY_ANCHOR, EMPTY_ANCHOR, tile.N)
+    for i in range(0, last, tile.STEPS * tile.N * tile.LANE):
+        xs, ys = load_pair(x, y, i, None, tile, HAS_REF)
+        s = fold_raised(s, xs, ys, x.k, y.k, HAS_REF)
+    xs, ys = load_pair(x, y, last, size - last, tile, HAS_REF)
+    return merge_all(fold_raised(s, xs, ys, x.k, y.k, HAS_REF), HAS_REF)
 
 
 @triton.jit
@@ -128,53 +135,53 @@ PARTIAL_FIELDS = 9  # fields of a split's state, which the two functions above a
 PARTIAL_FIELDS_WITHOUT_REF = 3
 
 
-# Sizes that change from batch to batch must not compile anew; LANE says what is known of strides.
-@triton.jit(
-    do_not_specialize=[
-        "n_rows", "n_tokens", "n_splits",
-        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def fold_kernel(
     logits_ptr,  # [B, T, V]
     ref_ptr,  # [B, T, V] or None
     token_ids_ptr,  # [B, T]
     mask_ptr,  # [B, T] or None
     states_ptr,  # [fields, splits, B T]
-    n_rows, n_tokens, vocab_size, n_splits,
-    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
-    k, ref_k, softcap, ref_softcap,
-    SPLIT: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
+    n_rows,
+    n_tokens,
+    vocab_size,
+    n_splits,
+    batch_stride,
+    token_stride,
+    ref_batch_stride,
+    ref_token_stride,
+    k,
+    ref_k,
+    softcap,
+    ref_softcap,
+    SPLIT: tl.constexpr,
+    STEPS: tl.constexpr,
+    N: tl.constexpr,
+    LANE: tl.constexpr,
+):
     """One program per row and split of the vocabulary: fold it, store its state."""
     HAS_REF: tl.constexpr = ref_ptr is not None
+    tile: tl.constexpr = Tile(STEPS, N, LANE)
     row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
     if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
         if tl.load(mask_ptr + row) == 0:
             return
-    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)
-    y_row = x_row
+    x = Model(row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE), k, softcap)
+    y = x
     if HAS_REF:
         y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
+        y = Model(y_row, ref_k, ref_softcap)
     token = tl.load(token_ids_ptr + row)
     token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
-    xt = load(x_row, token, softcap)
+    xt = load(x, token)
     yt = xt
     if HAS_REF:
-        yt = load(y_row, token, ref_softcap)
+        yt = load(y, token)
     start = split * SPLIT
     size = tl.minimum(SPLIT, vocab_size - start)
-    n_full = (size - 1) // (STEPS * N * LANE)
-    n_rest = size - n_full * (STEPS * N * LANE)
-    x_ptr, y_ptr = x_row + start, y_row + start
-    s, sound = fold_anchored(
-        x_ptr, y_ptr, xt, yt, n_full, n_rest, k, ref_k, softcap, ref_softcap,
-        STEPS, N, LANE, HAS_REF,
-    )  # fmt: skip
-    if not sound:
-        s = fold_running_max(
-            x_ptr, y_ptr, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
-        )  # fmt: skip
+    x = Model(x.ptr + start, x.k, x.softcap)
+    y = Model(y.ptr + start, y.k, y.softcap)
+    s = fold_logits(x, y, xt, yt, size, tile, HAS_REF)
     state_ptr = states_ptr + split.to(tl.int64) * n_rows + row
     store_state(state_ptr, n_rows.to(tl.int64) * n_splits, s, HAS_REF)
 
@@ -203,50 +210,58 @@ def merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF: tl.constex
 
 
 @triton.jit
-def token_logit(
-    logits_ptr, rows, token, counts, n_tokens, vocab_size, batch_stride, token_stride, softcap
-):  # fmt: skip
+def token_logit(x, token, counts, vocab_size):
     """The tokens' logits after softcap, NaN where there is no such token."""
     in_range = (token >= 0) & (token < vocab_size)
-    row_ptr = row_pointer(logits_ptr, rows, n_tokens, batch_stride, token_stride, 1)
-    return tl.where(in_range, load(row_ptr, token, softcap, counts & in_range), float("nan"))
+    return tl.where(in_range, load(x, token, counts & in_range), float("nan"))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_rows", "n_tokens", "n_splits",
-        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def finish_kernel(
     states_ptr,  # [fields, splits, B T]
     logits_ptr,  # [B, T, V]
     ref_ptr,  # [B, T, V] or None
     token_ids_ptr,  # [B, T]
     mask_ptr,  # [B, T] or None
-    logprob_ptr, ref_logprob_ptr, kl_ptr, forward_kl_ptr, entropy_ptr,  # [B, T]; None without ref
-    policy_state_ptr, ref_state_ptr,  # [2, B, T]
-    rewards_ptr, correction_ptr,  # [B, T], or None: no reward epilogue
-    scores_ptr, score_index_ptr,  # [B]
-    n_rows, n_tokens, vocab_size, n_splits,
-    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
-    k, ref_k, softcap, ref_softcap, kl_coef, kl_clip,
-    ESTIMATOR: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    logprob_ptr,  # [B, T]
+    ref_logprob_ptr,  # [B, T] or None
+    kl_ptr,  # [B, T] or None
+    forward_kl_ptr,  # [B, T] or None
+    entropy_ptr,  # [B, T]
+    policy_state_ptr,  # [2, B, T]
+    ref_state_ptr,  # [2, B, T] or None
+    rewards_ptr,  # [B, T], or None: no reward epilogue
+    correction_ptr,  # [B, T] or None
+    scores_ptr,  # [B] or None
+    score_index_ptr,  # [B] or None
+    n_rows,
+    n_tokens,
+    vocab_size,
+    n_splits,
+    batch_stride,
+    token_stride,
+    ref_batch_stride,
+    ref_token_stride,
+    k,
+    ref_k,
+    softcap,
+    ref_softcap,
+    kl_coef,
+    kl_clip,
+    ESTIMATOR: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """One thread per row: merge the splits in order, finish, store; masked rows are exactly 0."""
     HAS_REF: tl.constexpr = ref_ptr is not None
     rows, valid, counts = rows_of_program(mask_ptr, n_rows, ROWS)
     s = within_reach(merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF))
     token = tl.load(token_ids_ptr + rows, counts, 0)
-    xt = token_logit(
-        logits_ptr, rows, token, counts, n_tokens, vocab_size, batch_stride, token_stride, softcap
-    )  # fmt: skip
+    x = Model(row_pointer(logits_ptr, rows, n_tokens, batch_stride, token_stride, 1), k, softcap)
+    xt = token_logit(x, token, counts, vocab_size)
     yt = xt
     if HAS_REF:
-        yt = token_logit(
-            ref_ptr, rows, token, counts, n_tokens, vocab_size,
-            ref_batch_stride, ref_token_stride, ref_softcap,
-        )  # fmt: skip
+        y_rows = row_pointer(ref_ptr, rows, n_tokens, ref_batch_stride, ref_token_stride, 1)
+        yt = token_logit(Model(y_rows, ref_k, ref_softcap), token, counts, vocab_size)
     f = finish(s, xt, yt, k, ref_k, HAS_REF)
 
     store(logprob_ptr + rows, f.logprob, counts, valid)
@@ -270,12 +285,7 @@ def finish_kernel(
         store(correction_ptr + rows, correction, counts, valid)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_rows", "n_tokens", "n_splits",
-        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def part_kernel(
     states_ptr,  # [fields, splits, B T]
     logits_ptr,  # [B, T, V]
@@ -283,20 +293,28 @@ def part_kernel(
     token_ids_ptr,  # [B, T]
     mask_ptr,  # [B, T] or None
     state_ptr,  # [9 or 4, B, T]: schemas.STATE_FIELDS
-    n_rows, n_tokens, vocab_size, n_splits,
-    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
-    k, ref_k, softcap, ref_softcap,
+    n_rows,
+    n_tokens,
+    vocab_size,
+    n_splits,
+    batch_stride,
+    token_stride,
+    ref_batch_stride,
+    ref_token_stride,
+    k,
+    ref_k,
+    softcap,
+    ref_softcap,
     ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """One thread per row: merge the splits in order, store; masked rows are exactly 0."""
     HAS_REF: tl.constexpr = ref_ptr is not None
     rows, valid, counts = rows_of_program(mask_ptr, n_rows, ROWS)
     s = merge_splits(states_ptr, rows, counts, n_rows, n_splits, HAS_REF)
     token = tl.load(token_ids_ptr + rows, counts, 0)
     outside = token == NO_TOKEN
-    xt = token_logit(
-        logits_ptr, rows, token, counts, n_tokens, vocab_size, batch_stride, token_stride, softcap
-    )  # fmt: skip
+    x = Model(row_pointer(logits_ptr, rows, n_tokens, batch_stride, token_stride, 1), k, softcap)
+    xt = token_logit(x, token, counts, vocab_size)
     to = state_ptr + rows
     stride = n_rows.to(tl.int64)
     store(to, s.anchor, counts, valid)
@@ -304,10 +322,8 @@ def part_kernel(
     store(to + 2 * stride, s.ex, counts, valid)
     store(to + 3 * stride, tl.where(outside, INF, tl.fma(xt, k, -s.anchor)), counts, valid)
     if HAS_REF:
-        yt = token_logit(
-            ref_ptr, rows, token, counts, n_tokens, vocab_size,
-            ref_batch_stride, ref_token_stride, ref_softcap,
-        )  # fmt: skip
+        y_rows = row_pointer(ref_ptr, rows, n_tokens, ref_batch_stride, ref_token_stride, 1)
+        yt = token_logit(Model(y_rows, ref_k, ref_softcap), token, counts, vocab_size)
         store(to + 4 * stride, s.ref_anchor, counts, valid)
         store(to + 5 * stride, s.sy, counts, valid)
         # Infinity is added, not selected: a row that is NaN for another reason stays NaN.

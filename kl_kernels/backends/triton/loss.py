@@ -7,11 +7,37 @@ from the row's end back to its start, so that what was read last is read again f
 import triton
 import triton.language as tl
 
-from kl_kernels.backends.triton.backward import gradient, own_gradient, store_own, store_zeros
-from kl_kernels.backends.triton.epilogues import EXACT, policy_loss_epilogue
-from kl_kernels.backends.triton.fold import fold_anchored, fold_running_max
-from kl_kernels.backends.triton.math import Finished, coefficients, finish, within_reach
-from kl_kernels.backends.triton.tiles import load, row_pointer, step_offsets
+from kl_kernels.backends.triton.backward import (
+    gradient,
+    own_gradient,
+    store_gradient,
+    store_own,
+    store_zeros,
+)
+from kl_kernels.backends.triton.epilogues import (
+    EXACT,
+    PolicyLossParams,
+    Token,
+    policy_loss_epilogue,
+)
+from kl_kernels.backends.triton.fold import fold_logits
+from kl_kernels.backends.triton.math import (
+    Differentiated,
+    Finished,
+    Saved,
+    coefficients,
+    finish,
+    within_reach,
+)
+from kl_kernels.backends.triton.tiles import (
+    SIZES,
+    Model,
+    Tile,
+    last_tile,
+    load,
+    row_pointer,
+    step_offsets,
+)
 
 
 @triton.jit
@@ -28,116 +54,109 @@ def store_terms(terms_ptr, stride, terms):
         tl.store(terms_ptr + i * stride, terms[i])
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_rows", "n_tokens",
-        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
-        "grad_batch_stride", "grad_token_stride",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def policy_loss_kernel(
     logits_ptr,  # [B, T, V]
     ref_ptr,  # [B, T, V] or None
-    token_ids_ptr, mask_ptr,  # [B, T]
+    token_ids_ptr,  # [B, T]
+    mask_ptr,  # [B, T]
     old_logprob_ptr,  # [B, T], or None: the ratio is 1
-    advantage_ptr, token_weight_ptr,  # [B, T]
+    advantage_ptr,  # [B, T]
+    token_weight_ptr,  # [B, T]
     importance_weight_ptr,  # [B, T] or None
     ref_logprob_ptr,  # [B, T], for k2 and k3
     terms_ptr,  # [8, B, T]
     grad_logits_ptr,  # [B, T, V], may be logits_ptr; None: no gradient
-    n_rows, n_tokens, vocab_size,
-    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
-    grad_batch_stride, grad_token_stride,
-    temperature, k, ref_k, softcap, ref_softcap,
-    clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, entropy_coef,
-    ESTIMATOR: tl.constexpr, HAS_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
+    n_rows,
+    n_tokens,
+    vocab_size,
+    batch_stride,
+    token_stride,
+    ref_batch_stride,
+    ref_token_stride,
+    grad_batch_stride,
+    grad_token_stride,
+    temperature,
+    k,
+    ref_k,
+    softcap,
+    ref_softcap,
+    clip_low,
+    clip_high,
+    dual_clip,
+    log_ratio_clamp,
+    kl_coef,
+    entropy_coef,
+    ESTIMATOR: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    STEPS: tl.constexpr,
+    N: tl.constexpr,
+    LANE: tl.constexpr,
+):
     """One program per row. HAS_KL, HAS_ENTROPY: whether they are part of the loss."""
     HAS_REF: tl.constexpr = ref_ptr is not None
-    HAS_KL_GRAD: tl.constexpr = HAS_KL and ESTIMATOR == EXACT
-    TILE: tl.constexpr = STEPS * N * LANE
+    tile: tl.constexpr = Tile(STEPS, N, LANE)
     row = tl.program_id(0)
     terms_ptr += row
     stride = n_rows.to(tl.int64)
-    grad_row = terms_ptr
+    g_row = terms_ptr
     if grad_logits_ptr is not None:
-        grad_row = row_pointer(
+        g_row = row_pointer(
             grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, LANE
-        )  # fmt: skip
+        )
     if tl.load(mask_ptr + row) == 0:
         store_terms(terms_ptr, stride, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
         if grad_logits_ptr is not None:
-            store_zeros(grad_row, 0, vocab_size, STEPS, N, LANE)
+            store_zeros(g_row, 0, vocab_size, tile)
         return
 
-    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)
-    y_row = x_row
+    x = Model(row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE), k, softcap)
+    y = x
     if HAS_REF:
         y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
+        y = Model(y_row, ref_k, ref_softcap)
     token = tl.load(token_ids_ptr + row)
+    # An id out of range shows as NaN, in the gradient too.
     in_range = (token >= 0) & (token < vocab_size)
     token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
-    xt = load(x_row, token, softcap)
+    xt = tl.where(in_range, load(x, token), float("nan"))
     yt = xt
     if HAS_REF:
-        yt = load(y_row, token, ref_softcap)
-    n_full = (vocab_size - 1) // TILE
-    n_rest = vocab_size - n_full * TILE
-    s, sound = fold_anchored(
-        x_row, y_row, xt, yt, n_full, n_rest, k, ref_k, softcap, ref_softcap,
-        STEPS, N, LANE, HAS_REF,
-    )  # fmt: skip
-    if not sound:
-        s = fold_running_max(
-            x_row, y_row, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, HAS_REF
-        )  # fmt: skip
-
-    s = within_reach(s)
-    # An id out of range shows as NaN, in the gradient too.
-    f = finish(s, tl.where(in_range, xt, float("nan")), yt, k, ref_k, HAS_REF)
+        yt = load(y, token)
+    s = within_reach(fold_logits(x, y, xt, yt, vocab_size, tile, HAS_REF))
+    f = finish(s, xt, yt, k, ref_k, HAS_REF)
     if not HAS_REF:
         f = Finished(f.logprob, f.logprob, 0.0, 0.0, f.entropy)
-    terms, g = policy_loss_epilogue(
-        f, per_token(old_logprob_ptr, row, f.logprob), per_token(advantage_ptr, row, None),
-        per_token(token_weight_ptr, row, None), per_token(importance_weight_ptr, row, 1.0),
+    told = Token(
+        per_token(old_logprob_ptr, row, f.logprob),
+        per_token(advantage_ptr, row, None),
+        per_token(token_weight_ptr, row, None),
+        per_token(importance_weight_ptr, row, 1.0),
         per_token(ref_logprob_ptr, row, f.logprob),
-        clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, entropy_coef,
-        ESTIMATOR, HAS_KL, HAS_ENTROPY,
-    )  # fmt: skip
+    )
+    params = PolicyLossParams(
+        clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, entropy_coef
+    )
+    terms, g = policy_loss_epilogue(f, told, params, ESTIMATOR, HAS_KL, HAS_ENTROPY)
     store_terms(terms_ptr, stride, terms)
 
     if grad_logits_ptr is not None:
         if (g.logprob == 0.0) & (g.kl == 0.0) & (g.entropy == 0.0):
-            store_zeros(grad_row, 0, vocab_size, STEPS, N, LANE)
+            store_zeros(g_row, 0, vocab_size, tile)
         else:
-            c = coefficients(
-                g.logprob, g.kl, 0.0, g.entropy, s.sx, s.sy, f.kl, f.entropy, temperature,
-                HAS_KL_GRAD,
-            )  # fmt: skip
-            own = own_gradient(
-                x_row, y_row, token, None, g.logprob / temperature,
-                c, s.anchor, s.ref_anchor, k, ref_k, softcap, ref_softcap,
-                HAS_KL_GRAD, False, HAS_ENTROPY,
-            )  # fmt: skip
-            start = n_full * TILE
-            at = start + step_offsets(0, STEPS * N, LANE)
-            grad = gradient(
-                x_row, y_row, at, at < vocab_size,
-                c, s.anchor, s.ref_anchor, k, ref_k, softcap, ref_softcap,
-                HAS_KL_GRAD, False, HAS_ENTROPY, "evict_first",
-            )  # fmt: skip
-            tl.store(grad_row + at, grad.to(grad_row.dtype.element_ty), at < vocab_size)
-            for _ in range(n_full):
-                start -= TILE
-                at = start + step_offsets(0, STEPS * N, LANE)
-                grad = gradient(
-                    x_row, y_row, at, None,
-                    c, s.anchor, s.ref_anchor, k, ref_k, softcap, ref_softcap,
-                    HAS_KL_GRAD, False, HAS_ENTROPY, "evict_first",
-                )  # fmt: skip
-                tl.store(
-                    grad_row + at, grad.to(grad_row.dtype.element_ty),
-                    eviction_policy="evict_first",
-                )  # fmt: skip
-            store_own(grad_row, token, None, own)
+            of: tl.constexpr = Differentiated(HAS_KL and ESTIMATOR == EXACT, False, HAS_ENTROPY)
+            saved = Saved(s.anchor, s.ref_anchor, s.sx, s.sy, f.kl, f.entropy)
+            c = coefficients(g, saved, temperature, of.KL)
+            own = own_gradient(x, y, token, None, g.logprob / temperature, c, of)
+            TILE: tl.constexpr = STEPS * N * LANE
+            last = last_tile(vocab_size, tile)
+            at = last + step_offsets(0, STEPS * N, LANE)
+            inside = at < vocab_size
+            grad = gradient(x, y, at, inside, c, of, "evict_first")
+            store_gradient(g_row, at, inside, grad, "")
+            for i in range(0, last, TILE):
+                at = last - TILE - i + step_offsets(0, STEPS * N, LANE)
+                grad = gradient(x, y, at, None, c, of, "evict_first")
+                store_gradient(g_row, at, None, grad, "evict_first")
+            store_own(g_row, token, None, own)

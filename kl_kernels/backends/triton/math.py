@@ -117,9 +117,16 @@ def merge(s, t, HAS_REF: tl.constexpr):
     s = move(s, anchor, ref_anchor, HAS_REF)
     t = move(t, anchor, ref_anchor, HAS_REF)
     return RowState(
-        anchor, ref_anchor, s.sx + t.sx, s.sy + t.sy, s.ex + t.ex, s.rk + t.rk, s.fk + t.fk,
-        tl.maximum(s.gap, t.gap), tl.minimum(s.least_gap, t.least_gap),
-    )  # fmt: skip
+        anchor,
+        ref_anchor,
+        s.sx + t.sx,
+        s.sy + t.sy,
+        s.ex + t.ex,
+        s.rk + t.rk,
+        s.fk + t.fk,
+        tl.maximum(s.gap, t.gap),
+        tl.minimum(s.least_gap, t.least_gap),
+    )
 
 
 @triton.jit
@@ -133,9 +140,16 @@ def merge_all(s, HAS_REF: tl.constexpr):
 def add_all(s, anchor, ref_anchor):
     """The states [N], which share these anchors (scalars), as one."""
     return RowState(
-        anchor, ref_anchor, tl.sum(s.sx, 0), tl.sum(s.sy, 0), tl.sum(s.ex, 0),
-        tl.sum(s.rk, 0), tl.sum(s.fk, 0), tl.max(s.gap, 0), tl.min(s.least_gap, 0),
-    )  # fmt: skip
+        anchor,
+        ref_anchor,
+        tl.sum(s.sx, 0),
+        tl.sum(s.sy, 0),
+        tl.sum(s.ex, 0),
+        tl.sum(s.rk, 0),
+        tl.sum(s.fk, 0),
+        tl.max(s.gap, 0),
+        tl.min(s.least_gap, 0),
+    )
 
 
 @triton.jit
@@ -199,13 +213,43 @@ def finish(s, xt, yt, k, ref_k, HAS_REF: tl.constexpr):
     return Finished(logprob, ref_logprob, kl, forward_kl, entropy)
 
 
+class Saved(NamedTuple):
+    """Numbers of a finished row that its gradient needs."""
+
+    anchor: tl.tensor
+    ref_anchor: tl.tensor
+    sx: tl.tensor
+    sy: tl.tensor
+    kl: tl.tensor
+    entropy: tl.tensor
+
+
+class Upstream(NamedTuple):
+    """The gradient of a loss with respect to a row's statistics."""
+
+    logprob: tl.tensor
+    kl: tl.tensor
+    forward_kl: tl.tensor
+    entropy: tl.tensor
+
+
+class Differentiated(NamedTuple):
+    """Statistics that have a gradient besides the log-probability."""
+
+    KL: tl.constexpr
+    FORWARD_KL: tl.constexpr
+    ENTROPY: tl.constexpr
+
+
 class Coefficients(NamedTuple):
-    """A row's gradient is w (a + b tx + c (tx - ty)) - d u.
+    """A row's gradient is w (a + b tx + c (tx - ty)) - d u, tx and ty measured from the anchors.
 
     The reference's formula with b and c exchanged for their sum and -c: where policy and reference
     are equal, the KL's gradient is exactly 0.
     """
 
+    anchor: tl.tensor
+    ref_anchor: tl.tensor
     a: tl.tensor
     b: tl.tensor
     c: tl.tensor
@@ -213,19 +257,20 @@ class Coefficients(NamedTuple):
 
 
 @triton.jit
-def coefficients(
-    g_logprob, g_kl, g_forward_kl, g_entropy, sx, sy, kl, entropy, temperature,
-    HAS_REF: tl.constexpr,
-):  # fmt: skip
-    """See `algebra.coefficients`; the gradient of an infinite KL is NaN."""
-    a = tl.where(g_entropy == 0.0, 0.0, g_entropy * (tl.log(sx) - entropy)) - g_logprob
+def coefficients(g, row, temperature, HAS_REF: tl.constexpr):
+    """`g`: `Upstream`, `row`: `Saved`. The gradient of an infinite KL is NaN.
+
+    See `algebra.coefficients`.
+    """
+    a = tl.where(g.entropy == 0.0, 0.0, g.entropy * (tl.log(row.sx) - row.entropy)) - g.logprob
     d = 0.0
     if HAS_REF:
-        kl_term = g_kl * (log_ratio(sy, sx) - kl) + (kl - kl)
-        a += tl.where(g_kl == 0.0, 0.0, kl_term) + g_forward_kl
-        d = tl.div_rn(g_forward_kl, temperature * sy)
-    scale = tl.div_rn(1.0, temperature * sx)
-    return Coefficients(a * scale, -scale * LN2 * g_entropy, scale * LN2 * g_kl, d)
+        kl_term = g.kl * (log_ratio(row.sy, row.sx) - row.kl) + (row.kl - row.kl)
+        a += tl.where(g.kl == 0.0, 0.0, kl_term) + g.forward_kl
+        d = tl.div_rn(g.forward_kl, temperature * row.sy)
+    scale = tl.div_rn(1.0, temperature * row.sx)
+    b, c = -scale * LN2 * g.entropy, scale * LN2 * g.kl
+    return Coefficients(row.anchor, row.ref_anchor, a * scale, b, c, d)
 
 
 @triton.jit
@@ -235,17 +280,15 @@ def anchored(x, k, anchor):
 
 
 @triton.jit
-def backward(
-    tx, ty, c, HAS_KL: tl.constexpr, HAS_FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr
-):
+def backward(tx, ty, c, of: tl.constexpr):
     """The gradient, all but the token's own + g_logprob / temperature."""
     slope = c.a
-    if HAS_ENTROPY:
+    if of.ENTROPY:
         slope = tl.fma(tx, c.b, slope)
-    if HAS_KL:
+    if of.KL:
         slope = tl.fma(tx - ty, c.c, slope)
     grad = tl.exp2(tx) * slope
-    if HAS_FORWARD_KL:
+    if of.FORWARD_KL:
         grad = tl.fma(tl.exp2(ty), -c.d, grad)
     return grad
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kl_kernels.backends.triton.backward import store_zeros
-from kl_kernels.backends.triton.fold import fold_anchored, fold_running_max
+from kl_kernels.backends.triton.backward import store_gradient, store_zeros
+from kl_kernels.backends.triton.fold import fold_logits
 from kl_kernels.backends.triton.math import (
     INF,
     KEEP_NAN,
@@ -21,7 +21,11 @@ from kl_kernels.backends.triton.math import (
     within_reach,
 )
 from kl_kernels.backends.triton.tiles import (
+    SIZES,
+    Model,
+    Tile,
     halves,
+    last_tile,
     load_pair,
     only_column,
     row_pointer,
@@ -37,8 +41,10 @@ EXPONENT = tl.constexpr(-(1 << 23))
 
 
 class Mixture(NamedTuple):
-    """A row's constants of the mixture, besides tx and ty; see `csrc/common/mixture.h`."""
+    """A row's constants; see `csrc/common/mixture.h`."""
 
+    anchor: tl.tensor
+    ref_anchor: tl.tensor
     shift: tl.tensor  # log2(sx / sy); ty + shift is log2 q where tx is log2 p
     weight: tl.tensor  # 1 - beta
     ref_weight: tl.tensor  # beta
@@ -96,59 +102,66 @@ def beside_mixture(tx, ty, m):
 
 
 @triton.jit
-def mixture_of(sx, sy, weight, ref_weight):
+def mixture_of(anchor, ref_anchor, sx, sy, weight, ref_weight):
     # Rounded: of equal sums the GPU's own quotient is often 1 - 2^-24.
-    return Mixture(tl.log2(tl.div_rn(sx, sy)), weight, ref_weight)
+    return Mixture(anchor, ref_anchor, tl.log2(tl.div_rn(sx, sy)), weight, ref_weight)
 
 
 @triton.jit
-def mix_tile(
-    jsd, kl, x_ptr, y_ptr, n_rest, anchor, ref_anchor, m, k, ref_k, softcap, ref_softcap,
-    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """Add a tile's logits, only `n_rest` of them unless that is None, to the sums [N]."""
-    x, y = load_pair(x_ptr, y_ptr, softcap, ref_softcap, n_rest, STEPS, N, LANE, True)
-    for step in tl.static_range(len(x)):
-        jsd, kl = mix_columns(jsd, kl, x[step], y[step], anchor, ref_anchor, m, k, ref_k)
+def mix_tile(jsd, kl, x, y, start, size, m, tile: tl.constexpr):
+    """Add the tile at `start` to the sums [N]; `size` as in `load_tile`."""
+    xs, ys = load_pair(x, y, start, size, tile, True)
+    for step in tl.static_range(len(xs)):
+        jsd, kl = mix_columns(jsd, kl, xs[step], ys[step], x.k, y.k, m)
     return jsd, kl
 
 
 @triton.jit
-def mix_columns(jsd, kl, x, y, anchor, ref_anchor, m, k, ref_k):
-    """Add x, y [N, WIDTH], one column after the other, as `tiles.fold_columns` does."""
-    if x.shape[1] == 1:
-        tx = tl.fma(only_column(x), k, -anchor)
-        ty = tl.fma(only_column(y), ref_k, -ref_anchor)
+def mix_columns(jsd, kl, xs, ys, k, ref_k, m):
+    """Add xs, ys [N, WIDTH], one column after the other, as `tiles.fold_columns` does."""
+    if xs.shape[1] == 1:
+        tx = tl.fma(only_column(xs), k, -m.anchor)
+        ty = tl.fma(only_column(ys), ref_k, -m.ref_anchor)
         b = beside_mixture(tx, ty, m)
         jsd = tl.fma(b.larger, b.jsd, jsd)
         kl = tl.fma(b.larger * b.p, b.policy, kl)
     else:
-        x0, x1 = halves(x)
-        y0, y1 = halves(y)
-        jsd, kl = mix_columns(jsd, kl, x0, y0, anchor, ref_anchor, m, k, ref_k)
-        jsd, kl = mix_columns(jsd, kl, x1, y1, anchor, ref_anchor, m, k, ref_k)
+        x0, x1 = halves(xs)
+        y0, y1 = halves(ys)
+        jsd, kl = mix_columns(jsd, kl, x0, y0, k, ref_k, m)
+        jsd, kl = mix_columns(jsd, kl, x1, y1, k, ref_k, m)
     return jsd, kl
 
 
-# Sizes that change from batch to batch must not compile anew; LANE says what is known of strides.
-@triton.jit(
-    do_not_specialize=[
-        "n_rows", "n_tokens",
-        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def mix_kernel(
-    logits_ptr, ref_ptr,  # [B, T, V]
+    logits_ptr,  # [B, T, V]
+    ref_ptr,  # [B, T, V]
     mask_ptr,  # [B, T] or None
-    policy_state_ptr, ref_state_ptr,  # [2, B, T]: written, or read where GIVEN
-    jsd_ptr, mixture_kl_ptr,  # [B, T]
-    n_rows, n_tokens, vocab_size,
-    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
-    weight, ref_weight, k, ref_k, softcap, ref_softcap,
-    GIVEN: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
+    policy_state_ptr,  # [2, B, T]: written, or read where GIVEN
+    ref_state_ptr,  # [2, B, T]: likewise
+    jsd_ptr,  # [B, T]
+    mixture_kl_ptr,  # [B, T]
+    n_rows,
+    n_tokens,
+    vocab_size,
+    batch_stride,
+    token_stride,
+    ref_batch_stride,
+    ref_token_stride,
+    weight,
+    ref_weight,
+    k,
+    ref_k,
+    softcap,
+    ref_softcap,
+    GIVEN: tl.constexpr,
+    STEPS: tl.constexpr,
+    N: tl.constexpr,
+    LANE: tl.constexpr,
+):
     """One program per row."""
-    TILE: tl.constexpr = STEPS * N * LANE
+    tile: tl.constexpr = Tile(STEPS, N, LANE)
     row = tl.program_id(0)
     policy_state_ptr += row
     ref_state_ptr += row
@@ -163,43 +176,27 @@ def mix_kernel(
                 tl.store(ref_state_ptr + n_rows, 0.0)
             return
 
-    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)
+    x = Model(row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE), k, softcap)
     y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
-    n_full = (vocab_size - 1) // TILE
-    n_rest = vocab_size - n_full * TILE
+    y = Model(y_row, ref_k, ref_softcap)
     if GIVEN:
         anchor, sx = tl.load(policy_state_ptr), tl.load(policy_state_ptr + n_rows)
         ref_anchor, sy = tl.load(ref_state_ptr), tl.load(ref_state_ptr + n_rows)
     else:
-        state, sound = fold_anchored(
-            x_row, y_row, -INF, -INF, n_full, n_rest, k, ref_k, softcap, ref_softcap,
-            STEPS, N, LANE, True,
-        )  # fmt: skip
-        if not sound:
-            state = fold_running_max(
-                x_row, y_row, n_full, n_rest, k, ref_k, softcap, ref_softcap, STEPS, N, LANE, True
-            )  # fmt: skip
-        state = within_reach(state)
+        state = within_reach(fold_logits(x, y, -INF, -INF, vocab_size, tile, True))
         anchor, sx, ref_anchor, sy = state.anchor, state.sx, state.ref_anchor, state.sy
         tl.store(policy_state_ptr, anchor)
         tl.store(policy_state_ptr + n_rows, sx)
         tl.store(ref_state_ptr, ref_anchor)
         tl.store(ref_state_ptr + n_rows, sy)
 
-    m = mixture_of(sx, sy, weight, ref_weight)
+    m = mixture_of(anchor, ref_anchor, sx, sy, weight, ref_weight)
     zero = tl.zeros((N,), tl.float32)
-    x_ptr, y_ptr = x_row + n_full * TILE, y_row + n_full * TILE
-    jsd, kl = mix_tile(
-        zero, zero, x_ptr, y_ptr, n_rest, anchor, ref_anchor, m, k, ref_k, softcap, ref_softcap,
-        STEPS, N, LANE,
-    )  # fmt: skip
-    for _ in range(n_full):
-        x_ptr -= TILE
-        y_ptr -= TILE
-        jsd, kl = mix_tile(
-            jsd, kl, x_ptr, y_ptr, None, anchor, ref_anchor, m, k, ref_k, softcap, ref_softcap,
-            STEPS, N, LANE,
-        )  # fmt: skip
+    TILE: tl.constexpr = STEPS * N * LANE
+    last = last_tile(vocab_size, tile)
+    jsd, kl = mix_tile(zero, zero, x, y, last, vocab_size - last, m, tile)
+    for i in range(0, last, TILE):
+        jsd, kl = mix_tile(jsd, kl, x, y, last - TILE - i, None, m, tile)
     # NaN of a row is in its sums, and not in what is bounded.
     nan_of_row = m.shift - m.shift
     row_jsd = tl.sum(jsd, 0) * (-LN2 / sx) + nan_of_row
@@ -211,69 +208,71 @@ def mix_kernel(
 
 
 @triton.jit
-def mixture_gradient(
-    x_row, y_row, offsets, mask, a, b, anchor, ref_anchor, m, k, ref_k, softcap, ref_softcap
-):  # fmt: skip
+def mixture_gradient(x, y, offsets, mask, m, a, b):
     """(1 - beta) p (log(p / m) - KL(p || m)), as 2^tx (a + b log2(m / p))."""
-    raw = tl.load(x_row + offsets, mask).to(tl.float32)
-    ref_raw = tl.load(y_row + offsets, mask).to(tl.float32)
-    tx = tl.fma(soft_capped(raw, softcap), k, -anchor)
-    ty = tl.fma(soft_capped(ref_raw, ref_softcap), ref_k, -ref_anchor)
+    raw = tl.load(x.ptr + offsets, mask).to(tl.float32)
+    ref_raw = tl.load(y.ptr + offsets, mask).to(tl.float32)
+    tx = tl.fma(soft_capped(raw, x.softcap), x.k, -m.anchor)
+    ty = tl.fma(soft_capped(ref_raw, y.softcap), y.k, -m.ref_anchor)
     grad = tl.exp2(tx) * tl.fma(beside_mixture(tx, ty, m).policy, b, a)
-    return soft_capped_grad(grad, raw, softcap)
+    return soft_capped_grad(grad, raw, x.softcap)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_rows", "n_tokens", "n_splits",
-        "batch_stride", "token_stride", "ref_batch_stride", "ref_token_stride",
-        "grad_batch_stride", "grad_token_stride",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def mix_backward_kernel(
     grad_jsd_ptr,  # [B, T]
-    logits_ptr, ref_ptr,  # [B, T, V]
+    logits_ptr,  # [B, T, V]
+    ref_ptr,  # [B, T, V]
     mask_ptr,  # [B, T] or None
-    policy_state_ptr, ref_state_ptr,  # [2, B, T]
+    policy_state_ptr,  # [2, B, T]
+    ref_state_ptr,  # [2, B, T]
     mixture_kl_ptr,  # [B, T]
     grad_logits_ptr,  # [B, T, V], may be logits_ptr: each logit is read before its place is written
-    n_rows, n_tokens, vocab_size, n_splits,
-    batch_stride, token_stride, ref_batch_stride, ref_token_stride,
-    grad_batch_stride, grad_token_stride,
-    weight, ref_weight, temperature, k, ref_k, softcap, ref_softcap,
-    SPLIT: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
+    n_rows,
+    n_tokens,
+    vocab_size,
+    n_splits,
+    batch_stride,
+    token_stride,
+    ref_batch_stride,
+    ref_token_stride,
+    grad_batch_stride,
+    grad_token_stride,
+    weight,
+    ref_weight,
+    temperature,
+    k,
+    ref_k,
+    softcap,
+    ref_softcap,
+    SPLIT: tl.constexpr,
+    STEPS: tl.constexpr,
+    N: tl.constexpr,
+    LANE: tl.constexpr,
+):
     """One program per row and split of the vocabulary."""
     row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
-    TILE: tl.constexpr = STEPS * N * LANE
-    tile = step_offsets(0, STEPS * N, LANE)
     start = split * SPLIT
     end = tl.minimum(start + SPLIT, vocab_size)
-    last = end - (end - start) % TILE
-    grad_row = row_pointer(
-        grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, LANE
-    )  # fmt: skip
+    g_row = row_pointer(grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, LANE)
     if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
         if tl.load(mask_ptr + row) == 0:
-            store_zeros(grad_row, start, end, STEPS, N, LANE)
+            store_zeros(g_row, start, end, Tile(STEPS, N, LANE))
             return
 
-    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE)
+    x = Model(row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE), k, softcap)
     y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
+    y = Model(y_row, ref_k, ref_softcap)
     anchor, sx = tl.load(policy_state_ptr + row), tl.load(policy_state_ptr + n_rows + row)
     ref_anchor, sy = tl.load(ref_state_ptr + row), tl.load(ref_state_ptr + n_rows + row)
-    m = mixture_of(sx, sy, weight, ref_weight)
+    m = mixture_of(anchor, ref_anchor, sx, sy, weight, ref_weight)
     scale = -tl.load(grad_jsd_ptr + row).to(tl.float32) * weight / (temperature * sx)
     a, b = scale * tl.load(mixture_kl_ptr + row) + (m.shift - m.shift), scale * LN2
+    TILE: tl.constexpr = STEPS * N * LANE
+    tile = step_offsets(0, STEPS * N, LANE)
+    last = end - (end - start) % TILE
     for i in range(start, last, TILE):
-        grad = mixture_gradient(
-            x_row, y_row, i + tile, None, a, b, anchor, ref_anchor, m,
-            k, ref_k, softcap, ref_softcap,
-        )  # fmt: skip
-        tl.store(grad_row + i + tile, grad.to(grad_logits_ptr.dtype.element_ty))
+        store_gradient(g_row, i + tile, None, mixture_gradient(x, y, i + tile, None, m, a, b), "")
     rest = last + tile
-    grad = mixture_gradient(
-        x_row, y_row, rest, rest < end, a, b, anchor, ref_anchor, m,
-        k, ref_k, softcap, ref_softcap,
-    )  # fmt: skip
-    tl.store(grad_row + rest, grad.to(grad_logits_ptr.dtype.element_ty), rest < end)
+    inside = rest < end
+    store_gradient(g_row, rest, inside, mixture_gradient(x, y, rest, inside, m, a, b), "")

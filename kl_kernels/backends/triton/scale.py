@@ -3,16 +3,22 @@
 import triton
 import triton.language as tl
 
-from kl_kernels.backends.triton.tiles import row_pointer, step_offsets
+from kl_kernels.backends.triton.tiles import SIZES, row_pointer, step_offsets
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_tokens", "batch_stride", "token_stride"])
+@triton.jit(do_not_specialize=SIZES)
 def scale_kernel(
     gradient_ptr,  # [B, T, V]
     factor_ptr,  # []
-    n_rows, n_tokens, vocab_size, batch_stride, token_stride,
-    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
+    n_rows,
+    n_tokens,
+    vocab_size,
+    batch_stride,
+    token_stride,
+    STEPS: tl.constexpr,
+    N: tl.constexpr,
+    LANE: tl.constexpr,
+):
     """Programs stride over all tiles, so that a factor of 1 is found out by a few of them."""
     factor = tl.load(factor_ptr)
     if factor == 1.0:

@@ -25,11 +25,17 @@ def compose(keep1, c1, d1, e1, f1, keep2, c2, d2, e2, f2):
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def gae_kernel(
-    rewards_ptr, values_ptr, mask_ptr,  # [B, T]
-    advantages_ptr, returns_ptr,  # [B, T]
-    n_tokens, gamma, lam,
-    SKIP_MASKED: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    rewards_ptr,  # [B, T]
+    values_ptr,  # [B, T]
+    mask_ptr,  # [B, T]
+    advantages_ptr,  # [B, T]
+    returns_ptr,  # [B, T]
+    n_tokens,
+    gamma,
+    lam,
+    SKIP_MASKED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """One program per sequence, blocks of tokens from the last."""
     base = tl.program_id(0).to(tl.int64) * n_tokens
     next_value = 0.0

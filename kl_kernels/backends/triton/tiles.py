@@ -4,28 +4,67 @@ N is the number of threads. LANE neighbouring logits belong to one thread, which
 (16 bytes), so that every sum over a tile stays within threads.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from kl_kernels.backends.triton.math import fold, soft_capped
 
+# Arguments that change from batch to batch must not compile a kernel anew; LANE says what is known
+# of strides.
+SIZES = [
+    "n_rows",
+    "n_tokens",
+    "n_splits",
+    "batch_stride",
+    "token_stride",
+    "ref_batch_stride",
+    "ref_token_stride",
+    "grad_batch_stride",
+    "grad_token_stride",
+]
+
+
+class Model(NamedTuple):
+    """A row's logits under one model, and what makes log2 units of them."""
+
+    ptr: tl.tensor  # the row's first logit
+    k: tl.tensor  # log2(e) / temperature
+    softcap: tl.tensor  # or None
+
+
+class Tile(NamedTuple):
+    """Logits that a program reads at a time: STEPS loads of LANE logits by N threads."""
+
+    STEPS: tl.constexpr
+    N: tl.constexpr
+    LANE: tl.constexpr
+
 
 @triton.jit
-def row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE: tl.constexpr):
+def row_pointer(ptr, row, n_tokens, batch_stride, token_stride, LANE: tl.constexpr):
     """The first logit of row b * n_tokens + t; the launcher picked LANE to make the hint true."""
     b, t = row // n_tokens, row % n_tokens
     offset = b.to(tl.int64) * batch_stride + t.to(tl.int64) * token_stride
-    return logits_ptr + tl.multiple_of(offset, LANE)
+    return ptr + tl.multiple_of(offset, LANE)
 
 
 @triton.jit
-def load(ptr, offsets, softcap, mask=None):
+def last_tile(size, tile: tl.constexpr):
+    """Where the last tile of `size` logits starts; it has at least one."""
+    TILE: tl.constexpr = tile.STEPS * tile.N * tile.LANE
+    return (size - 1) // TILE * TILE
+
+
+@triton.jit
+def load(x, offsets, mask=None):
     """Logits in float32 after softcap; -inf, which counts for nothing, where the mask is False."""
     if mask is None:
-        x = tl.load(ptr + offsets)
+        logits = tl.load(x.ptr + offsets)
     else:
-        x = tl.load(ptr + offsets, mask, float("-inf"))
-    return soft_capped(x.to(tl.float32), softcap)
+        logits = tl.load(x.ptr + offsets, mask, float("-inf"))
+    return soft_capped(logits.to(tl.float32), x.softcap)
 
 
 @triton.jit
@@ -35,37 +74,36 @@ def step_offsets(step, N: tl.constexpr, LANE: tl.constexpr):  # [N, LANE]
 
 
 @triton.jit
-def load_tile(ptr, softcap, n_rest, STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr):
-    """STEPS N LANE logits, only `n_rest` of them unless that is None.
+def load_tile(x, start, size, tile: tl.constexpr):
+    """The row's logits from `start` on, -inf behind `size` of them unless that is None.
 
     A tuple, because Triton 3.6 takes a [STEPS, N, LANE] tensor apart through shared memory. Of rows
     that are not aligned it is one [N, STEPS] tensor: Triton's coalescing looks at the whole kernel
     for each load that is written down, and eight of them took minutes to compile.
     """
-    tile = ()
-    for step in tl.static_range(1 if LANE == 1 else STEPS):
-        if LANE == 1:
-            offsets = tl.arange(0, N)[:, None] + tl.arange(0, STEPS)[None, :] * N
+    x = Model(x.ptr + start, x.k, x.softcap)
+    result = ()
+    for step in tl.static_range(1 if tile.LANE == 1 else tile.STEPS):
+        if tile.LANE == 1:
+            steps = tl.arange(0, tile.STEPS)[None, :] * tile.N
+            offsets = tl.arange(0, tile.N)[:, None] + steps
         else:
-            offsets = step_offsets(step, N, LANE)
+            offsets = step_offsets(step, tile.N, tile.LANE)
         mask = None
-        if n_rest is not None:
-            mask = offsets < n_rest
-        x = load(ptr, offsets, softcap, mask)
-        tile = tile + (x,)  # noqa: RUF005  kernels know no stars
-    return tile
+        if size is not None:
+            mask = offsets < size
+        result = result + (load(x, offsets, mask),)  # noqa: RUF005  kernels know no stars
+    return result
 
 
 @triton.jit
-def load_pair(
-    x_ptr, y_ptr, softcap, ref_softcap, n_rest,
-    STEPS: tl.constexpr, N: tl.constexpr, LANE: tl.constexpr, HAS_REF: tl.constexpr,
-):  # fmt: skip
-    x = load_tile(x_ptr, softcap, n_rest, STEPS, N, LANE)
-    y = x
+def load_pair(x, y, start, size, tile: tl.constexpr, HAS_REF: tl.constexpr):
+    """The tiles of both models, the policy's twice without a reference."""
+    policy = load_tile(x, start, size, tile)
+    ref = policy
     if HAS_REF:
-        y = load_tile(y_ptr, ref_softcap, n_rest, STEPS, N, LANE)
-    return x, y
+        ref = load_tile(y, start, size, tile)
+    return policy, ref
 
 
 @triton.jit

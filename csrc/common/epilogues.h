@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cstdint>
 
 #include "row_math.h"
 
@@ -10,6 +11,15 @@ namespace kl_kernels {
 
 // In the order of ESTIMATORS in kl_kernels/schemas.py.
 enum class Estimator { k1, exact, k2, k3, abs };
+
+// How rewards are shaped.
+struct RewardParams {
+  const float* scores;         // [B]
+  const int64_t* score_index;  // [B], -1 for nowhere
+  float kl_coef;
+  Estimator estimator;
+  float kl_clip;  // +inf: none
+};
 
 struct ShapedReward {
   float reward;                // -kl_coef * KL, without the score

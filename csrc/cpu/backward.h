@@ -6,7 +6,7 @@
 namespace kl_kernels {
 namespace {
 
-// Whose gradient is asked for decides what has to be read and computed.
+// Whose gradient is asked for decides what must be read and computed.
 enum class Terms { policy, kl, both_kls };
 
 // Returns the sum of what it writes. That is not finite if anything in it is not: an infinite

@@ -1,5 +1,5 @@
 // A row's logits, a block of the vocabulary at a time: as they lie in memory, or staged as floats
-// where they first have to be softcapped, brought to one type or padded to whole vectors.
+// where they first must be softcapped, brought to one type or padded to whole vectors.
 #pragma once
 
 #include "row.h"

@@ -50,8 +50,7 @@ class GradientRows {
  public:
   GradientRows(const Tensor& tensor, const Logits& logits)
       : rows_(tensor, "grad_logits", 1, std::nullopt) {
-    check(rows_.same_shape(logits) && rows_.dtype() == logits.dtype(),
-          "grad_logits has to have the shape and dtype of logits");
+    check_gradient(tensor, "grad_logits", logits.tensor());
     if (rows_.contiguous() && rows_.n_rows() > 0)
       advise_huge_pages(at(0), rows_.n_rows() * rows_.row_bytes());
   }

@@ -6,25 +6,21 @@
 
 namespace kl_kernels {
 
-// Both models' logits, and which of their rows count.
-struct MixtureRows {
-  Logits logits, ref_logits;
+// Both models, and which of their rows count.
+struct MixtureRows : Models {
   const bool* mask;
 
-  MixtureRows(const Tensor& logits_tensor, const Tensor& ref_logits_tensor,
-              const std::optional<Tensor>& mask_tensor, double temperature, double ref_temperature,
-              std::optional<double> softcap, std::optional<double> ref_softcap)
-      : logits(logits_tensor, "logits", temperature, softcap),
-        ref_logits(ref_logits_tensor, "ref_logits", ref_temperature, ref_softcap),
-        mask(data_of<bool>(mask_tensor, "mask", ScalarType::Bool, logits.n_rows())) {
-    check(logits.same_shape(ref_logits), "ref_logits has to have the shape of logits");
-  }
+  MixtureRows(const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& mask_tensor,
+              double temperature, double ref_temperature, std::optional<double> softcap,
+              std::optional<double> ref_softcap)
+      : Models(logits, ref_logits, temperature, ref_temperature, softcap, ref_softcap),
+        mask(mask_of(mask_tensor, logits)) {}
 
   bool counts(int64_t row) const { return mask == nullptr || mask[row]; }
 
   template <class Work>
   void for_each(const Work& work) const {
-    for_each_row(logits.n_rows(), 4 * logits.vocab_size(), work);
+    for_each_row(n_rows(), 4 * vocab_size(), work);
   }
 };
 
@@ -39,10 +35,11 @@ struct SavedPairs {
   int64_t n_rows;
   double beta;
 
-  SavedPairs(const Tensor& policy_state, const Tensor& ref_state, int64_t n, double of_beta)
-      : policy(policy_state, "policy_state", 2 * n),
-        ref(ref_state, "ref_state", 2 * n),
-        n_rows(n),
+  SavedPairs(const Tensor& policy_state, const Tensor& ref_state, const Tensor& logits,
+             double of_beta)
+      : policy{state_of(policy_state, "policy_state", logits)},
+        ref{state_of(ref_state, "ref_state", logits)},
+        n_rows(n_rows_of(logits)),
         beta(of_beta) {}
 
   FinishedPair operator[](int64_t row) const {
@@ -61,22 +58,24 @@ struct SavedPairs {
   }
 };
 
+namespace bindings {
+
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> token_jsd(
-    const Tensor& logits_tensor, const Tensor& ref_logits_tensor, const std::optional<Tensor>& mask,
-    double beta, double temperature, double ref_temperature, std::optional<double> softcap,
+    const Tensor& logits, const Tensor& ref_logits, const OptionalTensor& mask, double beta,
+    double temperature, double ref_temperature, std::optional<double> softcap,
     std::optional<double> ref_softcap) {
-  const MixtureRows rows(logits_tensor, ref_logits_tensor, mask, temperature, ref_temperature,
-                         softcap, ref_softcap);
-  Tensor jsd = per_token(logits_tensor), mixture_kl = per_token(logits_tensor);
-  float *jsd_data = float_data(jsd), *kl_data = float_data(mixture_kl);
-  States policy_states(logits_tensor), ref_states(logits_tensor);
+  const MixtureRows rows(logits, ref_logits, mask, temperature, ref_temperature, softcap,
+                         ref_softcap);
+  Tensor jsd = new_rows(logits), mixture_kl = new_rows(logits);
+  float *jsd_data = floats(jsd), *kl_data = floats(mixture_kl);
+  States policy_states(logits), ref_states(logits);
   const RowKernels& kernels = row_kernels();
-  const int64_t vocab_size = rows.logits.vocab_size();
+  const int64_t vocab_size = rows.vocab_size();
   rows.for_each([&](int64_t row) {
     RowState<double> saved{};
     MixtureSums<double> found{};
     if (rows.counts(row)) {
-      const Row policy = rows.logits.row(row), reference = rows.ref_logits.row(row);
+      const Row policy = rows.policy(row), reference = rows.reference(row);
       double tx, ty;
       const RowState<double> s = kernels.fold(policy, reference, vocab_size, kNoToken, &tx, &ty);
       saved = within_reach(as_saved(s));
@@ -92,53 +91,50 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> token_jsd(
   return {jsd, mixture_kl, policy_states.tensor(), ref_states.tensor()};
 }
 
-inline Tensor mixture_part(const Tensor& logits_tensor, const Tensor& ref_logits_tensor,
-                           const std::optional<Tensor>& mask, const Tensor& policy_state,
+inline Tensor mixture_part(const Tensor& logits, const Tensor& ref_logits,
+                           const OptionalTensor& mask, const Tensor& policy_state,
                            const Tensor& ref_state, double beta, double temperature,
                            double ref_temperature, std::optional<double> softcap,
                            std::optional<double> ref_softcap) {
-  const MixtureRows rows(logits_tensor, ref_logits_tensor, mask, temperature, ref_temperature,
-                         softcap, ref_softcap);
-  const Logits& logits = rows.logits;
-  const int64_t n = logits.n_rows();
-  const SavedPairs saved(policy_state, ref_state, n, beta);
-  Tensor sums = torch::stable::new_empty(logits_tensor, {2, logits.n_batch(), logits.n_tokens()},
-                                         ScalarType::Float);
-  float* const data = float_data(sums);
+  const MixtureRows rows(logits, ref_logits, mask, temperature, ref_temperature, softcap,
+                         ref_softcap);
+  const SavedPairs saved(policy_state, ref_state, logits, beta);
+  Tensor sums = new_rows(logits, 2);
+  float* const data = floats(sums);
   rows.for_each([&](int64_t row) {
     MixtureSums<double> found{};
     if (rows.counts(row))
-      found = row_kernels().mix(logits.row(row), rows.ref_logits.row(row), logits.vocab_size(),
-                                saved[row]);
+      found =
+          row_kernels().mix(rows.policy(row), rows.reference(row), rows.vocab_size(), saved[row]);
     data[row] = float(found.jsd);
-    data[n + row] = float(found.kl);
+    data[rows.n_rows() + row] = float(found.kl);
   });
   return sums;
 }
 
-inline void token_jsd_backward(const Tensor& grad_jsd, const Tensor& logits_tensor,
-                               const Tensor& ref_logits_tensor, const std::optional<Tensor>& mask,
+inline void token_jsd_backward(const Tensor& grad_jsd, const Tensor& logits,
+                               const Tensor& ref_logits, const OptionalTensor& mask,
                                const Tensor& policy_state, const Tensor& ref_state,
                                const Tensor& mixture_kl, double beta, double temperature,
                                double ref_temperature, std::optional<double> softcap,
                                std::optional<double> ref_softcap, const Tensor& grad_logits) {
-  const MixtureRows rows(logits_tensor, ref_logits_tensor, mask, temperature, ref_temperature,
-                         softcap, ref_softcap);
-  const Logits& logits = rows.logits;
-  const int64_t n = logits.n_rows();
-  const SavedPairs saved(policy_state, ref_state, n, beta);
-  const PerToken grad(grad_jsd, "grad_jsd", n), kl(mixture_kl, "mixture_kl", n);
-  GradientRows gradients(grad_logits, logits);
+  const MixtureRows rows(logits, ref_logits, mask, temperature, ref_temperature, softcap,
+                         ref_softcap);
+  const SavedPairs saved(policy_state, ref_state, logits, beta);
+  const PerToken grad{floats_of(grad_jsd, "grad_jsd", logits)};
+  const PerToken kl{floats_of(mixture_kl, "mixture_kl", logits)};
+  GradientRows gradients(grad_logits, rows.logits);
   rows.for_each([&](int64_t row) {
     if (!rows.counts(row) || grad[row] == 0) {
       gradients.set_zero(row);
       return;
     }
     const FinishedPair of = saved[row];
-    row_kernels().mix_backward(logits.row(row), rows.ref_logits.row(row), logits.vocab_size(), of,
+    row_kernels().mix_backward(rows.policy(row), rows.reference(row), rows.vocab_size(), of,
                                mixture_slope(grad[row], kl[row], of.policy.sum, beta, temperature),
                                gradients.at(row));
   });
 }
 
+}  // namespace bindings
 }  // namespace kl_kernels

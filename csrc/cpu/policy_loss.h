@@ -18,51 +18,39 @@ struct PolicyLossTensors {
   }
 };
 
-inline Tensor policy_loss(
-    const Tensor& logits_tensor, const std::optional<Tensor>& ref_logits_tensor,
-    const Tensor& token_ids, const Tensor& mask, const std::optional<Tensor>& old_logprobs,
-    const Tensor& advantages, const Tensor& token_weights,
-    const std::optional<Tensor>& importance_weights, const std::optional<Tensor>& ref_logprobs,
-    double clip_low, double clip_high, std::optional<double> dual_clip,
-    std::optional<double> log_ratio_clamp, double kl_coef, int64_t kl_estimator,
-    double entropy_coef, double temperature, double ref_temperature, std::optional<double> softcap,
-    std::optional<double> ref_softcap, const std::optional<Tensor>& grad_logits) {
-  const Logits logits(logits_tensor, "logits", temperature, softcap);
-  std::optional<Logits> ref_logits;
-  if (ref_logits_tensor) {
-    ref_logits.emplace(*ref_logits_tensor, "ref_logits", ref_temperature, ref_softcap);
-    check(logits.same_shape(*ref_logits), "ref_logits has to have the shape of logits");
-  }
-  std::optional<GradientRows> gradients;
-  if (grad_logits) gradients.emplace(*grad_logits, logits);
-  const Tokens tokens(token_ids, mask, logits);
-  const int64_t n = logits.n_rows();
-  const auto per_row = [n](const auto& tensor, const char* name) {
-    return data_of<float>(tensor, name, ScalarType::Float, n);
-  };
-  const PolicyLossTensors inputs{
-      per_row(old_logprobs, "old_logprobs"), per_row(advantages, "advantages"),
-      per_row(token_weights, "token_weights"), per_row(importance_weights, "importance_weights"),
-      per_row(ref_logprobs, "ref_logprobs")};
-  const PolicyLossParams params{float(clip_low),
-                                float(clip_high),
-                                float(dual_clip.value_or(INFINITY)),
-                                float(log_ratio_clamp.value_or(INFINITY)),
-                                float(kl_coef),
-                                float(entropy_coef),
-                                Estimator(kl_estimator)};
-  Tensor terms = torch::stable::new_empty(
-      logits_tensor, {kPolicyLossTerms, logits.n_batch(), logits.n_tokens()}, ScalarType::Float);
-  float* const term_data = float_data(terms);
+namespace bindings {
 
-  for_each_row(n, 4 * logits.vocab_size(), [&](int64_t row) {
+inline Tensor policy_loss(const Tensor& logits, const OptionalTensor& ref_logits,
+                          const Tensor& token_ids, const Tensor& mask,
+                          const OptionalTensor& old_logprobs, const Tensor& advantages,
+                          const Tensor& token_weights, const OptionalTensor& importance_weights,
+                          const OptionalTensor& ref_logprobs, double clip_low, double clip_high,
+                          std::optional<double> dual_clip, std::optional<double> log_ratio_clamp,
+                          double kl_coef, int64_t kl_estimator, double entropy_coef,
+                          double temperature, double ref_temperature, std::optional<double> softcap,
+                          std::optional<double> ref_softcap, const OptionalTensor& grad_logits) {
+  const Models models(logits, ref_logits, temperature, ref_temperature, softcap, ref_softcap);
+  std::optional<GradientRows> gradients;
+  if (grad_logits) gradients.emplace(*grad_logits, models.logits);
+  const Tokens tokens(token_ids, mask, models.logits);
+  const PolicyLossTensors inputs{floats_of(old_logprobs, "old_logprobs", logits),
+                                 floats_of(advantages, "advantages", logits),
+                                 floats_of(token_weights, "token_weights", logits),
+                                 floats_of(importance_weights, "importance_weights", logits),
+                                 floats_of(ref_logprobs, "ref_logprobs", logits)};
+  const PolicyLossParams params = policy_loss_params(
+      clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef);
+  Tensor terms = new_rows(logits, kPolicyLossTerms);
+  float* const term_data = floats(terms);
+  const int64_t n = models.n_rows();
+
+  for_each_row(n, 4 * models.vocab_size(), [&](int64_t row) {
     PolicyLoss loss{};
     if (tokens.counts(row)) {
-      const Row policy = logits.row(row),
-                reference = ref_logits ? ref_logits->row(row) : kNoReference;
+      const Row policy = models.policy(row), reference = models.reference(row);
       double tx, ty;
       const RowState<double> s =
-          row_kernels().fold(policy, reference, logits.vocab_size(), tokens[row], &tx, &ty);
+          row_kernels().fold(policy, reference, models.vocab_size(), tokens[row], &tx, &ty);
       Finished<double> f = finish(s.sums, tx, ty);
       if (!ref_logits) f.kl = 0;  // of a policy alone, it is undefined
       loss = policy_loss_epilogue(to_float(f), inputs.row(row, float(f.logprob)), params);
@@ -77,4 +65,5 @@ inline Tensor policy_loss(
   return terms;
 }
 
+}  // namespace bindings
 }  // namespace kl_kernels

@@ -1,15 +1,13 @@
 // Between torch's tensors and the pointers the kernels take.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
 
-#include "../common/tensor_checks.h"
+#include "../common/tensors.h"
 #include "row.h"
 
 namespace kl_kernels {
@@ -18,7 +16,8 @@ namespace kl_kernels {
 class Logits {
  public:
   Logits(const Tensor& tensor, const char* name, double temperature, std::optional<double> softcap)
-      : data_(static_cast<const char*>(tensor.const_data_ptr())),
+      : tensor_(tensor),
+        data_(static_cast<const char*>(tensor.const_data_ptr())),
         dtype_(dtype_of(tensor, name)),
         element_size_(dtype_ == Dtype::float32 ? 4 : 2),
         k_(float(kLog2e / temperature)),
@@ -31,17 +30,12 @@ class Logits {
     token_stride_ = tensor.stride(1);
   }
 
+  const Tensor& tensor() const { return tensor_; }
   int64_t n_rows() const { return n_batch_ * n_tokens_; }
   int64_t n_batch() const { return n_batch_; }
   int64_t n_tokens() const { return n_tokens_; }
   int64_t vocab_size() const { return vocab_size_; }
   int64_t row_bytes() const { return vocab_size_ * element_size_; }
-  Dtype dtype() const { return dtype_; }
-  bool same_shape(const Logits& other) const {
-    return n_batch_ == other.n_batch_ && n_tokens_ == other.n_tokens_ &&
-           vocab_size_ == other.vocab_size_;
-  }
-
   Row row(int64_t index) const {
     const int64_t offset = index / n_tokens_ * batch_stride_ + index % n_tokens_ * token_stride_;
     return {data_ + offset * element_size_, dtype_, k_, softcap_};
@@ -51,6 +45,7 @@ class Logits {
   }
 
  private:
+  Tensor tensor_;
   const char* data_;
   Dtype dtype_;
   int64_t element_size_;
@@ -58,33 +53,32 @@ class Logits {
   int64_t n_batch_, n_tokens_, vocab_size_, batch_stride_, token_stride_;
 };
 
-// The data of a contiguous tensor of `numel` elements of `dtype`.
-template <class T>
-const T* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
-  check(tensor.scalar_type() == dtype && tensor.numel() == numel && tensor.is_contiguous(),
-        std::string(name) + " has the wrong dtype, size or layout for the cpu backend");
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-const T* data_of(const std::optional<Tensor>& tensor, const char* name, ScalarType dtype,
-                 int64_t numel) {
-  return tensor ? data_of<T>(*tensor, name, dtype, numel) : nullptr;
-}
+inline const Row kNoReference{nullptr, Dtype::float32, 1, 0};
 
-inline float* float_data(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+// The policy's logits and the reference's, if there is one.
+struct Models {
+  Logits logits;
+  std::optional<Logits> ref_logits;
 
-inline Tensor per_token(const Tensor& logits, ScalarType dtype = ScalarType::Float) {  // [B, T]
-  return torch::stable::new_empty(logits, {logits.size(0), logits.size(1)}, dtype);
-}
+  Models(const Tensor& policy, const OptionalTensor& reference, double temperature,
+         double ref_temperature, std::optional<double> softcap, std::optional<double> ref_softcap)
+      : logits(policy, "logits", temperature, softcap) {
+    if (!reference) return;
+    ref_logits.emplace(*reference, "ref_logits", ref_temperature, ref_softcap);
+    check_like(*reference, "ref_logits", policy);
+  }
+
+  Row policy(int64_t row) const { return logits.row(row); }
+  Row reference(int64_t row) const { return ref_logits ? ref_logits->row(row) : kNoReference; }
+  int64_t n_rows() const { return logits.n_rows(); }
+  int64_t vocab_size() const { return logits.vocab_size(); }
+};
 
 // Anchor and sum of one model's row, [2, B, T] float32.
 class States {
  public:
   explicit States(const Tensor& logits)
-      : tensor_(torch::stable::new_empty(logits, {2, logits.size(0), logits.size(1)},
-                                         ScalarType::Float)),
-        data_(float_data(tensor_)),
-        n_rows_(logits.size(0) * logits.size(1)) {}
+      : tensor_(new_rows(logits, 2)), data_(floats(tensor_)), n_rows_(n_rows_of(logits)) {}
 
   void set(int64_t row, double anchor, double sum) {
     data_[row] = float(anchor);
@@ -104,10 +98,10 @@ enum class Vocabulary { whole, part };
 // The sampled tokens of the rows that count.
 class Tokens {
  public:
-  Tokens(const Tensor& token_ids, const std::optional<Tensor>& mask, const Logits& logits,
+  template <class Mask>  // Tensor or OptionalTensor
+  Tokens(const Tensor& token_ids, const Mask& mask, const Logits& logits,
          Vocabulary vocabulary = Vocabulary::whole)
-      : ids_(data_of<int64_t>(token_ids, "token_ids", ScalarType::Long, logits.n_rows())),
-        mask_(data_of<bool>(mask, "mask", ScalarType::Bool, logits.n_rows())) {
+      : ids_(token_ids_of(token_ids, logits.tensor())), mask_(mask_of(mask, logits.tensor())) {
     const int64_t n_rows = logits.n_rows();
     for (int64_t row = 0; row < n_rows; ++row) {
       const bool outside = vocabulary == Vocabulary::part && ids_[row] == kNoToken;
@@ -126,12 +120,10 @@ class Tokens {
   const bool* mask_;
 };
 
-// Upstream gradients and saved values of every row; what is absent reads as 0.
+// Upstream gradients or saved values of every row; what is absent reads as 0.
 struct PerToken {
-  PerToken(const std::optional<Tensor>& tensor, const char* name, int64_t n_rows)
-      : data(data_of<float>(tensor, name, ScalarType::Float, n_rows)) {}
   double operator[](int64_t row) const { return data == nullptr ? 0 : data[row]; }
-  const float* data;
+  const float* data = nullptr;
 };
 
 inline Finished<float> to_float(const Finished<double>& f) {
@@ -139,7 +131,7 @@ inline Finished<float> to_float(const Finished<double>& f) {
           float(f.entropy)};
 }
 
-// The anchor backward will subtract is a float, so the saved sums have to belong to that. Beyond
+// The anchor backward will subtract is a float, so the saved sums must belong to that. Beyond
 // reach it is the next float above, from which sums are small or 0: so a part of a row that lies
 // far below the others adds nothing, where an overflow would be an infinity or NaN in all of the
 // row.
@@ -181,7 +173,5 @@ inline RowState<double> keep_ratio(const RowState<double>& saved, const Finished
   }
   return move(saved, saved.anchor, best);
 }
-
-inline const Row kNoReference{nullptr, Dtype::float32, 1, 0};
 
 }  // namespace kl_kernels

@@ -98,8 +98,8 @@ struct Grid {
   int most_shared_bytes = shared_bytes;
 };
 
-// Every GPU with clusters has those of 8 blocks. One cluster's have to find room in a group of SMs
-// (GPC), which differ in size: for 16 a kernel has to say that it knows.
+// Every GPU with clusters has those of 8 blocks. One cluster's must find room in a group of SMs
+// (GPC), which differ in size: for 16 a kernel must say that it knows.
 constexpr uint32_t kPortableCluster = 8, kLargestCluster = 16;
 
 template <class... Parameters>

@@ -20,6 +20,11 @@ struct Logits {
   float softcap;               // 0: none
 };
 
+// The policy and, if there is one, the reference.
+struct Models {
+  Logits policy, reference;
+};
+
 // The rows (tokens) of one call.
 struct Rows {
   int64_t n_rows;    // B T
@@ -42,15 +47,6 @@ struct Outputs {
   float *policy_state, *ref_state;
   float *rewards, *advantage_correction;
   float* part_state;
-};
-
-// How rewards are shaped, where they are wanted.
-struct RewardParams {
-  const float* scores;         // [B]
-  const int64_t* score_index;  // [B], -1 for nowhere
-  float kl_coef;
-  Estimator estimator;
-  float kl_clip;  // +inf: none
 };
 
 // Inputs of the backward pass, each [B, T]; upstream gradients may be nullptr. Without a gradient

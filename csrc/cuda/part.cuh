@@ -151,7 +151,7 @@ __device__ __forceinline__ void for_each_vector(const Part<R, kHasRef>& part, in
 // Calls `one(i, x, y)` for the logits that are in no 8.
 template <class Policy, class R, bool kHasRef, class One>
 __device__ __forceinline__ void for_each_left(const Part<R, kHasRef>& part, const One& one) {
-  static_assert(2 * kLanes <= Policy::kThreads, "what is left has to fit into the block");
+  static_assert(2 * kLanes <= Policy::kThreads, "what is left must fit into the block");
   const int i = part.span.left();
   if (i < part.span.size) one(i, part.x[i], kHasRef ? part.y[i] : part.x[i]);
 }

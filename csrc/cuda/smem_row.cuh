@@ -11,7 +11,7 @@
 namespace kl_kernels {
 
 // 8 neighbouring logits in shared memory that begin anywhere. (Of vectors of 16 bytes two would be
-// enough, but then twice as many words have to be selected from.)
+// enough, but then twice as many words must be selected from.)
 template <class T>
 __device__ __forceinline__ Packed<T> load_across(const T* at) {
   constexpr int kWords = Packed<T>::kWords, kPairs = kWords / 2 + 1;

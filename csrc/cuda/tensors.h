@@ -8,12 +8,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "../common/tensor_checks.h"
+#include "../common/tensors.h"
 #include "operators.h"
 
 namespace kl_kernels {
-
-using OptionalTensor = std::optional<Tensor>;
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess)
@@ -50,12 +48,6 @@ class Device {
   cudaStream_t stream_;
 };
 
-inline void check_like(const Tensor& tensor, const std::string& name, const Tensor& logits) {
-  bool same = tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index();
-  for (int64_t i = 0; i < 3; ++i) same = same && tensor.size(i) == logits.size(i);
-  check(same, name + " has to have the shape and device of logits");
-}
-
 inline Logits logits_of(const Tensor& tensor, const std::string& name, double temperature,
                         std::optional<double> softcap) {
   check_layout(tensor, name);
@@ -67,28 +59,28 @@ inline Logits logits_of(const Tensor& tensor, const std::string& name, double te
           static_cast<float>(softcap.value_or(0))};
 }
 
-// `like` has the shape, dtype and device.
-inline GradLogits grad_logits_of(const Tensor& tensor, const std::string& name,
-                                 const Tensor& like) {
-  check_layout(tensor, name);
-  check_like(tensor, name, like);
-  check(tensor.scalar_type() == like.scalar_type(), name + " has to have the dtype of logits");
-  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)};
+inline Models models_of(const Tensor& logits, const OptionalTensor& ref_logits, double temperature,
+                        double ref_temperature, std::optional<double> softcap,
+                        std::optional<double> ref_softcap) {
+  Models models{logits_of(logits, "logits", temperature, softcap), {}};
+  if (ref_logits) {
+    models.reference = logits_of(*ref_logits, "ref_logits", ref_temperature, ref_softcap);
+    check_like(*ref_logits, "ref_logits", logits);
+  }
+  return models;
 }
 
-// The data of a contiguous tensor of `numel` elements on the device of `like`.
-template <class T>
-const T* data_of(const Tensor& tensor, const std::string& name, ScalarType dtype, int64_t numel,
-                 const Tensor& like) {
-  check(tensor.scalar_type() == dtype && tensor.numel() == numel && tensor.is_contiguous() &&
-            tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(),
-        name + " has the wrong dtype, size, layout or device for the cuda backend");
-  return static_cast<const T*>(tensor.const_data_ptr());
+// Without `token_ids` none is sampled.
+template <class Mask>  // Tensor or OptionalTensor
+Rows rows_of(const Tensor& logits, const OptionalTensor& token_ids, const Mask& mask) {
+  return {n_rows_of(logits), logits.size(1), logits.size(2), token_ids_of(token_ids, logits),
+          mask_of(mask, logits)};
 }
-template <class T>
-const T* data_of(const OptionalTensor& tensor, const std::string& name, ScalarType dtype,
-                 int64_t numel, const Tensor& like) {
-  return tensor ? data_of<T>(*tensor, name, dtype, numel, like) : nullptr;
+
+inline GradLogits grad_logits_of(const Tensor& tensor, const std::string& name,
+                                 const Tensor& logits) {
+  check_gradient(tensor, name, logits);
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
 }  // namespace kl_kernels

@@ -109,9 +109,9 @@ def _shown(value: object) -> str:
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it has to be a torch.Tensor")
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
     if value.is_complex():  # torch would drop the imaginary part, and warn at most
-        raise TypeError(f"{name} has dtype {value.dtype}; it has to be real")
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be real")
 
 
 def is_dtensor(value: object) -> bool:
@@ -145,7 +145,7 @@ def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.shape != like.shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, {like_name} {tuple(like.shape)}; "
-            "they have to be equal"
+            "they must be equal"
         )
     check_same_device(name, tensor, like_name, like)
 
@@ -200,7 +200,7 @@ def check_logprobs(name: str, logprobs: Tensor, mask: Tensor) -> None:  # [...],
 def check_batch(name: str, tensor: Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.ndim != 2:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it has to be [B, T]")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [B, T]")
 
 
 def check_per_sequence(name: str, tensor: Tensor, batch_name: str, batch: Tensor) -> None:
@@ -238,7 +238,7 @@ def check_logits(name: str, logits: Tensor) -> None:
     check_no_tangent(name, logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(
-            f"{name} has shape {tuple(logits.shape)}; it has to be [..., V] with at least one logit"
+            f"{name} has shape {tuple(logits.shape)}; it must be [..., V] with at least one logit"
         )
 
 

@@ -35,7 +35,7 @@ def blocks(results: Results) -> list[Block]:
             "Medians of graph replays over buffers that exceed the L2 four times, each contender "
             "once per turn; nothing is timed before it was right in float64. Ceilings are the best "
             f"of a few plain kernels, in the same run: {ceilings(results)}. **Share**: the bytes "
-            "that have to move at the least, over the time, of that ceiling."
+            "that must move at the least, over the time, of that ceiling."
         ),
         *(Picture(name, text) for name, text in drawn(results).items()),
         Text("**What they are to reach**, and the worst figure of those that were measured:"),

@@ -27,7 +27,7 @@ def blocks(results: Results) -> list[Block]:
     found: list[Block] = [
         Heading(f"Beside what one would use instead, on {results['device']}"),
         Text(
-            "Everybody gets the same tensors in the same run, and has to be right in float64 "
+            "Everybody gets the same tensors in the same run, and must be right in float64 "
             "before it is timed. Each round times ours and one other, one after the other; "
             "**x ours** is the median over rounds of what the other took over what ours took."
         ),
@@ -47,7 +47,7 @@ def blocks(results: Results) -> list[Block]:
             "Peak memory of a call on top of its inputs, results included. " + made(results),
         ),
         Text(
-            f"**GB/s** counts the bytes that have to pass through memory at the least, at the "
+            f"**GB/s** counts the bytes that must pass through memory at the least, at the "
             f"median; **of read** is that over what the machine's plain reductions read, "
             f"{results['read_gb_per_s']:.0f} GB/s (above 100 %: tensors that fit its caches). "
             f"**Extra memory**: {MEMORY[results['kind']]}. **Error**: of results, relative to 1 + "

@@ -132,7 +132,7 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         if tensor is not hidden:
             check_reduced(name, tensor)
     if hidden.ndim == 0:
-        raise ValueError(f"{names[0]} has shape (); it has to be [..., d]")
+        raise ValueError(f"{names[0]} has shape (); it must be [..., d]")
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{names[1]} has shape {tuple(weight.shape)}; {names[0]} of shape "
@@ -162,12 +162,12 @@ def check_reference(
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; "
-            "all but the last dimension have to be equal"
+            "all but the last dimension must be equal"
         )
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"ref_weight has {ref_weight.shape[0]} rows, weight {weight.shape[0]}; "
-            "they have to be equal (slice both to the vocabulary they share)"
+            "they must be equal (slice both to the vocabulary they share)"
         )
     checks.check_same_kind("ref_hidden", ref_hidden, "hidden", hidden)
     checks.check_same_device("ref_hidden", ref_hidden, "hidden", hidden)

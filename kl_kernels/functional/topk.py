@@ -132,7 +132,7 @@ def _check_distinct(ids: Tensor, listed: Tensor) -> None:  # [B, T, K]
     if twice.any():
         raise ValueError(
             f"topk_ids holds {int(ordered[..., 1:][twice][0])} twice at one position; "
-            "the ids of a position have to be distinct"
+            "the ids of a position must be distinct"
         )
 
 

@@ -146,7 +146,7 @@ def _check_shards(tiled: Tensor, ranges: Tensor) -> None:  # [], [R, 2]
     if not tiled:
         held = ", ".join(f"{start} to {start + n - 1}" for start, n in ranges.long().tolist())
         raise ValueError(
-            f"the ranks' logits are of the token ids {held}; together they have to be 0 to V - 1, "
+            f"the ranks' logits are of the token ids {held}; together they must be 0 to V - 1, "
             "each once (pass vocab_start where shards are not equal in size)"
         )
 

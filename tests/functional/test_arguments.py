@@ -242,11 +242,11 @@ def test_operators_of_the_cpu_refuse_an_empty_vocabulary(shape):
     """Work is divided by its size: a process would end here."""
     logits, mask = torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.bool)
     options = 1.0, 1.0, None, None
-    with pytest.raises(ValueError, match="logits has to hold at least one logit"):
+    with pytest.raises(ValueError, match="logits must hold at least one logit"):
         torch.ops.kl_kernels.token_jsd(logits, logits, mask, 0.5, *options, False, "cpu")
-    with pytest.raises(ValueError, match="logits has to hold at least one logit"):
+    with pytest.raises(ValueError, match="logits must hold at least one logit"):
         torch.ops.kl_kernels.fold_part(logits, None, mask.long(), mask, *options, "cpu")
-    with pytest.raises(ValueError, match="gradient has to hold at least one logit"):
+    with pytest.raises(ValueError, match="gradient must hold at least one logit"):
         torch.ops.kl_kernels.scale_gradient(logits, torch.tensor(2.0), "cpu")
 
 

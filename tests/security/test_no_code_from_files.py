@@ -207,7 +207,7 @@ def test_text_is_not_evaluated(tmp_path, mark):
 
 @pytest.mark.parametrize("spec", ["../own:f", "/etc/own:f", ".own:f", "own:f.g", "a/b:f", "own:"])
 def test_a_reward_is_a_module_on_the_path_and_a_name_in_it(spec):
-    with pytest.raises(ValueError, match=r"^reward is .*; it has to read module:function"):
+    with pytest.raises(ValueError, match=r"^reward is .*; it must read module:function"):
         load_reward(spec)
 
 

@@ -129,7 +129,7 @@ def load_state(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"'{path}' is no file of tensors and plain values") from error
     if not isinstance(state, dict):
-        raise ValueError(f"'{path}' holds a {type(state).__name__}; it has to hold a dict")
+        raise ValueError(f"'{path}' holds a {type(state).__name__}; it must hold a dict")
     return state
 
 

@@ -312,29 +312,29 @@ class PPOConfig:
             _check(f.name, getattr(self, f.name), **f.metadata["limits"])
         if self.hidden_size % 8:
             raise ValueError(
-                f"hidden_size is {self.hidden_size}; it has to be a multiple of 8: four heads, "
+                f"hidden_size is {self.hidden_size}; it must be a multiple of 8: four heads, "
                 "each of even width"
             )
         if self.batch_size % self.minibatches:
             raise ValueError(
-                f"batch_size is {self.batch_size}; it has to be a multiple of minibatches, "
+                f"batch_size is {self.batch_size}; it must be a multiple of minibatches, "
                 f"{self.minibatches}"
             )
         if self.prompt_tokens + self.answer_tokens > self.context and not self.model:
             raise ValueError(
-                f"context is {self.context}; it has to hold prompt_tokens + answer_tokens, "
+                f"context is {self.context}; it must hold prompt_tokens + answer_tokens, "
                 f"{self.prompt_tokens} + {self.answer_tokens}"
             )
         if self.controller != "fixed" and self.kl_coef == 0:
             raise ValueError("kl_coef is 0, which cannot adapt; use controller fixed with it")
         if self.controller == "adaptive" and self.kl_horizon < self.batch_size:
             raise ValueError(
-                f"kl_horizon is {self.kl_horizon}; it has to be at least batch_size, "
+                f"kl_horizon is {self.kl_horizon}; it must be at least batch_size, "
                 f"{self.batch_size}, or beta swings from update to update"
             )
         if self.overlong_buffer > self.answer_tokens:
             raise ValueError(
-                f"overlong_buffer is {self.overlong_buffer}; it has to be at most answer_tokens, "
+                f"overlong_buffer is {self.overlong_buffer}; it must be at most answer_tokens, "
                 f"{self.answer_tokens}"
             )
         self.update_constraint()
@@ -395,9 +395,9 @@ def _typed(name: str, value: Any, kind: type) -> Any:
     if kind is int:
         return check_integer(name, value)
     if type(value) is not kind:
-        raise TypeError(f"{name} is {value!r}; it has to be of type {kind.__name__}")
+        raise TypeError(f"{name} is {value!r}; it must be of type {kind.__name__}")
     if isinstance(value, str) and "\0" in value:
-        raise ValueError(f"{name} is {value!r}; it has to be text without NUL")
+        raise ValueError(f"{name} is {value!r}; it must be text without NUL")
     return value
 
 
@@ -413,12 +413,12 @@ def _check(
     if choices is not None:
         check_choice(name, value, choices)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; it has to be a finite number")
+        raise ValueError(f"{name} is {value}; it must be a finite number")
     if above is not None and not value > above:
-        raise ValueError(f"{name} is {value}; it has to be above {above}")
+        raise ValueError(f"{name} is {value}; it must be above {above}")
     if at_least is not None and not value >= at_least:
-        raise ValueError(f"{name} is {value}; it has to be at least {at_least}")
+        raise ValueError(f"{name} is {value}; it must be at least {at_least}")
     if at_most is not None and not value <= at_most:
-        raise ValueError(f"{name} is {value}; it has to be at most {at_most}")
+        raise ValueError(f"{name} is {value}; it must be at most {at_most}")
     if below is not None and not value < below:
-        raise ValueError(f"{name} is {value}; it has to be below {below}")
+        raise ValueError(f"{name} is {value}; it must be below {below}")

@@ -63,7 +63,7 @@ class Ranks:
         """
         if batch_size % (minibatches * self.world_size):
             raise ValueError(
-                f"batch_size is {batch_size}; on {self.world_size} processes it has to be a "
+                f"batch_size is {batch_size}; on {self.world_size} processes it must be a "
                 f"multiple of minibatches x processes, {minibatches} x {self.world_size}"
             )
 

@@ -47,7 +47,7 @@ def load_reward(spec: str) -> RewardFunction:
     """
     module_name, colon, name = spec.partition(":")
     if not (colon and all(map(str.isidentifier, [*module_name.split("."), name]))):
-        raise ValueError(f"reward is {spec!r}; it has to read module:function")
+        raise ValueError(f"reward is {spec!r}; it must read module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -140,7 +140,7 @@ def test_a_bad_score_of_any_process_is_said_once(rewards, model_folder):
 def test_shares_that_are_not_equal_are_refused_in_one_sentence(tmp_path):
     ended = torchrun(tmp_path, "--out", "run", "--batch-size", "8", "--minibatches", "8")
     assert ended.returncode != 0
-    message = "error: batch_size is 8; on 2 processes it has to be a multiple of minibatches x"
+    message = "error: batch_size is 8; on 2 processes it must be a multiple of minibatches x"
     assert ended.stderr.count(message) == 1
     assert not (tmp_path / "run").exists()
 

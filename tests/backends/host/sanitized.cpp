@@ -161,11 +161,13 @@ void run_gae(int64_t n_tokens) {
 int main() {
   const Dtype f32 = Dtype::float32, bf16 = Dtype::bfloat16, f16 = Dtype::float16;
   for (const int64_t vocab_size : {1, 13, 2600}) {  // a tail alone; groups and a tail; two parts
+    run<__nv_bfloat16, __nv_bfloat16>(bf16, bf16, vocab_size, 1, 0);
+    run<__nv_bfloat16, float>(bf16, f32, vocab_size, 0, 5);
+#if !defined(__SANITIZE_THREAD__)  // which is slow, and no thread waits by the dtype
     run<float, float>(f32, f32, vocab_size, vocab_size % 2, 0);
     run<__nv_bfloat16, __nv_bfloat16>(bf16, bf16, vocab_size, 0, 0);
-    run<__nv_bfloat16, __nv_bfloat16>(bf16, bf16, vocab_size, 1, 0);
     run<__half, __half>(f16, f16, vocab_size, 2, 0);
-    run<__nv_bfloat16, float>(bf16, f32, vocab_size, 0, 5);
+#endif
   }
   run_gae(1);
   run_gae(70);

@@ -26,7 +26,7 @@ from torch import Tensor
 import kl_kernels
 from bench.common.machine import PeakMemory, record
 from kl_kernels.functional.hidden_arguments import MEMORY_BUDGETS
-from kl_kernels.partitioned.tiles import Head, plan_tiles
+from kl_kernels.partitioned.tiles import Head, bytes_of, plan_tiles
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +145,8 @@ def products(job: str, shape: Shape, budget: int) -> Callable[[], object]:
     factors = [(head.hidden.detach().float(), head.weight.detach().float()) for head in heads]
 
     def multiply(backward: bool) -> object:
-        plan = plan_tiles(heads, shape.rows, budget, weight_gradient=backward)
+        per = bytes_of(heads, gradient=backward, weight_gradient=backward)
+        plan = plan_tiles(shape.rows, shape.vocab_size, per, budget)
         buffers = [torch.empty(plan.rows * plan.columns) for _ in heads]
         grads = [torch.zeros_like(factor) for factor in factors[0]] if backward else []
         for columns in plan.column_slices():

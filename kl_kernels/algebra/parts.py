@@ -7,14 +7,13 @@ vocabulary itself is the kernels' business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kl_kernels.algebra.row import Finished, RowState, finish, merge, move, within_reach
+from kl_kernels.algebra.row import Finished, RowState, finish, move, within_reach
 from kl_kernels.schemas import NO_TOKEN, STATE_FIELDS, state_fields
 
 
@@ -37,14 +36,6 @@ def any_token(logits: Tensor) -> Tensor:  # [..., V] -> [...]
     return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
 
 
-def merge_parts(states: Iterable[Tensor]) -> Part:  # [F, B, T] each
-    """The state of the whole. The order of the parts is the order of rounding.
-
-    One part is there at a time, so that states may come from a generator.
-    """
-    return reduce(_merge, map(_unpack, states))
-
-
 def _unpack(state: Tensor) -> Part:  # [F, B, T]
     values = state.double().unbind()
     fields = dict(zip(STATE_FIELDS, values))
@@ -62,23 +53,11 @@ def pack(part: Part, *, has_ref: bool, dtype: torch.dtype) -> Tensor:  # [F, B, 
     return torch.stack([values[field] for field in state_fields(has_ref)]).to(dtype)
 
 
-def _merge(s: Part, t: Part) -> Part:
-    state = merge(s.state, t.state)
+def merge_parts(states: Tensor) -> Part:  # [parts, F, B, T]
+    """The state of the whole, in few operations whatever the number of parts.
 
-    def token(of_s: Tensor, of_t: Tensor, field: str) -> Tensor:
-        """The one that is not NO_TOKEN (+inf); NaN stays."""
-        anchor, of_s_, of_t_ = (getattr(p, field) for p in (state, s.state, t.state))
-        return torch.minimum(of_s + (of_s_ - anchor), of_t + (of_t_ - anchor))
-
-    return Part(
-        state,
-        token(s.token_tx, t.token_tx, "anchor"),
-        token(s.token_ty, t.token_ty, "ref_anchor"),
-    )
-
-
-def merge_shards(states: Tensor) -> Part:  # [R, F, B, T]
-    """`merge_parts` of states that are all there, in few operations whatever their number."""
+    The order of the parts is the order of rounding.
+    """
     state, token_tx, token_ty = _unpack(states.movedim(1, 0))
     anchor, ref_anchor = state.anchor.amax(0), state.ref_anchor.amax(0)
     _, _, *sums = move(state, anchor, ref_anchor)

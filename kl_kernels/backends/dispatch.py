@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Backend:
     unavailable_reason: Callable[[], str | None]  # why this machine lacks it, or None
     device_types: tuple[str, ...] = ()  # devices of the tensors it takes; empty: any
     takes_float64: bool = False
+    casts_gradients: bool = False  # into a buffer that has another dtype than the logits
 
 
 def _compiled(name: str) -> Backend:
@@ -43,10 +44,11 @@ BACKENDS = {
         unavailable_reason=cache(triton_kernels.unavailable_reason),
         # Triton's interpreter runs kernels on the host; compiled, they run on a GPU.
         device_types=("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+        casts_gradients=True,
     ),
     "cuda": _compiled("cuda"),
     "cpu": _compiled("cpu"),
-    "reference": Backend(lambda: reference, lambda: None, takes_float64=True),
+    "reference": Backend(lambda: reference, lambda: None, takes_float64=True, casts_gradients=True),
 }
 # The interpreter is for checking kernels, a thousand times slower than anything else.
 ONLY_ON_REQUEST = {("triton", "cpu")}
@@ -64,22 +66,33 @@ def refusal(name: str, device_type: str, *, float64: bool) -> str | None:
     return None
 
 
+class Choice(NamedTuple):
+    """A backend whose operators are loaded."""
+
+    kernels: Any
+    casts_gradients: bool
+
+
 @cache
-def _choose(requested: str | None, device_type: str, float64: bool) -> Any:
+def _choose(requested: str | None, device_type: str, float64: bool) -> Choice:
     if requested is None:
         candidates = [n for n in BACKENDS if (n, device_type) not in ONLY_ON_REQUEST]
         usable = (n for n in candidates if refusal(n, device_type, float64=float64) is None)
         name = next(usable)
         if name == "reference":
             _warn_of_reference(device_type, float64)
-        return BACKENDS[name].kernels()
+        return _loaded(BACKENDS[name])
     check_choice("backend", requested, tuple(BACKENDS))
     refusals = {n: refusal(n, device_type, float64=float64) for n in BACKENDS}
     if refusals[requested] is not None:
         possible = ", ".join(repr(n) for n, reason in refusals.items() if reason is None)
         others = "; ".join(f"{n!r} {reason}" for n, reason in refusals.items() if reason)
         raise ValueError(f"backend {requested!r} cannot run here; possible: {possible}; {others}")
-    return BACKENDS[requested].kernels()
+    return _loaded(BACKENDS[requested])
+
+
+def _loaded(backend: Backend) -> Choice:
+    return Choice(backend.kernels(), backend.casts_gradients)
 
 
 def _warn_of_reference(device_type: str, float64: bool) -> None:
@@ -118,4 +131,11 @@ def choose(requested: str | None, tensors: Sequence[Tensor]) -> Any:
     float64 = False
     for tensor in tensors:  # not any(): a generator costs a microsecond
         float64 = float64 or tensor.dtype is torch.float64
-    return _choose(requested, tensors[0].device.type, float64)
+    return _choose(requested, tensors[0].device.type, float64).kernels
+
+
+def casts_gradients(requested: str | None, logits: Tensor) -> bool:
+    """Whether the backend of these logits rounds a gradient into a buffer of another dtype."""
+    if logits.is_meta:  # stands for a GPU
+        return BACKENDS[requested or "triton"].casts_gradients
+    return _choose(requested, logits.device.type, logits.dtype is torch.float64).casts_gradients

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,16 @@ class Models(NamedTuple):
     """The logits of one or two models, and the transform of each: softcap, then temperature."""
 
     logits: Tensor  # [B, T, V]
-    ref_logits: Tensor | None  # [B, T, V]
+    ref_logits: Any  # [B, T, V]; None where there is no reference
     temperature: float
     ref_temperature: float
     softcap: float | None
     ref_softcap: float | None
+
+    @property
+    def transforms(self) -> tuple[float, float, float | None, float | None]:
+        """The last four fields, which end the arguments of every operator on two models."""
+        return self[2:]
 
 
 def prepare_models(

@@ -18,6 +18,7 @@ from kl_kernels import checks
 from kl_kernels.functional.arguments import as_rows, as_tokens, shaped
 from kl_kernels.functional.dtensor_heads import takes_dtensor_heads
 from kl_kernels.functional.hidden_arguments import (
+    as_autocast,
     as_mask,
     check_per_token,
     prepare_head,
@@ -26,6 +27,7 @@ from kl_kernels.functional.hidden_arguments import (
 from kl_kernels.functional.logits import TokenKL, TokenStats
 from kl_kernels.partitioned.functions import PartitionedKL
 from kl_kernels.partitioned.heads import HeadOptions, LinearHeads
+from kl_kernels.partitioned.products import GradientPrecision
 from kl_kernels.partitioned.tiles import untraced
 from kl_kernels.schemas import BackendName
 
@@ -46,6 +48,7 @@ def linear_token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
+    gradient_precision: GradientPrecision = "narrow",
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
     backend: BackendName | None = None,
@@ -54,16 +57,17 @@ def linear_token_stats(
 
     The result is that of `token_stats` on logits = logit_scale (hidden @ weight.T + bias), which
     never exist in full: z = softcap tanh(logits / softcap) / temperature, logprob = z[token] -
-    logsumexp(z), entropy = -sum p log p with p = softmax(z). Products are computed and summed in
-    float32 whatever the dtypes, under autocast too, and gradients are rounded to the dtype of their
-    tensor once, at the end. (Float32 factors are multiplied as precisely as
-    `torch.set_float32_matmul_precision` says.)
+    logsumexp(z), entropy = -sum p log p with p = softmax(z). Logits and all sums are float32
+    whatever the dtypes, and gradients are rounded to the dtype of their tensor once, at the end.
+    Factors of one dtype stay what they are under autocast; of several, they are cast as it would.
+    (Float32 factors are multiplied as precisely as `torch.set_float32_matmul_precision` says.)
 
     Rows where the mask is 0 are not multiplied: their outputs and gradients are exactly 0, even if
     the row holds NaN. Finding the other rows synchronises a GPU.
 
-    Memory, beyond inputs, outputs and gradients: `memory_budget`; in backward also the gradient of
-    the hidden states in float32, where they have another dtype or rows are masked.
+    Memory, beyond inputs, outputs and gradients: `memory_budget`; the hidden states that count,
+    where a mask or strides keep them apart; in backward also the gradient of the hidden states in
+    float32, where they have another dtype or rows are masked, and twice that on a GPU.
 
     Args:
         hidden: [..., d] the head's input; float32, bfloat16, float16 or float64. Row t must hold
@@ -83,6 +87,10 @@ def linear_token_stats(
             above 0.
         memory_budget: bytes for tiles of logits and for copies of their factors in float32. None:
             64 MiB on a CPU, 512 MiB elsewhere. The results are the same up to rounding.
+        gradient_precision: of the products that make gradients, where the device multiplies
+            bfloat16 or float16 factors as they are (a GPU): "narrow" rounds the gradient of the
+            logits to the factors' dtype, "split" multiplies that rounding's error as well,
+            "float32" brings the factors to float32, ten times slower. Sums are in float32 always.
         group: the process group that the vocabulary is sharded over: weight and bias are this
             rank's rows, hidden states and token ids are the same on all ranks. Backward takes one
             collective, to sum the gradient of the hidden states. None: the head is whole.
@@ -116,6 +124,7 @@ def linear_token_stats(
         softcap=softcap,
         logit_scale=logit_scale,
         memory_budget=memory_budget,
+        gradient_precision=gradient_precision,
         group=group,
         vocab_start=vocab_start,
         backend=backend,
@@ -143,6 +152,7 @@ def linear_token_kl(
     logit_scale: float = 1.0,
     ref_logit_scale: float | None = None,
     memory_budget: int | None = None,
+    gradient_precision: GradientPrecision = "narrow",
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
     backend: BackendName | None = None,
@@ -181,6 +191,10 @@ def linear_token_kl(
         ref_logit_scale: multiplies the reference's logits. None: the policy's logit_scale.
         memory_budget: bytes for the tiles of both heads and for copies of their factors in float32.
             None: 64 MiB on a CPU, 512 MiB elsewhere. The results are the same up to rounding.
+        gradient_precision: of the products that make gradients, where the device multiplies
+            bfloat16 or float16 factors as they are (a GPU): "narrow" rounds the gradient of the
+            logits to the factors' dtype, "split" multiplies that rounding's error as well,
+            "float32" brings the factors to float32, ten times slower. Sums are in float32 always.
         group: the process group that the vocabulary is sharded over: weights and biases are this
             rank's rows, hidden states and token ids are the same on all ranks. Backward takes one
             collective, to sum the gradient of the hidden states. None: the heads are whole.
@@ -221,6 +235,7 @@ def linear_token_kl(
         logit_scale=logit_scale,
         ref_logit_scale=ref_logit_scale,
         memory_budget=memory_budget,
+        gradient_precision=gradient_precision,
         group=group,
         vocab_start=vocab_start,
         backend=backend,
@@ -245,6 +260,6 @@ def _apply(
     if options.shard is None:
         # Kernels see a tile's own ids; one that is in no tile would pass for one elsewhere.
         checks.check_token_range(ids, counts, weight.shape[0])
-    heads = as_rows(hidden), weight, bias, *reference
+    heads = *as_autocast(as_rows(hidden), weight, bias), *as_autocast(*reference)
     outputs = PartitionedKL.apply(LinearHeads(options), ids, counts, *heads)
     return [shaped(output, token_ids.shape) for output in outputs]

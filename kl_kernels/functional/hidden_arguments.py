@@ -11,6 +11,7 @@ from kl_kernels import checks
 from kl_kernels.functional.arguments import as_tokens, needs_gradient
 from kl_kernels.functional.dtensor_heads import check_reduced
 from kl_kernels.partitioned.heads import HeadOptions
+from kl_kernels.partitioned.products import GRADIENT_PRECISIONS, GradientPrecision
 from kl_kernels.partitioned.shards import Shard, check_no_vocab_start, shard_of
 from kl_kernels.schemas import BackendName
 
@@ -56,11 +57,13 @@ def prepare_head(
     softcap: float | None,
     logit_scale: float,
     memory_budget: int | None,
+    gradient_precision: GradientPrecision,
     group: ProcessGroup | None,
     vocab_start: int | None,
     backend: BackendName | None,
 ) -> HeadOptions:
     """Validate the policy's head, where there is no reference."""
+    checks.check_choice("gradient_precision", gradient_precision, GRADIENT_PRECISIONS)
     check_head("", hidden, weight, bias)
     temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
     return HeadOptions(
@@ -69,6 +72,7 @@ def prepare_head(
         softcap=scaled(softcap, logit_scale),
         ref_softcap=None,
         memory_budget=checked_budget(memory_budget, hidden),
+        gradient_precision=gradient_precision,
         backend=backend,
         shard=shard(weight, group, vocab_start),
     )
@@ -89,11 +93,13 @@ def prepare_heads(
     logit_scale: float,
     ref_logit_scale: float | None,
     memory_budget: int | None,
+    gradient_precision: GradientPrecision = "narrow",
     group: ProcessGroup | None,
     vocab_start: int | None,
     backend: BackendName | None,
 ) -> HeadOptions:
     """Validate both heads. Reference options left as None default to the policy's."""
+    checks.check_choice("gradient_precision", gradient_precision, GRADIENT_PRECISIONS)
     check_head("", hidden, weight, bias)
     temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
     check_head("ref_", ref_hidden, ref_weight, ref_bias)
@@ -110,9 +116,22 @@ def prepare_heads(
         softcap=scaled(softcap, logit_scale),
         ref_softcap=scaled(ref_softcap, ref_logit_scale),
         memory_budget=checked_budget(memory_budget, hidden),
+        gradient_precision=gradient_precision,
         backend=backend,
         shard=shard(weight, group, vocab_start),
     )
+
+
+def as_autocast(*factors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast factors of several dtypes to the one that autocast multiplies in, where it is on."""
+    present = [factor for factor in factors if factor is not None]
+    if len({factor.dtype for factor in present}) < 2:
+        return factors
+    device = present[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return factors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if factor is None else factor.to(dtype) for factor in factors)
 
 
 def as_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:  # [...] -> [B, T] bool

@@ -11,9 +11,10 @@ from kl_kernels.algebra.parts import any_token
 from kl_kernels.functional.arguments import as_rows, shaped
 from kl_kernels.functional.dtensor_heads import takes_dtensor_heads
 from kl_kernels.functional.hidden import linear_token_kl
-from kl_kernels.functional.hidden_arguments import as_mask, prepare_heads
+from kl_kernels.functional.hidden_arguments import as_autocast, as_mask, prepare_heads
 from kl_kernels.partitioned.functions import PartitionedJSD
 from kl_kernels.partitioned.heads import LinearHeads
+from kl_kernels.partitioned.products import GradientPrecision
 from kl_kernels.partitioned.tiles import untraced
 from kl_kernels.schemas import BackendName
 
@@ -40,6 +41,7 @@ def linear_token_jsd(
     logit_scale: float = 1.0,
     ref_logit_scale: float | None = None,
     memory_budget: int | None = None,
+    gradient_precision: GradientPrecision = "narrow",
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
     backend: BackendName | None = None,
@@ -78,6 +80,10 @@ def linear_token_jsd(
         ref_logit_scale: multiplies the reference's logits. None: the policy's logit_scale.
         memory_budget: bytes for the tiles of both heads and for copies of their factors in float32.
             None: 64 MiB on a CPU, 512 MiB elsewhere. The results are the same up to rounding.
+        gradient_precision: of the products that make gradients, where the device multiplies
+            bfloat16 or float16 factors as they are (a GPU): "narrow" rounds the gradient of the
+            logits to the factors' dtype, "split" multiplies that rounding's error as well,
+            "float32" brings the factors to float32, ten times slower. Sums are in float32 always.
         group: the process group that the vocabulary is sharded over: weights and biases are this
             rank's rows, hidden states are the same on all ranks. Backward takes one collective, to
             sum the gradient of the hidden states. None: the heads are whole.
@@ -116,6 +122,7 @@ def linear_token_jsd(
         logit_scale=logit_scale,
         ref_logit_scale=ref_logit_scale,
         memory_budget=memory_budget,
+        gradient_precision=gradient_precision,
         group=group,
         vocab_start=vocab_start,
         backend=backend,
@@ -154,7 +161,8 @@ def linear_jsd_and_entropy(
             **given,
         )
         return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
-    heads = as_rows(hidden), weight, bias, as_rows(ref_hidden), ref_weight, ref_bias
+    student = as_autocast(as_rows(hidden), weight, bias)
+    teacher = as_autocast(as_rows(ref_hidden), ref_weight, ref_bias)
     counts, shape = as_mask(mask, hidden), hidden.shape[:-1]
-    jsd, entropy = PartitionedJSD.apply(LinearHeads(options), counts, beta, *heads)
+    jsd, entropy = PartitionedJSD.apply(LinearHeads(options), counts, beta, *student, *teacher)
     return shaped(jsd, shape), shaped(entropy, shape)

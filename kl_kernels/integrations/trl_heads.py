@@ -159,16 +159,16 @@ def _stays_theirs(weight: Tensor) -> bool:
     """Whether TRL's own code must multiply by this weight.
 
     DeepSpeed's ZeRO-3 (`ds_id`) has parameters that are whole only while TRL gathers them. On a
-    GPU our backward multiplies in float32, which is predicted to take 5 to 7 times as long as
-    TRL's products of bfloat16. Calls without a gradient go to TRL as well there: it rounds logits
-    to bfloat16, so the old and the reference's log-probabilities of one head beside the policy's
-    of the other would put that rounding into every ratio and KL (2 % of a ratio is usual).
+    GPU nothing says yet that ours is faster: both multiply the same matrices in the same dtypes.
+    Calls without a gradient go to TRL as well there: it rounds logits to bfloat16, so the old and
+    the reference's log-probabilities of one head beside the policy's of the other would put that
+    rounding into every ratio and KL (2 % of a ratio is usual).
     """
     return hasattr(weight, "ds_id") or weight.is_cuda
 
 
 def _as_autocast(*factors: Any) -> Any:
-    """Cast to the dtype that autocast multiplies in, where it is on."""
+    """Cast to the dtype that autocast multiplies in, where it is on, as TRL's heads do."""
     device = factors[0].device.type
     if not torch.is_autocast_enabled(device):
         return factors

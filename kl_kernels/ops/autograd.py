@@ -7,7 +7,8 @@ without any gradient to pass on, nothing runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,33 +49,48 @@ def gradient_buffer(logits: Tensor, inplace_backward: bool) -> Tensor:
     return logits.detach()
 
 
-# Fields of a backward operator's arguments that backward fills in.
+# Fields of a backward operator's arguments that backward fills in: those named grad_*.
 LATER: Any = None
+
+
+class Layout(NamedTuple):
+    """Ways to take a backward operator's arguments apart, and to put them together again."""
+
+    tensors: Callable[[Any], tuple[Tensor | None, ...]]
+    numbers: Callable[[Any], tuple[Any, ...]]
+    in_order: Callable[[Any], tuple[Any, ...]]  # takes gradients, tensors, numbers, grad_logits
+
+
+def _layout(cls: type[Any]) -> Layout:
+    fields: tuple[str, ...] = cls._fields
+    later = [field for field in fields if field.startswith("grad_")]
+    tensors = [fields[i] for i in tensor_fields(cls) if fields[i] not in later]
+    numbers = [field for field in fields if field not in (*later, *tensors)]
+    *gradients, grad_logits = later
+    kept = [*gradients, *tensors, *numbers, grad_logits]
+    return Layout(
+        itemgetter(*map(fields.index, tensors)),
+        itemgetter(*map(fields.index, numbers)),
+        itemgetter(*map(kept.index, fields)),
+    )
+
+
+LAYOUTS = {
+    args: _layout(args) for name, (args, _) in OPERATORS.items() if name.endswith("_backward")
+}
 
 
 def keep(ctx: Any, backward: Any) -> None:
     """Save the arguments of a backward operator; `kept` returns them."""
-    cls, numbers = type(backward), list(backward)
-    places = TENSORS_OF[cls]
-    ctx.save_for_backward(*[backward[i] for i in places])
-    for i in places:
-        numbers[i] = None
-    ctx.kept = cls, numbers
+    cls = type(backward)
+    ctx.save_for_backward(*LAYOUTS[cls].tensors(backward))
+    ctx.kept = cls, LAYOUTS[cls].numbers(backward)
 
 
 def kept(ctx: Any, *grads: Tensor | None) -> Any:
     """The arguments that `keep` saved, with upstream gradients as the first of them."""
     cls, numbers = ctx.kept
-    args = list(numbers)
-    for i, tensor in zip(TENSORS_OF[cls], ctx.saved_tensors):
-        args[i] = tensor
-    args[: len(grads)] = grads
-    return cls(*args)
-
-
-TENSORS_OF = {
-    args: tensor_fields(args) for name, (args, _) in OPERATORS.items() if name.endswith("_backward")
-}
+    return cls(*LAYOUTS[cls].in_order((*grads, *ctx.saved_tensors, *numbers, LATER)))
 
 
 def only_first(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

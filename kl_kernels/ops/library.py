@@ -58,11 +58,11 @@ def _run(name: str, args: Sequence[Any], backend: str | None) -> Any:
     cls, places = LAYOUTS[name]
     laid_out, tensors = list(args), []
     for i, is_logits in places:
-        if (tensor := laid_out[i]) is None:
-            continue
-        if not (is_logits and are_neighbours(tensor)):
-            laid_out[i] = tensor = tensor.contiguous()
-        tensors.append(tensor)
+        tensor = laid_out[i]
+        if tensor is not None:
+            if not is_logits or not are_neighbours(tensor):
+                laid_out[i] = tensor = tensor.contiguous()
+            tensors.append(tensor)
     return getattr(dispatch.choose(backend, tensors), name)(cls(*laid_out))
 
 
@@ -115,6 +115,11 @@ def _define_backward(name: str) -> None:
 
     _define(name, schema(name, BACKEND, returns_gradient=True), implementation, fake)
     _define(name + "_", schema(name, BACKEND), in_place, _nothing)
+
+
+def casts_gradients(backend: str | None, logits: Tensor) -> bool:
+    """Whether the backend of these logits rounds a gradient into a buffer of another dtype."""
+    return dispatch.casts_gradients(backend, logits)
 
 
 def new_gradient(logits: Tensor) -> Tensor:

@@ -1,15 +1,9 @@
-"""Statistics of a linear head's logits and their gradients, tile by tile.
-
-Vocabulary is the outer loop and tokens the inner one, forward and backward. A stretch of the weight
-is then brought to float32 once, and its gradient is complete when the inner loop ends: of the
-largest gradient no more than that stretch is held in float32. The gradient of the hidden states is
-a sum over the vocabulary, in float32 until the outer loop ends; that is [tokens, d], where tokens
-outside would hold the weight's [V, d].
-"""
+"""Statistics of a linear head's logits, tile by tile, and the kernels of a tile's gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kl_kernels.algebra.parts import (
+    Part,
     Whole,
     finish_parts,
     local_token_ids,
@@ -25,8 +20,10 @@ from kl_kernels.algebra.parts import (
     pack,
 )
 from kl_kernels.partitioned.functions import Inputs, Saved, Upstream
+from kl_kernels.partitioned.gradients import Write, differentiate, scale_for
+from kl_kernels.partitioned.products import GradientPrecision
 from kl_kernels.partitioned.shards import Shard, add_shards, exchange
-from kl_kernels.partitioned.tiles import Head, Rows, Tiles, plan_tiles
+from kl_kernels.partitioned.tiles import Head, Rows, TilePlan, Tiles, bytes_of, plan_tiles
 from kl_kernels.schemas import (
     MIXTURE_SUMS,
     BackendName,
@@ -48,6 +45,7 @@ class HeadOptions:
     softcap: float | None
     ref_softcap: float | None
     memory_budget: int  # bytes
+    gradient_precision: GradientPrecision
     backend: BackendName | None
     shard: Shard | None = None  # part of the vocabulary that the heads hold; None: all of it
 
@@ -64,7 +62,7 @@ class LinearHeads(NamedTuple):
         return Rows(like, mask)
 
     def fold(self, inputs: Inputs, token_ids: Tensor, rows: Rows) -> Whole:
-        heads = heads_of(*inputs)
+        heads = self._heads(inputs)
         with full_precision(heads[0].weight):
             return fold_heads(heads, rows, token_ids, self.options)
 
@@ -72,7 +70,7 @@ class LinearHeads(NamedTuple):
         return rows.put(value[0], value.dtype)
 
     def mixture_sums(self, inputs: Inputs, rows: Rows, whole: Whole, beta: float) -> Tensor:
-        heads = heads_of(*inputs)
+        heads = self._heads(inputs)
         with full_precision(heads[0].weight):
             return mixture_sums(heads, rows, whole, beta, self.options)
 
@@ -85,18 +83,22 @@ class LinearHeads(NamedTuple):
         upstream: Upstream,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        heads = heads_of(*inputs)
+        heads = self._heads(inputs)
         if upstream.kl is None and upstream.forward_kl is None:
             del heads[1:]  # the reference's logits are not computed a second time
         of_rows = Upstream(*(None if g is None else rows.take(g)[None] for g in upstream))
+        scale = scale_for(heads[0].multiplication, of_rows)
+        if scale is not None:
+            of_rows = Upstream(*(None if g is None else g * scale for g in of_rows))
+        slices = SavedSlices(saved)
+
+        def write(logits: Sequence[Tensor], which: slice, ids: Tensor, gradient: Tensor) -> None:
+            g = Upstream(*(None if g is None else g[:, which] for g in of_rows))
+            _write_kl_gradient(logits, ids, self.options, g, slices.of(which), gradient)
+
         ids = _counted_from(self.options.shard, rows.take(token_ids)[None])
-
-        def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:
-            columns, which = place
-            own_ids = local_token_ids(ids, columns.start, columns.stop - columns.start)
-            _write_kl_gradient(tile, ref_tiles, own_ids, which, self.options, of_rows, saved)
-
-        return self._differentiate(heads, rows, over_logits, needs)
+        tokens_matter = upstream.logprob is not None
+        return self._differentiate(heads, rows, ids, write, needs, scale, tokens_matter)
 
     def jsd_gradients(
         self,
@@ -107,15 +109,18 @@ class LinearHeads(NamedTuple):
         grad_jsd: Tensor,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        heads = heads_of(*inputs)
+        heads = self._heads(inputs)
         grad = rows.take(grad_jsd)[None]
+        scale = scale_for(heads[0].multiplication, [grad])
+        grad = grad if scale is None else grad * scale
+        slices = SavedSlices(saved)
 
-        def over_logits(tile: Tensor, ref_tiles: list[Tensor], place: Place) -> None:
-            s = _of_rows(saved, place.rows)
+        def write(logits: Sequence[Tensor], which: slice, _ids: Tensor, gradient: Tensor) -> None:
+            s = slices.of(which)
             args = TokenJSDBackwardArgs(
-                grad_jsd=grad[:, place.rows].contiguous(),
-                logits=tile[None],
-                ref_logits=ref_tiles[0][None],
+                grad_jsd=grad[:, which],
+                logits=logits[0][None],
+                ref_logits=logits[1][None],
                 mask=None,
                 policy_state=s.policy_state,
                 ref_state=s.ref_state,
@@ -125,41 +130,79 @@ class LinearHeads(NamedTuple):
                 ref_temperature=self.options.ref_temperature,
                 softcap=self.options.softcap,
                 ref_softcap=self.options.ref_softcap,
-                grad_logits=tile[None],
+                grad_logits=gradient[None],
             )
             torch.ops.kl_kernels.token_jsd_backward_(*args, self.options.backend)
 
-        return self._differentiate(heads, rows, over_logits, needs)
+        ids = torch.zeros((1, rows.n), dtype=torch.int64, device=grad.device)  # no token matters
+        return self._differentiate(heads, rows, ids, write, needs, scale, tokens_matter=False)
+
+    def _heads(self, inputs: Inputs) -> list[Head]:
+        hidden, weight, bias, *reference = inputs
+        precision = self.options.gradient_precision
+        heads = [Head(hidden, weight, bias, precision)]
+        if reference[0] is not None:
+            heads.append(Head(reference[0], reference[1], reference[2], precision))
+        return heads
 
     def _differentiate(
-        self, heads: list[Head], rows: Rows, over_logits: OverLogits, needs: Sequence[bool]
+        self,
+        heads: list[Head],
+        rows: Rows,
+        token_ids: Tensor,
+        write: Write,
+        needs: Sequence[bool],
+        scale: Tensor | None,
+        tokens_matter: bool,
     ) -> list[Tensor | None]:
         with torch.no_grad(), full_precision(heads[0].weight):
-            return differentiate(heads, rows, self.options, over_logits, needs[:3])
+            grad_hidden, *others = differentiate(
+                heads,
+                rows,
+                token_ids,
+                write,
+                needs[:3],
+                tokens_matter=tokens_matter,
+                scale=scale,
+                memory_budget=self.options.memory_budget,
+                backend=self.options.backend,
+            )
+        if grad_hidden is not None:
+            if self.options.shard is not None:
+                # All ranks' logits come from the same hidden states.
+                dist.all_reduce(grad_hidden, group=self.options.shard.group)
+            grad_hidden = rows.put(grad_hidden, heads[0].hidden.dtype)
+        return [grad_hidden, *others]
 
 
-def heads_of(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-) -> list[Head]:
-    policy = Head(hidden, weight, bias)
-    if ref_hidden is None or ref_weight is None:
-        return [policy]
-    return [policy, Head(ref_hidden, ref_weight, ref_bias)]
-
-
-def full_precision(weight: Tensor) -> torch.autocast:
+def full_precision(weight: Tensor) -> AbstractContextManager[object]:
     """Autocast would round factors and tiles to its own dtype."""
+    if weight.is_meta:  # there is no autocast
+        return nullcontext()
     return torch.autocast(weight.device.type, enabled=False)
+
+
+class SavedSlices:
+    """Saved statistics of rows, as kernels take them: copied for each slice of the rows once."""
+
+    def __init__(self, saved: Saved):
+        self._saved = saved
+        self._known: dict[tuple[int, int], Saved] = {}
+
+    def of(self, which: slice) -> Saved:
+        key = which.start, which.stop
+        if key not in self._known:
+            self._known[key] = Saved(*(v[..., which].contiguous() for v in self._saved))
+        return self._known[key]
+
+
+def _plan(heads: list[Head], rows: Rows, options: HeadOptions) -> TilePlan:
+    return plan_tiles(rows.n, len(heads[0].weight), bytes_of(heads), options.memory_budget)
 
 
 def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOptions) -> Whole:
     """Finished rows under the mask, each [1, n]."""
-    plan = plan_tiles(heads, rows.n, options.memory_budget)
+    plan = _plan(heads, rows, options)
     tiles = [Tiles(head, rows, plan) for head in heads]
     global_ids = rows.take(token_ids)[None]
     ids = _counted_from(options.shard, global_ids)
@@ -186,18 +229,31 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOp
             own_ids = local_token_ids(ids, columns.start, columns.stop - columns.start)
             yield torch.cat([fold(own_ids, which) for which in plan.row_slices()], dim=-1)
 
-    part, dtype = merge_parts(states()), heads[0].tile_dtype
+    # An eighth of the budget for states that wait to be merged, and for their float64 copies.
+    room = options.memory_budget // 8
+    part, dtype = _merge(states(), len(heads) > 1, room), heads[0].tile_dtype
     if options.shard is not None:
         state = pack(part, has_ref=len(heads) > 1, dtype=dtype)
         part = exchange(state, options.shard, len(heads[0].weight), global_ids, None)
     return finish_parts(part, None, dtype)
 
 
+def _merge(states: Iterator[Tensor], has_ref: bool, room: int) -> Part:  # [F, 1, n] each
+    """Merge as many states at a time as there is room for: each time takes fifty operations."""
+    waiting: list[Tensor] = []
+    for state in states:
+        if len(waiting) >= max(2, room // (12 * state.numel() + 1)):
+            merged = merge_parts(torch.stack(waiting))
+            waiting = [pack(merged, has_ref=has_ref, dtype=torch.float64)]
+        waiting.append(state.double() if waiting and waiting[0].dtype != state.dtype else state)
+    return merge_parts(torch.stack(waiting))
+
+
 def mixture_sums(
     heads: list[Head], rows: Rows, whole: Whole, beta: float, options: HeadOptions
 ) -> Tensor:
     """Sums of the rows under the mask, [len(MIXTURE_SUMS), 1, n]; multiplies the logits again."""
-    plan = plan_tiles(heads, rows.n, options.memory_budget)
+    plan = _plan(heads, rows, options)
     tiles = [Tiles(head, rows, plan) for head in heads]
     states = whole.policy_state, whole.ref_state
     total = whole.policy_state.new_zeros((len(MIXTURE_SUMS), 1, rows.n), dtype=torch.float64)
@@ -234,134 +290,37 @@ def _counted_from(shard: Shard | None, token_ids: Tensor) -> Tensor:
     return token_ids if shard is None else token_ids - shard.start
 
 
-class Place(NamedTuple):
-    """Row and vocabulary slices of one tile."""
-
-    columns: slice
-    rows: slice
-
-
-OverLogits = Callable[[Tensor, list[Tensor], Place], None]
-
-
-def differentiate(
-    heads: list[Head],
-    rows: Rows,
-    options: HeadOptions,
-    over_logits: OverLogits,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of the first head's hidden [B, T, d], weight [V, d] and bias [V], if needed.
-
-    `over_logits` gets a tile of the first head's logits, [rows, columns], a list of the others'
-    and their place, and writes the gradient over the first. That is then multiplied with each
-    factor.
-    """
-    policy = heads[0]
-    needs_hidden, needs_weight, needs_bias = needs
-    plan = plan_tiles(heads, rows.n, options.memory_budget, weight_gradient=needs_weight)
-    tiles = [Tiles(head, rows, plan) for head in heads]
-    dtype = policy.tile_dtype
-    grad_hidden = None
-    if needs_hidden:
-        grad_hidden = policy.hidden.new_zeros((rows.n, policy.hidden.shape[-1]), dtype=dtype)
-    grad_weight = _GradientByColumns(policy.weight, plan.columns, dtype) if needs_weight else None
-    grad_bias = None
-    if needs_bias and policy.bias is not None:
-        grad_bias = _GradientByColumns(policy.bias, plan.columns, dtype)
-    for columns in plan.column_slices():
-        for of_head in tiles:
-            of_head.at(columns)
-        for which in plan.row_slices():
-            hidden = tiles[0].hidden(which) if grad_weight is not None else None
-            tile, *others = (
-                of_head.logits(which, known) for of_head, known in zip(tiles, (hidden, None))
-            )
-            over_logits(tile, others, Place(columns, which))
-            if grad_hidden is not None:
-                grad_hidden[which].addmm_(tile, tiles[0].weight)
-            if grad_weight is not None and hidden is not None:
-                grad_weight.sums(columns).addmm_(tile.t(), hidden)
-            if grad_bias is not None:
-                grad_bias.sums(columns).add_(tile.sum(0))
-        for gradient in (grad_weight, grad_bias):
-            if gradient is not None:
-                gradient.store(columns)
-    if grad_hidden is not None and options.shard is not None:
-        # All ranks' logits come from the same hidden states.
-        dist.all_reduce(grad_hidden, group=options.shard.group)
-    return [
-        None if grad_hidden is None else rows.put(grad_hidden, policy.hidden.dtype),
-        None if grad_weight is None else grad_weight.gradient,
-        None if grad_bias is None else grad_bias.gradient,
-    ]
-
-
-def _of_rows(saved: Saved, which: slice) -> Saved:
-    return Saved(*(value[..., which].contiguous() for value in saved))
-
-
 def _write_kl_gradient(
-    tile: Tensor,  # [rows, columns]
-    ref_tiles: list[Tensor],  # the reference's, or none
-    token_ids: Tensor,  # [1, n]
-    which: slice,
+    logits: Sequence[Tensor],  # [rows, columns] of the policy and, maybe, of the reference
+    token_ids: Tensor,  # [1, rows]
     options: HeadOptions,
-    upstream: Upstream,  # each [1, n]
+    upstream: Upstream,  # each [1, rows]
     saved: Saved,
+    gradient: Tensor,  # [rows, columns]
 ) -> None:
-    """Write the gradient of the policy's logits over them."""
-    g = Upstream(*(None if g is None else g[:, which] for g in upstream))
-    s = _of_rows(saved, which)
+    policy, *reference = (of_model[None] for of_model in logits)
     args = TokenKLBackwardArgs(
-        grad_logprob=g.logprob,
-        grad_kl=g.kl,
-        grad_forward_kl=g.forward_kl,
-        grad_entropy=g.entropy,
-        logits=tile[None],
-        ref_logits=ref_tiles[0][None] if ref_tiles else tile[None],
-        token_ids=token_ids[:, which],
+        grad_logprob=upstream.logprob,
+        grad_kl=upstream.kl,
+        grad_forward_kl=upstream.forward_kl,
+        grad_entropy=upstream.entropy,
+        logits=policy,
+        ref_logits=reference[0] if reference else policy,
+        token_ids=token_ids,
         mask=None,
-        policy_state=s.policy_state,
-        ref_state=s.ref_state,
-        kl=s.kl,
-        entropy=s.entropy,
+        policy_state=saved.policy_state,
+        ref_state=saved.ref_state,
+        kl=saved.kl,
+        entropy=saved.entropy,
         temperature=options.temperature,
         ref_temperature=options.ref_temperature,
         softcap=options.softcap,
         ref_softcap=options.ref_softcap,
         part=True,
-        grad_logits=tile[None],
+        grad_logits=gradient[None],
     )
-    if ref_tiles:
+    if reference:
         torch.ops.kl_kernels.token_kl_backward_(*args, options.backend)
     else:
         stats = pick(TokenStatsBackwardArgs, args)
         torch.ops.kl_kernels.token_stats_backward_(*stats, options.backend)
-
-
-class _GradientByColumns:
-    """The gradient of a weight or bias, summed over the tokens one stretch after the other."""
-
-    def __init__(self, tensor: Tensor, n_columns: int, dtype: torch.dtype):  # [V, ...]
-        self.gradient = tensor.new_empty(tensor.shape)
-        self._sums = self.gradient  # the gradient itself, where the dtype allows that
-        if tensor.dtype != dtype:
-            self._sums = tensor.new_empty((n_columns, *tensor.shape[1:]), dtype=dtype)
-        self._started = -1
-
-    def sums(self, columns: slice) -> Tensor:  # [columns, ...]
-        """Return the sums of these columns, to be added to."""
-        if self._sums is self.gradient:
-            sums = self._sums[columns]
-        else:
-            sums = self._sums[: columns.stop - columns.start]
-        if self._started != columns.start:
-            sums.zero_()
-            self._started = columns.start
-        return sums
-
-    def store(self, columns: slice) -> None:
-        """Round the complete sums of these columns into the gradient."""
-        if self._sums is not self.gradient:
-            self.gradient[columns] = self.sums(columns)

@@ -32,7 +32,7 @@ from kl_kernels.algebra.parts import (
     Whole,
     finish_parts,
     local_token_ids,
-    merge_shards,
+    merge_parts,
 )
 from kl_kernels.algebra.row import Finished
 from kl_kernels.checks import check_integer, refuse_transforms
@@ -131,7 +131,7 @@ def exchange(
     if state.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_shards(tiled, ranges)
         _check_held_once(held_once if mask is None else held_once | ~mask, token_ids, end[-1])
-    return merge_shards(torch.where(tiled & held_once, states, torch.nan))
+    return merge_parts(torch.where(tiled & held_once, states, torch.nan))
 
 
 def add_shards(sums: Tensor, shard: Shard) -> Tensor:

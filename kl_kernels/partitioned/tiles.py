@@ -15,7 +15,16 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-# Columns start at multiples of this, so that a tile's rows keep the alignment kernels like.
+from kl_kernels.partitioned.products import (
+    GradientPrecision,
+    Multiplication,
+    Terms,
+    multiplication,
+    multiply,
+    terms_of,
+)
+
+# Rows and columns start at multiples of this, so that slices keep the alignment kernels like.
 ALIGNMENT = 64
 
 P = ParamSpec("P")
@@ -35,6 +44,7 @@ class Head(NamedTuple):
     hidden: Tensor  # [B, T, d]
     weight: Tensor  # [V, d]
     bias: Tensor | None  # [V]
+    precision: GradientPrecision = "narrow"
 
     @property
     def tile_dtype(self) -> torch.dtype:
@@ -42,13 +52,8 @@ class Head(NamedTuple):
         return torch.float64 if wide else torch.float32
 
     @property
-    def multiplies_narrow(self) -> bool:
-        """Whether the device multiplies the factors as they are, accumulating a float32 tile."""
-        return (
-            self.hidden.is_cuda
-            and self.hidden.dtype == self.weight.dtype
-            and self.weight.dtype in (torch.bfloat16, torch.float16)
-        )
+    def multiplication(self) -> Multiplication:
+        return multiplication(self.hidden, self.weight, self.tile_dtype, self.precision)
 
 
 class Rows:
@@ -59,15 +64,9 @@ class Rows:
         self.index = None if mask is None else mask.nonzero(as_tuple=True)
         self.n = token_ids.numel() if self.index is None else len(self.index[0])
 
-    def take(self, tensor: Tensor, which: slice | None = None) -> Tensor:  # [B, T, ...]
+    def take(self, tensor: Tensor) -> Tensor:  # [B, T, ...]
         """[n, ...]: a view of the tensor where that is possible."""
-        which = slice(0, self.n) if which is None else which
-        if self.index is not None:
-            return tensor[tuple(i[which] for i in self.index)]
-        if self.shape[0] == 1 or tensor.stride(0) == self.shape[1] * tensor.stride(1):
-            return tensor.flatten(0, 1)[which]
-        flat = torch.arange(which.start, which.stop, device=tensor.device)
-        return tensor[flat // self.shape[1], flat % self.shape[1]]
+        return tensor.flatten(0, 1) if self.index is None else tensor[self.index]
 
     def put(self, values: Tensor, dtype: torch.dtype) -> Tensor:  # [n, ...]
         """[B, T, ...] of that dtype, 0 where a row does not count."""
@@ -100,43 +99,69 @@ def _slices(n: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, max(n, 1), step))
 
 
-def plan_tiles(
-    heads: list[Head], n_rows: int, memory_budget: int, *, weight_gradient: bool = False
-) -> TilePlan:
+class Bytes(NamedTuple):
+    """Memory that tiles take, besides the factors, outputs and gradients themselves."""
+
+    logit: int
+    row: int
+    column: int
+
+    def of(self, rows: int, columns: int) -> int:
+        return rows * columns * self.logit + rows * self.row + columns * self.column
+
+
+def bytes_of(heads: list[Head], *, gradient: bool = False, weight_gradient: bool = False) -> Bytes:
+    """Count a tile for each head, terms of factors that are made for it, and sums.
+
+    Args:
+        heads: the policy's head and, if there is one, the reference's.
+        gradient: the policy's tile becomes terms of a gradient.
+        weight_gradient: a gradient of the policy's weight is summed up.
+    """
+    logit = row = column = 0
+    for head in heads:
+        size, how = head.tile_dtype.itemsize, head.multiplication
+        logit += size
+        row += _made(head.hidden, how.dtype, how.hidden)
+        column += _made(head.weight, how.dtype, how.weight)
+    policy, how = heads[0], heads[0].multiplication
+    if gradient and how.is_narrow(policy.tile_dtype):
+        logit += how.gradient * how.dtype.itemsize
+    if weight_gradient and policy.weight.dtype != policy.tile_dtype:
+        column += policy.weight.shape[1] * policy.tile_dtype.itemsize
+    return Bytes(logit, row, column)
+
+
+def _made(factor: Tensor, dtype: torch.dtype, n: int) -> int:
+    """Bytes of a row of the factor's terms, unless it is its own."""
+    return 0 if factor.dtype == dtype else n * factor.shape[-1] * dtype.itemsize
+
+
+def plan_tiles(n_rows: int, vocab_size: int, per: Bytes, memory_budget: int) -> TilePlan:
     """The largest tiles that fit `memory_budget` bytes, as near to square as that can be.
 
-    Square tiles read the least of the factors per logit. The budget is for a tile per head and for
-    what a row or a column takes besides: copies of the factors in the tile's dtype, and the sums
-    that are to become the gradient of the first head's weight.
+    Square tiles read the least of the factors per logit.
     """
-    size = max(head.tile_dtype.itemsize for head in heads)
-    per_logit = len(heads) * size
-    # Rows may be gathered before they are copied.
-    per_row = sum(head.hidden.shape[-1] * (head.hidden.itemsize + size) for head in heads)
-    copied = [head.weight for head in heads if head.weight.dtype != head.tile_dtype]
-    if weight_gradient and heads[0].weight.dtype != heads[0].tile_dtype:
-        copied.append(heads[0].weight)
-    per_column = sum(weight.shape[1] * size for weight in copied)
-    least = per_logit + per_row + per_column
-    if memory_budget < least:
+    if memory_budget < per.of(1, 1):
         raise ValueError(
-            f"memory_budget is {memory_budget}; accepted: from {least} bytes on, which a single "
-            "logit of these heads takes together with copies of its factors"
+            f"memory_budget is {memory_budget}; accepted: from {per.of(1, 1)} bytes on, which a "
+            "single logit of these heads takes together with copies of its factors"
         )
-    # A square tile: per_logit side^2 + (per_row + per_column) side = memory_budget.
-    half = (per_row + per_column) / (2 * per_logit)
-    side = int(math.sqrt(half * half + memory_budget / per_logit) - half)
-    vocab_size = heads[0].weight.shape[0]
+    # A square tile: logit side^2 + (row + column) side = memory_budget.
+    half = (per.row + per.column) / (2 * per.logit)
+    side = int(math.sqrt(half * half + memory_budget / per.logit) - half)
     rows = max(1, min(n_rows, side))
-    columns = (memory_budget - rows * per_row) // (rows * per_logit + per_column)
+    columns = (memory_budget - rows * per.row) // (rows * per.logit + per.column)
     if columns >= vocab_size:  # there is room for more rows
         columns = vocab_size
-        rows = (memory_budget - columns * per_column) // (columns * per_logit + per_row)
+        rows = (memory_budget - columns * per.column) // (columns * per.logit + per.row)
         rows = max(1, min(n_rows, rows))
-    return TilePlan(n_rows, vocab_size, _even(n_rows, rows), _even(vocab_size, columns, ALIGNMENT))
+    return TilePlan(
+        n_rows, vocab_size, _even(n_rows, rows, ALIGNMENT), _even(vocab_size, columns, ALIGNMENT)
+    )
 
 
-def _even(n: int, most: int, multiple: int = 1) -> int:
+def _even(n: int, most: int, multiple: int) -> int:
     """`most` or less, so that the last of the pieces of n is not a sliver."""
     if most >= n:
         return max(n, 1)
@@ -150,41 +175,30 @@ class Tiles:
     """The tiles of a head, each written over the one before; `at` chooses their columns."""
 
     def __init__(self, head: Head, rows: Rows, plan: TilePlan):
-        self._head, self._rows = head, rows
-        self._tile = self._buffer(plan.rows * plan.columns)
-        self._copy = self._buffer(0)
-        if head.weight.dtype != head.tile_dtype:
-            self._copy = self._buffer(plan.columns * head.weight.shape[1])
+        self._head = head
+        self._how = head.multiplication
+        self._hidden = rows.take(head.hidden)  # [n, d]
+        self._tile = head.weight.new_empty(plan.rows * plan.columns, dtype=head.tile_dtype)
+        self._hidden_terms = self._terms(head.hidden, self._how.hidden, plan.rows)
+        self._weight_terms = self._terms(head.weight, self._how.weight, plan.columns)
 
-    def _buffer(self, numel: int) -> Tensor:
-        return self._head.weight.new_empty(numel, dtype=self._head.tile_dtype)
+    def _terms(self, factor: Tensor, n: int, size: int) -> Tensor | None:  # [n, size, d]
+        """Memory for terms, if they are not the factor itself."""
+        if factor.dtype == self._how.dtype:
+            return None
+        return factor.new_empty((n, size, factor.shape[-1]), dtype=self._how.dtype)
 
     def at(self, columns: slice) -> None:
         self._columns = columns
-        self._narrow_weight = self._head.weight[columns]
-        self._weight: Tensor | None = None
+        self.weight = terms_of(self._head.weight[columns], self._weight_terms)
 
-    @property
-    def weight(self) -> Tensor:  # [columns, d]
-        """In the tile's dtype."""
-        if self._weight is None:
-            self._weight = narrow = self._narrow_weight
-            if self._copy.numel():
-                self._weight = self._copy[: narrow.numel()].view(narrow.shape).copy_(narrow)
-        return self._weight
+    def hidden(self, rows: slice) -> Terms:  # [rows, d]
+        return terms_of(self._hidden[rows], self._hidden_terms)
 
-    def hidden(self, rows: slice) -> Tensor:  # [rows, d]
-        """In the tile's dtype."""
-        return self._rows.take(self._head.hidden, rows).to(self._head.tile_dtype)
-
-    def logits(self, rows: slice, hidden: Tensor | None = None) -> Tensor:
+    def logits(self, rows: slice, hidden: Terms | None = None) -> Tensor:
         """[rows, columns], until the next call. `hidden` of these rows may be at hand already."""
-        head, shape = self._head, (rows.stop - rows.start, len(self._narrow_weight))
+        shape = (rows.stop - rows.start, self._columns.stop - self._columns.start)
         tile = self._tile[: math.prod(shape)].view(shape)
-        if head.multiplies_narrow:
-            narrow = self._rows.take(head.hidden, rows)
-            torch.mm(narrow, self._narrow_weight.t(), out_dtype=tile.dtype, out=tile)
-        else:
-            hidden = self.hidden(rows) if hidden is None else hidden
-            torch.mm(hidden, self.weight.t(), out=tile)
-        return tile if head.bias is None else tile.add_(head.bias[self._columns])
+        hidden = self.hidden(rows) if hidden is None else hidden
+        multiply(hidden, tuple(term.t() for term in self.weight), tile, add=False)
+        return tile if self._head.bias is None else tile.add_(self._head.bias[self._columns])

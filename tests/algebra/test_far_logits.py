@@ -102,7 +102,7 @@ def test_a_shard_of_nothing_but_far_logits_adds_nothing(backend, low):
         )
         for start, shard in ((0, x), (30, torch.full((1, 2, 33), low)))
     ]
-    found = finish_parts(merge_parts(states), None, torch.float32).outputs
+    found = finish_parts(merge_parts(torch.stack(states)), None, torch.float32).outputs
     for name, expected in kl_kernels.token_stats(x, ids)._asdict().items():
         value = getattr(found, name)
         assert (torch.isclose(value, expected, rtol=1e-6, atol=1e-6) | value.isnan()).all()
@@ -135,7 +135,7 @@ def test_a_part_far_below_in_either_model_leaves_a_kl_true(backend, models, low)
         )
         for part in (slice(0, 30), slice(30, 63))
     ]
-    found = finish_parts(merge_parts(states), None, torch.float32).outputs
+    found = finish_parts(merge_parts(torch.stack(states)), None, torch.float32).outputs
     expected = kl_kernels.token_kl(x.double(), y.double(), ids, backend="reference")
     for name, value in expected._asdict().items():
         torch.testing.assert_close(
@@ -180,7 +180,7 @@ def test_float64_reaches_farther():
         )
         for part in parts
     ]
-    whole = finish_parts(merge_parts(states), None, torch.float64).outputs
+    whole = finish_parts(merge_parts(torch.stack(states)), None, torch.float64).outputs
     found = kl_kernels.token_kl(x, y, ids)
     jsd = kl_kernels.token_jsd(x, y)
     for kl in (found.kl, whole.kl):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kl_kernels.algebra.parts import finish_parts, local_token_ids, merge_parts, merge_shards, pack
+from kl_kernels.algebra.parts import finish_parts, local_token_ids, merge_parts, pack
 from kl_kernels.lab.validate.cases import DIFFICULTIES, Case
 from kl_kernels.lab.validate.errors import gradient_error, value_error
 from kl_kernels.lab.validate.truth import DIFFERENTIABLE, OUTPUTS, eager, gradients
@@ -29,7 +29,7 @@ def scales(inputs):
 
 def whole_of(inputs, backend, has_ref=True):
     states = [fold_part(inputs, *part, backend, has_ref) for part in PARTS]
-    return finish_parts(merge_parts(states), inputs.mask, torch.float32)
+    return finish_parts(merge_parts(torch.stack(states)), inputs.mask, torch.float32)
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
@@ -139,7 +139,7 @@ def test_an_id_that_nobody_means_is_still_refused(backend):
 def test_a_part_is_packed_as_it_came(has_ref):
     n_fields = len(state_fields(has_ref))
     state = torch.arange(n_fields * 6, dtype=torch.float32).view(n_fields, 2, 3)
-    packed = pack(merge_parts([state]), has_ref=has_ref, dtype=torch.float32)
+    packed = pack(merge_parts(torch.stack([state])), has_ref=has_ref, dtype=torch.float32)
     assert packed.dtype == torch.float32
     assert torch.equal(packed, state)
 
@@ -164,6 +164,10 @@ def test_several_states_merge_at_once_as_they_do_in_turn(has_ref):
         )
         for start, end in PARTS
     ]
-    at_once, in_turn = merge_shards(torch.stack(states)), merge_parts(states)
+    first, *others = states
+    for state in others:
+        two = merge_parts(torch.stack([first, state]))
+        first = pack(two, has_ref=has_ref, dtype=torch.float64)
+    at_once, in_turn = merge_parts(torch.stack(states)), merge_parts(first[None])
     torch.testing.assert_close(tuple(at_once.state), tuple(in_turn.state), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(at_once[1:], in_turn[1:], rtol=1e-12, atol=1e-12)

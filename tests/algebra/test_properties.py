@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, pad
 
 import kl_kernels
-from kl_kernels.algebra.parts import finish_parts, local_token_ids, merge_parts, merge_shards, pack
+from kl_kernels.algebra.parts import finish_parts, local_token_ids, merge_parts, pack
 from kl_kernels.schemas import STATE_FIELDS
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -242,16 +242,16 @@ def test_parts_merge_into_the_whole_in_any_order_and_grouping(backend, rows, cut
     bounds = [0, *sorted({c for c in cuts if 0 < c < v}), v]
     states = [fold_part(rows, a, b, backend) for a, b in pairwise(bounds)]
     random.shuffle(states)
-    at_once = merge_shards(torch.stack(states))
+    at_once = merge_parts(torch.stack(states))
     dtype = states[0].dtype
     while len(states) > 1:
         n = random.randint(2, len(states))
-        some = merge_parts(states[:n])
+        some = merge_parts(torch.stack(states[:n]))
         states[:n] = [pack(some, has_ref=True, dtype=torch.float64)]
         random.shuffle(states)
     expected = outputs_of(rows, backend)
     del expected["jsd"]
-    for whole in (merge_parts(states), at_once):
+    for whole in (merge_parts(torch.stack(states)), at_once):
         found = finish_parts(whole, None, dtype).outputs._asdict()
         assert_outputs_agree(found, expected, backend)
 

@@ -63,7 +63,7 @@ def merged(inputs, transforms, has_ref):
             **transforms,
         )
         states.append(backend().fold_part(args))
-    return finish_parts(merge_parts(states), inputs.mask, torch.float32)
+    return finish_parts(merge_parts(torch.stack(states)), inputs.mask, torch.float32)
 
 
 @pytest.mark.parametrize("has_ref", [True, False])

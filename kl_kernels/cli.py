@@ -25,6 +25,10 @@ COMMANDS = {
         "lab.codegen.command",
         "compile the Triton kernels, count instructions, predict times; no GPU is needed",
     ),
+    "cost": (
+        "lab.cost.command",
+        "list and price what a function runs on a GPU; no GPU is needed",
+    ),
     "audit": ("monitor.audit_command", "verify an audit log, or show its records"),
     "info": ("info", "show versions, devices and which backends are available"),
 }

@@ -167,7 +167,7 @@ def test_registers_and_spills_are_told(arch):
 
 # The prediction, in numbers one can work out by hand.
 
-CHIP = Chip("sm_90", sms=100, clock=1e9, bandwidth=2e12, shared=228 * 1024, l2=50)
+CHIP = Chip("sm_90", sms=100, clock=1e9, bandwidth=2e12, shared=228 * 1024, l2=50, tensor=1e15)
 
 
 def test_limits_are_amounts_over_rates():

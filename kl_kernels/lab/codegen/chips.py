@@ -25,6 +25,8 @@ class Chip:
     bandwidth: float  # bytes per second of DRAM
     shared: int  # bytes of shared memory per SM
     l2: int  # MiB
+    tensor: float  # FLOP/s of dense bfloat16 products
+    float32_lanes: int = 128  # per SM
     # CUDA Programming Guide, throughput of native arithmetic instructions: 2^x in float32, results
     # per clock and SM. Four schedulers per SM issue an instruction per clock for a warp each.
     mufu: int = 16
@@ -35,15 +37,31 @@ class Chip:
     registers: int = 65536
 
 
-# SMs and L2 from NVIDIA's architecture papers, bandwidth from its data sheets. The clock is the one
+# SMs and L2 from NVIDIA's architecture papers, bandwidth and dense bfloat16 products from its data
+# sheets. The clock is the one
 # that the data sheet's float32 rate is made of: 19.5 TFLOP/s = 108 * 64 * 2 * clock for an A100,
 # 67 = 132 * 128 * 2 * clock for H100 SXM and H200, 75 = 148 * 128 * 2 * clock for a B200 (an
 # eighth of HGX B200's). No data sheet has the B200's SMs and L2: they are what its driver reports.
 CHIPS = {
-    "a100": Chip("sm_80", sms=108, clock=1.41e9, bandwidth=2.039e12, shared=164 * 1024, l2=40),
-    "h100": Chip("sm_90", sms=132, clock=1.98e9, bandwidth=3.35e12, shared=228 * 1024, l2=50),
-    "h200": Chip("sm_90", sms=132, clock=1.98e9, bandwidth=4.8e12, shared=228 * 1024, l2=50),
-    "b200": Chip("sm_100", sms=148, clock=1.98e9, bandwidth=8.0e12, shared=228 * 1024, l2=126),
+    "a100": Chip(
+        "sm_80",
+        sms=108,
+        clock=1.41e9,
+        bandwidth=2.039e12,
+        shared=164 * 1024,
+        l2=40,
+        tensor=312e12,
+        float32_lanes=64,
+    ),
+    "h100": Chip(
+        "sm_90", sms=132, clock=1.98e9, bandwidth=3.35e12, shared=228 * 1024, l2=50, tensor=989e12
+    ),
+    "h200": Chip(
+        "sm_90", sms=132, clock=1.98e9, bandwidth=4.8e12, shared=228 * 1024, l2=50, tensor=989e12
+    ),
+    "b200": Chip(
+        "sm_100", sms=148, clock=1.98e9, bandwidth=8.0e12, shared=228 * 1024, l2=126, tensor=2250e12
+    ),
 }
 
 WARP = 32

@@ -1,0 +1,1 @@
+"""Operations of a function on a GPU, counted and priced without one."""

@@ -1,0 +1,141 @@
+"""`python -m kl_kernels cost`: what a GPU runs, counted on tensors without data, and its limits."""
+
+import json
+
+import pytest
+import torch
+
+from kl_kernels.cli import main
+from kl_kernels.lab.cost.command import cost
+from kl_kernels.lab.cost.jobs import JOBS, Size
+from kl_kernels.lab.cost.ledger import Ledger, n_bytes
+from kl_kernels.lab.cost.prices import rates
+
+HEADS = [name for name in JOBS if name.startswith("linear_")]
+LLAMA = {"rows": 8192, "width": 4096, "vocab": 128256}
+QWEN = {"rows": 8192, "width": 896, "vocab": 151936}
+# Products of [rows, width, vocab] in forward and backward; a mixture's heads are multiplied twice.
+PRODUCTS = {"linear_token_stats": 4, "linear_token_kl": 6, "linear_token_jsd": 8}
+KERNELS = ("fold_part", "mixture_part", "token_stats_backward_", "token_kl_backward_")
+KERNELS += ("token_jsd_backward_",)
+
+
+def found(name, chip="h200", dtype=torch.bfloat16, **changes):
+    flags = {"frozen_head": False, "reference": False, "masked": False}
+    return cost(name, Size(**(LLAMA | flags | {"dtype": dtype} | changes)), chip)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_multiply_as_few_narrow_matrices_as_they_can(name, dtype):
+    product = 2 * 8192 * 4096 * 128256
+    narrow = str(dtype).removeprefix("torch.")
+    assert found(name, dtype=dtype)["gemm_flops_by_operand_dtype"] == {
+        narrow: PRODUCTS[name] * product
+    }
+    frozen = found(name, dtype=dtype, frozen_head=True)["gemm_flops_by_operand_dtype"]
+    assert frozen == {narrow: (PRODUCTS[name] - 1) * product}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("size", "most"), [(LLAMA, 1.15), (QWEN, 1.45)])
+def test_little_is_added_to_the_products(name, size, most):
+    of = found(name, **size)
+    assert of["predicted_ms"] <= most * of["gemm_ms"]
+
+
+def test_a_llama_head_takes_fifty_milliseconds():
+    assert found("linear_token_stats")["predicted_ms"] <= 50
+    assert found("linear_token_stats")["least_ms"] == pytest.approx(
+        3 * 8.607e12 / 791.2e9, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_tile_takes_few_operations_and_nobody_waits(name):
+    of = found(name)
+    n_tiles = sum(o["op"] in KERNELS for o in of["operations"])
+    assert len(of["operations"]) <= 15 * n_tiles
+    assert of["host_syncs"] == 0
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_mask_halves_the_products_and_is_waited_for(name):
+    whole, half = found(name), found(name, masked=True)
+    assert half["gemm_ms"] == pytest.approx(whole["gemm_ms"] / 2, rel=0.05)
+    assert half["host_syncs"] == 2  # forward and backward each find the rows
+
+
+@pytest.mark.parametrize("name", ["token_stats", "linear_token_stats"])
+def test_ranks_share_the_vocabulary(name):
+    alone, together = found(name), found(name, ranks=8)
+    assert together["least_ms"] == pytest.approx(alone["least_ms"] / 8)
+    assert together["predicted_ms"] < alone["predicted_ms"] / 2
+    assert {o["op"] for o in together["operations"]} & {"_allgather_base_", "allgather_"}
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name not in HEADS])
+def test_functions_of_logits_take_one_call_each_way(name):
+    of = found(name, reference=True)
+    ours = [o for o in of["operations"] if o["is_ours"]]
+    assert len(ours) == 2
+    assert of["host_syncs"] == 0
+    assert of["predicted_ms"] < 2.4 * of["least_ms"]  # a mixture is looked at twice
+
+
+def test_logits_are_counted_once_for_each_pass():
+    n = 2 * 8192 * 128256
+    forward, backward = (o["bytes"] for o in found("token_stats")["operations"])
+    vectors = 8192 * (8 + 4 * 8)
+    assert n < forward < n + vectors
+    assert 2 * n < backward < 2 * n + vectors
+
+
+def test_products_and_copies_are_counted_as_by_hand():
+    a, b = (torch.empty(s, device="meta") for s in ((3, 4), (4, 5)))
+    with Ledger() as ledger:
+        c = a @ b
+        c.add_(1.0)
+        c.t().expand(2, 5, 3).contiguous()
+    product, added, copied = ledger.operations
+    assert (product.op, product.flops, product.bytes) == ("mm", 2 * 3 * 4 * 5, 4 * (12 + 20 + 15))
+    assert (added.op, added.bytes) == ("add_", 2 * 4 * 15)
+    assert (copied.op, copied.bytes) == ("clone", 4 * (15 + 30))
+    assert n_bytes(c.expand(7, 3, 5)) == 4 * 15
+
+
+def test_a_chip_reaches_a_share_of_its_data_sheet():
+    at = rates("h200")
+    assert at.product["bfloat16"] == pytest.approx(791e12, rel=1e-3)
+    assert at.product["float32"] == pytest.approx(0.8 * 67e12, rel=1e-2)
+    assert at.memory == pytest.approx(4.32e12)
+    assert rates("a100").product["float32"] == pytest.approx(0.8 * 19.5e12, rel=1e-2)
+
+
+def test_the_command_shows_a_table_or_json(capsys):
+    size = ["--rows", "100", "--width", "32", "--vocab", "1000"]
+    assert main(["cost", "linear_token_stats", *size]) == 0
+    shown = capsys.readouterr().out
+    assert "bfloat16 -> float32" in shown
+    assert "linear_token_stats on h200, predicted: " in shown
+    assert main(["cost", "linear_token_stats", *size, "--frozen-head", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["gemm_flops_by_operand_dtype"] == {"bfloat16": 3 * 2 * 100 * 32 * 1000}
+    fields = {"op", "operand_dtype", "result_dtype", "flops", "bytes", "launches", "host_syncs"}
+    assert all(fields < operation.keys() for operation in told["operations"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["token_sums"], "job is 'token_sums'; accepted: 'token_stats', "),
+        (["token_kl", "--rows", "0"], "rows is 0; it must be an integer, 1 or above"),
+        (["token_kl", "--chip", "tpu"], "chip is 'tpu'; accepted: 'a100', "),
+        (["token_kl", "--dtype", "int8"], "dtype is 'int8'; accepted: 'bfloat16', "),
+        (["token_kl", "--ranks", "7"], "vocab is 128256, which 7 ranks cannot share equally"),
+        (["token_jsd", "--ranks", "2"], "ranks is 2; token_jsd takes no group: token_stats, "),
+    ],
+)
+def test_bad_arguments_are_one_sentence(arguments, message, capsys):
+    assert main(["cost", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -88,7 +88,7 @@ class PartitionedKL(torch.autograd.Function):
         rows = parts.rows(token_ids, mask)
         whole = parts.fold(inputs, token_ids, rows)
         outputs = tuple(parts.spread(value, rows) for value in whole.outputs)
-        ctx.parts = parts
+        ctx.parts, ctx.rows = parts, rows
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
         saved = Saved(whole.policy_state, whole.ref_state, whole.outputs.kl, whole.outputs.entropy)
@@ -104,8 +104,7 @@ class PartitionedKL(torch.autograd.Function):
         token_ids, mask, *rest = ctx.saved_tensors
         saved, inputs = Saved(*rest[:4]), rest[4:]
         needs = ctx.needs_input_grad[3:]
-        rows = ctx.parts.rows(token_ids, mask)
-        gradients = ctx.parts.kl_gradients(inputs, token_ids, rows, saved, upstream, needs)
+        gradients = ctx.parts.kl_gradients(inputs, token_ids, ctx.rows, saved, upstream, needs)
         return _behind(3, ctx, inputs, gradients)
 
 
@@ -121,7 +120,7 @@ class PartitionedJSD(torch.autograd.Function):
         whole = parts.fold(inputs, token_ids, rows)
         jsd, mixture_kl = parts.mixture_sums(inputs, rows, whole, beta).unbind()
         entropy = parts.spread(whole.outputs.entropy, rows)
-        ctx.parts, ctx.beta = parts, beta
+        ctx.parts, ctx.rows, ctx.beta = parts, rows, beta
         ctx.mark_non_differentiable(entropy)
         saved = Saved(whole.policy_state, whole.ref_state, mixture_kl, whole.outputs.entropy)
         ctx.save_for_backward(mask, *saved, *inputs)
@@ -132,8 +131,7 @@ class PartitionedJSD(torch.autograd.Function):
         mask, *rest = ctx.saved_tensors
         saved, inputs = Saved(*rest[:4]), rest[4:]
         needs = ctx.needs_input_grad[3:]
-        rows = ctx.parts.rows(grad_jsd, mask)
-        gradients = ctx.parts.jsd_gradients(inputs, rows, saved, ctx.beta, grad_jsd, needs)
+        gradients = ctx.parts.jsd_gradients(inputs, ctx.rows, saved, ctx.beta, grad_jsd, needs)
         return _behind(3, ctx, inputs, gradients)
 
 

@@ -91,6 +91,37 @@ def test_gradients_lose_little_more_than_their_own_rounding(spread, advantages, 
 
 
 @pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("spread", [1, 4, 6])
+@pytest.mark.parametrize("function", ["kl", "jsd"])
+def test_gradients_of_divergences_are_nearer_than_eager(function, spread):
+    """Several entries of a row are large here, and only a token's own is put back."""
+    case, teacher = Case(spread, "mixed"), Case(spread, "mixed", seed=1)
+    reference = teacher.hidden.detach(), teacher.weight.detach()
+    if function == "kl":
+        divergence = kl_kernels.linear_token_kl(*case.leaves, *reference, case.token_ids).kl
+    else:
+        divergence = kl_kernels.linear_token_jsd(*case.leaves, *reference)
+
+    def definition(hidden, weight, ref_hidden, ref_weight):
+        log_p = (hidden @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))
+        log_q = (ref_hidden @ ref_weight.T).to(log_p.dtype).log_softmax(-1)
+        log_p = log_p.log_softmax(-1)
+        if function == "kl":
+            return (log_p.exp() * (log_p - log_q)).sum()
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return sum((x.exp() * (x - log_m)).sum() for x in (log_p, log_q)) / 2
+
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in case.leaves]
+    exact_value = definition(*exact_leaves, *(t.double() for t in reference))
+    truth = torch.autograd.grad(exact_value, exact_leaves)
+    eager = torch.autograd.grad(definition(*case.leaves, *reference), case.leaves)
+    ours = torch.autograd.grad(divergence.sum(), case.leaves)
+    for found, exact, other in zip(ours, truth, eager):
+        assert error(found, exact) <= 1.5 * error(exact.bfloat16(), exact)
+        assert error(found, exact) <= error(other, exact)
+
+
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("precision", ["split", "float32"])
 @pytest.mark.parametrize("spread", [1, 6])
 def test_other_precisions_are_nearly_float32(spread, precision, monkeypatch):

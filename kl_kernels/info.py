@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from kl_kernels.backends.dispatch import BACKENDS
+from kl_kernels.partitioned.products import refusal
 from kl_kernels.versions import versions
 
 
@@ -32,6 +33,7 @@ def facts() -> dict[str, str]:
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "gpu": _gpus(),
         **{f"[{name}]": _availability(name) for name in BACKENDS},
+        "linear heads": _products(),
     }
 
 
@@ -46,6 +48,13 @@ def _availability(name: str) -> str:
         return f"not available: {reason}"
     devices = " and ".join(backend.device_types) or "any"
     return f"available for {devices} tensors"
+
+
+def _products() -> str:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if reason := refusal(device, torch.bfloat16):
+        return f"multiply bfloat16 factors in float32 on {device.type}: {reason}"
+    return f"multiply bfloat16 factors as they are on {device.type}, and add up in float32"
 
 
 def device_name() -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from kl_kernels import __version__
 from kl_kernels.backends.dispatch import BACKENDS
@@ -23,6 +24,10 @@ def test_info_tells_versions_and_every_backend(capsys):
     assert __version__ in shown
     for name in BACKENDS:
         assert f"[{name}]" in shown
+    if not torch.cuda.is_available():
+        assert (
+            "multiply bfloat16 factors in float32 on cpu: Could not run 'aten::mm.dtype'" in shown
+        )
 
 
 def test_validate_passes_and_prints_eager_beside_ours(capsys):

@@ -23,7 +23,7 @@ ALLOWED = {
     "functional": {"rl", "partitioned", "ops", "algebra"},
     "monitor": {"rl"},
     "integrations": {"functional", "rl", "monitor", "algebra", "partitioned"},
-    "info": {"backends"},
+    "info": {"backends", "partitioned"},
     "lab": {"integrations", "functional", "rl", "monitor", "ops", "backends", "algebra", "info"},
     "cli": {"lab", "monitor", "info"},
     "__main__": {"cli"},

@@ -77,7 +77,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         torch.mm(factor, factor, out_dtype=torch.float32)
     except (RuntimeError, NotImplementedError) as error:
-        return str(error).partition("\n")[0]
+        return str(error).partition("\n")[0].partition(". ")[0]
     return None
 
 

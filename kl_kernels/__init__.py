@@ -74,6 +74,7 @@ __all__ = [
     "kl_penalty",
     "kl_rewards",
     "length_normalized_scores",
+    "linear_policy_loss",
     "linear_token_jsd",
     "linear_token_kl",
     "linear_token_stats",
@@ -94,6 +95,7 @@ __all__ = [
 
 # With linear heads comes all of torch.compile: they are imported when they are asked for.
 LAZY = {
+    "linear_policy_loss": "functional.hidden_policy_loss",
     "linear_token_jsd": "functional.hidden_jsd",
     "linear_token_kl": "functional.hidden",
     "linear_token_stats": "functional.hidden",
@@ -102,6 +104,7 @@ LAZY = {
 if TYPE_CHECKING:  # a type checker that sees __getattr__ takes any name to be there
     from kl_kernels.functional.hidden import linear_token_kl, linear_token_stats
     from kl_kernels.functional.hidden_jsd import linear_token_jsd
+    from kl_kernels.functional.hidden_policy_loss import linear_policy_loss
 else:
 
     def __getattr__(name: str) -> Any:

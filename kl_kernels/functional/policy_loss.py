@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
-import torch
 from torch import Tensor
 
 from kl_kernels import checks
@@ -13,23 +10,19 @@ from kl_kernels.functional.arguments import (
     needs_gradient,
     prepare_models,
     prepare_policy,
-    prepare_token_ids,
 )
 from kl_kernels.functional.dtensors import loss_takes_dtensors
 from kl_kernels.functional.logits import token_stats
-from kl_kernels.ops.autograd import PolicyLoss
-from kl_kernels.rl.losses import Aggregation, check_clipping, token_weights
-from kl_kernels.schemas import (
-    ESTIMATORS,
-    POLICY_LOSS_TERMS,
-    BackendName,
-    Execution,
-    PolicyLossArgs,
-    output_dtype,
+from kl_kernels.functional.loss_arguments import (
+    ImportanceSamplingLevel,
+    LossEstimator,
+    check_kl,
+    metrics_of,
+    prepare_loss,
 )
-
-LossEstimator = Literal["exact", "k2", "k3"]
-ImportanceSamplingLevel = Literal["token", "sequence"]
+from kl_kernels.ops.autograd import PolicyLoss
+from kl_kernels.rl.losses import Aggregation
+from kl_kernels.schemas import BackendName, Execution
 
 
 @loss_takes_dtensors
@@ -166,17 +159,7 @@ def fused_policy_loss(
             ref_softcap,
             inplace_backward,
         )
-    ids = prepare_token_ids(token_ids, logits)
-    checks.check_per_token("advantages", advantages, logits)
-    checks.check_per_token("mask", mask, logits)
-    mask = checks.check_mask("mask", mask)
-    clip_low, clip_high, dual_clip, log_ratio_clamp = check_clipping(
-        clip_low, clip_high, dual_clip, log_ratio_clamp
-    )
-    entropy_coef = checks.check_finite("entropy_coef", entropy_coef)
-    _check_level(importance_sampling_level)
-    loss_scale = _check_scale(logits, loss_scale)
-    kl_loss_coef = _check_kl(ref_logits, ref_logprobs, kl_loss_coef, kl_estimator)
+    check_kl(ref_logits is not None, ref_logprobs is not None, kl_loss_coef, kl_estimator)
     if ref_logits is not None and kl_estimator != "exact":
         ref_stats = token_stats(
             ref_logits,
@@ -188,102 +171,31 @@ def fused_policy_loss(
         )
         ref_logprobs = ref_stats.logprob
         models = models._replace(ref_logits=None)
-
-    def constant(name: str, value: Tensor | None) -> Tensor | None:  # [B, T]
-        if value is None:
-            return None
-        checks.check_per_token(name, value, logits)
-        return value.detach().to(output_dtype(logits))
-
-    for name, given in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
-        if given is not None:
-            checks.check_per_token(name, given, logits)
-            checks.check_logprobs(name, given, mask)
-    has_kl = models.ref_logits is not None or ref_logprobs is not None
-    scaled_weights = token_weights(mask, aggregation, denominator, dtype=output_dtype(logits))
-    if loss_scale is not None:
-        scaled_weights = scaled_weights * loss_scale
     if not needs_gradient(logits):
         # The function is told of requires_grad alone, not of no_grad, and would make a gradient.
         models = models._replace(logits=logits.detach())
-    args = PolicyLossArgs(
-        token_ids=ids,
-        mask=mask,
-        old_logprobs=constant("old_logprobs", old_logprobs),
-        advantages=advantages.detach().to(output_dtype(logits)),
-        token_weights=scaled_weights,
-        importance_weights=constant("weights", weights),
-        ref_logprobs=constant("ref_logprobs", ref_logprobs),
+    args, loss_scale = prepare_loss(
+        logits,
+        models,
+        token_ids,
+        old_logprobs,
+        advantages,
+        mask,
+        ref_logprobs=ref_logprobs,
+        kl_loss_coef=kl_loss_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
+        weights=weights,
+        importance_sampling_level=importance_sampling_level,
+        aggregation=aggregation,
+        denominator=denominator,
         log_ratio_clamp=log_ratio_clamp,
-        kl_coef=kl_loss_coef,
-        kl_estimator=ESTIMATORS.index(kl_estimator if has_kl else "exact"),
-        entropy_coef=entropy_coef,
-        grad_logits=None,
-        **models._asdict(),
+        loss_scale=loss_scale,
     )
     loss, terms = PolicyLoss.apply(*args, *Execution(inplace_backward, backend))
     if loss_scale is not None:
         loss = loss / loss_scale
-    return loss, _metrics(terms, mask, has_kl)
-
-
-def _metrics(terms: Tensor, mask: Tensor, has_kl: bool) -> dict[str, Tensor]:  # [terms, B, T]
-    means = terms[1:].flatten(1).sum(1) / mask.sum().clamp_min(1)
-    metrics = dict(zip(POLICY_LOSS_TERMS[1:], means.unbind()))
-    ratio = terms[POLICY_LOSS_TERMS.index("ratio_mean")]
-    metrics["ratio_max"] = ratio.amax() if ratio.numel() else means.new_zeros(())
-    if not has_kl:
-        del metrics["kl"]
-    return metrics
-
-
-def _check_level(level: str) -> None:
-    checks.check_choice("importance_sampling_level", level, get_args(ImportanceSamplingLevel))
-    if level == "sequence":
-        raise ValueError(
-            "importance_sampling_level is 'sequence'; a sequence's ratio (GSPO) needs all of its "
-            "tokens before the gradient of any, so one visit of the logits cannot do; accepted: "
-            "'token'. Compute the loss from token_kl(...).logprob instead"
-        )
-
-
-def _check_scale(logits: Tensor, loss_scale: float | Tensor | None) -> float | Tensor | None:
-    """`loss_scale`; what is a tensor stays one, so that no GPU is waited for."""
-    if loss_scale is None:
-        if logits.dtype == torch.float16 and needs_gradient(logits):
-            raise ValueError(
-                "loss_scale is None and logits are float16, in which gradients of 1 / tokens "
-                "underflow; pass what the loss will be multiplied by (GradScaler.get_scale())"
-            )
-        return None
-    if not isinstance(loss_scale, Tensor):
-        return checks.check_positive("loss_scale", loss_scale)
-    checks.check_tensor("loss_scale", loss_scale)
-    if loss_scale.ndim != 0:
-        raise ValueError(f"loss_scale has shape {tuple(loss_scale.shape)}; it must be 0-dim")
-    if checks.values_are_at_hand(loss_scale):
-        return checks.check_positive("loss_scale", loss_scale)
-    return loss_scale
-
-
-def _check_kl(
-    ref_logits: Tensor | None, ref_logprobs: Tensor | None, kl_loss_coef: float, kl_estimator: str
-) -> float:
-    """`kl_loss_coef`, as a Python float."""
-    kl_loss_coef = checks.check_non_negative("kl_loss_coef", kl_loss_coef)
-    checks.check_choice("kl_estimator", kl_estimator, get_args(LossEstimator))
-    if ref_logits is not None and ref_logprobs is not None:
-        raise ValueError("ref_logits and ref_logprobs are both given; pass one of them")
-    if kl_estimator == "exact" and ref_logprobs is not None:
-        raise ValueError(
-            "kl_estimator is 'exact' and ref_logprobs is given; the KL over the vocabulary needs "
-            "ref_logits, 'k2' and 'k3' need ref_logprobs"
-        )
-    if kl_loss_coef != 0 and ref_logits is None and ref_logprobs is None:
-        raise ValueError(
-            f"kl_loss_coef is {kl_loss_coef} without a reference; pass ref_logits, or ref_logprobs"
-        )
-    return kl_loss_coef
+    return loss, metrics_of(terms, args)

@@ -147,17 +147,21 @@ class _OwnErrors:
         return self._errors * self._policy.weight[self._columns]
 
     def in_weight(self, columns: slice) -> Tensor:  # [columns, d]
-        return self._at_tokens(self._hidden, columns)
+        return sums_at_tokens(self._hidden, self._token_ids[0], columns)
 
     def in_bias(self, columns: slice) -> Tensor:  # [columns]
-        return self._at_tokens(self._errors, columns)[:, 0]
+        return sums_at_tokens(self._errors, self._token_ids[0], columns)[:, 0]
 
-    def _at_tokens(self, values: Tensor, columns: slice) -> Tensor:  # [n, ...] -> [columns, ...]
-        """Sum up the values of each token; always in the same order, unlike `index_add_`."""
-        n = columns.stop - columns.start
-        ids = local_token_ids(self._token_ids, columns.start, n)[0]
-        nowhere = torch.where(ids == NO_TOKEN, n, ids)
-        return torch.ops.aten.embedding_dense_backward(values, nowhere, n + 1, n, False)[:n]
+
+def sums_at_tokens(values: Tensor, token_ids: Tensor, columns: slice) -> Tensor:
+    """Sum up the values [n, ...] of each token in the columns, as [columns, ...].
+
+    Always in the same order, unlike `index_add_`.
+    """
+    n = columns.stop - columns.start
+    ids = local_token_ids(token_ids, columns.start, n)
+    ids = torch.where(ids == NO_TOKEN, n, ids)
+    return torch.ops.aten.embedding_dense_backward(values, ids, n + 1, n, False)[:n]
 
 
 class _Sums:

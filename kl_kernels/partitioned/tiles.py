@@ -178,7 +178,8 @@ class Tiles:
         self._head = head
         self._how = head.multiplication
         self._hidden = rows.take(head.hidden)  # [n, d]
-        self._tile = head.weight.new_empty(plan.rows * plan.columns, dtype=head.tile_dtype)
+        self._most = plan.rows * plan.columns
+        self._tile: Tensor | None = None
         self._hidden_terms = self._terms(head.hidden, self._how.hidden, plan.rows)
         self._weight_terms = self._terms(head.weight, self._how.weight, plan.columns)
 
@@ -197,8 +198,15 @@ class Tiles:
 
     def logits(self, rows: slice, hidden: Terms | None = None) -> Tensor:
         """[rows, columns], until the next call. `hidden` of these rows may be at hand already."""
+        if self._tile is None:
+            self._tile = self._head.weight.new_empty(self._most, dtype=self._head.tile_dtype)
         shape = (rows.stop - rows.start, self._columns.stop - self._columns.start)
         tile = self._tile[: math.prod(shape)].view(shape)
-        hidden = self.hidden(rows) if hidden is None else hidden
+        self.write(tile, self.hidden(rows) if hidden is None else hidden)
+        return tile
+
+    def write(self, tile: Tensor, hidden: Terms) -> None:  # [rows, columns]
+        """Write the logits of some rows."""
         multiply(hidden, tuple(term.t() for term in self.weight), tile, add=False)
-        return tile if self._head.bias is None else tile.add_(self._head.bias[self._columns])
+        if self._head.bias is not None:
+            tile.add_(self._head.bias[self._columns])

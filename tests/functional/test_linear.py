@@ -533,7 +533,7 @@ def test_errors_name_argument_value_and_what_is_accepted(what):
 
 
 @pytest.mark.parametrize("function", ["kl", "jsd"])
-def test_the_rows_under_a_mask_are_found_once_in_each_direction(function, monkeypatch):
+def test_the_rows_under_a_mask_are_found_once(function, monkeypatch):
     """On a GPU finding them synchronises."""
     found, nonzero = [], torch.Tensor.nonzero
     monkeypatch.setattr(
@@ -546,6 +546,5 @@ def test_the_rows_under_a_mask_are_found_once_in_each_direction(function, monkey
         loss = kl_kernels.linear_token_kl(*heads, ids, mask).kl.sum()
     else:
         loss = kl_kernels.linear_token_jsd(*heads, mask).sum()
-    assert len(found) == 1
     loss.backward()
-    assert len(found) == 2
+    assert len(found) == 1

@@ -57,6 +57,17 @@ CALLS = {
             "loss_scale": 4.0,
         },
     ),
+    "linear_policy_loss": (
+        {**HEADS, "token_ids": IDS, "old_logprobs": OLD, "advantages": ADVANTAGES, "mask": MASK},
+        {
+            **HEAD_SCALES,
+            **CLIPS,
+            "kl_loss_coef": 0.5,
+            "entropy_coef": 0.25,
+            "denominator": 8,
+            "loss_scale": 4.0,
+        },
+    ),
     "linear_token_stats": ({**ONE_HEAD, "token_ids": IDS}, HEAD_SCALE),
     "linear_token_kl": ({**HEADS, "token_ids": IDS}, HEAD_SCALES),
     "linear_token_jsd": (HEADS, {**HEAD_SCALES, "beta": 0.25}),

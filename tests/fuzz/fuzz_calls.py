@@ -100,7 +100,7 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
         topk_ids = torch.rand((b, t, v), generator=g).topk(k).indices
         options = {**of_logits, **_options(random_, beta=(0, 1, 0.5, 0.1))}
         return {"logits": logits, "topk_ids": topk_ids, "topk_logprobs": whole[..., :k], **options}
-    if name.startswith("linear_"):
+    if name.startswith("linear_token_"):
         head = {"hidden": normal(b, t, d), "weight": normal(v, d)}
         if name != "linear_token_stats":
             head |= {"ref_hidden": normal(b, t, d + 1), "ref_weight": normal(v, d + 1)}
@@ -110,11 +110,16 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
             random_, logit_scale=(0.25, 1.0), bias=(normal(v), None), memory_budget=(1 << 20,)
         )
         return {**head, **given, **scales}
-    if name == "fused_policy_loss":
+    if name.endswith("_policy_loss") and name != "ppo_policy_loss":
         of_both.pop("mask", None)
-        reference = random_.choice(({}, {"ref_logits": ref_logits, "kl_loss_coef": 0.1}))
+        models, ref_models = {"logits": logits}, {"ref_logits": ref_logits}
+        if name == "linear_policy_loss":
+            models = {"hidden": normal(b, t, d), "weight": normal(v, d)}
+            ref_models = {"ref_hidden": normal(b, t, d + 1), "ref_weight": normal(v, d + 1)}
+            of_both.pop("inplace_backward", None)
+        reference = random_.choice(({}, ref_models | {"kl_loss_coef": 0.1}))
         return {
-            "logits": logits, "token_ids": ids, "old_logprobs": -normal(b, t).abs(), "mask": mask,
+            **models, "token_ids": ids, "old_logprobs": -normal(b, t).abs(), "mask": mask,
             "advantages": normal(b, t), **reference, **of_both,
             **_options(random_, aggregation=("token-mean", "seq-mean-token-sum"), dual_clip=(3.0,),
                        entropy_coef=(0.01,), weights=(normal(b, t).abs(),)),

@@ -11,7 +11,8 @@ from kl_kernels.lab.cost.jobs import JOBS, Size
 from kl_kernels.lab.cost.ledger import Ledger, n_bytes
 from kl_kernels.lab.cost.prices import rates
 
-HEADS = [name for name in JOBS if name.startswith("linear_")]
+LOSS = "linear_policy_loss"
+HEADS = [name for name in JOBS if name.startswith("linear_token_")]
 LLAMA = {"rows": 8192, "width": 4096, "vocab": 128256}
 QWEN = {"rows": 8192, "width": 896, "vocab": 151936}
 # Products of [rows, width, vocab] in forward and backward; a mixture's heads are multiplied twice.
@@ -59,6 +60,26 @@ def test_a_tile_takes_few_operations_and_nobody_waits(name):
     assert of["host_syncs"] == 0
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_loss_of_heads_multiplies_each_matrix_once(reference):
+    product, products = 2 * 8192 * 4096 * 128256, 3 + reference
+    of = found(LOSS, reference=reference)
+    assert of["gemm_flops_by_operand_dtype"] == {"bfloat16": products * product}
+    frozen = found(LOSS, reference=reference, frozen_head=True)
+    assert frozen["gemm_flops_by_operand_dtype"] == {"bfloat16": (products - 1) * product}
+    assert of["host_syncs"] == 1  # for the number of rows under the mask
+
+
+@pytest.mark.parametrize(("size", "most"), [(LLAMA, 1.2), (QWEN, 1.5)])
+def test_a_loss_of_heads_adds_little_to_its_products(size, most):
+    """A block's gradient is rounded in a pass of its own, and every block visits all sums."""
+    of = found(LOSS, **size)
+    assert of["predicted_ms"] <= most * of["gemm_ms"]
+    assert found(LOSS)["predicted_ms"] <= 40
+    blocks = [o for o in of["operations"] if o["op"] == "policy_loss"]
+    assert len(of["operations"]) <= 15 * len(blocks) + 200
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_a_mask_halves_the_products_and_is_waited_for(name):
     whole, half = found(name), found(name, masked=True)
@@ -74,7 +95,7 @@ def test_ranks_share_the_vocabulary(name):
     assert {o["op"] for o in together["operations"]} & {"_allgather_base_", "allgather_"}
 
 
-@pytest.mark.parametrize("name", [name for name in JOBS if name not in HEADS])
+@pytest.mark.parametrize("name", [name for name in JOBS if name not in (*HEADS, LOSS)])
 def test_functions_of_logits_take_one_call_each_way(name):
     of = found(name, reference=True)
     ours = [o for o in of["operations"] if o["is_ours"]]

@@ -43,6 +43,8 @@ def linear_heads(hidden: Tensor, weight: Tensor, ids: Tensor) -> None:
     assert_type(kl_kernels.linear_token_stats(hidden, weight, ids), kl_kernels.TokenStats)
     assert_type(kl_kernels.linear_token_kl(*heads, ids), kl_kernels.TokenKL)
     assert_type(kl_kernels.linear_token_jsd(*heads, memory_budget=2**26), Tensor)
+    loss = kl_kernels.linear_policy_loss(hidden, weight, ids, None, hidden, hidden)
+    assert_type(loss, tuple[Tensor, dict[str, Tensor]])
 
     kl_kernels.linear_token_stats(hidden, weight)  # type: ignore[call-arg]
     kl_kernels.linear_token_jsd(*heads, memory_budget="64 MB")  # type: ignore[arg-type]

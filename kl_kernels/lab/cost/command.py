@@ -16,6 +16,7 @@ from kl_kernels.lab.cost.ledger import Ledger, Operation, n_bytes
 from kl_kernels.lab.cost.prices import Rates, flops_by_dtype, predicted, rates, seconds
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MASKED_SHARE = 0.5  # rows that count, with --masked
 SHOWN = 12  # lines of the table; the rest is one
 
 
@@ -86,7 +87,7 @@ def cost(name: str, size: Size, chip: str) -> dict[str, Any]:
     """
     at = rates(chip)
     with made(name, size) as job:
-        passes = _passes(job)
+        passes = _passes(job, MASKED_SHARE if size.masked else 1.0)
     operations = [o for listed in passes.values() for o in listed]
     return {
         "operations": [
@@ -105,21 +106,21 @@ def cost(name: str, size: Size, chip: str) -> dict[str, Any]:
     }
 
 
-def _passes(job: Job) -> dict[str, list[Operation]]:
+def _passes(job: Job, share: float) -> dict[str, list[Operation]]:
     """Run a job, and differentiate all that it returns."""
-    with Ledger() as forward:
+    with Ledger(share) as forward:
         result = job.forward()
     outputs = result if isinstance(result, tuple) else (result,)
     differentiable = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
     upstream = [torch.empty_like(o) for o in differentiable]
-    with Ledger() as backward:
+    with Ledger(share) as backward:
         torch.autograd.grad(differentiable, job.leaves, upstream)
     return {"forward": forward.operations, "backward": backward.operations}
 
 
 def _least(job: Job, size: Size, at: Rates) -> float:
     """Seconds of the fewest products, or of reading inputs once and writing gradients once."""
-    share = 0.5 if size.masked else 1
+    share = MASKED_SHARE if size.masked else 1.0
     flops = 2 * size.rows * size.width * size.local_vocab * job.products * share
     dtype = str(size.dtype).removeprefix("torch.")
     traffic = 2 * sum(map(n_bytes, job.leaves)) + sum(map(n_bytes, job.constants))

@@ -86,7 +86,7 @@ def _on_logits(name: str, size: Size, shards: dict[str, Any]) -> Job:
     if name == "token_kl":
         return Job(lambda: function(logits, ref_logits, ids, **options), [logits], [ref_logits], 0)
     old, advantages = _meta(1, size.rows), _meta(1, size.rows)
-    mask = torch.ones(1, size.rows, dtype=torch.bool, device="meta")
+    mask = _mask_of_all(size)
     given: dict[str, Any] = (
         {"kl_loss_coef": 0.1, "ref_logits": ref_logits} if size.reference else {}
     )
@@ -108,6 +108,15 @@ def _on_heads(name: str, size: Size, shards: dict[str, Any]) -> Job:
     leaves = [hidden] if size.frozen_head else [hidden, weight]
     gradients = len(leaves)
     constants = [weight] if size.frozen_head else []
+    if name == "linear_policy_loss":
+        given: dict[str, Any] = {}
+        if size.reference:
+            given = {"kl_loss_coef": 0.1, "ref_hidden": ref_hidden, "ref_weight": ref_weight}
+        of_tokens = _ids(size), _meta(1, size.rows), _meta(1, size.rows), _mask_of_all(size)
+        call = lambda: function(hidden, weight, *of_tokens, **given)  # noqa: E731
+        if size.reference:
+            constants = [*constants, ref_hidden, ref_weight]
+        return Job(call, leaves, constants, 1 + size.reference + gradients)
     if name == "linear_token_stats":
         call = lambda: function(hidden, weight, _ids(size), **options)  # noqa: E731
         return Job(call, leaves, constants, 1 + gradients)
@@ -124,7 +133,10 @@ JOBS: dict[str, Callable[[str, Size, dict[str, Any]], Job]] = {
         ("token_stats", "token_kl", "token_jsd", "selective_log_softmax", "fused_policy_loss"),
         _on_logits,
     ),
-    **dict.fromkeys(("linear_token_stats", "linear_token_kl", "linear_token_jsd"), _on_heads),
+    **dict.fromkeys(
+        ("linear_token_stats", "linear_token_kl", "linear_token_jsd", "linear_policy_loss"),
+        _on_heads,
+    ),
 }
 
 
@@ -134,6 +146,10 @@ def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _ids(size: Size) -> Tensor:
     return _meta(1, size.rows, dtype=torch.int64)
+
+
+def _mask_of_all(size: Size) -> Tensor:
+    return torch.ones(1, size.rows, dtype=torch.bool, device="meta")
 
 
 def _mask(size: Size) -> Tensor | None:

@@ -41,8 +41,6 @@ WAITS = frozenset({"_local_scalar_dense", "is_nonzero", "item", "nonzero"})
 # they are not one: the second is from the end of each row back, and mostly in the cache.
 LAUNCHES = {"fold_part": 2, "token_stats": 2, "token_kl": 2, "kl_rewards": 2}
 PASSES = {"token_jsd": 2, "policy_loss": 2}
-# Rows under a mask whose values nobody knows.
-MASKED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,16 @@ class Operation:
 
 
 class Ledger(TorchDispatchMode):
-    """Records the operations that run inside, in order."""
+    """Records the operations that run inside, in order.
 
-    def __init__(self) -> None:
+    Args:
+        share: of the elements of a mask, whose values nobody knows, that are True.
+    """
+
+    def __init__(self, share: float = 1.0) -> None:
         super().__init__()
         self.operations: list[Operation] = []
+        self._share = share
 
     def __torch_dispatch__(
         self,
@@ -77,7 +80,7 @@ class Ledger(TorchDispatchMode):
         namespace, name = func._schema.name.split("::")
         kwargs = kwargs or {}
         if name == "nonzero":  # no data, no number of rows
-            result: Any = _rows_that_count(args[0])
+            result: Any = _rows_that_count(args[0], self._share)
         else:
             result = func(*args, **kwargs)
         if name not in FREE:
@@ -85,8 +88,8 @@ class Ledger(TorchDispatchMode):
         return result
 
 
-def _rows_that_count(mask: Tensor) -> Tensor:
-    n = int(mask.numel() * MASKED_SHARE)
+def _rows_that_count(mask: Tensor, share: float) -> Tensor:
+    n = int(mask.numel() * share)
     return torch.empty((n, mask.ndim), dtype=torch.int64, device=mask.device)
 
 
@@ -98,7 +101,8 @@ def _operation(
     kwargs: Mapping[str, Any],
     result: Any,
 ) -> Operation:
-    taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    taken = list({id(t): t for t in given}.values())  # out= may be an operand, too
     written = _written(func, args, kwargs) or [
         t for t in tree_leaves(result) if isinstance(t, Tensor)
     ]

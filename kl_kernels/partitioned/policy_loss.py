@@ -1,0 +1,220 @@
+"""The policy loss of linear heads and its gradients, some rows at a time.
+
+A block of rows has all of its logits in one float32 tile. The row kernel folds it, knows each row's
+loss, and writes the gradient over the logits; then that is multiplied with both factors. Logits are
+so multiplied once where statistics with a later gradient need them twice: three products in all,
+two with a frozen head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_kernels.ops.autograd import only_first
+from kl_kernels.partitioned.gradients import scale_for, sums_at_tokens
+from kl_kernels.partitioned.heads import HeadOptions, full_precision
+from kl_kernels.partitioned.products import multiply, terms_of
+from kl_kernels.partitioned.tiles import ALIGNMENT, Head, Rows, TilePlan, Tiles, bytes_of
+from kl_kernels.schemas import POLICY_LOSS_TERMS, PolicyLossArgs, ScaleGradientArgs
+
+STORED_AT_ONCE = 8192  # columns of a gradient's sums whose corrections are there at a time
+PER_TOKEN = (
+    *("token_ids", "old_logprobs", "advantages", "token_weights", "importance_weights"),
+    "ref_logprobs",
+)
+
+
+class HeadPolicyLoss(torch.autograd.Function):
+    """(loss, terms [8, B, T]), whose gradients are computed in forward.
+
+    Inputs: options, the arguments of the operator `policy_loss` without logits, then hidden
+    [B, T, d], weight [V, d] and bias [V] of the policy and of the reference, or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: HeadOptions, args: PolicyLossArgs, *factors: Any
+    ) -> tuple[Tensor, Tensor]:
+        hidden, weight, bias, *reference = factors
+        precision = options.gradient_precision
+        heads = [Head(hidden, weight, bias, precision)]
+        if reference[0] is not None:
+            heads.append(Head(reference[0], reference[1], reference[2], precision))
+        needs = ctx.needs_input_grad[2:5]
+        with full_precision(heads[0].weight):
+            terms, gradients = loss_and_gradients(heads, args, options, needs)
+        ctx.save_for_backward(*gradients)
+        ctx.backend = options.backend
+        ctx.mark_non_differentiable(terms)
+        return terms[0].sum(), terms
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _terms: None) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        for gradient in gradients:
+            if gradient is not None:
+                # It is given away, scaled in place: a second backward is to be refused.
+                torch.autograd.graph.increment_version(gradient)
+                rows = gradient.view(1, -1, gradient.shape[-1])
+                scale = ScaleGradientArgs(rows, grad_loss)
+                torch.ops.kl_kernels.scale_gradient(*scale, ctx.backend)
+        return only_first(ctx, None, None, *gradients)
+
+
+def plan_rows(heads: list[Head], n_rows: int, memory_budget: int, *, gradient: bool) -> TilePlan:
+    """Rows that fit `memory_budget` with all of their logits, and columns of the weight's terms."""
+    vocab_size, per = len(heads[0].weight), bytes_of(heads, gradient=gradient)
+    columns = vocab_size
+    if per.column:
+        columns = min(vocab_size, max(1, memory_budget // 4 // per.column))
+        if columns > ALIGNMENT:
+            columns -= columns % ALIGNMENT
+    of_row = vocab_size * per.logit + per.row
+    rows = (memory_budget - columns * per.column) // of_row
+    if rows < 1:
+        least = of_row + min(columns, ALIGNMENT) * per.column
+        raise ValueError(
+            f"memory_budget is {memory_budget}; accepted: from about {least} bytes on, which a row "
+            "of these heads' logits takes"
+        )
+    if rows > ALIGNMENT:
+        rows -= rows % ALIGNMENT
+    return TilePlan(n_rows, vocab_size, max(1, min(rows, n_rows)), columns)
+
+
+def loss_and_gradients(
+    heads: list[Head], args: PolicyLossArgs, options: HeadOptions, needs: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss's terms [8, B, T], and its gradients of hidden, weight and bias, where needed."""
+    policy, how = heads[0], heads[0].multiplication
+    rows = Rows(args.token_ids, args.mask)
+    taken: dict[str, Any] = {
+        name: None if (value := getattr(args, name)) is None else rows.take(value)[None]
+        for name in PER_TOKEN
+    }
+    scale = scale_for(how, [taken["advantages"] * taken["token_weights"]]) if any(needs) else None
+    if scale is not None:
+        taken["token_weights"] = taken["token_weights"] * scale
+    args = args._replace(**taken)
+    plan = plan_rows(heads, rows.n, options.memory_budget, gradient=any(needs))
+    tiles = [Tiles(head, rows, plan) for head in heads]
+    blocks = [
+        head.weight.new_empty((plan.rows, plan.vocab_size), dtype=head.tile_dtype) for head in heads
+    ]
+    gradients = _Gradients(policy, rows, args.token_ids, plan, needs) if any(needs) else None
+    terms = policy.hidden.new_empty((len(POLICY_LOSS_TERMS), rows.n), dtype=policy.tile_dtype)
+    for which in plan.row_slices():
+        n = which.stop - which.start
+        hidden = [of_head.hidden(which) for of_head in tiles]
+        for columns in plan.column_slices():
+            for of_head, block, h in zip(tiles, blocks, hidden):
+                of_head.at(columns)
+                of_head.write(block[:n, columns], h)
+        logits = [block[:n][None] for block in blocks]
+        of_rows: dict[str, Any] = {
+            name: None if t is None else t[:, which] for name, t in taken.items()
+        }
+        found = torch.ops.kl_kernels.policy_loss(
+            *args._replace(
+                logits=logits[0],
+                ref_logits=logits[1] if len(logits) > 1 else None,
+                mask=torch.ones((1, n), dtype=torch.bool, device=policy.hidden.device),
+                grad_logits=None if gradients is None else logits[0],
+                **of_rows,
+            ),
+            options.backend,
+        )
+        terms[:, which] = found[:, 0]
+        if gradients is not None:
+            gradients.add(blocks[0][:n], which, hidden[0], tiles[0])
+    results: list[Tensor | None] = [None] * 3
+    if gradients is not None:
+        results = gradients.finished(scale)
+    if scale is not None:
+        terms[0] /= scale
+    return rows.put(terms.t(), terms.dtype).movedim(-1, 0).contiguous(), results
+
+
+class _Gradients:
+    """Sums of the gradients of hidden states, weight and bias over blocks of rows."""
+
+    def __init__(
+        self, head: Head, rows: Rows, token_ids: Tensor, plan: TilePlan, needs: Sequence[bool]
+    ):
+        self._head, self._rows, self._plan, self._ids = head, rows, plan, token_ids[0]
+        how, dtype = head.multiplication, head.tile_dtype
+        self._buffer = None
+        if how.is_narrow(dtype):
+            shape = how.gradient, plan.rows * plan.vocab_size
+            self._buffer = head.weight.new_empty(shape, dtype=how.dtype)
+        self._errors = None
+        if self._buffer is not None and how.gradient == 1:
+            self._errors = head.hidden.new_zeros((rows.n, 1), dtype=dtype)
+        needs_hidden, needs_weight, needs_bias = needs
+        self._hidden = self._weight = self._bias = None
+        if needs_hidden:
+            shape = rows.n, head.hidden.shape[-1]
+            self._hidden = head.hidden.new_empty(shape, dtype=dtype)
+        if needs_weight:
+            self._weight = torch.empty_like(head.weight, dtype=dtype)
+        if needs_bias and head.bias is not None:
+            self._bias = torch.zeros_like(head.bias, dtype=dtype)
+
+    def add(self, tile: Tensor, which: slice, hidden: tuple[Tensor, ...], tiles: Tiles) -> None:
+        """Multiply the gradient of a block's logits [rows, V] with both factors."""
+        gradient: tuple[Tensor, ...] = (tile,)
+        if self._buffer is not None:
+            gradient = terms_of(tile, self._buffer[:, : tile.numel()].view(-1, *tile.shape))
+        if self._errors is not None:
+            ids = self._ids[which, None]
+            self._errors[which] = tile.gather(1, ids) - gradient[0].gather(1, ids)
+        if self._bias is not None:
+            for term in gradient:
+                self._bias += term.sum(0, dtype=self._bias.dtype)
+        for columns in self._plan.column_slices():
+            part = tuple(term[:, columns] for term in gradient)
+            if self._hidden is not None:
+                tiles.at(columns)
+                multiply(part, tiles.weight, self._hidden[which], add=columns.start > 0)
+            if self._weight is not None:
+                transposed = tuple(term.t() for term in part)
+                multiply(transposed, hidden, self._weight[columns], add=which.start > 0)
+
+    def finished(self, scale: Tensor | None) -> list[Tensor | None]:
+        """Put back what rounding took from the tokens' own entries, and round the sums."""
+        hidden, weight, bias = self._hidden, self._weight, self._bias
+        head, errors = self._head, self._errors
+        if hidden is not None:
+            if errors is not None:
+                hidden.addcmul_(errors, head.weight[self._ids].to(hidden.dtype))
+            hidden = self._rows.put(_scaled(hidden, scale), head.hidden.dtype)
+        if weight is not None:
+            values = None if errors is None else self._rows.take(head.hidden) * errors
+            weight = self._stored(weight, head.weight.dtype, values, scale)
+        if bias is not None and head.bias is not None:
+            bias = self._stored(bias[:, None], head.bias.dtype, errors, scale)[:, 0]
+        return [hidden, weight, bias]
+
+    def _stored(
+        self, sums: Tensor, dtype: torch.dtype, errors: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
+        """Sums over the tokens, with the errors of each, rounded once; [V, ...]."""
+        if errors is None:
+            return _scaled(sums, scale).to(dtype)
+        gradient = sums.new_empty(sums.shape, dtype=dtype)
+        for start in range(0, len(sums), STORED_AT_ONCE):
+            columns = slice(start, min(start + STORED_AT_ONCE, len(sums)))
+            found = sums_at_tokens(errors, self._ids, columns)
+            if scale is None:
+                torch.add(sums[columns], found, out=gradient[columns])
+            else:
+                torch.div(found.add_(sums[columns]), scale, out=gradient[columns])
+        return gradient
+
+
+def _scaled(sums: Tensor, scale: Tensor | None) -> Tensor:
+    return sums if scale is None else sums.div_(scale)

@@ -44,6 +44,7 @@ coverage: $(VENV)/dev-ready
 	rm -rf build/coverage
 	mkdir -p $(TREE)
 	git ls-files -z | xargs -0 cp --parents -t $(TREE)
+	$(BIN)/python -c "from kl_kernels.versions import commit; print(commit())" > build/coverage/commit
 	cd $(TREE) && CFLAGS="$(MEASURE)" CXXFLAGS="$(MEASURE)" LDFLAGS=--coverage KL_KERNELS_CUDA=0 \
 	    $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(TREE) && PYTHONPATH=$(abspath $(TREE)) OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest \

@@ -1,6 +1,6 @@
 """Records which lines the tests ran, as `make coverage` has just measured it.
 
-From build/coverage/{python,cpp}.json to `bench/results/coverage.json`, by folder; `bench/readme.py`
+From build/coverage/{commit,python.json,cpp.json} to `bench/results/coverage.json`, by folder; `bench/readme.py`
 renders the table.
 """
 
@@ -41,7 +41,8 @@ def by_folder(files: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, int]
 
 def main() -> None:
     folders = {"Python": by_folder(python_files()), "C++": by_folder(cpp_files())}
-    results: dict[str, Any] = {"folders": folders, **record()}
+    commit = (MEASURED / "commit").read_text().strip()  # of the tree that was copied
+    results: dict[str, Any] = {"folders": folders, **record(), "commit": commit}
     path = ROOT / "bench" / "results" / "coverage.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """Records which lines the tests ran, as `make coverage` has just measured it.
 
-From build/coverage/{commit,python.json,cpp.json} to `bench/results/coverage.json`, by folder; `bench/readme.py`
-renders the table.
+From build/coverage/{commit,python.json,cpp.json} to `bench/results/coverage.json`, by folder;
+`bench/readme.py` renders the table.
 """
 
 from __future__ import annotations

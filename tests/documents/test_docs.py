@@ -129,3 +129,13 @@ def test_snippets_are_of_files_that_are_there():
         for path, _, section in re.findall(r'^--8<-- "([^":]+)(:(\w+))?"', page.read_text(), re.M):
             text = (ROOT / path).read_text()
             assert not section or f"--8<-- [start:{section}]" in text, (page, section)
+
+
+OURS = r"`((?:tests|kl_kernels|bench|csrc|docs|examples)/[^`\s{}<>]*)`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=of_root)
+def test_paths_in_the_text_are_there(page):
+    """`tests/rl/` and `tests/algebra/test_properties*.py` are paths; `{a,b}` is left out."""
+    for path in re.findall(OURS, page.read_text()):
+        assert list(ROOT.glob(path.rstrip("/"))), path

@@ -26,9 +26,15 @@ def record() -> dict[str, object]:
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "facts": facts(),
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *_program(), *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _program() -> list[str]:
+    """Return the program as it was called; for a module, sys.argv has a path of the machine."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return sys.argv[:1] if spec is None else ["-m", spec.name]
 
 
 def gpu_record() -> dict[str, object]:

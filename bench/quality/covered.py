@@ -41,7 +41,7 @@ def by_folder(files: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, int]
 
 def main() -> None:
     folders = {"Python": by_folder(python_files()), "C++": by_folder(cpp_files())}
-    commit = (MEASURED / "commit").read_text().strip()  # of the tree that was copied
+    commit = (MEASURED / "commit").read_text().strip()  # the copied tree's
     results: dict[str, Any] = {"folders": folders, **record(), "commit": commit}
     path = ROOT / "bench" / "results" / "coverage.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

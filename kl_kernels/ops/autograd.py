@@ -294,6 +294,20 @@ def once(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
     return result
 
 
+def given_away(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """The saved gradients of a loss, each of up to three dimensions, times that of the loss."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        _no_second_derivative(ctx, grad_loss)
+    gradients: tuple[Tensor | None, ...] = ctx.saved_tensors
+    for gradient in gradients:
+        if gradient is not None:
+            # Scaled in place: a second backward is to be refused.
+            torch.autograd.graph.increment_version(gradient)
+            scale = ScaleGradientArgs(gradient[(None,) * (3 - gradient.ndim)], grad_loss)
+            torch.ops.kl_kernels.scale_gradient(*scale, ctx.backend)
+    return gradients
+
+
 class PolicyLoss(torch.autograd.Function):
     """The operator `policy_loss`, whose gradient is there before anybody asks for it."""
 
@@ -312,11 +326,4 @@ class PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _terms: None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-            _no_second_derivative(ctx, grad_loss)
-        (gradient,) = ctx.saved_tensors
-        # It is given away, scaled in place: a second backward is to be refused.
-        torch.autograd.graph.increment_version(gradient)
-        scale = ScaleGradientArgs(gradient, grad_loss)
-        torch.ops.kl_kernels.scale_gradient(*scale, ctx.backend)
-        return only_first(ctx, gradient)
+        return only_first(ctx, *given_away(ctx, grad_loss))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels.backends import dispatch
+from kl_kernels.backends.dispatch import casts_gradients as casts_gradients
 from kl_kernels.schemas import (
     MIXTURE_SUMS,
     OPERATORS,
@@ -115,11 +116,6 @@ def _define_backward(name: str) -> None:
 
     _define(name, schema(name, BACKEND, returns_gradient=True), implementation, fake)
     _define(name + "_", schema(name, BACKEND), in_place, _nothing)
-
-
-def casts_gradients(backend: str | None, logits: Tensor) -> bool:
-    """Whether the backend of these logits rounds a gradient into a buffer of another dtype."""
-    return dispatch.casts_gradients(backend, logits)
 
 
 def new_gradient(logits: Tensor) -> Tensor:

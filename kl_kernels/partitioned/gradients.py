@@ -64,9 +64,11 @@ def differentiate(
     per = bytes_of(heads, gradient=True, weight_gradient=needs_weight)
     plan = plan_tiles(rows.n, len(policy.weight), per, memory_budget)
     tiles = [Tiles(head, rows, plan) for head in heads]
-    gradients = _GradientTiles(policy, plan.rows * plan.columns, backend)
+    narrow = NarrowTiles(policy, plan.rows * plan.columns)
+    like = policy.weight.new_empty(0, dtype=policy.tile_dtype)
+    written_rounded = narrow.are_rounded and casts_gradients(backend, like)
     put_back = None
-    if gradients.are_rounded and tokens_matter and rows.n > 0:
+    if narrow.are_rounded and tokens_matter and rows.n > 0:
         put_back = _OwnErrors(heads, rows, token_ids, write)
     grad_hidden = None
     if needs_hidden:
@@ -86,7 +88,9 @@ def differentiate(
         for which in plan.row_slices():
             hidden = tiles[0].hidden(which)
             logits = [of_head.logits(which, h) for of_head, h in zip(tiles, (hidden, None))]
-            gradient = gradients.terms(logits, which, ids[:, which], write)
+            written = narrow.of(logits[0])[0] if written_rounded else logits[0]  # type: ignore[index]
+            write(logits, which, ids[:, which], written)
+            gradient = (written,) if written_rounded else narrow.terms(written)
             if grad_hidden is not None:
                 started = put_back is not None or columns.start > 0
                 multiply(gradient, tiles[0].weight, grad_hidden[which], add=started)
@@ -97,30 +101,25 @@ def differentiate(
     return [grad_hidden, grad_weight, grad_bias]
 
 
-class _GradientTiles:
-    """Terms of the gradient of a tile's logits, written over those of the tile before."""
+class NarrowTiles:
+    """Terms of the gradient of a tile's logits, in memory that each tile uses again."""
 
-    def __init__(self, head: Head, most: int, backend: BackendName | None):
+    def __init__(self, head: Head, most: int):
         how = head.multiplication
         is_narrow = how.is_narrow(head.tile_dtype)
         self.are_rounded = is_narrow and how.gradient == 1
-        self._buffer = None
+        self._memory = None
         if is_narrow:
-            self._buffer = head.weight.new_empty((how.gradient, most), dtype=how.dtype)
-        like = head.weight.new_empty(0, dtype=head.tile_dtype)
-        self._written_rounded = self.are_rounded and casts_gradients(backend, like)
+            self._memory = head.weight.new_empty((how.gradient, most), dtype=how.dtype)
 
-    def terms(self, logits: Sequence[Tensor], which: slice, ids: Tensor, write: Write) -> Terms:
-        tile = logits[0]
-        if self._buffer is None:
-            write(logits, which, ids, tile)
-            return (tile,)
-        buffers = self._buffer[:, : tile.numel()].view(-1, *tile.shape)
-        if self._written_rounded:
-            write(logits, which, ids, buffers[0])
-            return (buffers[0],)
-        write(logits, which, ids, tile)
-        return terms_of(tile, buffers)
+    def of(self, tile: Tensor) -> Tensor | None:  # [terms, rows, columns]
+        """Memory for the terms of a tile; None: the tile is the only one."""
+        if self._memory is None:
+            return None
+        return self._memory[:, : tile.numel()].view(-1, *tile.shape)
+
+    def terms(self, gradient: Tensor) -> Terms:  # [rows, columns]
+        return terms_of(gradient, self.of(gradient))
 
 
 class _OwnErrors:

@@ -38,7 +38,7 @@ from kl_kernels.schemas import (
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """HeadOptions of a linear head: transforms of the logits, and how the work is done."""
+    """Options of a linear head: transforms of the logits, and how the work is done."""
 
     temperature: float
     ref_temperature: float

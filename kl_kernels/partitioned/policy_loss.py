@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_kernels.ops.autograd import only_first
-from kl_kernels.partitioned.gradients import scale_for, sums_at_tokens
+from kl_kernels.ops.autograd import given_away, only_first
+from kl_kernels.partitioned.gradients import NarrowTiles, scale_for, sums_at_tokens
 from kl_kernels.partitioned.heads import HeadOptions, full_precision
-from kl_kernels.partitioned.products import multiply, terms_of
+from kl_kernels.partitioned.products import Terms, multiply
 from kl_kernels.partitioned.tiles import ALIGNMENT, Head, Rows, TilePlan, Tiles, bytes_of
-from kl_kernels.schemas import POLICY_LOSS_TERMS, PolicyLossArgs, ScaleGradientArgs
+from kl_kernels.schemas import POLICY_LOSS_TERMS, PolicyLossArgs
 
 STORED_AT_ONCE = 8192  # columns of a gradient's sums whose corrections are there at a time
 PER_TOKEN = (
@@ -54,15 +54,7 @@ class HeadPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _terms: None) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        for gradient in gradients:
-            if gradient is not None:
-                # It is given away, scaled in place: a second backward is to be refused.
-                torch.autograd.graph.increment_version(gradient)
-                rows = gradient.view(1, -1, gradient.shape[-1])
-                scale = ScaleGradientArgs(rows, grad_loss)
-                torch.ops.kl_kernels.scale_gradient(*scale, ctx.backend)
-        return only_first(ctx, None, None, *gradients)
+        return only_first(ctx, None, None, *given_away(ctx, grad_loss))
 
 
 def plan_rows(heads: list[Head], n_rows: int, memory_budget: int, *, gradient: bool) -> TilePlan:
@@ -146,13 +138,10 @@ class _Gradients:
         self, head: Head, rows: Rows, token_ids: Tensor, plan: TilePlan, needs: Sequence[bool]
     ):
         self._head, self._rows, self._plan, self._ids = head, rows, plan, token_ids[0]
-        how, dtype = head.multiplication, head.tile_dtype
-        self._buffer = None
-        if how.is_narrow(dtype):
-            shape = how.gradient, plan.rows * plan.vocab_size
-            self._buffer = head.weight.new_empty(shape, dtype=how.dtype)
+        dtype = head.tile_dtype
+        self._narrow = NarrowTiles(head, plan.rows * plan.vocab_size)
         self._errors = None
-        if self._buffer is not None and how.gradient == 1:
+        if self._narrow.are_rounded:
             self._errors = head.hidden.new_zeros((rows.n, 1), dtype=dtype)
         needs_hidden, needs_weight, needs_bias = needs
         self._hidden = self._weight = self._bias = None
@@ -164,11 +153,9 @@ class _Gradients:
         if needs_bias and head.bias is not None:
             self._bias = torch.zeros_like(head.bias, dtype=dtype)
 
-    def add(self, tile: Tensor, which: slice, hidden: tuple[Tensor, ...], tiles: Tiles) -> None:
+    def add(self, tile: Tensor, which: slice, hidden: Terms, tiles: Tiles) -> None:
         """Multiply the gradient of a block's logits [rows, V] with both factors."""
-        gradient: tuple[Tensor, ...] = (tile,)
-        if self._buffer is not None:
-            gradient = terms_of(tile, self._buffer[:, : tile.numel()].view(-1, *tile.shape))
+        gradient = self._narrow.terms(tile)
         if self._errors is not None:
             ids = self._ids[which, None]
             self._errors[which] = tile.gather(1, ids) - gradient[0].gather(1, ids)

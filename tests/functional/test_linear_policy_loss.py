@@ -200,6 +200,13 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
+def test_second_derivatives_are_refused():
+    case = Case()
+    loss, _ = case.ours()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, case.hidden, create_graph=True)
+
+
 def test_steps_train_as_with_logits():
     """Three steps of an optimiser, with accumulation over two micro-batches of each."""
     ours, theirs = Case(bias=True), Case(bias=True)

@@ -14,6 +14,7 @@ alike. What that rounding takes is known beforehand and put back: sums start fro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def differentiate(
     written_rounded = narrow.are_rounded and casts_gradients(backend, like)
     put_back = None
     if narrow.are_rounded and tokens_matter and rows.n > 0:
-        put_back = _OwnErrors(heads, rows, token_ids, write)
+        put_back = _OwnErrors(heads, tiles, token_ids, write)
     grad_hidden = None
     if needs_hidden:
         shape = rows.n, policy.hidden.shape[-1]
@@ -125,20 +126,24 @@ class NarrowTiles:
 class _OwnErrors:
     """The rounding errors of the tokens' own entries, and what they are worth in each gradient."""
 
-    def __init__(self, heads: list[Head], rows: Rows, token_ids: Tensor, write: Write):
+    def __init__(self, heads: list[Head], tiles: list[Tiles], token_ids: Tensor, write: Write):
         policy = heads[0]
         inside = (token_ids >= 0) & (token_ids < len(policy.weight))
         self._policy, self._token_ids = policy, token_ids
         self._columns = torch.where(inside, token_ids, 0)[0]
-        own = [self._own_logits(head, rows) for head in heads]
+        self._hidden = tiles[0].all_hidden
+        own = [self._own_logits(head, of.all_hidden) for head, of in zip(heads, tiles)]
         ids = torch.where(inside, 0, NO_TOKEN)
-        write(own, slice(0, rows.n), ids, own[0])  # in float32, as one column
+        write(own, slice(0, token_ids.numel()), ids, own[0])  # in float32, as one column
         rounded = own[0].to(policy.multiplication.dtype)
         self._errors = torch.where(inside.t(), own[0] - rounded, 0.0)  # [n, 1]
-        self._hidden = rows.take(policy.hidden) * self._errors
 
-    def _own_logits(self, head: Head, rows: Rows) -> Tensor:  # [n, 1]
-        hidden, weight = rows.take(head.hidden), head.weight[self._columns]
+    @cached_property
+    def _worth(self) -> Tensor:  # [n, d], of a weight's gradient alone
+        return self._hidden * self._errors
+
+    def _own_logits(self, head: Head, hidden: Tensor) -> Tensor:  # [n, 1]
+        weight = head.weight[self._columns]
         logits = (hidden * weight.to(head.tile_dtype)).sum(-1, keepdim=True)
         return logits if head.bias is None else logits + head.bias[self._columns, None]
 
@@ -146,7 +151,7 @@ class _OwnErrors:
         return self._errors * self._policy.weight[self._columns]
 
     def in_weight(self, columns: slice) -> Tensor:  # [columns, d]
-        return sums_at_tokens(self._hidden, self._token_ids[0], columns)
+        return sums_at_tokens(self._worth, self._token_ids[0], columns)
 
     def in_bias(self, columns: slice) -> Tensor:  # [columns]
         return sums_at_tokens(self._errors, self._token_ids[0], columns)[:, 0]

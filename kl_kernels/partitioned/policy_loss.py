@@ -125,7 +125,7 @@ def loss_and_gradients(
             gradients.add(blocks[0][:n], which, hidden[0], tiles[0])
     results: list[Tensor | None] = [None] * 3
     if gradients is not None:
-        results = gradients.finished(scale)
+        results = gradients.finished(tiles[0].all_hidden, scale)
     if scale is not None:
         terms[0] /= scale
     return rows.put(terms.t(), terms.dtype).movedim(-1, 0).contiguous(), results
@@ -171,7 +171,7 @@ class _Gradients:
                 transposed = tuple(term.t() for term in part)
                 multiply(transposed, hidden, self._weight[columns], add=which.start > 0)
 
-    def finished(self, scale: Tensor | None) -> list[Tensor | None]:
+    def finished(self, all_hidden: Tensor, scale: Tensor | None) -> list[Tensor | None]:
         """Put back what rounding took from the tokens' own entries, and round the sums."""
         hidden, weight, bias = self._hidden, self._weight, self._bias
         head, errors = self._head, self._errors
@@ -180,7 +180,7 @@ class _Gradients:
                 hidden.addcmul_(errors, head.weight[self._ids].to(hidden.dtype))
             hidden = self._rows.put(_scaled(hidden, scale), head.hidden.dtype)
         if weight is not None:
-            values = None if errors is None else self._rows.take(head.hidden) * errors
+            values = None if errors is None else all_hidden * errors
             weight = self._stored(weight, head.weight.dtype, values, scale)
         if bias is not None and head.bias is not None:
             bias = self._stored(bias[:, None], head.bias.dtype, errors, scale)[:, 0]

@@ -177,7 +177,7 @@ class Tiles:
     def __init__(self, head: Head, rows: Rows, plan: TilePlan):
         self._head = head
         self._how = head.multiplication
-        self._hidden = rows.take(head.hidden)  # [n, d]
+        self.all_hidden = rows.take(head.hidden)  # [n, d]
         self._most = plan.rows * plan.columns
         self._tile: Tensor | None = None
         self._hidden_terms = self._terms(head.hidden, self._how.hidden, plan.rows)
@@ -194,7 +194,7 @@ class Tiles:
         self.weight = terms_of(self._head.weight[columns], self._weight_terms)
 
     def hidden(self, rows: slice) -> Terms:  # [rows, d]
-        return terms_of(self._hidden[rows], self._hidden_terms)
+        return terms_of(self.all_hidden[rows], self._hidden_terms)
 
     def logits(self, rows: slice, hidden: Terms | None = None) -> Tensor:
         """[rows, columns], until the next call. `hidden` of these rows may be at hand already."""

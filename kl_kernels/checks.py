@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -344,7 +345,11 @@ def callers_level() -> int:
 
     Between the two may lie the dispatcher, autograd, or code that torch.compile has generated.
     """
-    frame, level = sys._getframe(1), 1
+    return _level_outside(sys._getframe(1))
+
+
+def _level_outside(frame: FrameType) -> int:
+    level = 1
     while (outer := frame.f_back) is not None and _is_inner(frame.f_globals.get("__name__")):
         frame, level = outer, level + 1
     return level

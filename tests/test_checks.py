@@ -196,27 +196,40 @@ def test_the_slice_is_named_only_where_shapes_differ_by_one_row():
         assert advice(shape, rows) == ""
 
 
-@pytest.mark.parametrize(
-    ("modules", "level"),
-    [
-        (("kl_kernels.a",), 2),
-        (("kl_kernels.a", "kl_kernels.b"), 3),
-        (("torch._dynamo", "kl_kernels"), 3),
-        (("torch", None, "kl_kernels"), 4),
-        (("trainer", "kl_kernels.a"), 2),
-        (("kl_kernels.a", "trainer", "kl_kernels.b"), 2),
-        (("torchtune.step", "torch.autograd"), 2),
-        (("kl_kernels_addon", "kl_kernels.rl"), 2),
-    ],
-)
-def test_a_warning_points_at_the_nearest_line_outside(modules, level):
-    """Innermost stands a function of this package; the level counts from there."""
+CHAINS = [
+    (("kl_kernels.a",), 2),
+    (("kl_kernels.a", "kl_kernels.b"), 3),
+    (("torch._dynamo", "kl_kernels"), 3),
+    (("torch", None, "kl_kernels"), 4),
+    (("trainer", "kl_kernels.a"), 2),
+    (("kl_kernels.a", "trainer", "kl_kernels.b"), 2),
+    (("torchtune.step", "torch.autograd"), 2),
+    (("kl_kernels_addon", "kl_kernels.rl"), 2),
+]
+
+
+@pytest.mark.parametrize(("modules", "level"), CHAINS)
+def test_the_level_is_that_of_the_nearest_module_outside(modules, level):
+    frame = types.SimpleNamespace(f_back=None, f_globals={"__name__": "__main__"})
+    for name in modules:
+        scope = {} if name is None else {"__name__": name}
+        frame = types.SimpleNamespace(f_back=frame, f_globals=scope)
+    assert checks._level_outside(frame) == level
+
+
+def test_the_level_ends_where_the_stack_does():
+    frame = types.SimpleNamespace(f_back=None, f_globals={"__name__": "torch"})
+    assert checks._level_outside(frame) == 1
+
+
+@pytest.mark.parametrize(("modules", "level"), CHAINS)
+def test_frames_of_a_warning_are_counted_from_where_it_is_given(modules, level):
+    """`callers_level` is asked by a function of this package, called by the chain's last."""
     scope = {"__name__": "kl_kernels.asking", "checks": checks}
     exec("def asks(): return checks.callers_level()", scope)
     function = scope["asks"]
     for name in reversed(modules):
         scope = {"inner": function} | ({} if name is None else {"__name__": name})
-        scope.setdefault("__builtins__", __builtins__)
         exec("def call(): return inner()", scope)
         function = scope["call"]
     assert function() == level + 1

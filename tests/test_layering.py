@@ -24,7 +24,10 @@ ALLOWED = {
     "monitor": {"rl"},
     "integrations": {"functional", "rl", "monitor", "algebra", "partitioned"},
     "info": {"backends", "partitioned"},
-    "lab": {"integrations", "functional", "rl", "monitor", "ops", "backends", "algebra", "info"},
+    "lab": {
+        *("integrations", "functional", "partitioned", "rl", "monitor", "ops", "backends", "algebra"),
+        "info",
+    },
     "cli": {"lab", "monitor", "info"},
     "__main__": {"cli"},
     "__init__": {"functional", "rl", "monitor"},

@@ -63,6 +63,10 @@ def takes_dtensor_heads(function: Callable[P, R]) -> Callable[P, R]:
             )
         if not is_dtensor(given["hidden"]):
             return function(**_gathered(given))  # type: ignore[call-arg]
+        if given.get("row_index") is not None:
+            raise ValueError(
+                "row_index is for plain tensors, but hidden is a DTensor; pass the mask alone"
+            )
         layout = _layout_of_head(given["hidden"], given["weight"])
         local = {name: _local(layout, given["weight"], name, x) for name, x in given.items()}
         result: Any = function(**local, **layout.shard())  # type: ignore[call-arg]
@@ -82,6 +86,8 @@ def check_reduced(name: str, parameter: Tensor) -> None:
         ValueError: `parameter` is one, and requires grad: of each rank's gradient, its own rows
             would be kept and the others dropped.
     """
+    if torch.compiler.is_compiling():  # nobody can look at a graph that is being traced
+        return
     spec = getattr(parameter.grad_fn, "dtensor_spec", None)
     if spec is None or getattr(parameter.grad_fn, "grad_placements", None) is not None:
         return

@@ -19,23 +19,22 @@ from kl_kernels.functional.arguments import as_rows, as_tokens, shaped
 from kl_kernels.functional.dtensor_heads import takes_dtensor_heads
 from kl_kernels.functional.hidden_arguments import (
     as_autocast,
-    as_mask,
     check_per_token,
     prepare_head,
     prepare_heads,
+    prepare_which,
 )
 from kl_kernels.functional.logits import TokenKL, TokenStats
 from kl_kernels.partitioned.functions import PartitionedKL
-from kl_kernels.partitioned.heads import HeadOptions, LinearHeads
+from kl_kernels.partitioned.heads import HeadOptions
+from kl_kernels.partitioned.operators import LinearHeads
 from kl_kernels.partitioned.products import GradientPrecision
-from kl_kernels.partitioned.tiles import untraced
 from kl_kernels.schemas import BackendName
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
 
-@untraced
 @takes_dtensor_heads
 def linear_token_stats(
     hidden: Tensor,  # [..., d]
@@ -51,6 +50,7 @@ def linear_token_stats(
     gradient_precision: GradientPrecision = "narrow",
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
+    row_index: Tensor | None = None,  # [n]
     backend: BackendName | None = None,
 ) -> TokenStats:
     """Log-probability and entropy of each token, from hidden states and the output layer.
@@ -96,6 +96,9 @@ def linear_token_stats(
             collective, to sum the gradient of the hidden states. None: the head is whole.
         vocab_start: with a group, the global token id of this rank's first row. None: all shards
             are of one size, and in the order of the ranks.
+        row_index: [n] int64 or int32 positions of the rows that count in the flattened ones,
+            `mask.flatten().nonzero()[:, 0]`, with the mask or in its place: nobody then waits for
+            a GPU, and a CUDA graph can be captured. None: they are looked for.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
@@ -129,11 +132,10 @@ def linear_token_stats(
         vocab_start=vocab_start,
         backend=backend,
     )
-    outputs = _apply(hidden, weight, bias, (None, None, None), token_ids, mask, options)
+    outputs = _apply(hidden, weight, bias, (None, None, None), token_ids, mask, row_index, options)
     return TokenStats(outputs[0], outputs[4])
 
 
-@untraced
 @takes_dtensor_heads
 def linear_token_kl(
     hidden: Tensor,  # [..., d]
@@ -155,6 +157,7 @@ def linear_token_kl(
     gradient_precision: GradientPrecision = "narrow",
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
+    row_index: Tensor | None = None,  # [n]
     backend: BackendName | None = None,
 ) -> TokenKL:
     """Log-probabilities, exact KL both ways and entropy, from two models' hidden states and output
@@ -200,6 +203,9 @@ def linear_token_kl(
             collective, to sum the gradient of the hidden states. None: the heads are whole.
         vocab_start: with a group, the global token id of this rank's first row. None: all shards
             are of one size, and in the order of the ranks.
+        row_index: [n] int64 or int32 positions of the rows that count in the flattened ones,
+            `mask.flatten().nonzero()[:, 0]`, with the mask or in its place: nobody then waits for
+            a GPU, and a CUDA graph can be captured. None: they are looked for.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
@@ -241,7 +247,7 @@ def linear_token_kl(
         backend=backend,
     )
     reference = as_rows(ref_hidden), ref_weight, ref_bias
-    return TokenKL(*_apply(hidden, weight, bias, reference, token_ids, mask, options))
+    return TokenKL(*_apply(hidden, weight, bias, reference, token_ids, mask, row_index, options))
 
 
 def _apply(
@@ -251,15 +257,16 @@ def _apply(
     reference: tuple[Tensor | None, Tensor | None, Tensor | None],
     token_ids: Tensor,
     mask: Tensor | None,
+    row_index: Tensor | None,
     options: HeadOptions,
 ) -> list[Tensor]:
     check_per_token("token_ids", token_ids, hidden)
     checks.check_token_dtype(token_ids)
     ids = as_tokens(token_ids).long()
-    counts = as_mask(mask, hidden)
+    counts, which = prepare_which(mask, row_index, hidden)
     if options.shard is None:
         # Kernels see a tile's own ids; one that is in no tile would pass for one elsewhere.
         checks.check_token_range(ids, counts, weight.shape[0])
     heads = *as_autocast(as_rows(hidden), weight, bias), *as_autocast(*reference)
-    outputs = PartitionedKL.apply(LinearHeads(options), ids, counts, *heads)
+    outputs = PartitionedKL.apply(LinearHeads(options), ids, which, *heads)
     return [shaped(output, token_ids.shape) for output in outputs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from kl_kernels.functional.arguments import as_tokens, needs_gradient
 from kl_kernels.functional.dtensor_heads import check_reduced
 from kl_kernels.partitioned.heads import HeadOptions
 from kl_kernels.partitioned.products import GRADIENT_PRECISIONS, GradientPrecision
-from kl_kernels.partitioned.shards import Shard, check_no_vocab_start, shard_of
+from kl_kernels.partitioned.shards import check_no_vocab_start, shard_of
 from kl_kernels.schemas import BackendName
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -30,11 +30,15 @@ def default_memory_budget(device: torch.device) -> int:
     return MEMORY_BUDGETS.get(device.type, MEMORY_BUDGETS["cuda"])
 
 
-def shard(weight: Tensor, group: ProcessGroup | None, vocab_start: int | None) -> Shard | None:
-    if group is not None:
-        return shard_of(len(weight), group, vocab_start)
-    check_no_vocab_start(vocab_start)
-    return None
+def sharding(
+    weight: Tensor, group: ProcessGroup | None, vocab_start: int | None
+) -> tuple[str | None, int]:
+    """The last options of `HeadOptions`."""
+    if group is None:
+        check_no_vocab_start(vocab_start)
+        return None, 0
+    shard = shard_of(len(weight), group, vocab_start)
+    return group.group_name, shard.start
 
 
 def scaled(softcap: float | None, logit_scale: float) -> float | None:
@@ -66,6 +70,7 @@ def prepare_head(
     checks.check_choice("gradient_precision", gradient_precision, GRADIENT_PRECISIONS)
     check_head("", hidden, weight, bias)
     temperature, softcap, logit_scale = check_scale("", temperature, softcap, logit_scale)
+    group_name, first_id = sharding(weight, group, vocab_start)
     return HeadOptions(
         temperature=temperature / logit_scale,
         ref_temperature=temperature / logit_scale,
@@ -74,7 +79,8 @@ def prepare_head(
         memory_budget=checked_budget(memory_budget, hidden),
         gradient_precision=gradient_precision,
         backend=backend,
-        shard=shard(weight, group, vocab_start),
+        group=group_name,
+        vocab_start=first_id,
     )
 
 
@@ -110,6 +116,7 @@ def prepare_heads(
         logit_scale if ref_logit_scale is None else ref_logit_scale,
     )
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    group_name, first_id = sharding(weight, group, vocab_start)
     return HeadOptions(
         temperature=temperature / logit_scale,
         ref_temperature=ref_temperature / ref_logit_scale,
@@ -118,7 +125,8 @@ def prepare_heads(
         memory_budget=checked_budget(memory_budget, hidden),
         gradient_precision=gradient_precision,
         backend=backend,
-        shard=shard(weight, group, vocab_start),
+        group=group_name,
+        vocab_start=first_id,
     )
 
 
@@ -134,11 +142,53 @@ def as_autocast(*factors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if factor is None else factor.to(dtype) for factor in factors)
 
 
-def as_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:  # [...] -> [B, T] bool
-    if mask is None:
-        return None
-    check_per_token("mask", mask, hidden)
-    return as_tokens(checks.check_mask("mask", mask))
+class Which(NamedTuple):
+    """The rows that count."""
+
+    mask: Tensor | None  # [B, T] bool; None: all, or nobody can look
+    rows: Tensor | None  # the mask, or [n] positions in the flattened tokens
+
+
+def prepare_which(mask: Tensor | None, row_index: Tensor | None, hidden: Tensor) -> Which:
+    """Check the mask, [...], and the positions that may be given beside it or in its place."""
+    if mask is not None:
+        check_per_token("mask", mask, hidden)
+        mask = as_tokens(checks.check_mask("mask", mask))
+    if row_index is None:
+        return Which(mask, mask)
+    checks.check_tensor("row_index", row_index)
+    checks.check_same_kind("row_index", row_index, "hidden", hidden)
+    checks.check_same_device("row_index", row_index, "hidden", hidden)
+    checks.check_token_dtype(row_index, "row_index")
+    if row_index.ndim != 1:
+        raise ValueError(f"row_index has shape {tuple(row_index.shape)}; it must be [n]")
+    index = row_index.long()
+    if checks.values_are_at_hand(row_index):
+        mask = _mask_of(index, mask, hidden.shape[:-1])
+    return Which(mask, index)
+
+
+def _mask_of(index: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
+    """The mask that the positions say, which must be the one that is given."""
+    n = shape.numel()
+    outside = (index < 0) | (index >= n)
+    if outside.any():
+        raise ValueError(
+            f"row_index holds {int(index[outside][0])}; accepted: 0 to {n - 1}, positions in the "
+            f"flattened rows of hidden"
+        )
+    times = index.bincount(minlength=n)
+    if (times > 1).any():
+        raise ValueError(
+            f"row_index holds {int(times.argmax())} twice; it must hold each position once"
+        )
+    found = as_tokens((times == 1).view(shape))
+    if mask is not None and not torch.equal(found, mask):
+        raise ValueError(
+            "row_index and mask differ in which rows count; row_index must be "
+            "mask.flatten().nonzero()[:, 0]"
+        )
+    return found
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -11,18 +11,16 @@ from kl_kernels.algebra.parts import any_token
 from kl_kernels.functional.arguments import as_rows, shaped
 from kl_kernels.functional.dtensor_heads import takes_dtensor_heads
 from kl_kernels.functional.hidden import linear_token_kl
-from kl_kernels.functional.hidden_arguments import as_autocast, as_mask, prepare_heads
+from kl_kernels.functional.hidden_arguments import as_autocast, prepare_heads, prepare_which
 from kl_kernels.partitioned.functions import PartitionedJSD
-from kl_kernels.partitioned.heads import LinearHeads
+from kl_kernels.partitioned.operators import LinearHeads
 from kl_kernels.partitioned.products import GradientPrecision
-from kl_kernels.partitioned.tiles import untraced
 from kl_kernels.schemas import BackendName
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
 
-@untraced
 @takes_dtensor_heads
 def linear_token_jsd(
     hidden: Tensor,  # [..., d]
@@ -44,6 +42,7 @@ def linear_token_jsd(
     gradient_precision: GradientPrecision = "narrow",
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
+    row_index: Tensor | None = None,  # [n]
     backend: BackendName | None = None,
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence per token, from two models' hidden states and output
@@ -89,6 +88,9 @@ def linear_token_jsd(
             sum the gradient of the hidden states. None: the heads are whole.
         vocab_start: with a group, the global token id of this rank's first row. None: all shards
             are of one size, and in the order of the ranks.
+        row_index: [n] int64 or int32 positions of the rows that count in the flattened ones,
+            `mask.flatten().nonzero()[:, 0]`, with the mask or in its place: nobody then waits for
+            a GPU, and a CUDA graph can be captured. None: they are looked for.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
@@ -125,6 +127,7 @@ def linear_token_jsd(
         gradient_precision=gradient_precision,
         group=group,
         vocab_start=vocab_start,
+        row_index=row_index,
         backend=backend,
     )
     return jsd
@@ -140,6 +143,7 @@ def linear_jsd_and_entropy(
     bias: Tensor | None = None,  # [V]
     ref_bias: Tensor | None = None,  # [V]
     mask: Tensor | None = None,  # [...]
+    row_index: Tensor | None = None,  # [n]
     **given: Any,
 ) -> tuple[Tensor, Tensor]:
     """`linear_token_jsd`, with the policy's entropy, which comes with it and has no gradient.
@@ -158,11 +162,12 @@ def linear_jsd_and_entropy(
             bias=bias,
             ref_bias=ref_bias,
             mask=mask,
+            row_index=row_index,
             **given,
         )
         return kl.kl if beta == 1 else kl.forward_kl, kl.entropy.detach()
     student = as_autocast(as_rows(hidden), weight, bias)
     teacher = as_autocast(as_rows(ref_hidden), ref_weight, ref_bias)
-    counts, shape = as_mask(mask, hidden), hidden.shape[:-1]
-    jsd, entropy = PartitionedJSD.apply(LinearHeads(options), counts, beta, *student, *teacher)
+    rows, shape = prepare_which(mask, row_index, hidden).rows, hidden.shape[:-1]
+    jsd, entropy = PartitionedJSD.apply(LinearHeads(options), rows, beta, *student, *teacher)
     return shaped(jsd, shape), shaped(entropy, shape)

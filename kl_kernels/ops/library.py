@@ -67,7 +67,7 @@ def _run(name: str, args: Sequence[Any], backend: str | None) -> Any:
     return getattr(dispatch.choose(backend, tensors), name)(cls(*laid_out))
 
 
-def _define(name: str, schema: str, implementation: Any, fake: Any) -> None:
+def define(name: str, schema: str, implementation: Any, fake: Any) -> None:
     library.define(name + schema)
     # CompositeExplicitAutograd: one entry for every device; the backend is chosen inside.
     library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -80,7 +80,7 @@ def _define_plain(name: str, fake: Any) -> None:
     def implementation(*args: Any) -> Any:
         return _run(name, args[:-1], args[-1])
 
-    _define(name, schema(name, BACKEND), implementation, fake)
+    define(name, schema(name, BACKEND), implementation, fake)
 
 
 def _define_differentiable(name: str) -> None:
@@ -95,7 +95,7 @@ def _define_differentiable(name: str) -> None:
         return tuple(_per_token(logits, 2) if s else _per_token(logits) for s in is_state)
 
     options = (f"{kind} {option}" for option, kind in argument_types(Execution).items())
-    _define(name, schema(name, *options), implementation, fake)
+    define(name, schema(name, *options), implementation, fake)
 
 
 def _define_backward(name: str) -> None:
@@ -114,8 +114,8 @@ def _define_backward(name: str) -> None:
     def fake(*args: Any) -> Tensor:
         return new_gradient(args[logits_at])
 
-    _define(name, schema(name, BACKEND, returns_gradient=True), implementation, fake)
-    _define(name + "_", schema(name, BACKEND), in_place, _nothing)
+    define(name, schema(name, BACKEND, returns_gradient=True), implementation, fake)
+    define(name + "_", schema(name, BACKEND), in_place, _nothing)
 
 
 def new_gradient(logits: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Autograd functions of a vocabulary in parts: one for KL, one for a mixture's divergence.
 
-The parts are a shard of the logits on each rank (`shards.ShardedLogits`), or tiles that a linear
-head makes one at a time (`heads.LinearHeads`). Both fold their parts into the states of whole rows,
-and both turn the upstream gradients of rows into gradients of their inputs; all else is here.
+The parts are a shard of the logits on each rank (`shards.ShardedLogits`), or tiles that heads make
+one at a time (`operators.LinearHeads`). Both fold their parts into the states of whole rows, and
+both turn the upstream gradients of rows into gradients of their inputs; all else is here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Upstream(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Statistics of the folded rows that backward needs, each [...] or, states, [2, ...]."""
+    """Statistics of the folded rows that backward needs, each [B, T] or, states, [2, B, T]."""
 
     policy_state: Tensor
     ref_state: Tensor
@@ -40,23 +40,22 @@ class Saved(NamedTuple):
 class Parts(Protocol):
     """A vocabulary that comes in parts."""
 
-    def rows(self, like: Tensor, mask: Tensor | None) -> Any:
-        """Find the rows to fold, of the shape of `like` [B, T]; once, as this may synchronise."""
+    def rows(self, which: Tensor | None) -> Tensor | None:
+        """Find the rows to fold; once, as this may synchronise."""
 
-    def fold(self, inputs: Inputs, token_ids: Tensor, rows: Any) -> Whole:
+    def fold(self, inputs: Inputs, token_ids: Tensor, rows: Tensor | None) -> Whole:
         """Fold the parts into whole rows."""
 
-    def spread(self, value: Tensor, rows: Any) -> Tensor:
-        """Bring a value of the folded rows to [B, T], 0 where masked."""
-
-    def mixture_sums(self, inputs: Inputs, rows: Any, whole: Whole, beta: float) -> Tensor:
-        """Sum both divergences of a mixture over the parts, [len(MIXTURE_SUMS), ...]."""
+    def mixture_sums(
+        self, inputs: Inputs, rows: Tensor | None, whole: Whole, beta: float
+    ) -> Tensor:
+        """Sum both divergences of a mixture over the parts, [len(MIXTURE_SUMS), B, T]."""
 
     def kl_gradients(
         self,
         inputs: Inputs,
         token_ids: Tensor,
-        rows: Any,
+        rows: Tensor | None,
         saved: Saved,
         upstream: Upstream,
         needs: Sequence[bool],
@@ -66,7 +65,7 @@ class Parts(Protocol):
     def jsd_gradients(
         self,
         inputs: Inputs,
-        rows: Any,
+        rows: Tensor | None,
         saved: Saved,
         beta: float,
         grad_jsd: Tensor,
@@ -78,22 +77,23 @@ class Parts(Protocol):
 class PartitionedKL(torch.autograd.Function):
     """(logprob, ref_logprob, kl, forward_kl, entropy), each [B, T].
 
-    The reference is a constant; without one, logprob and entropy alone mean anything.
+    The reference is a constant; without one, logprob and entropy alone mean anything. `which` is
+    the mask, [B, T], or what else `parts` takes in its place.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, parts: Parts, token_ids: Tensor, mask: Tensor | None, *inputs: Tensor | None
+        ctx: Any, parts: Parts, token_ids: Tensor, which: Tensor | None, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
-        rows = parts.rows(token_ids, mask)
+        rows = parts.rows(which)
         whole = parts.fold(inputs, token_ids, rows)
-        outputs = tuple(parts.spread(value, rows) for value in whole.outputs)
-        ctx.parts, ctx.rows = parts, rows
+        out = whole.outputs
+        ctx.parts = parts
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(outputs[1])
-        saved = Saved(whole.policy_state, whole.ref_state, whole.outputs.kl, whole.outputs.entropy)
-        ctx.save_for_backward(token_ids, mask, *saved, *inputs)
-        return outputs
+        ctx.mark_non_differentiable(out.ref_logprob)
+        saved = Saved(whole.policy_state, whole.ref_state, out.kl, out.entropy)
+        ctx.save_for_backward(token_ids, rows, *saved, *inputs)
+        return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -101,10 +101,10 @@ class PartitionedKL(torch.autograd.Function):
         upstream = Upstream(logprob, kl, forward_kl, entropy)
         if all(grad is None for grad in upstream):
             return (None,) * len(ctx.needs_input_grad)
-        token_ids, mask, *rest = ctx.saved_tensors
+        token_ids, rows, *rest = ctx.saved_tensors
         saved, inputs = Saved(*rest[:4]), rest[4:]
         needs = ctx.needs_input_grad[3:]
-        gradients = ctx.parts.kl_gradients(inputs, token_ids, ctx.rows, saved, upstream, needs)
+        gradients = ctx.parts.kl_gradients(inputs, token_ids, rows, saved, upstream, needs)
         return _behind(3, ctx, inputs, gradients)
 
 
@@ -113,25 +113,25 @@ class PartitionedJSD(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, parts: Parts, mask: Tensor | None, beta: float, *inputs: Tensor | None
+        ctx: Any, parts: Parts, which: Tensor | None, beta: float, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         token_ids = any_token(inputs[0])  # type: ignore[arg-type]
-        rows = parts.rows(token_ids, mask)
+        rows = parts.rows(which)
         whole = parts.fold(inputs, token_ids, rows)
         jsd, mixture_kl = parts.mixture_sums(inputs, rows, whole, beta).unbind()
-        entropy = parts.spread(whole.outputs.entropy, rows)
-        ctx.parts, ctx.rows, ctx.beta = parts, rows, beta
+        entropy = whole.outputs.entropy
+        ctx.parts, ctx.beta = parts, beta
         ctx.mark_non_differentiable(entropy)
-        saved = Saved(whole.policy_state, whole.ref_state, mixture_kl, whole.outputs.entropy)
-        ctx.save_for_backward(mask, *saved, *inputs)
-        return parts.spread(jsd.clamp_min(0.0), rows), entropy
+        saved = Saved(whole.policy_state, whole.ref_state, mixture_kl, entropy)
+        ctx.save_for_backward(rows, *saved, *inputs)
+        return jsd.clamp_min(0.0), entropy
 
     @staticmethod
     def backward(ctx: Any, grad_jsd: Tensor, _entropy: None) -> tuple[Tensor | None, ...]:
-        mask, *rest = ctx.saved_tensors
+        rows, *rest = ctx.saved_tensors
         saved, inputs = Saved(*rest[:4]), rest[4:]
         needs = ctx.needs_input_grad[3:]
-        gradients = ctx.parts.jsd_gradients(inputs, ctx.rows, saved, ctx.beta, grad_jsd, needs)
+        gradients = ctx.parts.jsd_gradients(inputs, rows, saved, ctx.beta, grad_jsd, needs)
         return _behind(3, ctx, inputs, gradients)
 
 

@@ -23,7 +23,7 @@ from kl_kernels.algebra.parts import local_token_ids
 from kl_kernels.ops.library import casts_gradients
 from kl_kernels.partitioned.products import Multiplication, Terms, multiply, terms_of
 from kl_kernels.partitioned.tiles import Head, Rows, Tiles, bytes_of, plan_tiles
-from kl_kernels.schemas import NO_TOKEN, BackendName
+from kl_kernels.schemas import NO_TOKEN
 
 # (logits of each head [rows, columns], which rows, token ids [1, rows] counted from the first
 # column, gradient [rows, columns]): writes the gradient of the first head's logits, which may be
@@ -41,7 +41,7 @@ def differentiate(
     tokens_matter: bool,
     scale: Tensor | None,  # []
     memory_budget: int,
-    backend: BackendName | None,
+    backend: str | None,
 ) -> list[Tensor | None]:
     """Sum up the gradients of the first head's hidden states and, in their dtype, weight and bias.
 

@@ -83,7 +83,7 @@ def loss_and_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss's terms [8, B, T], and its gradients of hidden, weight and bias, where needed."""
     policy, how = heads[0], heads[0].multiplication
-    rows = Rows(args.token_ids, args.mask)
+    rows = Rows(args.token_ids.shape, args.mask)
     taken: dict[str, Any] = {
         name: None if (value := getattr(args, name)) is None else rows.take(value)[None]
         for name in PER_TOKEN

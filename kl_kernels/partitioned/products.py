@@ -37,7 +37,7 @@ class Multiplication(NamedTuple):
 
 
 def multiplication(
-    hidden: Tensor, weight: Tensor, tile_dtype: torch.dtype, precision: GradientPrecision
+    hidden: Tensor, weight: Tensor, tile_dtype: torch.dtype, precision: str
 ) -> Multiplication:
     """Choose how the products of a head are multiplied.
 
@@ -48,7 +48,7 @@ def multiplication(
         hidden: the head's input, of any shape.
         weight: the head's weight.
         tile_dtype: dtype of sums, and of factors that are not multiplied in a narrower one.
-        precision: of the products with gradients of logits.
+        precision: of the products with gradients of logits, a `GradientPrecision`.
     """
     plain = Multiplication(tile_dtype)
     if precision == "float32":

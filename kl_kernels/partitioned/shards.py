@@ -180,8 +180,8 @@ class ShardedLogits(NamedTuple):
         transforms = a.temperature, a.ref_temperature, a.softcap, a.ref_softcap
         return cls(shard, *transforms, execution)
 
-    def rows(self, like: Tensor, mask: Tensor | None) -> Tensor | None:
-        return mask  # kernels skip what it rules out
+    def rows(self, which: Tensor | None) -> Tensor | None:
+        return which  # a mask: kernels skip what it rules out
 
     def fold(self, inputs: Inputs, token_ids: Tensor, rows: Tensor | None) -> Whole:
         logits, ref_logits = inputs
@@ -199,9 +199,6 @@ class ShardedLogits(NamedTuple):
         state = torch.ops.kl_kernels.fold_part(*args, self.execution.backend)
         part = exchange(state, self.shard, vocab_size, token_ids, rows)
         return finish_parts(part, rows, output_dtype(logits))
-
-    def spread(self, value: Tensor, rows: Tensor | None) -> Tensor:
-        return value
 
     def mixture_sums(
         self, inputs: Inputs, rows: Tensor | None, whole: Whole, beta: float

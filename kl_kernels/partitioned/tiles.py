@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kl_kernels.partitioned.products import (
-    GradientPrecision,
     Multiplication,
     Terms,
     multiplication,
@@ -44,7 +43,7 @@ class Head(NamedTuple):
     hidden: Tensor  # [B, T, d]
     weight: Tensor  # [V, d]
     bias: Tensor | None  # [V]
-    precision: GradientPrecision = "narrow"
+    precision: str = "narrow"  # a GradientPrecision
 
     @property
     def tile_dtype(self) -> torch.dtype:
@@ -57,25 +56,55 @@ class Head(NamedTuple):
 
 
 class Rows:
-    """The tokens that count, numbered from 0: all of [B, T], or those under a mask."""
+    """The tokens that count, numbered from 0: all of [B, T], those under a mask, or those listed.
 
-    def __init__(self, token_ids: Tensor, mask: Tensor | None):  # [B, T]
-        self.shape = token_ids.shape
-        self.index = None if mask is None else mask.nonzero(as_tuple=True)
-        self.n = token_ids.numel() if self.index is None else len(self.index[0])
+    Args:
+        shape: of the tokens, (B, T).
+        which: a mask, [B, T] bool, whose number of rows is waited for; positions in the flattened
+            tokens, [n]; or None.
+    """
+
+    def __init__(self, shape: torch.Size, which: Tensor | None):
+        self.shape = shape
+        self.index = positions(which) if which is not None and which.dtype == torch.bool else which
+        self.n = shape.numel() if self.index is None else len(self.index)
 
     def take(self, tensor: Tensor) -> Tensor:  # [B, T, ...]
         """[n, ...]: a view of the tensor where that is possible."""
-        return tensor.flatten(0, 1) if self.index is None else tensor[self.index]
+        if self.index is None:
+            return tensor.flatten(0, 1)
+        if tensor.is_contiguous():
+            return tensor.flatten(0, 1)[self.index]
+        n_tokens = self.shape[1]  # flattening would copy what does not count, too
+        return tensor[self.index // n_tokens, self.index % n_tokens]
 
     def put(self, values: Tensor, dtype: torch.dtype) -> Tensor:  # [n, ...]
         """[B, T, ...] of that dtype, 0 where a row does not count."""
         shape = (*self.shape, *values.shape[1:])
         if self.index is None:
             return values.to(dtype).view(shape)
-        result = values.new_zeros(shape, dtype=dtype)
+        result = values.new_zeros((self.shape.numel(), *values.shape[1:]), dtype=dtype)
         result[self.index] = values.to(dtype)
-        return result
+        return result.view(shape)
+
+    def take_last(self, values: Tensor) -> Tensor:  # [..., B, T]
+        """[..., 1, n]: numbers of the rows, as kernels take them."""
+        flat = values.flatten(-2)
+        return (flat if self.index is None else flat[..., self.index])[..., None, :]
+
+    def put_last(self, values: Tensor) -> Tensor:  # [..., 1, n]
+        """[..., B, T], 0 where a row does not count."""
+        shape = (*values.shape[:-2], *self.shape)
+        if self.index is None:
+            return values.view(shape)
+        result = values.new_zeros((*values.shape[:-2], self.shape.numel()))
+        result[..., self.index] = values[..., 0, :]
+        return result.view(shape)
+
+
+def positions(mask: Tensor) -> Tensor:  # [B, T] bool -> [n]
+    """Positions in the flattened tokens of those that count."""
+    return mask.flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

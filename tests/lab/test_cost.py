@@ -22,7 +22,7 @@ KERNELS += ("token_jsd_backward_",)
 
 
 def found(name, chip="h200", dtype=torch.bfloat16, **changes):
-    flags = {"frozen_head": False, "reference": False, "masked": False}
+    flags = {"frozen_head": False, "reference": False, "masked": False, "listed": False}
     return cost(name, Size(**(LLAMA | flags | {"dtype": dtype} | changes)), chip)
 
 
@@ -85,6 +85,11 @@ def test_a_mask_halves_the_products_and_is_waited_for(name):
     whole, half = found(name), found(name, masked=True)
     assert half["gemm_ms"] == pytest.approx(whole["gemm_ms"] / 2, rel=0.05)
     assert half["host_syncs"] == 1  # for the number of rows
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_rows_that_are_listed_are_not_waited_for(name):
+    assert found(name, masked=True, listed=True)["host_syncs"] == 0
 
 
 @pytest.mark.parametrize("name", ["token_stats", "linear_token_stats"])

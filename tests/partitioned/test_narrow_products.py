@@ -32,7 +32,7 @@ class Case:
         self.hidden = hidden.to(dtype).requires_grad_()
         self.weight = weight.to(weight_dtype or dtype).requires_grad_()
         logits = self.hidden.detach().double() @ self.weight.detach().double().T
-        self.token_ids = torch.distributions.Categorical(logits=logits).sample()
+        self.token_ids = torch.multinomial(logits[0].softmax(-1), 1, generator=g).T
         self.advantages = torch.ones(1, N)
         if advantages == "mixed":
             self.advantages = torch.randn(1, N, generator=g)

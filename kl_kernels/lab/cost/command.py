@@ -11,12 +11,11 @@ import torch
 
 from kl_kernels.checks import check_choice, check_integer
 from kl_kernels.lab.codegen.chips import CHIPS
-from kl_kernels.lab.cost.jobs import JOBS, Job, Size, made
+from kl_kernels.lab.cost.jobs import JOBS, MASKED_SHARE, Job, Size, made
 from kl_kernels.lab.cost.ledger import Ledger, Operation, n_bytes
 from kl_kernels.lab.cost.prices import Rates, flops_by_dtype, predicted, rates, seconds
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MASKED_SHARE = 0.5  # rows that count, with --masked
 SHOWN = 12  # lines of the table; the rest is one
 
 
@@ -40,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--masked", action="store_true", help="a mask that half of the rows pass")
     parser.add_argument(
+        "--listed", action="store_true", help="heads: that half by positions, not by a mask"
+    )
+    parser.add_argument(
         "--ranks",
         type=int,
         default=1,
@@ -62,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         dtype=DTYPES[args.dtype],
         frozen_head=args.frozen_head,
         reference=args.reference,
-        masked=args.masked,
+        masked=args.masked or args.listed,
+        listed=args.listed,
         ranks=args.ranks,
     )
     found = cost(args.job, size, args.chip)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import kl_kernels
 
+MASKED_SHARE = 0.5  # rows that count, where not all do
+
 
 @dataclass(frozen=True)
 class Size:
@@ -25,6 +27,7 @@ class Size:
     frozen_head: bool
     reference: bool
     masked: bool
+    listed: bool  # rows that count are known by their positions, not by a mask
     ranks: int = 1  # that share the vocabulary
 
     @property
@@ -104,7 +107,7 @@ def _on_heads(name: str, size: Size, shards: dict[str, Any]) -> Job:
         not size.frozen_head
     )
     ref_hidden, ref_weight = (torch.empty_like(t).detach() for t in (hidden, weight))
-    function, options = getattr(kl_kernels, name), {"mask": _mask(size), **shards}
+    function, options = getattr(kl_kernels, name), {**_rows(size), **shards}
     leaves = [hidden] if size.frozen_head else [hidden, weight]
     gradients = len(leaves)
     constants = [weight] if size.frozen_head else []
@@ -150,6 +153,12 @@ def _ids(size: Size) -> Tensor:
 
 def _mask_of_all(size: Size) -> Tensor:
     return torch.ones(1, size.rows, dtype=torch.bool, device="meta")
+
+
+def _rows(size: Size) -> dict[str, Tensor | None]:
+    if not size.listed:
+        return {"mask": _mask(size)}
+    return {"row_index": _meta(int(size.rows * MASKED_SHARE), dtype=torch.int64)}
 
 
 def _mask(size: Size) -> Tensor | None:

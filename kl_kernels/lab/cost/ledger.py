@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kl_kernels.partitioned.operators import IMPLEMENTATIONS
+
 # They make another tensor of the same memory, or memory alone.
 FREE = frozenset(
     {
@@ -79,6 +81,11 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         namespace, name = func._schema.name.split("::")
         kwargs = kwargs or {}
+        with self:  # look into what is made of other operations
+            if namespace == "kl_kernels" and name in IMPLEMENTATIONS:
+                return IMPLEMENTATIONS[name](*args)
+            if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return parts
         if name == "nonzero":  # no data, no number of rows
             result: Any = _rows_that_count(args[0], self._share)
         else:

@@ -25,7 +25,16 @@ ALLOWED = {
     "integrations": {"functional", "rl", "monitor", "algebra", "partitioned"},
     "info": {"backends", "partitioned"},
     "lab": {
-        *("integrations", "functional", "partitioned", "rl", "monitor", "ops", "backends", "algebra"),
+        *(
+            "integrations",
+            "functional",
+            "partitioned",
+            "rl",
+            "monitor",
+            "ops",
+            "backends",
+            "algebra",
+        ),
         "info",
     },
     "cli": {"lab", "monitor", "info"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,9 +43,10 @@ class HeadOptions(NamedTuple):
         """Part of the vocabulary that the heads hold; None: all of it."""
         if self.group is None:
             return None
-        from torch.distributed.distributed_c10d import _resolve_process_group  # not in every build
+        from torch.distributed import distributed_c10d  # not in every build
 
-        return Shard(_resolve_process_group(self.group), self.vocab_start)
+        resolve: Any = distributed_c10d._resolve_process_group  # the name has a type of its own
+        return Shard(resolve(self.group), self.vocab_start)
 
 
 class Factors(NamedTuple):

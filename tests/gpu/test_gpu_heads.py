@@ -123,3 +123,28 @@ def test_tiles_of_all_sizes_agree(backend, device):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
         for gradient, another in zip(gradients, of_other):
             assert error(gradient, another.double()) < 3e-3
+
+
+def test_a_captured_step_replays_on_new_hidden_states(backend, device):
+    """The rows under a mask are listed beforehand: looking for them would wait for the GPU."""
+    heads, others = Heads("bfloat16", device), Heads("bfloat16", device)
+    others.hidden = others.hidden.roll(1, dims=1)
+    listed = {"row_index": heads.mask.flatten().nonzero()[:, 0]}
+    heads.evaluate("linear_token_kl", backend, False, **listed)
+    expected = others.evaluate("linear_token_kl", backend, False, **listed)
+    if device == "cpu":  # it has no graphs
+        assert torch.equal(expected[0] != 0, heads.mask)
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        heads.evaluate("linear_token_kl", backend, False, **listed)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value, gradients = heads.evaluate("linear_token_kl", backend, False, **listed)
+    with torch.no_grad():
+        heads.hidden.copy_(others.hidden)
+    graph.replay()
+    for a, b in zip((value, *gradients), (expected[0], *expected[1])):
+        assert torch.equal(a, b)

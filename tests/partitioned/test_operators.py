@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import Ranks
 from torch._dynamo.utils import counters
 
 import kl_kernels
@@ -117,6 +119,33 @@ def test_compiles_whole_and_once_for_all_lengths(function, rows):
         plain = torch.autograd.grad(loss(leaves, *reference, ids, **how), leaves)
         assert all(map(torch.equal, ours, plain))
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def of_a_shard(group, *arguments):
+    """(eager, compiled) gradients of hidden states and of this rank's half of the head."""
+    hidden, weight, ref_hidden, ref_weight, ids = arguments
+    here = slice(19 * dist.get_rank(group), 19 * (dist.get_rank(group) + 1))
+    leaves = hidden.requires_grad_(), weight[here].clone().requires_grad_()
+
+    def loss(leaves):
+        hidden, weight = (leaf * 1.0 for leaf in leaves)
+        reference = ref_hidden, ref_weight[here]
+        start = 19 * dist.get_rank(group)
+        return kl(hidden, weight, *reference, ids, group=group, vocab_start=start).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    return [torch.autograd.grad(f(leaves), leaves) for f in (loss, compiled)]
+
+
+def test_a_sharded_head_is_compiled_whole():
+    hidden, weight, _, *reference, _ = factors()
+    ranks = Ranks(2)
+    try:
+        found = ranks(of_a_shard, hidden, weight, *reference, torch.arange(6).view(2, 3), n=2)
+    finally:
+        ranks.close()
+    for eager, compiled in found:
+        assert all(map(torch.equal, eager, compiled))
 
 
 @pytest.mark.parametrize("function", [stats, kl, forward_kl, jsd])

@@ -14,7 +14,7 @@ MASK = torch.ones(2, 3, dtype=torch.bool)
 
 
 class OnAMesh(torch.Tensor):
-    """What tells a DTensor apart, without the processes that one needs."""
+    """Stand-in for a DTensor, which needs processes: told apart alike."""
 
     device_mesh = None
 

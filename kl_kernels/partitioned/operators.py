@@ -78,7 +78,7 @@ class HeadsJSDBackwardArgs(NamedTuple):
     needs_bias: bool
 
 
-# What each operator runs, for those who want to look inside.
+# Bodies of the operators, for those who want to look inside.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 

@@ -235,6 +235,7 @@ class PolicyLossArgs(NamedTuple):
     ref_temperature: float
     softcap: float | None
     ref_softcap: float | None
+    own_gradient: Written | None  # [B, T] the token's own entry, where grad_logits is rounded
     grad_logits: Written | None  # [B, T, V]
 
 

@@ -103,6 +103,11 @@ inline Tensor new_rows(const Tensor& logits, int64_t n) {  // [n, B, T]
 }
 inline float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
+// Gradients here have the dtype of the logits: the token's own entry stands among them.
+inline void refuse_own_gradient(const OptionalTensor& own_gradient) {
+  check(!own_gradient, "own_gradient is for backends that round gradients to another dtype");
+}
+
 inline PolicyLossParams policy_loss_params(double clip_low, double clip_high,
                                            std::optional<double> dual_clip,
                                            std::optional<double> log_ratio_clamp, double kl_coef,

@@ -28,7 +28,9 @@ inline Tensor policy_loss(const Tensor& logits, const OptionalTensor& ref_logits
                           std::optional<double> dual_clip, std::optional<double> log_ratio_clamp,
                           double kl_coef, int64_t kl_estimator, double entropy_coef,
                           double temperature, double ref_temperature, std::optional<double> softcap,
-                          std::optional<double> ref_softcap, const OptionalTensor& grad_logits) {
+                          std::optional<double> ref_softcap, const OptionalTensor& own_gradient,
+                          const OptionalTensor& grad_logits) {
+  refuse_own_gradient(own_gradient);
   const Models models(logits, ref_logits, temperature, ref_temperature, softcap, ref_softcap);
   std::optional<GradientRows> gradients;
   if (grad_logits) gradients.emplace(*grad_logits, models.logits);

@@ -84,6 +84,7 @@ def prepare_loss(
         kl_coef=checks.check_non_negative("kl_loss_coef", kl_loss_coef),
         kl_estimator=ESTIMATORS.index(kl_estimator if has_kl else "exact"),
         entropy_coef=entropy_coef,
+        own_gradient=None,
         grad_logits=None,
         **models._asdict(),
     )

@@ -35,7 +35,8 @@ PLACES = (1, 2, 4, 16, 0, -1)
 ON_CHIP_OR_NOT = (2, 0)
 DEFAULTS = {
     "old_logprobs": None, "advantages": None, "token_weights": None, "importance_weights": None,
-    "ref_logprobs": None, "clip_low": 0.2, "clip_high": 0.3, "dual_clip": None,
+    "ref_logprobs": None, "own_gradient": None,
+    "clip_low": 0.2, "clip_high": 0.3, "dual_clip": None,
     "log_ratio_clamp": 20.0, "kl_coef": 0.5, "kl_estimator": ESTIMATORS.index("exact"),
     "entropy_coef": 0.25, "temperature": 1.0, "ref_temperature": 1.0, "softcap": None,
     "ref_softcap": None,

@@ -105,7 +105,7 @@ def policy_loss(x, y, token_ids, grad, backend=triton_kernels, **changed):
     given = {
         "logits": x, "grad_logits": grad, "ref_logits": y, "token_ids": token_ids, "mask": MASK,
         "old_logprobs": None, "advantages": ones, "token_weights": ones / 6,
-        "importance_weights": None, "ref_logprobs": None,
+        "importance_weights": None, "ref_logprobs": None, "own_gradient": None,
         "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "log_ratio_clamp": 20.0,
         "kl_coef": 0.1, "kl_estimator": ESTIMATORS.index("exact"), "entropy_coef": 0.01,
         "temperature": 0.9, "ref_temperature": 1.1, "softcap": None, "ref_softcap": 30.0,
@@ -212,6 +212,27 @@ def test_the_policy_loss_does_not_depend_on_tiles(layout, estimator):
     # The gradient of a certain token is 0, a difference of terms around the loss's weights.
     scale = grads[1].float().norm(dim=-1).clamp_min(0.01)
     assert ((grads[0].float() - grads[1].float()).norm(dim=-1) <= rounding * scale).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("backend", [triton_kernels, reference])
+def test_a_tokens_own_entry_is_told_before_it_is_rounded(backend, softcap):
+    """Beside a gradient in another dtype, which heads multiply."""
+    x, y, token_ids = draw()
+    options = {"softcap": softcap, "advantages": torch.tensor([[1.0, 1.0, 0.0], [-2.0, 0.5, 3.0]])}
+    exact = torch.empty_like(x, dtype=torch.float64)
+    policy_loss(x.double(), y.double(), token_ids, exact, reference, **options)
+    rounded, own = torch.empty_like(x, dtype=torch.bfloat16), torch.full((2, 3), torch.nan)
+    policy_loss(x, y, token_ids, rounded, backend, own_gradient=own, **options)
+    true = exact.gather(-1, token_ids[..., None])[..., 0]
+    torch.testing.assert_close(own.double(), true, rtol=2e-5, atol=1e-8)
+    assert ((rounded.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-7).all()
+    assert (own[~MASK] == 0).all()
+    nothing = torch.full((2, 3), torch.nan)  # a loss without a gradient
+    clipped = {"old_logprobs": torch.full((2, 3), -50.0), "kl_coef": 0.0, "entropy_coef": 0.0}
+    clipped["advantages"] = torch.ones(2, 3)
+    policy_loss(x, y, token_ids, rounded, backend, own_gradient=nothing, **clipped)
+    assert (nothing == 0).all()
 
 
 @pytest.fixture

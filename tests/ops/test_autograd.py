@@ -208,7 +208,7 @@ def arguments(name, backend):
         "policy_loss": (
             *constants,
             *(None, per_token, per_token, per_token, None),
-            *(0.2, 0.2, None, 20.0, 0.1, 1, 0.01, *scales, gradient),
+            *(0.2, 0.2, None, 20.0, 0.1, 1, 0.01, *scales, None, gradient),
         ),
         "scale_gradient": (gradient, torch.tensor(2.0)),
         "gae": (per_token, per_token, mask, 0.9, 0.95, True),

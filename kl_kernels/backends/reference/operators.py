@@ -149,6 +149,8 @@ def policy_loss(a: PolicyLossArgs) -> Tensor:
         pick(PolicyLossParams, a),
     )
     if a.grad_logits is not None:
+        rounds = a.own_gradient is not None
+        exact = torch.empty_like(a.logits, dtype=torch.float64) if rounds else a.grad_logits
         row_args = TokenStatsBackwardArgs(
             grad_logprob=None,
             grad_entropy=None,
@@ -160,9 +162,13 @@ def policy_loss(a: PolicyLossArgs) -> Tensor:
             temperature=a.temperature,
             softcap=a.softcap,
             part=False,
-            grad_logits=a.grad_logits,
+            grad_logits=exact,
         )
         _backward(Models.of(a), row_args, upstream, out.ref_state, out.kl)
+        if a.own_gradient is not None:
+            a.grad_logits.copy_(exact)
+            ids = a.token_ids.masked_fill(~a.mask, 0)[..., None]
+            a.own_gradient.copy_(exact.gather(-1, ids)[..., 0])
     return torch.stack([torch.where(a.mask, term, 0.0) for term in terms]).to(out.logprob.dtype)
 
 

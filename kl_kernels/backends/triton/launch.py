@@ -252,6 +252,7 @@ def policy_loss(a: PolicyLossArgs) -> Tensor:
             importance_weight_ptr=a.importance_weights,
             ref_logprob_ptr=a.ref_logprobs,
             terms_ptr=terms,
+            own_gradient_ptr=a.own_gradient,
             **gradient_of(a.grad_logits),
             temperature=a.temperature,
             clip_low=a.clip_low,

@@ -49,6 +49,12 @@ def per_token(ptr, row, default):
 
 
 @triton.jit
+def store_per_token(ptr, row, value):
+    if ptr is not None:
+        tl.store(ptr + row, value)
+
+
+@triton.jit
 def store_terms(terms_ptr, stride, terms):
     for i in tl.static_range(len(terms)):
         tl.store(terms_ptr + i * stride, terms[i])
@@ -66,6 +72,7 @@ def policy_loss_kernel(
     importance_weight_ptr,  # [B, T] or None
     ref_logprob_ptr,  # [B, T], for k2 and k3
     terms_ptr,  # [8, B, T]
+    own_gradient_ptr,  # [B, T] the token's entry, not rounded; None: nobody asks
     grad_logits_ptr,  # [B, T, V], may be logits_ptr; None: no gradient
     n_rows,
     n_tokens,
@@ -107,6 +114,7 @@ def policy_loss_kernel(
         )
     if tl.load(mask_ptr + row) == 0:
         store_terms(terms_ptr, stride, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+        store_per_token(own_gradient_ptr, row, 0.0)
         if grad_logits_ptr is not None:
             store_zeros(g_row, 0, vocab_size, tile)
         return
@@ -143,6 +151,7 @@ def policy_loss_kernel(
 
     if grad_logits_ptr is not None:
         if (g.logprob == 0.0) & (g.kl == 0.0) & (g.entropy == 0.0):
+            store_per_token(own_gradient_ptr, row, 0.0)
             store_zeros(g_row, 0, vocab_size, tile)
         else:
             of: tl.constexpr = Differentiated(HAS_KL and ESTIMATOR == EXACT, False, HAS_ENTROPY)
@@ -160,3 +169,4 @@ def policy_loss_kernel(
                 grad = gradient(x, y, at, None, c, of, "evict_first")
                 store_gradient(g_row, at, None, grad, "evict_first")
             store_own(g_row, token, None, own)
+            store_per_token(own_gradient_ptr, row, own)

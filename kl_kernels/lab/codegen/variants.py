@@ -90,6 +90,7 @@ def _operands(shape: Shape) -> dict[str, Any]:
         "token_weights": per_token,
         "importance_weights": None,
         "ref_logprobs": None,
+        "own_gradient": None,
         "factor": empty(),
         "temperature": 0.9,
         "ref_temperature": 0.9,

@@ -16,6 +16,7 @@ from torch import Tensor
 from kl_kernels.algebra.parts import Whole
 from kl_kernels.algebra.row import Finished
 from kl_kernels.ops.library import define
+from kl_kernels.partitioned import flops
 from kl_kernels.partitioned.functions import Inputs, Saved, Upstream
 from kl_kernels.partitioned.head_gradients import Gradients, jsd_gradients, kl_gradients
 from kl_kernels.partitioned.heads import (
@@ -82,7 +83,9 @@ class HeadsJSDBackwardArgs(NamedTuple):
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
-def _define(name: str, own: type[Any], returns: str, implementation: Any, fake: Any) -> None:
+def _define(
+    name: str, own: type[Any], returns: str, implementation: Any, fake: Any, products: Any
+) -> None:
     classes = (Factors, own, HeadOptions)
     arguments = [
         f"{kind} {field}" for cls in classes for field, kind in argument_types(cls).items()
@@ -101,6 +104,7 @@ def _define(name: str, own: type[Any], returns: str, implementation: Any, fake: 
     IMPLEMENTATIONS[name] = run
     schema = f"({', '.join(arguments)}) -> {returns}"
     define(name, schema, run, lambda *args: fake(*apart(args)))
+    flops.register(name, lambda args: products(apart(args)[1]))
 
 
 def _fold(factors: Factors, a: FoldHeadsArgs, options: HeadOptions) -> tuple[Tensor, ...]:
@@ -143,6 +147,19 @@ def _jsd_backward(factors: Factors, a: HeadsJSDBackwardArgs, options: HeadOption
     return _needed(jsd_gradients(heads, rows, saved, a.beta, a.grad_jsd, needs, options))
 
 
+def _once_each(a: Any) -> tuple[int, int]:
+    return 1, 1
+
+
+def _kl_backward_products(a: HeadsKLBackwardArgs) -> tuple[int, int]:
+    has_kl = a.grad_kl is not None or a.grad_forward_kl is not None
+    return 1 + a.needs_hidden + a.needs_weight, int(has_kl)
+
+
+def _jsd_backward_products(a: HeadsJSDBackwardArgs) -> tuple[int, int]:
+    return 1 + a.needs_hidden + a.needs_weight, 1
+
+
 def _needed(gradients: Gradients) -> list[Tensor]:
     return [gradient for gradient in gradients if gradient is not None]
 
@@ -157,10 +174,25 @@ _define(
     f"({', '.join(f'Tensor {field}' for field in TokenKLOutputs._fields)})",
     _fold,
     _folded,
+    _once_each,
 )
-_define("mixture_of_heads", MixtureOfHeadsArgs, "Tensor sums", _mixture, _mixed)
-_define("heads_kl_backward", HeadsKLBackwardArgs, "Tensor[]", _kl_backward, _new_gradients)
-_define("heads_jsd_backward", HeadsJSDBackwardArgs, "Tensor[]", _jsd_backward, _new_gradients)
+_define("mixture_of_heads", MixtureOfHeadsArgs, "Tensor sums", _mixture, _mixed, _once_each)
+_define(
+    "heads_kl_backward",
+    HeadsKLBackwardArgs,
+    "Tensor[]",
+    _kl_backward,
+    _new_gradients,
+    _kl_backward_products,
+)
+_define(
+    "heads_jsd_backward",
+    HeadsJSDBackwardArgs,
+    "Tensor[]",
+    _jsd_backward,
+    _new_gradients,
+    _jsd_backward_products,
+)
 
 
 class LinearHeads(NamedTuple):

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 import kl_kernels
 from kl_kernels.partitioned.heads import HeadOptions
@@ -146,6 +147,32 @@ def test_a_sharded_head_is_compiled_whole():
         ranks.close()
     for eager, compiled in found:
         assert all(map(torch.equal, eager, compiled))
+
+
+@pytest.mark.parametrize(
+    ("function", "of_policy", "of_reference"),
+    [(stats, (1, 3), (0, 0)), (kl, (1, 3), (1, 1)), (jsd, (2, 3), (2, 1))],
+)
+def test_products_are_counted(function, of_policy, of_reference):
+    """Logits forward; logits and two gradients backward; a mixture's logits once more."""
+    hidden, weight, _, *reference, _ = factors()
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    policy, ref = 2 * 2 * 3 * D * V, 2 * 2 * 3 * REF_D * V
+    with FlopCounterMode(display=False) as forward:
+        value = function(*leaves, *reference, torch.zeros(2, 3, dtype=torch.long))
+    assert forward.get_total_flops() == of_policy[0] * policy + of_reference[0] * ref
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(value.sum(), leaves)
+    assert backward.get_total_flops() == of_policy[1] * policy + of_reference[1] * ref
+    with FlopCounterMode(display=False) as frozen:
+        torch.autograd.grad(
+            function(
+                hidden, weight.detach(), *reference, torch.zeros(2, 3, dtype=torch.long)
+            ).sum(),
+            hidden,
+        )
+    expected = (of_policy[0] + of_policy[1] - 1) * policy + sum(of_reference) * ref
+    assert frozen.get_total_flops() == expected
 
 
 @pytest.mark.parametrize("function", [stats, kl, forward_kl, jsd])

@@ -94,7 +94,7 @@ class LinearHeads(NamedTuple):
 
         def write(logits: Sequence[Tensor], which: slice, ids: Tensor, gradient: Tensor) -> None:
             g = Upstream(*(None if g is None else g[:, which] for g in of_rows))
-            _write_kl_gradient(logits, ids, self.options, g, slices.of(which), gradient)
+            write_kl_gradient(logits, ids, self.options, g, slices.of(which), gradient)
 
         ids = _counted_from(self.options.shard, rows.take(token_ids)[None])
         tokens_matter = upstream.logprob is not None
@@ -208,19 +208,7 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOp
     ids = _counted_from(options.shard, global_ids)
 
     def fold(own_ids: Tensor, which: slice) -> Tensor:  # [F, 1, rows]
-        logits = [of_head.logits(which)[None] for of_head in tiles]
-        args = FoldPartArgs(
-            logits=logits[0],
-            ref_logits=logits[1] if len(logits) > 1 else None,
-            token_ids=own_ids[:, which],
-            mask=None,
-            temperature=options.temperature,
-            ref_temperature=options.ref_temperature,
-            softcap=options.softcap,
-            ref_softcap=options.ref_softcap,
-        )
-        state: Tensor = torch.ops.kl_kernels.fold_part(*args, options.backend)
-        return state
+        return fold_logits([of_head.logits(which) for of_head in tiles], own_ids[:, which], options)
 
     def states() -> Iterator[Tensor]:  # [F, 1, n]
         for columns in plan.column_slices():
@@ -236,6 +224,27 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOp
         state = pack(part, has_ref=len(heads) > 1, dtype=dtype)
         part = exchange(state, options.shard, len(heads[0].weight), global_ids, None)
     return finish_parts(part, None, dtype)
+
+
+def fold_logits(
+    logits: Sequence[Tensor],  # [rows, columns] of the policy and, maybe, of the reference
+    token_ids: Tensor,  # [1, rows]
+    options: HeadOptions,
+) -> Tensor:
+    """The state of a part, [F, 1, rows]."""
+    policy, *reference = (of_model[None] for of_model in logits)
+    args = FoldPartArgs(
+        logits=policy,
+        ref_logits=reference[0] if reference else None,
+        token_ids=token_ids,
+        mask=None,
+        temperature=options.temperature,
+        ref_temperature=options.ref_temperature,
+        softcap=options.softcap,
+        ref_softcap=options.ref_softcap,
+    )
+    state: Tensor = torch.ops.kl_kernels.fold_part(*args, options.backend)
+    return state
 
 
 def _merge(states: Iterator[Tensor], has_ref: bool, room: int) -> Part:  # [F, 1, n] each
@@ -290,7 +299,7 @@ def _counted_from(shard: Shard | None, token_ids: Tensor) -> Tensor:
     return token_ids if shard is None else token_ids - shard.start
 
 
-def _write_kl_gradient(
+def write_kl_gradient(
     logits: Sequence[Tensor],  # [rows, columns] of the policy and, maybe, of the reference
     token_ids: Tensor,  # [1, rows]
     options: HeadOptions,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels.algebra.row import Finished, Upstream
-from kl_kernels.schemas import ESTIMATORS, KLRewardsArgs
+from kl_kernels.schemas import ESTIMATORS, KLRewardsArgs, PolicyLossArgs, pick
 
 K1, EXACT, K2, K3, ABS = range(len(ESTIMATORS))
 
@@ -154,3 +154,23 @@ def policy_loss_epilogue(
         f.entropy,
     )
     return terms, Upstream(m * grad_logprob, m * grad_kl, torch.zeros_like(m), m * grad_entropy)
+
+
+def policy_losses(f: Finished, a: PolicyLossArgs) -> tuple[tuple[Tensor, ...], Upstream]:
+    """`policy_loss_epilogue` of an operator's arguments; what is not given is the policy's own."""
+
+    def or_else(given: Tensor | None, default: Tensor) -> Tensor:
+        return default if given is None else given
+
+    row = PolicyLossInputs(
+        or_else(a.old_logprobs, f.logprob),
+        a.advantages,
+        a.token_weights,
+        or_else(a.importance_weights, torch.ones_like(f.logprob)),
+        or_else(a.ref_logprobs, f.logprob),
+    )
+    return policy_loss_epilogue(
+        Finished(*(t.double() for t in f)),
+        PolicyLossInputs(*(t.double() for t in row)),
+        pick(PolicyLossParams, a),
+    )

@@ -16,6 +16,12 @@ DTensor hidden states are on the weight's mesh, and on each of its dimensions
 Gradients are those of one loss over all ranks, summed over the ranks that rows are sharded over.
 What is per token, and outputs, are as for DTensor logits (`dtensors.py`).
 
+The loss of `linear_policy_loss` is, with plain hidden states, that of this rank's own tokens: pass
+`denominator=global_denominator(mask)`, and the mean of the gradients is that of one loss over all
+ranks' tokens. (Held until backward are then not the gathered parameters, but gradients as large.)
+With DTensor hidden states it is that one loss, as of DTensor logits: a DTensor, or plain where
+token ids are; metrics are plain. `denominator` is then of all ranks' rows, and None counts them.
+
 Bias and the reference's head are placed as the weight, its hidden states as the policy's.
 """
 
@@ -31,6 +37,7 @@ from torch import Tensor
 
 from kl_kernels.checks import is_dtensor
 from kl_kernels.functional.dtensor_layout import Layout, layout_of
+from kl_kernels.functional.dtensor_losses import Loss, loss_of_all_rows
 
 if TYPE_CHECKING:  # half a second of import, for those who use it
     from torch.distributed.tensor import DTensor, Placement
@@ -49,6 +56,34 @@ def takes_dtensor_heads(function: Callable[P, R]) -> Callable[P, R]:
         TypeError, ValueError: placements are none of those above, plain tensors and DTensors are
             mixed otherwise, or `group` or `vocab_start` is given.
     """
+    return _called_on_local(function, _per_token)
+
+
+def loss_takes_dtensor_heads(function: Callable[P, Loss]) -> Callable[P, Loss]:
+    """`takes_dtensor_heads` for a loss, which is of all rows where hidden states are DTensors.
+
+    Raises:
+        TypeError, ValueError: as there, or ranks have parts of sequences that the aggregation must
+            know whole.
+    """
+    return _called_on_local(function, loss_of_all_rows)
+
+
+def _per_token(
+    function: Callable[..., Any], layout: Layout, given: dict[str, Any], local: dict[str, Any]
+) -> Any:
+    result = function(**local, **layout.shard())
+    if "token_ids" in given and not is_dtensor(given["token_ids"]):
+        return result
+    if isinstance(result, Tensor):
+        return layout.per_token(result)
+    return type(result)(*map(layout.per_token, result))
+
+
+def _called_on_local(
+    function: Callable[P, R],
+    call: Callable[..., Any],  # (function, layout of the logits, arguments, local ones)
+) -> Callable[P, R]:
     signature = inspect.signature(function)
 
     @wraps(function)
@@ -69,12 +104,8 @@ def takes_dtensor_heads(function: Callable[P, R]) -> Callable[P, R]:
             )
         layout = _layout_of_head(given["hidden"], given["weight"])
         local = {name: _local(layout, given["weight"], name, x) for name, x in given.items()}
-        result: Any = function(**local, **layout.shard())  # type: ignore[call-arg]
-        if "token_ids" in given and not is_dtensor(given["token_ids"]):
-            return result
-        if isinstance(result, Tensor):
-            return layout.per_token(result)  # type: ignore[return-value]
-        return type(result)(*map(layout.per_token, result))
+        result: R = call(function, layout, given, local)
+        return result
 
     return wrapper
 

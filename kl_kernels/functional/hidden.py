@@ -264,7 +264,7 @@ def _apply(
     checks.check_token_dtype(token_ids)
     ids = as_tokens(token_ids).long()
     counts, which = prepare_which(mask, row_index, hidden)
-    if options.shard is None:
+    if options.group is None:
         # Kernels see a tile's own ids; one that is in no tile would pass for one elsewhere.
         checks.check_token_range(ids, counts, weight.shape[0])
     heads = *as_autocast(as_rows(hidden), weight, bias), *as_autocast(*reference)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.functional.arguments import Models
-from kl_kernels.functional.dtensors import is_dtensor
+from kl_kernels.functional.dtensor_heads import loss_takes_dtensor_heads
 from kl_kernels.functional.hidden import linear_token_stats
 from kl_kernels.functional.hidden_arguments import as_autocast, prepare_head, prepare_heads
 from kl_kernels.functional.loss_arguments import (
@@ -25,12 +25,16 @@ from kl_kernels.partitioned.tiles import untraced
 from kl_kernels.rl.losses import Aggregation
 from kl_kernels.schemas import BackendName
 
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
+
 # Bytes of memory_budget=None. Every block of rows reads and writes all sums of the weight's
 # gradient: with fewer than a thousand rows, a GPU takes longer for that than for the product.
 MEMORY_BUDGETS = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 @untraced
+@loss_takes_dtensor_heads
 def linear_policy_loss(
     hidden: Tensor,  # [B, T, d]
     weight: Tensor,  # [V, d]
@@ -64,6 +68,8 @@ def linear_policy_loss(
     ref_logit_scale: float | None = None,
     memory_budget: int | None = None,
     gradient_precision: GradientPrecision = "narrow",
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     backend: BackendName | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's or GRPO's clipped loss with KL and entropy, and its gradients, from hidden states.
@@ -74,6 +80,12 @@ def linear_policy_loss(
     a frozen head, where statistics whose loss comes later take four and three. The formula is
     there; gradients are computed in this very call, and `backward` hands them out, multiplied by
     the upstream gradient where that is not 1.
+
+    With a group each rank multiplies its own columns' logits alone, and all ranks return the same
+    loss and metrics, to the bit. One collective for each block of rows brings at most 36 bytes of
+    a row together, one sums the gradient of the hidden states, and a small one comes first, which
+    the host waits for: blocks are as large on all ranks as on the one with the largest shard.
+    `backward` sends nothing. DTensors: `dtensor_heads.py` says whose tokens the loss is of.
 
     Rows where the mask is 0 are not multiplied. Finding the others synchronises a GPU. Memory,
     beyond inputs, gradients and `memory_budget`: the gradients in float32, where they have another
@@ -118,14 +130,19 @@ def linear_policy_loss(
             of their factors. None: 64 MiB on a CPU, 1 GiB elsewhere.
         gradient_precision: of the products that make gradients, "narrow", "split" or "float32", as
             in `linear_token_stats`.
+        group: the process group that the vocabulary is sharded over: weights and biases are this
+            rank's rows; hidden states, everything per token and all options are the same on all
+            ranks, and so is what requires grad. None: the heads are whole.
+        vocab_start: with a group, the global token id of this rank's first row. None: all shards
+            are of one size, and in the order of the ranks.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
         (loss, metrics), as from `fused_policy_loss`.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or
-            memory_budget is too small for a row.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range,
+            memory_budget is too small for a row, or a group's ranks count other numbers of tokens.
         RuntimeError: `backward` is called a second time: the first gave the gradients away.
 
     Examples:
@@ -154,7 +171,8 @@ def linear_policy_loss(
     }
     given: dict[str, Any] = {"memory_budget": memory_budget}
     given["gradient_precision"] = gradient_precision
-    given |= {"group": None, "vocab_start": None, "backend": backend}
+    where: dict[str, Any] = {"group": group, "vocab_start": vocab_start}
+    given |= {**where, "backend": backend}
     reference = ref_hidden, ref_weight, ref_bias
     if ref_hidden is None or ref_weight is None:
         options = prepare_head(hidden, weight, bias, **scales, **given)
@@ -183,6 +201,7 @@ def linear_policy_loss(
                 softcap=options.ref_softcap,
                 memory_budget=memory_budget,
                 backend=backend,
+                **where,
             ).logprob
             reference = None, None, None
     # Stands for logits, which everything per token must agree with.
@@ -217,7 +236,8 @@ def linear_policy_loss(
         log_ratio_clamp=log_ratio_clamp,
         loss_scale=loss_scale,
     )
-    checks.check_token_range(args.token_ids, args.mask, len(weight))
+    if options.group is None:
+        checks.check_token_range(args.token_ids, args.mask, len(weight))
     factors = *as_autocast(hidden, weight, bias), *as_autocast(*reference)
     if not torch.is_grad_enabled():
         # The function is told of requires_grad alone, and would make gradients.
@@ -238,13 +258,6 @@ def _check_factors(
     checks.check_tensor("hidden", hidden)
     if hidden.ndim != 3:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be [B, T, d]")
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if is_dtensor(tensor):
-            raise TypeError(
-                f"{name} is a DTensor, which linear_policy_loss does not take; pass "
-                f"{name}.full_tensor(grad_placements=...), or compute the loss from "
-                "linear_token_stats"
-            )
     if (ref_hidden is None) != (ref_weight is None):
         given, missing = ("ref_weight", "ref_hidden")[:: 1 if ref_hidden is None else -1]
         raise ValueError(f"{given} is given and {missing} is None; a reference's head takes both")

@@ -43,7 +43,7 @@ def kl_gradients(
 
     def write(logits: Sequence[Tensor], which: slice, ids: Tensor, gradient: Tensor) -> None:
         g = Upstream(*(None if g is None else g[:, which] for g in of_rows))
-        _write_kl_gradient(logits, ids, options, g, slices.of(which), gradient)
+        write_kl_gradient(logits, ids, options, g, slices.of(which), gradient)
 
     ids = counted_from(options.shard, rows.take_last(token_ids))
     tokens_matter = upstream.logprob is not None
@@ -131,7 +131,7 @@ class _SavedSlices:
         return self._known[key]
 
 
-def _write_kl_gradient(
+def write_kl_gradient(
     logits: Sequence[Tensor],  # [rows, columns] of the policy and, maybe, of the reference
     token_ids: Tensor,  # [1, rows]
     options: HeadOptions,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -88,19 +88,7 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOp
     ids = counted_from(shard, global_ids)
 
     def fold(own_ids: Tensor, which: slice) -> Tensor:  # [F, 1, rows]
-        logits = [of_head.logits(which)[None] for of_head in tiles]
-        args = FoldPartArgs(
-            logits=logits[0],
-            ref_logits=logits[1] if len(logits) > 1 else None,
-            token_ids=own_ids[:, which],
-            mask=None,
-            temperature=options.temperature,
-            ref_temperature=options.ref_temperature,
-            softcap=options.softcap,
-            ref_softcap=options.ref_softcap,
-        )
-        state: Tensor = torch.ops.kl_kernels.fold_part(*args, options.backend)
-        return state
+        return fold_logits([of_head.logits(which) for of_head in tiles], own_ids[:, which], options)
 
     def states() -> Iterator[Tensor]:  # [F, 1, n]
         for columns in plan.column_slices():
@@ -116,6 +104,27 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOp
         state = pack(part, has_ref=len(heads) > 1, dtype=dtype)
         part = exchange(state, shard, len(heads[0].weight), global_ids, None)
     return finish_parts(part, None, dtype)
+
+
+def fold_logits(
+    logits: Sequence[Tensor],  # [rows, columns] of the policy and, maybe, of the reference
+    token_ids: Tensor,  # [1, rows]
+    options: HeadOptions,
+) -> Tensor:
+    """The state of a part, [F, 1, rows]."""
+    policy, *reference = (of_model[None] for of_model in logits)
+    args = FoldPartArgs(
+        logits=policy,
+        ref_logits=reference[0] if reference else None,
+        token_ids=token_ids,
+        mask=None,
+        temperature=options.temperature,
+        ref_temperature=options.ref_temperature,
+        softcap=options.softcap,
+        ref_softcap=options.ref_softcap,
+    )
+    state: Tensor = torch.ops.kl_kernels.fold_part(*args, options.backend)
+    return state
 
 
 def _merge(states: Iterator[Tensor], has_ref: bool, room: int) -> Part:  # [F, 1, n] each

@@ -1,9 +1,13 @@
 """The policy loss of linear heads and its gradients, some rows at a time.
 
-A block of rows has all of its logits in one float32 tile. The row kernel folds it, knows each row's
-loss, and writes the gradient over the logits; then that is multiplied with both factors. Logits are
+A block of rows has all of its logits in one float32 tile. It is folded, each row's loss is known,
+and the gradient is written over the logits; then that is multiplied with both factors. Logits are
 so multiplied once where statistics with a later gradient need them twice: three products in all,
 two with a frozen head.
+
+With a sharded vocabulary the tile has a rank's own logits, and the states of its rows are exchanged
+before the loss is known: one collective for each block, and one for the gradient of the hidden
+states.
 """
 
 from __future__ import annotations
@@ -12,14 +16,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from kl_kernels.algebra.parts import local_token_ids
 from kl_kernels.ops.autograd import given_away, only_first
 from kl_kernels.partitioned.gradients import NarrowTiles, scale_for, sums_at_tokens
 from kl_kernels.partitioned.heads import HeadOptions, full_precision
+from kl_kernels.partitioned.loss_of_rows import largest_shard, loss_of_rows
 from kl_kernels.partitioned.products import Terms, multiply
+from kl_kernels.partitioned.shards import Shard
 from kl_kernels.partitioned.tiles import ALIGNMENT, Head, Rows, TilePlan, Tiles, bytes_of
-from kl_kernels.schemas import POLICY_LOSS_TERMS, PolicyLossArgs
+from kl_kernels.schemas import NO_TOKEN, POLICY_LOSS_TERMS, PolicyLossArgs
 
 STORED_AT_ONCE = 8192  # columns of a gradient's sums whose corrections are there at a time
 PER_TOKEN = (
@@ -57,9 +65,14 @@ class HeadPolicyLoss(torch.autograd.Function):
         return only_first(ctx, None, None, *given_away(ctx, grad_loss))
 
 
-def plan_rows(heads: list[Head], n_rows: int, memory_budget: int, *, gradient: bool) -> TilePlan:
-    """Rows that fit `memory_budget` with all of their logits, and columns of the weight's terms."""
-    vocab_size, per = len(heads[0].weight), bytes_of(heads, gradient=gradient)
+def plan_rows(
+    heads: list[Head], n_rows: int, vocab_size: int, memory_budget: int, *, gradient: bool
+) -> TilePlan:
+    """Rows that fit `memory_budget` with all of their logits, and columns of the weight's terms.
+
+    `vocab_size` is the heads', or that of the largest shard: the others take blocks like its own.
+    """
+    own_size, per = len(heads[0].weight), bytes_of(heads, gradient=gradient)
     columns = vocab_size
     if per.column:
         columns = min(vocab_size, max(1, memory_budget // 4 // per.column))
@@ -75,14 +88,14 @@ def plan_rows(heads: list[Head], n_rows: int, memory_budget: int, *, gradient: b
         )
     if rows > ALIGNMENT:
         rows -= rows % ALIGNMENT
-    return TilePlan(n_rows, vocab_size, max(1, min(rows, n_rows)), columns)
+    return TilePlan(n_rows, own_size, max(1, min(rows, n_rows)), min(columns, own_size))
 
 
 def loss_and_gradients(
     heads: list[Head], args: PolicyLossArgs, options: HeadOptions, needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss's terms [8, B, T], and its gradients of hidden, weight and bias, where needed."""
-    policy, how = heads[0], heads[0].multiplication
+    policy, how, shard = heads[0], heads[0].multiplication, options.shard
     rows = Rows(args.token_ids.shape, args.mask)
     taken: dict[str, Any] = {
         name: None if (value := getattr(args, name)) is None else rows.take(value)[None]
@@ -92,12 +105,18 @@ def loss_and_gradients(
     if scale is not None:
         taken["token_weights"] = taken["token_weights"] * scale
     args = args._replace(**taken)
-    plan = plan_rows(heads, rows.n, options.memory_budget, gradient=any(needs))
+    start, own_size = 0, len(policy.weight)
+    largest = own_size
+    if shard is not None:
+        largest = largest_shard(own_size, rows.n, shard, policy.weight.device)
+        start = shard.start
+    own_ids = local_token_ids(args.token_ids, start, own_size)
+    plan = plan_rows(heads, rows.n, largest, options.memory_budget, gradient=any(needs))
     tiles = [Tiles(head, rows, plan) for head in heads]
     blocks = [
         head.weight.new_empty((plan.rows, plan.vocab_size), dtype=head.tile_dtype) for head in heads
     ]
-    gradients = _Gradients(policy, rows, args.token_ids, plan, needs) if any(needs) else None
+    gradients = _Gradients(policy, rows, own_ids, plan, needs, shard) if any(needs) else None
     terms = policy.hidden.new_empty((len(POLICY_LOSS_TERMS), rows.n), dtype=policy.tile_dtype)
     for which in plan.row_slices():
         n = which.stop - which.start
@@ -110,17 +129,14 @@ def loss_and_gradients(
         of_rows: dict[str, Any] = {
             name: None if t is None else t[:, which] for name, t in taken.items()
         }
-        found = torch.ops.kl_kernels.policy_loss(
-            *args._replace(
-                logits=logits[0],
-                ref_logits=logits[1] if len(logits) > 1 else None,
-                mask=torch.ones((1, n), dtype=torch.bool, device=policy.hidden.device),
-                grad_logits=None if gradients is None else logits[0],
-                **of_rows,
-            ),
-            options.backend,
+        of_block = args._replace(
+            logits=logits[0],
+            ref_logits=logits[1] if len(logits) > 1 else None,
+            mask=torch.ones((1, n), dtype=torch.bool, device=policy.hidden.device),
+            grad_logits=None if gradients is None else logits[0],
+            **of_rows,
         )
-        terms[:, which] = found[:, 0]
+        terms[:, which] = loss_of_rows(of_block, options)[:, 0]
         if gradients is not None:
             gradients.add(blocks[0][:n], which, hidden[0], tiles[0])
     results: list[Tensor | None] = [None] * 3
@@ -135,9 +151,17 @@ class _Gradients:
     """Sums of the gradients of hidden states, weight and bias over blocks of rows."""
 
     def __init__(
-        self, head: Head, rows: Rows, token_ids: Tensor, plan: TilePlan, needs: Sequence[bool]
+        self,
+        head: Head,
+        rows: Rows,
+        token_ids: Tensor,  # [1, n] counted from the head's first row; NO_TOKEN where it has none
+        plan: TilePlan,
+        needs: Sequence[bool],
+        shard: Shard | None,
     ):
-        self._head, self._rows, self._plan, self._ids = head, rows, plan, token_ids[0]
+        self._head, self._rows, self._plan, self._shard = head, rows, plan, shard
+        self._ids, self._has_token = token_ids[0], token_ids[0] != NO_TOKEN
+        self._columns = torch.where(self._has_token, self._ids, 0)
         dtype = head.tile_dtype
         self._narrow = NarrowTiles(head, plan.rows * plan.vocab_size)
         self._errors = None
@@ -157,8 +181,9 @@ class _Gradients:
         """Multiply the gradient of a block's logits [rows, V] with both factors."""
         gradient = self._narrow.terms(tile)
         if self._errors is not None:
-            ids = self._ids[which, None]
-            self._errors[which] = tile.gather(1, ids) - gradient[0].gather(1, ids)
+            own = self._columns[which, None]
+            errors = tile.gather(1, own) - gradient[0].gather(1, own)
+            self._errors[which] = torch.where(self._has_token[which, None], errors, 0.0)
         if self._bias is not None:
             for term in gradient:
                 self._bias += term.sum(0, dtype=self._bias.dtype)
@@ -177,7 +202,10 @@ class _Gradients:
         head, errors = self._head, self._errors
         if hidden is not None:
             if errors is not None:
-                hidden.addcmul_(errors, head.weight[self._ids].to(hidden.dtype))
+                hidden.addcmul_(errors, head.weight[self._columns].to(hidden.dtype))
+            if self._shard is not None:
+                # All ranks' logits come from the same hidden states.
+                dist.all_reduce(hidden, group=self._shard.group)
             hidden = self._rows.put(_scaled(hidden, scale), head.hidden.dtype)
         if weight is not None:
             values = None if errors is None else all_hidden * errors

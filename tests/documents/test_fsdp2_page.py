@@ -41,7 +41,7 @@ def mesh_named(name):
     return init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
 
 
-SHARD, CALL, LOSS, SHARD_WITH_METHOD, CALL_METHOD = blocks_of("how-to/fsdp2.md")
+SHARD, CALL, LOSS, WHOLE_LOSS, SHARD_WITH_METHOD, CALL_METHOD = blocks_of("how-to/fsdp2.md")
 
 
 def rows_of_rank(given):
@@ -67,12 +67,12 @@ def by_ranks(group, way, mesh):
     if mesh == "hsdp":  # the reference may be sharded as well
         fully_shard(reference.model, mesh=names["mesh"])
         fully_shard(reference.lm_head, mesh=names["mesh"])
-    exec(SHARD if way == "parameter" else SHARD_WITH_METHOD, names)
+    exec(SHARD_WITH_METHOD if way == "method" else SHARD, names)
     gradients = []
     for step in range(STEPS):
         given = names | rows_of_rank(batch(step))
-        exec(CALL if way == "parameter" else CALL_METHOD, given)
-        exec(LOSS, given)
+        exec(CALL_METHOD if way == "method" else CALL, given)
+        exec(WHOLE_LOSS if way == "loss" else LOSS, given)
         gradients.append([whole(weight.grad) for weight in policy.parameters()])
     return gradients, [whole(weight).detach() for weight in policy.parameters()]
 
@@ -93,7 +93,7 @@ def by_one_process():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("way", ["parameter", "method"])
+@pytest.mark.parametrize("way", ["parameter", "loss", "method"])
 def test_the_page_trains_as_one_process_on_the_whole_batch(ranks, way, mesh):
     expected = by_one_process()
     for found in ranks(by_ranks, way, mesh, n=N_RANKS):

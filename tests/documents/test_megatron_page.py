@@ -12,7 +12,7 @@ import kl_kernels
 B, PROMPT, T, V = 8, 3, 5, 19
 PADDED = {"the last": 22, "a whole rank": 40}  # columns, over two ranks
 BEFORE = slice(PROMPT - 1, -1)
-FROM_LOGITS, LOSS, FROM_HIDDEN = blocks_of("how-to/megatron.md")
+FROM_LOGITS, LOSS, FROM_HIDDEN, LOSS_FROM_HIDDEN = blocks_of("how-to/megatron.md")
 
 
 class AllReduceInBackward(torch.autograd.Function):
@@ -49,7 +49,7 @@ def padded_rows(lm, columns, rank):
     return weight.chunk(2)[rank].clone()
 
 
-def by_ranks(group, padding, from_hidden):
+def by_ranks(group, padding, way):
     """The gradients of the body and, of this rank's rows, of the output layer; averaged."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     data, tensor = mesh["data"].get_group(), mesh["tensor"].get_group()
@@ -69,7 +69,7 @@ def by_ranks(group, padding, from_hidden):
         "vocab_size": V,
         "beta": 0.3,
     }
-    if from_hidden:
+    if way != "logits":
         names |= {"hidden": hidden, "weight": weight}
         names |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
         exec(FROM_HIDDEN, names)
@@ -77,7 +77,7 @@ def by_ranks(group, padding, from_hidden):
         logits = AllReduceInBackward.apply(hidden, tensor) @ weight.T
         names |= {"logits": logits, "ref_logits": ref_hidden @ ref_weight.T}
         exec(FROM_LOGITS, names)
-    exec(LOSS, names)
+    exec(LOSS_FROM_HIDDEN if way == "loss" else LOSS, names)
     gradients = [w.grad for w in (*policy.model.parameters(), weight)]
     for gradient in gradients:  # as Megatron's DDP
         dist.all_reduce(gradient, group=data)
@@ -96,10 +96,10 @@ def by_one_process():
 
 
 @pytest.mark.parametrize("padding", PADDED)
-@pytest.mark.parametrize("from_hidden", [False, True])
-def test_the_page_gives_each_rank_the_gradient_of_one_process(ranks, from_hidden, padding):
+@pytest.mark.parametrize("way", ["logits", "hidden", "loss"])
+def test_the_page_gives_each_rank_the_gradient_of_one_process(ranks, way, padding):
     *of_body, of_weight = by_one_process()
     of_weight = torch.nn.functional.pad(of_weight, (0, 0, 0, PADDED[padding] - V)).chunk(2)
-    for rank, found in ranks(by_ranks, padding, from_hidden, n=4):
+    for rank, found in ranks(by_ranks, padding, way, n=4):
         expected = [*of_body, of_weight[rank]]
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

@@ -100,6 +100,22 @@ def test_ranks_share_the_vocabulary(name):
     assert {o["op"] for o in together["operations"]} & {"_allgather_base_", "allgather_"}
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_ranks_share_the_products_of_a_loss(reference):
+    of = found(LOSS, reference=reference, ranks=8)
+    product = 2 * 8192 * 4096 * (128256 // 8)
+    assert of["gemm_flops_by_operand_dtype"] == {"bfloat16": (3 + reference) * product}
+    frozen = found(LOSS, reference=reference, frozen_head=True, ranks=8)
+    assert frozen["gemm_flops_by_operand_dtype"] == {"bfloat16": (2 + reference) * product}
+    large = found(LOSS, reference=reference, rows=65536, ranks=8)
+    operations = [o["op"] for o in large["operations"]]
+    n_blocks = operations.count("fold_part")
+    assert n_blocks > 1
+    assert operations.count("_allgather_base_") + operations.count("allgather_") == n_blocks
+    assert operations.count("allreduce_") == 2  # blocks' size, and the gradient of hidden states
+    assert large["predicted_ms"] <= 1.5 * large["gemm_ms"]
+
+
 @pytest.mark.parametrize("name", [name for name in JOBS if name not in (*HEADS, LOSS)])
 def test_functions_of_logits_take_one_call_each_way(name):
     of = found(name, reference=True)

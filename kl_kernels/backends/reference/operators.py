@@ -9,12 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_kernels.algebra.epilogues import (
-    PolicyLossInputs,
-    PolicyLossParams,
-    policy_loss_epilogue,
-    scored_rewards,
-)
+from kl_kernels.algebra.epilogues import policy_losses, scored_rewards
 from kl_kernels.algebra.row import (
     Finished,
     Upstream,
@@ -131,23 +126,7 @@ def kl_rewards(a: KLRewardsArgs) -> KLRewardsOutputs:
 
 def policy_loss(a: PolicyLossArgs) -> Tensor:
     out = _token_kl(a)
-    finished = pick(Finished, out)
-
-    def or_else(given: Tensor | None, default: Tensor) -> Tensor:
-        return default if given is None else given
-
-    row = PolicyLossInputs(
-        or_else(a.old_logprobs, out.logprob),
-        a.advantages,
-        a.token_weights,
-        or_else(a.importance_weights, torch.ones_like(out.logprob)),
-        or_else(a.ref_logprobs, out.logprob),
-    )
-    terms, upstream = policy_loss_epilogue(
-        Finished(*(t.double() for t in finished)),
-        PolicyLossInputs(*(t.double() for t in row)),
-        pick(PolicyLossParams, a),
-    )
+    terms, upstream = policy_losses(pick(Finished, out), a)
     if a.grad_logits is not None:
         rounds = a.own_gradient is not None
         exact = torch.empty_like(a.logits, dtype=torch.float64) if rounds else a.grad_logits

@@ -48,7 +48,10 @@ class Job(NamedTuple):
     products: int  # each 2 rows width vocab FLOP
 
 
-SHARDED = ("token_stats", "token_kl", "linear_token_stats", "linear_token_kl", "linear_token_jsd")
+SHARDED = (
+    *("token_stats", "token_kl"),
+    *("linear_token_stats", "linear_token_kl", "linear_token_jsd", "linear_policy_loss"),
+)
 
 
 @contextmanager
@@ -112,9 +115,9 @@ def _on_heads(name: str, size: Size, shards: dict[str, Any]) -> Job:
     gradients = len(leaves)
     constants = [weight] if size.frozen_head else []
     if name == "linear_policy_loss":
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {**shards}
         if size.reference:
-            given = {"kl_loss_coef": 0.1, "ref_hidden": ref_hidden, "ref_weight": ref_weight}
+            given |= {"kl_loss_coef": 0.1, "ref_hidden": ref_hidden, "ref_weight": ref_weight}
         of_tokens = _ids(size), _meta(1, size.rows), _meta(1, size.rows), _mask_of_all(size)
         call = lambda: function(hidden, weight, *of_tokens, **given)  # noqa: E731
         if size.reference:

@@ -11,7 +11,12 @@ from kl_kernels import checks
 from kl_kernels.functional.arguments import Models
 from kl_kernels.functional.dtensor_heads import loss_takes_dtensor_heads
 from kl_kernels.functional.hidden import linear_token_stats
-from kl_kernels.functional.hidden_arguments import as_autocast, prepare_head, prepare_heads
+from kl_kernels.functional.hidden_arguments import (
+    as_autocast,
+    prepare_head,
+    prepare_heads,
+    prepare_which,
+)
 from kl_kernels.functional.loss_arguments import (
     ImportanceSamplingLevel,
     LossEstimator,
@@ -19,9 +24,8 @@ from kl_kernels.functional.loss_arguments import (
     metrics_of,
     prepare_loss,
 )
-from kl_kernels.partitioned.policy_loss import HeadPolicyLoss
+from kl_kernels.partitioned.loss_operator import HeadPolicyLoss
 from kl_kernels.partitioned.products import GradientPrecision
-from kl_kernels.partitioned.tiles import untraced
 from kl_kernels.rl.losses import Aggregation
 from kl_kernels.schemas import BackendName
 
@@ -33,7 +37,6 @@ if TYPE_CHECKING:  # not in every build of torch
 MEMORY_BUDGETS = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
-@untraced
 @loss_takes_dtensor_heads
 def linear_policy_loss(
     hidden: Tensor,  # [B, T, d]
@@ -70,6 +73,7 @@ def linear_policy_loss(
     gradient_precision: GradientPrecision = "narrow",
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
+    row_index: Tensor | None = None,  # [n]
     backend: BackendName | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's or GRPO's clipped loss with KL and entropy, and its gradients, from hidden states.
@@ -135,6 +139,9 @@ def linear_policy_loss(
             ranks, and so is what requires grad. None: the heads are whole.
         vocab_start: with a group, the global token id of this rank's first row. None: all shards
             are of one size, and in the order of the ranks.
+        row_index: [n] int64 or int32 positions of the rows that count in the flattened ones,
+            `mask.flatten().nonzero()[:, 0]`: nobody then waits for a GPU, and a CUDA graph can be
+            captured. None: they are looked for.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
@@ -201,6 +208,7 @@ def linear_policy_loss(
                 softcap=options.ref_softcap,
                 memory_budget=memory_budget,
                 backend=backend,
+                row_index=row_index,
                 **where,
             ).logprob
             reference = None, None, None
@@ -242,7 +250,8 @@ def linear_policy_loss(
     if not torch.is_grad_enabled():
         # The function is told of requires_grad alone, and would make gradients.
         factors = tuple(None if factor is None else factor.detach() for factor in factors)
-    loss, terms = HeadPolicyLoss.apply(options, args, *factors)
+    rows = prepare_which(args.mask, row_index, hidden).rows
+    loss, terms = HeadPolicyLoss.apply(options, args, rows, *factors)
     if loss_scale is not None:
         loss = loss / loss_scale
     return loss, metrics_of(terms, args)

@@ -168,6 +168,24 @@ def sums_at_tokens(values: Tensor, token_ids: Tensor, columns: slice) -> Tensor:
     return torch.ops.aten.embedding_dense_backward(values, ids, n + 1, n, False)[:n]
 
 
+def add_at_tokens(sums: Tensor, values: Tensor, token_ids: Tensor) -> None:
+    """Add the values [n, ...] of each token to its sum in [V, ...].
+
+    Always in the same order, unlike `index_add_` of tokens that repeat; and nobody waits for the
+    number of tokens that differ: there is room for n sums, of which those too many are 0.
+    """
+    if len(token_ids) == 0:
+        return
+    ids, order = token_ids.sort(stable=True)
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    torch.ne(ids[1:], ids[:-1], out=starts[1:])
+    which = starts.cumsum(0) - 1
+    of_token = values[order].view(len(ids), -1)
+    of_token = torch.ops.aten.embedding_dense_backward(of_token, which, len(ids), -1, False)
+    target = torch.zeros_like(ids).scatter_(0, which, ids)
+    sums.index_add_(0, target, of_token.view(values.shape))
+
+
 class _Sums:
     """Sums over the tokens of some columns' gradients of weight and bias."""
 

@@ -83,7 +83,7 @@ class HeadsJSDBackwardArgs(NamedTuple):
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
-def _define(
+def define_of_heads(
     name: str, own: type[Any], returns: str, implementation: Any, fake: Any, products: Any
 ) -> None:
     classes = (Factors, own, HeadOptions)
@@ -115,7 +115,7 @@ def _fold(factors: Factors, a: FoldHeadsArgs, options: HeadOptions) -> tuple[Ten
 
 def _folded(factors: Factors, a: FoldHeadsArgs, options: HeadOptions) -> tuple[Tensor, ...]:
     leading = [(2,) if field.endswith("_state") else () for field in TokenKLOutputs._fields]
-    return tuple(_new(factors, options, *lead, *a.token_ids.shape) for lead in leading)
+    return tuple(empty_of_heads(factors, options, *lead, *a.token_ids.shape) for lead in leading)
 
 
 def _mixture(factors: Factors, a: MixtureOfHeadsArgs, options: HeadOptions) -> Tensor:
@@ -125,10 +125,10 @@ def _mixture(factors: Factors, a: MixtureOfHeadsArgs, options: HeadOptions) -> T
 
 
 def _mixed(factors: Factors, a: MixtureOfHeadsArgs, options: HeadOptions) -> Tensor:
-    return _new(factors, options, len(MIXTURE_SUMS), *a.policy_state.shape[1:])
+    return empty_of_heads(factors, options, len(MIXTURE_SUMS), *a.policy_state.shape[1:])
 
 
-def _new(factors: Factors, options: HeadOptions, *shape: int) -> Tensor:
+def empty_of_heads(factors: Factors, options: HeadOptions, *shape: int) -> Tensor:
     return factors.hidden.new_empty(shape, dtype=factors.heads(options)[0].tile_dtype)
 
 
@@ -137,14 +137,14 @@ def _kl_backward(factors: Factors, a: HeadsKLBackwardArgs, options: HeadOptions)
     saved = Saved(a.policy_state, a.ref_state, a.kl, a.entropy)
     upstream = Upstream(*a[:4])
     heads = factors.heads(options)
-    return _needed(kl_gradients(heads, rows, a.token_ids, saved, upstream, needs, options))
+    return needed(kl_gradients(heads, rows, a.token_ids, saved, upstream, needs, options))
 
 
 def _jsd_backward(factors: Factors, a: HeadsJSDBackwardArgs, options: HeadOptions) -> list[Tensor]:
     rows, needs = Rows(a.grad_jsd.shape, a.which), a[-3:]
     saved = Saved(a.policy_state, a.ref_state, a.mixture_kl, a.entropy)
     heads = factors.heads(options)
-    return _needed(jsd_gradients(heads, rows, saved, a.beta, a.grad_jsd, needs, options))
+    return needed(jsd_gradients(heads, rows, saved, a.beta, a.grad_jsd, needs, options))
 
 
 def _once_each(a: Any) -> tuple[int, int]:
@@ -160,15 +160,15 @@ def _jsd_backward_products(a: HeadsJSDBackwardArgs) -> tuple[int, int]:
     return 1 + a.needs_hidden + a.needs_weight, 1
 
 
-def _needed(gradients: Gradients) -> list[Tensor]:
+def needed(gradients: Gradients) -> list[Tensor]:
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _new_gradients(factors: Factors, a: Any, options: HeadOptions) -> list[Tensor]:
+def new_gradients(factors: Factors, a: Any, options: HeadOptions) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, needed in zip(factors, a[-3:]) if needed and t is not None]
 
 
-_define(
+define_of_heads(
     "fold_heads",
     FoldHeadsArgs,
     f"({', '.join(f'Tensor {field}' for field in TokenKLOutputs._fields)})",
@@ -176,23 +176,30 @@ _define(
     _folded,
     _once_each,
 )
-_define("mixture_of_heads", MixtureOfHeadsArgs, "Tensor sums", _mixture, _mixed, _once_each)
-_define(
+define_of_heads("mixture_of_heads", MixtureOfHeadsArgs, "Tensor sums", _mixture, _mixed, _once_each)
+define_of_heads(
     "heads_kl_backward",
     HeadsKLBackwardArgs,
     "Tensor[]",
     _kl_backward,
-    _new_gradients,
+    new_gradients,
     _kl_backward_products,
 )
-_define(
+define_of_heads(
     "heads_jsd_backward",
     HeadsJSDBackwardArgs,
     "Tensor[]",
     _jsd_backward,
-    _new_gradients,
+    new_gradients,
     _jsd_backward_products,
 )
+
+
+def rows_at_hand(which: Tensor | None) -> Tensor | None:
+    """Look for the rows under a mask once, and not in each operator; a graph has no such shapes."""
+    if which is None or which.dtype != torch.bool or torch.compiler.is_compiling():
+        return which
+    return positions(which)
 
 
 class LinearHeads(NamedTuple):
@@ -201,10 +208,7 @@ class LinearHeads(NamedTuple):
     options: HeadOptions
 
     def rows(self, which: Tensor | None) -> Tensor | None:
-        """Look for the rows once, and not in both directions; a graph must not depend on them."""
-        if which is None or which.dtype != torch.bool or torch.compiler.is_compiling():
-            return which
-        return positions(which)
+        return rows_at_hand(which)
 
     def fold(self, inputs: Inputs, token_ids: Tensor, rows: Tensor | None) -> Whole:
         args = FoldHeadsArgs(token_ids, rows)
@@ -231,7 +235,7 @@ class LinearHeads(NamedTuple):
     ) -> Gradients:
         args = HeadsKLBackwardArgs(*upstream, token_ids, rows, *saved, *needs[:3])
         found = torch.ops.kl_kernels.heads_kl_backward(*inputs, *args, *self.options)
-        return _in_place_of(needs[:3], found)
+        return in_place_of(needs[:3], found)
 
     def jsd_gradients(
         self,
@@ -244,10 +248,10 @@ class LinearHeads(NamedTuple):
     ) -> Gradients:
         args = HeadsJSDBackwardArgs(grad_jsd, rows, *saved, beta, *needs[:3])
         found = torch.ops.kl_kernels.heads_jsd_backward(*inputs, *args, *self.options)
-        return _in_place_of(needs[:3], found)
+        return in_place_of(needs[:3], found)
 
 
-def _in_place_of(needs: Sequence[bool], found: Sequence[Tensor]) -> Gradients:
+def in_place_of(needs: Sequence[bool], found: Sequence[Tensor]) -> Gradients:
     """The gradients that are needed, with None between them."""
     gradients = iter(found)
     return [next(gradients) if needed else None for needed in needs]

@@ -20,49 +20,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kl_kernels.algebra.parts import local_token_ids
-from kl_kernels.ops.autograd import given_away, only_first
-from kl_kernels.partitioned.gradients import NarrowTiles, scale_for, sums_at_tokens
-from kl_kernels.partitioned.heads import HeadOptions, full_precision
+from kl_kernels.ops.library import casts_gradients
+from kl_kernels.partitioned.gradients import NarrowTiles, add_at_tokens, scale_for
+from kl_kernels.partitioned.heads import HeadOptions
 from kl_kernels.partitioned.loss_of_rows import largest_shard, loss_of_rows
 from kl_kernels.partitioned.products import Terms, multiply
 from kl_kernels.partitioned.shards import Shard
 from kl_kernels.partitioned.tiles import ALIGNMENT, Head, Rows, TilePlan, Tiles, bytes_of
 from kl_kernels.schemas import NO_TOKEN, POLICY_LOSS_TERMS, PolicyLossArgs
 
-STORED_AT_ONCE = 8192  # columns of a gradient's sums whose corrections are there at a time
 PER_TOKEN = (
     *("token_ids", "old_logprobs", "advantages", "token_weights", "importance_weights"),
     "ref_logprobs",
 )
-
-
-class HeadPolicyLoss(torch.autograd.Function):
-    """(loss, terms [8, B, T]), whose gradients are computed in forward.
-
-    Inputs: options, the arguments of the operator `policy_loss` without logits, then hidden
-    [B, T, d], weight [V, d] and bias [V] of the policy and of the reference, or None.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: HeadOptions, args: PolicyLossArgs, *factors: Any
-    ) -> tuple[Tensor, Tensor]:
-        hidden, weight, bias, *reference = factors
-        precision = options.gradient_precision
-        heads = [Head(hidden, weight, bias, precision)]
-        if reference[0] is not None:
-            heads.append(Head(reference[0], reference[1], reference[2], precision))
-        needs = ctx.needs_input_grad[2:5]
-        with full_precision(heads[0].weight):
-            terms, gradients = loss_and_gradients(heads, args, options, needs)
-        ctx.save_for_backward(*gradients)
-        ctx.backend = options.backend
-        ctx.mark_non_differentiable(terms)
-        return terms[0].sum(), terms
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _terms: None) -> tuple[Tensor | None, ...]:
-        return only_first(ctx, None, None, *given_away(ctx, grad_loss))
 
 
 def plan_rows(
@@ -92,11 +62,17 @@ def plan_rows(
 
 
 def loss_and_gradients(
-    heads: list[Head], args: PolicyLossArgs, options: HeadOptions, needs: Sequence[bool]
+    heads: list[Head],
+    rows: Rows,
+    args: PolicyLossArgs,
+    options: HeadOptions,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss's terms [8, B, T], and its gradients of hidden, weight and bias, where needed."""
+    """The loss's terms [8, B, T], and its gradients of hidden, weight and bias, where needed.
+
+    Logits and mask of `args` are filled in here, for a block of rows at a time.
+    """
     policy, how, shard = heads[0], heads[0].multiplication, options.shard
-    rows = Rows(args.token_ids.shape, args.mask)
     taken: dict[str, Any] = {
         name: None if (value := getattr(args, name)) is None else rows.take(value)[None]
         for name in PER_TOKEN
@@ -116,7 +92,10 @@ def loss_and_gradients(
     blocks = [
         head.weight.new_empty((plan.rows, plan.vocab_size), dtype=head.tile_dtype) for head in heads
     ]
-    gradients = _Gradients(policy, rows, own_ids, plan, needs, shard) if any(needs) else None
+    gradients = None
+    if any(needs):
+        casts = shard is None and casts_gradients(options.backend, blocks[0])
+        gradients = _Gradients(policy, rows, own_ids, plan, needs, shard, casts=casts)
     terms = policy.hidden.new_empty((len(POLICY_LOSS_TERMS), rows.n), dtype=policy.tile_dtype)
     for which in plan.row_slices():
         n = which.stop - which.start
@@ -129,16 +108,20 @@ def loss_and_gradients(
         of_rows: dict[str, Any] = {
             name: None if t is None else t[:, which] for name, t in taken.items()
         }
+        written, own = None, None
+        if gradients is not None:
+            written, own = gradients.room(blocks[0][:n], which)
         of_block = args._replace(
             logits=logits[0],
             ref_logits=logits[1] if len(logits) > 1 else None,
             mask=torch.ones((1, n), dtype=torch.bool, device=policy.hidden.device),
-            grad_logits=None if gradients is None else logits[0],
+            own_gradient=own,
+            grad_logits=None if written is None else written[None],
             **of_rows,
         )
         terms[:, which] = loss_of_rows(of_block, options)[:, 0]
-        if gradients is not None:
-            gradients.add(blocks[0][:n], which, hidden[0], tiles[0])
+        if gradients is not None and written is not None:
+            gradients.add(written, which, hidden[0], tiles[0])
     results: list[Tensor | None] = [None] * 3
     if gradients is not None:
         results = gradients.finished(tiles[0].all_hidden, scale)
@@ -158,15 +141,19 @@ class _Gradients:
         plan: TilePlan,
         needs: Sequence[bool],
         shard: Shard | None,
+        *,
+        casts: bool,  # the loss's backend writes gradients in another dtype than the logits'
     ):
         self._head, self._rows, self._plan, self._shard = head, rows, plan, shard
         self._ids, self._has_token = token_ids[0], token_ids[0] != NO_TOKEN
         self._columns = torch.where(self._has_token, self._ids, 0)
         dtype = head.tile_dtype
         self._narrow = NarrowTiles(head, plan.rows * plan.vocab_size)
-        self._errors = None
+        self._errors = self._own = None
         if self._narrow.are_rounded:
             self._errors = head.hidden.new_zeros((rows.n, 1), dtype=dtype)
+            if casts:
+                self._own = head.hidden.new_empty((1, rows.n), dtype=dtype)
         needs_hidden, needs_weight, needs_bias = needs
         self._hidden = self._weight = self._bias = None
         if needs_hidden:
@@ -177,12 +164,23 @@ class _Gradients:
         if needs_bias and head.bias is not None:
             self._bias = torch.zeros_like(head.bias, dtype=dtype)
 
-    def add(self, tile: Tensor, which: slice, hidden: Terms, tiles: Tiles) -> None:
+    def room(self, tile: Tensor, which: slice) -> tuple[Tensor, Tensor | None]:
+        """Memory for the gradient of a tile of logits [rows, V], and for the tokens' own entries.
+
+        They are asked for where the gradient is rounded as it is written.
+        """
+        if self._own is None:
+            return tile, None
+        (rounded,) = self._narrow.of(tile)  # type: ignore[misc]
+        return rounded, self._own[:, which]
+
+    def add(self, written: Tensor, which: slice, hidden: Terms, tiles: Tiles) -> None:
         """Multiply the gradient of a block's logits [rows, V] with both factors."""
-        gradient = self._narrow.terms(tile)
+        gradient = (written,) if self._own is not None else self._narrow.terms(written)
         if self._errors is not None:
-            own = self._columns[which, None]
-            errors = tile.gather(1, own) - gradient[0].gather(1, own)
+            at = self._columns[which, None]
+            own = written.gather(1, at) if self._own is None else self._own[0, which, None]
+            errors = own - gradient[0].gather(1, at)
             self._errors[which] = torch.where(self._has_token[which, None], errors, 0.0)
         if self._bias is not None:
             for term in gradient:
@@ -208,27 +206,14 @@ class _Gradients:
                 dist.all_reduce(hidden, group=self._shard.group)
             hidden = self._rows.put(_scaled(hidden, scale), head.hidden.dtype)
         if weight is not None:
-            values = None if errors is None else all_hidden * errors
-            weight = self._stored(weight, head.weight.dtype, values, scale)
+            if errors is not None:
+                add_at_tokens(weight, all_hidden * errors, self._columns)
+            weight = _scaled(weight, scale).to(head.weight.dtype)
         if bias is not None and head.bias is not None:
-            bias = self._stored(bias[:, None], head.bias.dtype, errors, scale)[:, 0]
+            if errors is not None:
+                add_at_tokens(bias, errors[:, 0], self._columns)
+            bias = _scaled(bias, scale).to(head.bias.dtype)
         return [hidden, weight, bias]
-
-    def _stored(
-        self, sums: Tensor, dtype: torch.dtype, errors: Tensor | None, scale: Tensor | None
-    ) -> Tensor:
-        """Sums over the tokens, with the errors of each, rounded once; [V, ...]."""
-        if errors is None:
-            return _scaled(sums, scale).to(dtype)
-        gradient = sums.new_empty(sums.shape, dtype=dtype)
-        for start in range(0, len(sums), STORED_AT_ONCE):
-            columns = slice(start, min(start + STORED_AT_ONCE, len(sums)))
-            found = sums_at_tokens(errors, self._ids, columns)
-            if scale is None:
-                torch.add(sums[columns], found, out=gradient[columns])
-            else:
-                torch.div(found.add_(sums[columns]), scale, out=gradient[columns])
-        return gradient
 
 
 def _scaled(sums: Tensor, scale: Tensor | None) -> Tensor:

@@ -8,9 +8,9 @@ bfloat16 have three significant digits, and training with them is biased.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +25,6 @@ from kl_kernels.partitioned.products import (
 
 # Rows and columns start at multiples of this, so that slices keep the alignment kernels like.
 ALIGNMENT = 64
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, left alone by torch.compile. (That decorator would take its types away.)"""
-    reason = "tracing would unroll the loop over tiles"
-    wrapped: Callable[P, R] = torch.compiler.disable(function, reason=reason)
-    return wrapped
 
 
 class Head(NamedTuple):

@@ -70,12 +70,12 @@ def test_a_loss_of_heads_multiplies_each_matrix_once(reference):
     assert of["host_syncs"] == 1  # for the number of rows under the mask
 
 
-@pytest.mark.parametrize(("size", "most"), [(LLAMA, 1.2), (QWEN, 1.5)])
+@pytest.mark.parametrize(("size", "most"), [(LLAMA, 1.15), (QWEN, 1.45)])
 def test_a_loss_of_heads_adds_little_to_its_products(size, most):
-    """A block's gradient is rounded in a pass of its own, and every block visits all sums."""
+    """Every block visits all sums."""
     of = found(LOSS, **size)
     assert of["predicted_ms"] <= most * of["gemm_ms"]
-    assert found(LOSS)["predicted_ms"] <= 40
+    assert found(LOSS)["predicted_ms"] <= 38
     blocks = [o for o in of["operations"] if o["op"] == "policy_loss"]
     assert len(of["operations"]) <= 15 * len(blocks) + 200
 
@@ -144,6 +144,25 @@ def test_products_and_copies_are_counted_as_by_hand():
     assert (added.op, added.bytes) == ("add_", 2 * 4 * 15)
     assert (copied.op, copied.bytes) == ("clone", 4 * (15 + 30))
     assert n_bytes(c.expand(7, 3, 5)) == 4 * 15
+
+
+def test_what_is_written_over_its_logits_is_read_as_well():
+    logits, other = torch.empty(1, 4, 1000, device="meta"), torch.empty(1, 4, 1000, device="meta")
+    tokens, state = torch.empty(1, 4, device="meta"), torch.empty(2, 1, 4, device="meta")
+    ids = tokens.long()
+    of_row = tokens, None, logits, ids, None, state, tokens, 1.0, None, True
+    with Ledger() as ledger:
+        torch.ops.kl_kernels.token_stats_backward_(*of_row, logits, None)
+        torch.ops.kl_kernels.token_stats_backward_(*of_row, other, None)
+    inplace, beside = ledger.operations
+    assert inplace.bytes == beside.bytes
+
+
+def test_rows_that_are_added_to_are_counted_alone():
+    sums, rows = torch.empty(1000, 8, device="meta"), torch.empty(3, 8, device="meta")
+    with Ledger() as ledger:
+        sums.index_add_(0, torch.empty(3, dtype=torch.long, device="meta"), rows)
+    assert ledger.operations[0].bytes == 3 * 4 * 3 * 8
 
 
 def test_a_chip_reaches_a_share_of_its_data_sheet():

@@ -177,3 +177,17 @@ def test_a_device_that_refuses_multiplies_in_float32():
     assert "mm.dtype" in products.refusal(cpu, torch.bfloat16)
     hidden, weight = torch.zeros(1, 2, 3).bfloat16(), torch.zeros(4, 3).bfloat16()
     assert multiplication(hidden, weight, torch.float32, "narrow").dtype == torch.float32
+
+
+def test_values_of_tokens_that_repeat_are_added_to_their_sums():
+    g = torch.Generator().manual_seed(0)
+    for shape in ((50, 3), (50,)):
+        values, ids = torch.randn(shape, generator=g), torch.randint(7, (50,), generator=g)
+        sums = torch.randn(9, *shape[1:], generator=g)
+        expected = sums.double().index_add(0, ids, values.double())
+        gradients.add_at_tokens(sums, values, ids)
+        torch.testing.assert_close(sums.double(), expected, rtol=1e-6, atol=1e-6)
+    for nothing in (torch.zeros(0, 3), torch.zeros(0)):
+        sums = torch.ones(9, *nothing.shape[1:])
+        gradients.add_at_tokens(sums, nothing, torch.zeros(0, dtype=torch.long))
+        assert (sums == 1).all()

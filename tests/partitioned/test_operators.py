@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 import kl_kernels
+from kl_kernels.partitioned import loss_operator  # noqa: F401  (registers the last of them)
 from kl_kernels.partitioned.heads import HeadOptions
 from kl_kernels.partitioned.operators import IMPLEMENTATIONS
 
@@ -39,6 +40,10 @@ def arguments(name, which):
         "mixture_of_heads": (which, policy_state, ref_state, 0.3),
         "heads_kl_backward": (
             *(one, other, None, one, ids, which, policy_state, ref_state, kl, entropy),
+            *(True, True, True),
+        ),
+        "policy_loss_of_heads": (
+            *(which, ids, None, one, one.abs(), None, None, 0.2, 0.2, None, 20.0, 0.1, 1, 0.01),
             *(True, True, True),
         ),
         "heads_jsd_backward": (
@@ -87,6 +92,17 @@ def jsd(hidden, weight, ref_hidden, ref_weight, ids, **how):
     return kl_kernels.linear_token_jsd(hidden, weight, ref_hidden, ref_weight, **how)
 
 
+def policy_loss(hidden, weight, ref_hidden, ref_weight, ids, mask=None, **how):
+    loss, metrics = kl_kernels.linear_policy_loss(
+        *(hidden, weight, ids, None, ids - 3.0, ids >= 0 if mask is None else mask),
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        kl_loss_coef=0.1,
+        **how,
+    )
+    return loss + 0.0 * metrics["kl"]
+
+
 def rows_of(mask, how):
     """Arguments that say which rows count."""
     index = mask.flatten().nonzero()[:, 0]
@@ -100,7 +116,14 @@ def rows_of(mask, how):
 
 @pytest.mark.parametrize(
     ("function", "rows"),
-    [(stats, "all"), (kl, "mask"), (kl, "row_index"), (forward_kl, "all"), (jsd, "mask")],
+    [
+        (stats, "all"),
+        (kl, "mask"),
+        (kl, "row_index"),
+        (jsd, "mask"),
+        (policy_loss, "mask"),
+        (policy_loss, "both"),
+    ],
 )
 def test_compiles_whole_and_once_for_all_lengths(function, rows):
     torch._dynamo.reset()
@@ -151,7 +174,12 @@ def test_a_sharded_head_is_compiled_whole():
 
 @pytest.mark.parametrize(
     ("function", "of_policy", "of_reference"),
-    [(stats, (1, 3), (0, 0)), (kl, (1, 3), (1, 1)), (jsd, (2, 3), (2, 1))],
+    [
+        (stats, (1, 3), (0, 0)),
+        (kl, (1, 3), (1, 1)),
+        (jsd, (2, 3), (2, 1)),
+        (policy_loss, (3, 0), (1, 0)),
+    ],
 )
 def test_products_are_counted(function, of_policy, of_reference):
     """Logits forward; logits and two gradients backward; a mixture's logits once more."""
@@ -188,6 +216,19 @@ def test_listed_rows_are_those_of_the_mask(function):
         found.append((value.detach(), *torch.autograd.grad(value.sum(), leaves)))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+def test_a_loss_is_of_the_rows_that_are_listed():
+    hidden, weight, _, *reference, _ = factors(9)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    ids = torch.arange(18).view(2, 9)
+    found = []
+    for how in ("mask", "both"):
+        loss = policy_loss(*leaves, *reference, ids, **rows_of(ids % 3 > 0, how))
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert all(map(torch.equal, *found))
+    with pytest.raises(ValueError, match=r"^row_index and mask differ"):
+        policy_loss(*leaves, *reference, ids, row_index=torch.arange(3))
 
 
 def test_no_row_may_count():

@@ -110,16 +110,23 @@ def _operation(
 ) -> Operation:
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     taken = list({id(t): t for t in given}.values())  # out= may be an operand, too
+    twice = {id(t) for t in given if sum(t is other for other in given) > 1}
     written = _written(func, args, kwargs) or [
         t for t in tree_leaves(result) if isinstance(t, Tensor)
     ]
     ours = namespace == "kl_kernels"
-    read = [t for t in taken if not any(t is w for w in written) or _is_read(name, ours)]
+    read = [
+        t
+        for t in taken
+        if not any(t is w for w in written) or _is_read(name, ours) or (ours and id(t) in twice)
+    ]
     size = sum(map(n_bytes, written))
     if name not in ONLY_WRITE:
         size += sum(PASSES.get(name, 1) * n_bytes(t) if ours else n_bytes(t) for t in read)
     if name in ("embedding_dense_backward", "gather", "index", "index_select"):
         size = 2 * sum(map(n_bytes, written))
+    if name in ("index_add_", "index_put_"):  # of what it is written into, some rows
+        size = 3 * n_bytes(taken[-1])
     if name == "scale_gradient":  # the factor is 1, and nothing else is touched
         size = 0
     largest = max(taken, key=n_bytes, default=None)

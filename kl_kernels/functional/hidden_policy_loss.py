@@ -75,6 +75,10 @@ def linear_policy_loss(
     there; gradients are computed in this very call, and `backward` hands them out, multiplied by
     the upstream gradient where that is not 1.
 
+    So a loss that is divided by k accumulation steps before `backward` has its gradients, of which
+    the weight's is [V, d], read and written once more. Pass `loss_scale=1 / k` and divide all the
+    same; or a `denominator` that counts all micro-batches, and do not divide.
+
     Rows where the mask is 0 are not multiplied. Finding the others synchronises a GPU. Memory,
     beyond inputs, gradients and `memory_budget`: the gradients in float32, where they have another
     dtype, until they are rounded once; the hidden states that count, where a mask keeps them apart.
@@ -82,7 +86,8 @@ def linear_policy_loss(
     Args:
         hidden: [B, T, d] the policy's hidden states; float32, bfloat16, float16 or float64. Row t
             must hold the state that `token_ids[:, t]` was sampled from.
-        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`.
+        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`. An
+            adapter on the head (LoRA) is not in its weight: pass the sum with the adapter's.
         token_ids: [B, T] the sampled tokens; int64 or int32, in [0, V) where the mask is True.
         old_logprobs: [B, T] log-probabilities under the policy that sampled. None: this policy.
         advantages: [B, T] taken as constants.

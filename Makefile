@@ -11,7 +11,7 @@ PYTHONS ?=
 KL_KERNELS_CUDA ?= 0
 # The site links to where this clone came from, if that is a page.
 REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's|^git@([^:]+):|https://\1/|; s|\.git$$||; /^https:/p')
-TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11
+TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11 liger-kernel-0.8
 
 .PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants integrations validate numerics bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
 

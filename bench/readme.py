@@ -131,7 +131,7 @@ def gpu_section(results: dict[str, Any]) -> str:
     return f"{gpu_page.short_table(results)}\n\n{report.section('gpu_h200', results)}"
 
 
-TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF"}
+TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF", "liger-kernel": "Liger"}
 
 
 def compatibility_tables(results: dict[str, Any]) -> str:

@@ -75,7 +75,8 @@ def linear_token_stats(
             `model.model(ids).last_hidden_state[:, prompt - 1 : -1]` of a Hugging Face causal LM,
             with `token_ids = ids[:, prompt:]`.
         weight: [V, d] of the head (`model.lm_head.weight`); the same dtypes, not necessarily that
-            of `hidden`.
+            of `hidden`. An adapter on the head (LoRA) is not in that attribute, and would be left
+            out: pass the sum, `base_layer.weight + get_delta_weight("default")` of PEFT's layer.
         token_ids: [...] int64 or int32, in [0, V) where the mask is True.
         mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it is 0
             are skipped, and give 0. None: all rows count.
@@ -173,7 +174,8 @@ def linear_token_kl(
             must hold the state that `token_ids[..., t]` was sampled from:
             `model.model(ids).last_hidden_state[:, prompt - 1 : -1]` of a Hugging Face causal LM,
             with `token_ids = ids[:, prompt:]`.
-        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`.
+        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`. An
+            adapter on the head (LoRA) is not in its weight: pass the sum with the adapter's.
         ref_hidden: [..., ref_d] the reference's hidden states of the same tokens; must not require
             grad.
         ref_weight: [V, ref_d] of the reference's head, over the same vocabulary; must not require

@@ -58,7 +58,8 @@ def linear_token_jsd(
     Args:
         hidden: [..., d] the policy's (student's) hidden states; float32, bfloat16, float16 or
             float64.
-        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`.
+        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`. An
+            adapter on the head (LoRA) is not in its weight: pass the sum with the adapter's.
         ref_hidden: [..., ref_d] the reference's (teacher's) hidden states of the same positions;
             must not require grad.
         ref_weight: [V, ref_d] of the reference's head, over the same vocabulary; must not require

@@ -85,6 +85,10 @@ def linear_policy_loss(
     there; gradients are computed in this very call, and `backward` hands them out, multiplied by
     the upstream gradient where that is not 1.
 
+    So a loss that is divided by k accumulation steps before `backward` has its gradients, of which
+    the weight's is [V, d], read and written once more. Pass `loss_scale=1 / k` and divide all the
+    same; or a `denominator` that counts all micro-batches, and do not divide.
+
     With a group each rank multiplies its own columns' logits alone, and all ranks return the same
     loss and metrics, to the bit. One collective for each block of rows brings at most 36 bytes of
     a row together, one sums the gradient of the hidden states, and a small one comes first, which
@@ -98,7 +102,8 @@ def linear_policy_loss(
     Args:
         hidden: [B, T, d] the policy's hidden states; float32, bfloat16, float16 or float64. Row t
             must hold the state that `token_ids[:, t]` was sampled from.
-        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`.
+        weight: [V, d] of the policy's head; the same dtypes, not necessarily that of `hidden`. An
+            adapter on the head (LoRA) is not in its weight: pass the sum with the adapter's.
         token_ids: [B, T] the sampled tokens; int64 or int32, in [0, V) where the mask is True.
         old_logprobs: [B, T] log-probabilities under the policy that sampled. None: this policy.
         advantages: [B, T] taken as constants.

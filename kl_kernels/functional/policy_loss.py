@@ -69,6 +69,10 @@ def fused_policy_loss(
     it out, multiplied by the upstream gradient where that is not 1. A token whose clip decides,
     without KL and entropy, costs no second look at all.
 
+    A loss that is divided by k accumulation steps before `backward`, or multiplied by anything but
+    1, has its [B, T, V] gradient read and written once more. Pass `loss_scale=1 / k` and divide all
+    the same; or a `denominator` that counts all micro-batches, and do not divide.
+
     Args:
         logits: [B, T, V] of the policy; float32, bfloat16, float16 or float64. Row t must hold the
             logits that `token_ids[:, t]` was sampled from: `model(ids).logits[:, prompt - 1 : -1]`

@@ -6,8 +6,8 @@
         trainer.train()
 
 TRL 1.16 computes GRPO's, RLOO's, KTO's, DPO's and SFT's log-probabilities from hidden states and
-the output layer, and distillation losses likewise: there the linear heads take over, on CPUs. Where
-it, or an earlier version, has logits, `selective_log_softmax` and its relatives do.
+the output layer, and distillation losses likewise: there the linear heads take over, for what they
+compute. Where it, or an earlier version, has logits, `selective_log_softmax` and its relatives do.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from torch import Tensor
 from kl_kernels.functional.divergence import token_jsd
 from kl_kernels.functional.logits import token_stats
 from kl_kernels.functional.selective import selective_log_softmax
+from kl_kernels.integrations.adapters import warn_of_adapted_head
 from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
 from kl_kernels.integrations.trl_callback import KLMonitorCallback
 from kl_kernels.integrations.trl_heads import DivergenceHead, LogprobHead
+from kl_kernels.integrations.trl_one_visit import compute_loss
 from kl_kernels.schemas import BackendName
 
 __all__ = ["KLMonitorCallback", "patch"]
@@ -37,22 +39,32 @@ def patch(*, backend: BackendName | None = None, memory_budget: int | None = Non
     float32 also where TRL returns bfloat16; -inf logits have the entropy they have, not NaN.
 
     With TRL 1.16: `selective_log_softmax`, `entropy_from_logits`,
-    `selective_log_softmax_and_entropy`, the fused output layer of `add_fused_lm_head`, the
-    divergence of `DistillationTrainer` and `GKDTrainer.generalized_jsd_loss`. With 1.12: the first
-    two, everywhere, PPO included. With 0.11: `logprobs_from_logits` and `entropy_from_logits`.
+    `selective_log_softmax_and_entropy`, the fused output layer of `add_fused_lm_head`,
+    `GRPOTrainer._compute_loss`, which tells that layer what it will ask for, the divergence of
+    `DistillationTrainer` and `GKDTrainer.generalized_jsd_loss`. With 1.12: the first two,
+    everywhere, PPO included. With 0.11: `logprobs_from_logits` and `entropy_from_logits`.
+
+    GRPO's first update of a batch, without a KL, an entropy bonus or a mask by entropy or distance,
+    makes the gradients of the output layer in forward, with three matrix products where TRL has
+    four. That is checked in backward, where any other gradient is computed again.
 
     What the fused functions do not compute stays TRL's: an output layer whose parameters DeepSpeed
     ZeRO-3 shards or whose caller asks for more than log-probabilities and entropy (as SFT and the
     policies of DPO and KTO do), and a loss that is not reduced.
 
-    On a GPU the output layer and the divergence of `DistillationTrainer` stay TRL's as well: the
-    backward of `linear_token_stats` multiplies in float32 there, which is predicted (not measured)
-    to make a head 7 times slower than TRL's. What starts from logits is replaced on any device.
+    On a GPU what would take longer stays TRL's as well, by count of the operations and not by
+    measurement: the output layer but for GRPO's first updates, these with fewer than 4096 tokens
+    (of a layer that is trained; more where it is narrower than 2048), and a divergence of fewer
+    than 512. What starts from logits is replaced on any device.
+
+    A `RuntimeWarning` tells of an adapter on the output layer in GRPO and RLOO, where TRL itself
+    does not (PEFT's `inject_adapter_in_model`): their losses leave it out.
 
     Args:
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
-        memory_budget: bytes for the tiles of an output layer's logits, above 0. None: 64 MiB on a
-            CPU, 512 MiB elsewhere.
+        memory_budget: bytes for the tiles of an output layer's logits, above 0; in GRPO a token's
+            logits must find room. None: 64 MiB on a CPU; elsewhere 512 MiB, and 1 GiB for GRPO's
+            first updates.
 
     Returns:
         The patch, in force: a context manager that undoes it, with `undo()` for other places.
@@ -145,6 +157,17 @@ def _generalized_jsd_loss(
     return total / (max(len(student_logits), 1) if mask is None else mask.sum().clamp(min=1))
 
 
+def _checked_loss(original: Any) -> Any:
+    """Make `RLOOTrainer._compute_loss` one that warns of what its output layer leaves out."""
+
+    def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+        warn_of_adapted_head(self.model, "RLOOTrainer")
+        loss: Tensor = original(self, model, inputs)
+        return loss
+
+    return _compute_loss
+
+
 _SELECTIVE = "trl.trainer.utils", "selective_log_softmax"
 _ENTROPY = "trl.trainer.utils", "entropy_from_logits", ("logits", "chunk_size")
 
@@ -171,6 +194,18 @@ def _with_fused_heads(
             "_ChunkedLogProbFunction",
             LogprobHead.PARAMETERS,
             lambda original: LogprobHead(original, backend, memory_budget),
+        ),
+        Replacement(
+            "trl.trainer.grpo_trainer",
+            "GRPOTrainer._compute_loss",
+            ("self", "model", "inputs"),
+            compute_loss,
+        ),
+        Replacement(
+            "trl.trainer.rloo_trainer",
+            "RLOOTrainer._compute_loss",
+            ("self", "model", "inputs"),
+            _checked_loss,
         ),
         Replacement(
             "trl.trainer.distillation_trainer",

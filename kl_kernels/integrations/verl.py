@@ -21,6 +21,7 @@ from kl_kernels.checks import check_mask, check_non_negative
 from kl_kernels.functional.logits import token_kl, token_stats
 from kl_kernels.integrations.entropy import entropy_from_logits
 from kl_kernels.integrations.patching import Patch, Replacement, always, replacements_of
+from kl_kernels.integrations.verl_heads import linear_cross_entropy
 from kl_kernels.integrations.verl_losses import policy_loss
 from kl_kernels.rl.advantages import compute_gae
 from kl_kernels.rl.estimators import KLPenalty
@@ -29,7 +30,7 @@ from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import masked_mean, masked_whiten
 from kl_kernels.schemas import BackendName
 
-__all__ = ["patch"]
+__all__ = ["linear_cross_entropy", "patch"]
 
 NAME = "kl_kernels"  # in verl's registries
 # Bounds of k3, in nats. That of the value is verl's own. That of the log-ratio, 20 with verl,

@@ -14,7 +14,7 @@ __all__ = ["folder"]
 TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 
-def train(name, folder, tmp_path, peft_config=None, **options):
+def train(name, folder, tmp_path, peft_config=None, load=load_policy, **options):
     """The model and the logs of three steps."""
     trainer_class, config_class = TRAINERS[name]
     config = config_class(
@@ -24,7 +24,7 @@ def train(name, folder, tmp_path, peft_config=None, **options):
         **({"beta": 0.1, "temperature": 0.8, "bf16": False} | options),
     )  # fmt: skip
     trainer = trainer_class(
-        model=load_policy(folder),
+        model=load(folder),
         reward_funcs=reward_vowels,
         args=config,
         train_dataset=Dataset.from_list(prompts()),
@@ -114,3 +114,23 @@ def test_lora(folder, tmp_path, calls):
     assert their_logs[0]["grad_norm"] > 0.01
     assert math.isclose(our_logs[0]["grad_norm"], their_logs[0]["grad_norm"], rel_tol=1e-4)
     assert_same_weights(ours, theirs, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.exercises("GRPO and RLOO: an adapter on the output layer")
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_an_adapter_on_the_output_layer(name, folder, tmp_path):
+    """TRL refuses PEFT's models; of adapters inside of a model the patch tells. They get no
+    gradient: TRL scores with the layer's own weight."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    with trl.patch(), pytest.raises(ValueError, match="PEFT adapter to `lm_head`"):
+        train(name, folder, tmp_path, peft_config=lora)
+
+    def adapted(path):
+        return inject_adapter_in_model(lora, load_policy(path))
+
+    with trl.patch(), pytest.warns(RuntimeWarning, match="the adapter neither counts nor learns"):
+        model, _ = train(name, folder, tmp_path, load=adapted)
+    head = model.get_output_embeddings()
+    assert not any(p.any() for p in head.lora_B.parameters())  # as it began

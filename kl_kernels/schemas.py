@@ -43,6 +43,20 @@ class FoldPartArgs(NamedTuple):
     ref_softcap: float | None
 
 
+class FoldTailArgs(NamedTuple):
+    """The state of a row without some of its tokens, [len(state_fields(False)), B, T].
+
+    `skipped_ids` ascend, and from V on they skip nothing. The token may be one of them.
+    """
+
+    logits: Tensor  # [B, T, V]
+    token_ids: Tensor  # [B, T]
+    skipped_ids: Tensor  # [B, T, K]
+    mask: Tensor | None  # [B, T]
+    temperature: float
+    softcap: float | None
+
+
 class TokenStatsArgs(NamedTuple):
     """Log-probability and entropy."""
 
@@ -270,6 +284,7 @@ class Operator(NamedTuple):
 
 OPERATORS = {
     "fold_part": Operator(FoldPartArgs, "state"),
+    "fold_tail": Operator(FoldTailArgs, "state"),
     "token_stats": Operator(TokenStatsArgs, TokenStatsOutputs),
     "token_stats_backward": Operator(TokenStatsBackwardArgs, None),
     "token_kl": Operator(TokenKLArgs, TokenKLOutputs),

@@ -87,6 +87,12 @@ template <class T>
 const int64_t* token_ids_of(const T& token_ids, const Tensor& logits) {
   return data_of<int64_t>(token_ids, "token_ids", ScalarType::Long, n_rows_of(logits), logits);
 }
+inline SkippedIds skipped_ids_of(const Tensor& ids, const Tensor& logits) {
+  check(ids.dim() == 3, "skipped_ids must be [B, T, K]");
+  return {data_of<int64_t>(ids, "skipped_ids", ScalarType::Long, n_rows_of(logits) * ids.size(2),
+                           logits),
+          ids.size(2)};
+}
 template <class T>
 const bool* mask_of(const T& mask, const Tensor& logits) {
   return data_of<bool>(mask, "mask", ScalarType::Bool, n_rows_of(logits), logits);

@@ -12,20 +12,18 @@
 namespace kl_kernels::bindings {
 namespace {
 
-Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const Tensor& token_ids,
-                 const OptionalTensor& mask, double temperature, double ref_temperature,
-                 std::optional<double> softcap, std::optional<double> ref_softcap) {
-  const Models models(logits, ref_logits, temperature, ref_temperature, softcap, ref_softcap);
-  const Tokens tokens(token_ids, mask, models.logits, Vocabulary::part);
+// `policy(row)` is the row of `models` that is folded.
+template <class Policy>
+Tensor part_states(const Models& models, const Tokens& tokens, const Policy& policy) {
   const int64_t n_rows = models.n_rows();
-  const int64_t n_fields = ref_logits ? kStateFields : kStateFieldsWithoutRef;
-  Tensor state = new_rows(logits, n_fields);
+  const int64_t n_fields = models.ref_logits ? kStateFields : kStateFieldsWithoutRef;
+  Tensor state = new_rows(models.logits.tensor(), n_fields);
   float* const data = floats(state);
   for_each_row(n_rows, 2 * models.vocab_size(), [&](int64_t row) {
     double fields[kStateFields] = {};
     if (tokens.counts(row)) {
       double tx, ty;
-      const RowState<double> found = row_kernels().fold(models.policy(row), models.reference(row),
+      const RowState<double> found = row_kernels().fold(policy(row), models.reference(row),
                                                         models.vocab_size(), tokens[row], &tx, &ty);
       const RowState<double> s = as_saved(found);
       const double all[kStateFields] = {
@@ -36,6 +34,27 @@ Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const T
     for (int64_t i = 0; i < n_fields; ++i) data[i * n_rows + row] = float(fields[i]);
   });
   return state;
+}
+
+Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const Tensor& token_ids,
+                 const OptionalTensor& mask, double temperature, double ref_temperature,
+                 std::optional<double> softcap, std::optional<double> ref_softcap) {
+  const Models models(logits, ref_logits, temperature, ref_temperature, softcap, ref_softcap);
+  const Tokens tokens(token_ids, mask, models.logits, Vocabulary::part);
+  return part_states(models, tokens, [&](int64_t row) { return models.policy(row); });
+}
+
+Tensor fold_tail(const Tensor& logits, const Tensor& token_ids, const Tensor& skipped_ids,
+                 const OptionalTensor& mask, double temperature, std::optional<double> softcap) {
+  const Models models(logits, std::nullopt, temperature, temperature, softcap, softcap);
+  const Tokens tokens(token_ids, mask, models.logits, Vocabulary::part);
+  const SkippedIds skipped = skipped_ids_of(skipped_ids, logits);
+  return part_states(models, tokens, [&](int64_t row) {
+    Row policy = models.policy(row);
+    policy.skipped_ids = skipped.of(row);
+    policy.n_skipped = skipped.per_row;
+    return policy;
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits, const Tensor& token_ids,

@@ -30,6 +30,21 @@ Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const T
   return state;
 }
 
+Tensor fold_tail(const Tensor& logits, const Tensor& token_ids, const Tensor& skipped_ids,
+                 const OptionalTensor& mask, double temperature, std::optional<double> softcap) {
+  const Logits policy = logits_of(logits, "logits", temperature, softcap);
+  const Rows rows = rows_of(logits, token_ids, mask);
+  const SkippedIds skipped = skipped_ids_of(skipped_ids, logits);
+  Tensor state = new_rows(logits, kStateFieldsWithoutRef);
+  Outputs out{};
+  out.part_state = floats(state);
+  const Device device(logits);
+  const Tensor scratch = torch::stable::new_empty(logits, {scratch_bytes(rows)}, ScalarType::Byte);
+  check(kl_kernels::fold_tail(rows, policy, skipped, out, scratch.mutable_data_ptr(),
+                              device.stream()));
+  return state;
+}
+
 std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits, const Tensor& token_ids,
                                                const OptionalTensor& mask, double temperature,
                                                std::optional<double> softcap) {

@@ -85,13 +85,17 @@ struct SavedMixture {
   double temperature;  // the policy's
 };
 
-// Bytes of scratch memory that `forward` needs.
+// Bytes of scratch memory that `forward` and `fold_tail` need.
 int64_t scratch_bytes(const Rows& rows);
 
 // token_stats (no reference), token_kl, kl_rewards (rewards wanted) and fold_part in one.
 cudaError_t forward(const Rows& rows, const Logits& policy, const Logits& reference,
                     const Outputs& outputs, const RewardParams& params, void* scratch,
                     cudaStream_t stream);
+
+// The states of rows without some of their tokens, into `outputs.part_state`.
+cudaError_t fold_tail(const Rows& rows, const Logits& policy, const SkippedIds& skipped,
+                      const Outputs& outputs, void* scratch, cudaStream_t stream);
 
 // token_stats_backward and token_kl_backward in one.
 cudaError_t backward(const Rows& rows, const Logits& policy, const Logits& reference,

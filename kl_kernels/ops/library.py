@@ -138,6 +138,10 @@ def _state_of_part(logits: Tensor, ref_logits: Tensor | None, *_: Any) -> Tensor
     return _per_token(logits, len(state_fields(ref_logits is not None)))
 
 
+def _state_of_tail(logits: Tensor, *_: Any) -> Tensor:
+    return _per_token(logits, len(state_fields(has_ref=False)))
+
+
 def _sums_of_part(logits: Tensor, *_: Any) -> Tensor:
     return _per_token(logits, len(MIXTURE_SUMS))
 
@@ -155,6 +159,7 @@ for _name in ("token_stats", "token_kl", "token_jsd", "kl_rewards"):
 for _name in ("token_stats_backward", "token_kl_backward", "token_jsd_backward"):
     _define_backward(_name)
 _define_plain("fold_part", _state_of_part)
+_define_plain("fold_tail", _state_of_tail)
 _define_plain("mixture_part", _sums_of_part)
 _define_plain("policy_loss", _loss_terms)
 _define_plain("scale_gradient", _nothing)

@@ -112,6 +112,23 @@ def test_logits_are_counted_once_for_each_pass():
     assert 2 * n < backward < 2 * n + vectors
 
 
+def test_a_list_and_a_tail_read_the_logits_twice_and_write_them_once():
+    """The list's own numbers, 64 of a position, are what is added to the three passes."""
+    n = 2 * 8192 * 128256
+    operations = found("topk_kl")["operations"]
+    passes = [o["bytes"] for o in operations if o["bytes"] > 0.02 * n]
+    assert sum(passes) <= 3.01 * n
+    assert sum(o["bytes"] for o in operations) <= 3.3 * n
+
+
+def test_places_that_are_named_are_counted_and_not_all_others():
+    rows, values = torch.empty(3, 1000, device="meta"), torch.empty(3, 2, device="meta")
+    which, ids = (torch.empty(3, n, dtype=torch.int64, device="meta") for n in (1, 2))
+    with Ledger() as ledger:
+        rows.index_put_((which, ids), values)
+    assert ledger.operations[0].bytes == 8 * (3 + 6) + 2 * 4 * 6
+
+
 def test_products_and_copies_are_counted_as_by_hand():
     a, b = (torch.empty(s, device="meta") for s in ((3, 4), (4, 5)))
     with Ledger() as ledger:

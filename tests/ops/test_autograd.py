@@ -185,6 +185,10 @@ def arguments(name, backend):
     gradient = torch.zeros(2, 3, V)
     arguments = {
         "fold_part": (*constants, *scales),
+        "fold_tail": (
+            *(logits.detach(), token_ids, torch.arange(3).expand(2, 3, 3), mask),
+            *(0.7, None),
+        ),
         "token_stats": (logits, token_ids, mask, 0.7, None, False),
         "token_kl": (logits, ref_logits, token_ids, mask, *scales, False),
         "token_jsd": (logits, ref_logits, mask, 0.3, *scales, False),
@@ -221,7 +225,7 @@ OPERATORS = (
     *("token_stats", "token_kl", "token_jsd", "kl_rewards"),
     *("token_stats_backward", "token_kl_backward", "token_jsd_backward"),
     *("token_stats_backward_", "token_kl_backward_", "token_jsd_backward_"),
-    *("fold_part", "mixture_part", "policy_loss", "scale_gradient", "gae"),
+    *("fold_part", "fold_tail", "mixture_part", "policy_loss", "scale_gradient", "gae"),
 )
 
 

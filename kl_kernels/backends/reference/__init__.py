@@ -3,6 +3,7 @@
 from kl_kernels.backends.reference.mixture import mixture_part, token_jsd, token_jsd_backward
 from kl_kernels.backends.reference.operators import (
     fold_part,
+    fold_tail,
     gae,
     kl_rewards,
     policy_loss,
@@ -15,6 +16,7 @@ from kl_kernels.backends.reference.operators import (
 
 __all__ = [
     "fold_part",
+    "fold_tail",
     "gae",
     "kl_rewards",
     "mixture_part",

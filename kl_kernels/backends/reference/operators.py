@@ -28,6 +28,7 @@ from kl_kernels.checks import check_token_range
 from kl_kernels.schemas import (
     NO_TOKEN,
     FoldPartArgs,
+    FoldTailArgs,
     GAEArgs,
     GAEOutputs,
     KLRewardsArgs,
@@ -72,10 +73,23 @@ def _token_kl(a: TokenStatsArgs | TokenKLArgs | PolicyLossArgs) -> TokenKLOutput
 
 
 def fold_part(a: FoldPartArgs) -> Tensor:
-    models, fields = Models.of(a), state_fields(a.ref_logits is not None)
+    return _fold(a, state_fields(a.ref_logits is not None), None)
+
+
+def fold_tail(a: FoldTailArgs) -> Tensor:
+    return _fold(a, state_fields(has_ref=False), a.skipped_ids)
+
+
+def _fold(
+    a: FoldPartArgs | FoldTailArgs,
+    fields: tuple[str, ...],
+    skipped_ids: Tensor | None,  # [B, T, K]
+) -> Tensor:
+    models = Models.of(a)
     result = a.logits.new_zeros((len(fields), *a.token_ids.shape), dtype=output_dtype(a.logits))
     for rows in row_groups(a.logits, a.mask):
-        s = as_saved(models.fold(rows), result.dtype)
+        skipped = None if skipped_ids is None else skipped_ids[rows]
+        s = as_saved(models.fold(rows, skipped), result.dtype)
         outside = a.token_ids[rows] == NO_TOKEN
         check_token_range(a.token_ids[rows], ~outside, a.logits.shape[-1])
         xt, yt = models.read(rows, a.token_ids[rows].masked_fill(outside, 0))

@@ -39,7 +39,7 @@ ONLY_WRITE = frozenset({"arange", "fill_", "full", "new_zeros", "ones", "ones_li
 WAITS = frozenset({"_local_scalar_dense", "is_nonzero", "item", "nonzero"})
 # Kernels of an operator of this package, where they are not one; and passes over its logits, where
 # they are not one: the second is from the end of each row back, and mostly in the cache.
-LAUNCHES = {"fold_part": 2, "token_stats": 2, "token_kl": 2, "kl_rewards": 2}
+LAUNCHES = {"fold_part": 2, "fold_tail": 2, "token_stats": 2, "token_kl": 2, "kl_rewards": 2}
 PASSES = {"token_jsd": 2, "policy_loss": 2}
 
 
@@ -113,6 +113,9 @@ def _operation(
         size += sum(PASSES.get(name, 1) * n_bytes(t) if ours else n_bytes(t) for t in read)
     if name in ("embedding_dense_backward", "gather", "index", "index_select"):
         size = 2 * sum(map(n_bytes, written))
+    if name == "index_put_":  # the places that are named, not all of the tensor
+        size = sum(n_bytes(t) for t in taken if not any(t is w for w in written))
+        size += n_bytes(args[2])
     if name == "scale_gradient":  # the factor is 1, and nothing else is touched
         size = 0
     largest = max(taken, key=n_bytes, default=None)

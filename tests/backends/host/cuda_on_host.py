@@ -19,6 +19,7 @@ from kl_kernels.schemas import (
     OPERATORS,
     POLICY_LOSS_TERMS,
     FoldPartArgs,
+    FoldTailArgs,
     GAEArgs,
     GAEOutputs,
     KLRewardsArgs,
@@ -139,6 +140,10 @@ class Outputs(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in (*OUTPUTS, *STATES, *REWARDS, "part_state")]
 
 
+class SkippedIds(ctypes.Structure):
+    _fields_ = [("ids", c_void_p), ("per_row", c_int64)]
+
+
 class RewardParams(ctypes.Structure):
     _fields_ = [
         ("scores", c_void_p),
@@ -246,6 +251,21 @@ def forward(a, names: tuple[str, ...], params: RewardParams | None = None) -> tu
 
 def fold_part(a: FoldPartArgs) -> Tensor:
     return forward(a, ("part_state",))[0]
+
+
+def fold_tail(a: FoldTailArgs) -> Tensor:
+    policy, _ = models(a)
+    rows = Rows.of(a.logits, a.token_ids, a.mask)
+    state = torch.empty(len(state_fields(has_ref=False)), *a.logits.shape[:2])
+    scratch = torch.empty(library().host_scratch_bytes(byref(rows)), dtype=torch.uint8)
+    assert not library().host_fold_tail(
+        byref(rows),
+        byref(policy),
+        byref(SkippedIds(pointer(a.skipped_ids), a.skipped_ids.shape[-1])),
+        byref(Outputs(part_state=pointer(state))),
+        c_void_p(scratch.data_ptr()),
+    )
+    return state
 
 
 def token_stats(a: TokenStatsArgs) -> TokenStatsOutputs:

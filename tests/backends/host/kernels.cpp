@@ -8,6 +8,7 @@
 #include "../../../csrc/cuda/mixture.cuh"
 #include "../../../csrc/cuda/policy_loss.cuh"
 #include "../../../csrc/cuda/scale.cuh"
+#include "../../../csrc/cuda/tail.cuh"
 
 using namespace kl_kernels;
 
@@ -39,6 +40,11 @@ int host_forward(const Rows* rows, const Logits* policy, const Logits* reference
                  const Outputs* outputs, const RewardParams* shape, void* scratch) {
   return launch_forward<SmallLaunch>(*rows, *policy, *reference, *outputs, *shape, scratch,
                                      nullptr);
+}
+
+int host_fold_tail(const Rows* rows, const Logits* policy, const SkippedIds* skipped,
+                   const Outputs* outputs, void* scratch) {
+  return launch_tail<SmallLaunch>(*rows, *policy, *skipped, *outputs, scratch, nullptr);
 }
 
 int host_backward(const Rows* rows, const Logits* policy, const Logits* reference,

@@ -12,6 +12,7 @@
 
 #include "dtype.h"
 #include "epilogues.h"
+#include "parts.h"
 
 namespace kl_kernels {
 
@@ -108,6 +109,23 @@ inline Tensor new_rows(const Tensor& logits, int64_t n) {  // [n, B, T]
   return torch::stable::new_empty(logits, {n, logits.size(0), logits.size(1)}, ScalarType::Float);
 }
 inline float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// `states` is [parts, fields, B, T].
+inline PartStates part_states_of(const Tensor& states, const OptionalTensor& ranges) {
+  check(states.dim() == 4 && states.size(0) >= 1 &&
+            (states.size(1) == kStateFields || states.size(1) == kStateFieldsWithoutRef),
+        "states must be [parts, 9 or 4, B, T]");
+  const int64_t n_parts = states.size(0);
+  return {data_of<float>(states, "states", ScalarType::Float, states.numel(), states),
+          data_of<float>(ranges, "ranges", ScalarType::Float, 2 * n_parts, states), n_parts,
+          states.size(2) * states.size(3), states.size(1) == kStateFields};
+}
+inline Tensor new_rows_of_parts(const Tensor& states) {  // [B, T]
+  return torch::stable::new_empty(states, {states.size(2), states.size(3)}, ScalarType::Float);
+}
+inline Tensor new_states_of_parts(const Tensor& states) {  // [2, B, T]
+  return torch::stable::new_empty(states, {2, states.size(2), states.size(3)}, ScalarType::Float);
+}
 
 inline PolicyLossParams policy_loss_params(double clip_low, double clip_high,
                                            std::optional<double> dual_clip,

@@ -128,6 +128,38 @@ KLTensors token_kl(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   return fold_rows(models, tokens, [](int64_t, const Finished<float>&) {});
 }
 
+KLTensors finish_parts(const Tensor& states, const OptionalTensor& ranges,
+                       const OptionalTensor& mask) {
+  const PartStates parts = part_states_of(states, ranges);
+  const int64_t n_rows = parts.n_rows;
+  const bool* const counts = data_of<bool>(mask, "mask", ScalarType::Bool, n_rows, states);
+  bool tiled = true;
+  for (int64_t i = 0; i < parts.n_parts; ++i) tiled = tiled && parts.begins_right(i);
+  Tensor logprob = new_rows_of_parts(states), ref_logprob = new_rows_of_parts(states);
+  Tensor kl = new_rows_of_parts(states), forward_kl = new_rows_of_parts(states);
+  Tensor entropy = new_rows_of_parts(states);
+  Tensor policy_state = new_states_of_parts(states), ref_state = new_states_of_parts(states);
+  float *logprob_data = floats(logprob), *ref_logprob_data = floats(ref_logprob);
+  float *kl_data = floats(kl), *forward_kl_data = floats(forward_kl);
+  float *entropy_data = floats(entropy), *policy_data = floats(policy_state);
+  float* const ref_data = floats(ref_state);
+  for_each_row(n_rows, 64 * parts.n_parts, [&](int64_t row) {  // a state is some work
+    WholeRow whole{};
+    if (counts == nullptr || counts[row]) whole = whole_row(parts, row, tiled);
+    const Finished<float> f = to_float(whole.finished);
+    logprob_data[row] = f.logprob;
+    ref_logprob_data[row] = f.ref_logprob;
+    kl_data[row] = f.kl;
+    forward_kl_data[row] = f.forward_kl;
+    entropy_data[row] = f.entropy;
+    policy_data[row] = float(whole.saved.anchor);
+    policy_data[n_rows + row] = float(whole.saved.sums.sx);
+    ref_data[row] = float(whole.saved.ref_anchor);
+    ref_data[n_rows + row] = float(whole.saved.sums.sy);
+  });
+  return {logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> kl_rewards(
     const Tensor& logits, const Tensor& ref_logits, const Tensor& token_ids, const Tensor& mask,
     const Tensor& scores, const Tensor& score_index, double kl_coef, int64_t estimator,

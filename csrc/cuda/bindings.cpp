@@ -85,6 +85,27 @@ KLTensors token_kl(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   return token_kl_into(Outputs{}, RewardParams{}, logits, models, rows_of(logits, token_ids, mask));
 }
 
+KLTensors finish_parts(const Tensor& states, const OptionalTensor& ranges,
+                       const OptionalTensor& mask) {
+  const PartStates parts = part_states_of(states, ranges);
+  const bool* const counts = data_of<bool>(mask, "mask", ScalarType::Bool, parts.n_rows, states);
+  Tensor logprob = new_rows_of_parts(states), ref_logprob = new_rows_of_parts(states);
+  Tensor kl = new_rows_of_parts(states), forward_kl = new_rows_of_parts(states);
+  Tensor entropy = new_rows_of_parts(states);
+  Tensor policy_state = new_states_of_parts(states), ref_state = new_states_of_parts(states);
+  Outputs out{};
+  out.logprob = floats(logprob);
+  out.ref_logprob = floats(ref_logprob);
+  out.kl = floats(kl);
+  out.forward_kl = floats(forward_kl);
+  out.entropy = floats(entropy);
+  out.policy_state = floats(policy_state);
+  out.ref_state = floats(ref_state);
+  const Device device(states);
+  check(kl_kernels::finish_parts(parts, counts, out, device.stream()));
+  return {logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> kl_rewards(
     const Tensor& logits, const Tensor& ref_logits, const Tensor& token_ids, const Tensor& mask,
     const Tensor& scores, const Tensor& score_index, double kl_coef, int64_t estimator,

@@ -1,4 +1,5 @@
 #include "forward.cuh"
+#include "parts.cuh"
 #include "tail.cuh"
 
 namespace kl_kernels {
@@ -14,6 +15,11 @@ cudaError_t forward(const Rows& rows, const Logits& policy, const Logits& refere
 cudaError_t fold_tail(const Rows& rows, const Logits& policy, const SkippedIds& skipped,
                       const Outputs& outputs, void* scratch, cudaStream_t stream) {
   return launch_tail<LaunchPolicy>(rows, policy, skipped, outputs, scratch, stream);
+}
+
+cudaError_t finish_parts(const PartStates& parts, const bool* mask, const Outputs& outputs,
+                         cudaStream_t stream) {
+  return launch_finish_parts(parts, mask, outputs, stream);
 }
 
 }  // namespace kl_kernels

@@ -95,6 +95,16 @@ def test_ranks_share_the_vocabulary(name):
     assert {o["op"] for o in together["operations"]} & {"_allgather_base_", "allgather_"}
 
 
+@pytest.mark.parametrize("name", ["token_stats", "token_kl"])
+def test_ranks_exchange_merge_and_finish_in_few_kernels(name):
+    operations = found(name, ranks=8)["operations"]
+    ops = [o["op"] for o in operations if o["pass"] == "forward"]
+    behind = ops[ops.index("fold_part") + 1 :]
+    assert len(behind) <= 8
+    assert behind[-1] == "finish_parts"
+    assert sum(o["launches"] for o in operations) <= 22
+
+
 @pytest.mark.parametrize("name", [name for name in JOBS if name not in (*HEADS, LOSS)])
 def test_functions_of_logits_take_one_call_each_way(name):
     of = found(name, reference=True)

@@ -2,6 +2,7 @@
 
 from kl_kernels.backends.reference.mixture import mixture_part, token_jsd, token_jsd_backward
 from kl_kernels.backends.reference.operators import (
+    finish_parts,
     fold_part,
     fold_tail,
     gae,
@@ -15,6 +16,7 @@ from kl_kernels.backends.reference.operators import (
 )
 
 __all__ = [
+    "finish_parts",
     "fold_part",
     "fold_tail",
     "gae",

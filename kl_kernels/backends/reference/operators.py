@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kl_kernels.algebra import parts
 from kl_kernels.algebra.epilogues import (
     PolicyLossInputs,
     PolicyLossParams,
@@ -27,6 +28,7 @@ from kl_kernels.backends.reference.rows import Models, as_saved, blocks, row_gro
 from kl_kernels.checks import check_token_range
 from kl_kernels.schemas import (
     NO_TOKEN,
+    FinishPartsArgs,
     FoldPartArgs,
     FoldTailArgs,
     GAEArgs,
@@ -100,6 +102,15 @@ def _fold(
         for i, field in enumerate(fields):
             result[i][rows] = found[field].to(result.dtype)
     return result
+
+
+def finish_parts(a: FinishPartsArgs) -> TokenKLOutputs:
+    right = parts.held_once(a.states)
+    if a.ranges is not None:
+        right = right & parts.tile_the_vocabulary(a.ranges)
+    merged = parts.merge_parts(torch.where(right, a.states, torch.nan))
+    outputs, *states = parts.finish_parts(merged, a.mask, a.states.dtype)
+    return TokenKLOutputs(*outputs, *states)
 
 
 def token_stats_backward(a: TokenStatsBackwardArgs) -> None:

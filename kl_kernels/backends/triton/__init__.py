@@ -19,7 +19,7 @@ from kl_kernels.schemas import OPERATORS
 # Where an operator's launcher is, if not in `launch`.
 ELSEWHERE = {
     **dict.fromkeys(("token_jsd", "mixture_part", "token_jsd_backward"), "launch_mixture"),
-    **dict.fromkeys(("fold_part", "fold_tail"), "launch_parts"),
+    **dict.fromkeys(("fold_part", "fold_tail", "finish_parts"), "launch_parts"),
 }
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from kl_kernels.backends.triton import launch
 from kl_kernels.backends.triton.fold import part_kernel
 from kl_kernels.backends.triton.launch import COMPILE
+from kl_kernels.backends.triton.parts import finish_parts_kernel
 from kl_kernels.backends.triton.tail import tail_kernel
 from kl_kernels.checks import check_token_range, values_are_at_hand
-from kl_kernels.schemas import NO_TOKEN, FoldPartArgs, FoldTailArgs, state_fields
+from kl_kernels.schemas import (
+    NO_TOKEN,
+    FinishPartsArgs,
+    FoldPartArgs,
+    FoldTailArgs,
+    TokenKLOutputs,
+    state_fields,
+)
 
 
 def fold_part(a: FoldPartArgs) -> Tensor:
@@ -29,6 +38,33 @@ def fold_tail(a: FoldTailArgs) -> Tensor:
         with torch.cuda.device_of(a.logits):
             _merge_splits(a, _fold_tail(a), state)
     return state
+
+
+def finish_parts(a: FinishPartsArgs) -> TokenKLOutputs:
+    n_parts, n_fields, n_batch, n_tokens = a.states.shape
+    rows = (n_batch, n_tokens)
+
+    def room(field: str) -> Tensor:
+        return a.states.new_empty((2, *rows) if field.endswith("_state") else rows)
+
+    out = TokenKLOutputs(*map(room, TokenKLOutputs._fields))
+    n_rows = n_batch * n_tokens
+    if n_rows:
+        with torch.cuda.device_of(a.states):
+            finish_parts_kernel[(-(-n_rows // launch.CONFIG.finish_rows),)](
+                states_ptr=a.states,
+                ranges_ptr=a.ranges,
+                mask_ptr=a.mask,
+                **{f"{field}_ptr": getattr(out, field) for field in out._fields},
+                n_rows=n_rows,
+                n_parts=n_parts,
+                HAS_REF=n_fields == len(state_fields(has_ref=True)),
+                PARTS=triton.next_power_of_2(n_parts),
+                ROWS=launch.CONFIG.finish_rows,
+                num_warps=launch.CONFIG.num_warps,
+                **COMPILE,
+            )
+    return out
 
 
 def _check_tokens(a: FoldPartArgs | FoldTailArgs) -> None:

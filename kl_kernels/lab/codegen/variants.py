@@ -18,6 +18,7 @@ from triton import JITFunction
 from kl_kernels.backends.triton import launch, launch_mixture, launch_parts
 from kl_kernels.schemas import (
     ESTIMATORS,
+    FinishPartsArgs,
     FoldPartArgs,
     FoldTailArgs,
     GAEArgs,
@@ -126,6 +127,10 @@ def variants(shape: Shape) -> list[Variant]:
     fold_policy, finish_policy = _launches(launch.token_stats, args(TokenStatsArgs))
     _, finish_rewards = _launches(launch.kl_rewards, args(KLRewardsArgs))
     _, part = _launches(launch_parts.fold_part, args(FoldPartArgs))
+    states = torch.empty((8, 9, 1, shape.rows), device="meta")  # eight ranks
+    ranges = torch.empty((8, 2), device="meta")
+    parts_args = FinishPartsArgs(states, ranges, operands["mask"])
+    (finish_parts,) = _launches(launch_parts.finish_parts, parts_args)
     tail, _ = _launches(launch_parts.fold_tail, args(FoldTailArgs))
     (kl,) = _launches(launch.token_kl_backward, kl_backward._replace(grad_forward_kl=None))
     (both_kls,) = _launches(launch.token_kl_backward, kl_backward)
@@ -161,6 +166,7 @@ def variants(shape: Shape) -> list[Variant]:
         Variant("finish: both KLs", *finish_kl),
         Variant("finish: rewards", *finish_rewards),
         Variant("part of a vocabulary", *part),
+        Variant("finish: parts", *finish_parts),
         Variant("gae", *gae),
     ]
 

@@ -38,9 +38,13 @@ ONLY_WRITE = frozenset({"arange", "fill_", "full", "new_zeros", "ones", "ones_li
 # The host waits for their result.
 WAITS = frozenset({"_local_scalar_dense", "is_nonzero", "item", "nonzero"})
 # Kernels of an operator of this package, where they are not one; and passes over its logits, where
-# they are not one: the second is from the end of each row back, and mostly in the cache.
-LAUNCHES = {"fold_part": 2, "fold_tail": 2, "token_stats": 2, "token_kl": 2, "kl_rewards": 2}
-PASSES = {"token_jsd": 2, "policy_loss": 2}
+# they are not one: the second is from the end of each row back, and mostly in the cache. States
+# of ranks, and what they are states of, lie apart and are copied before they are read.
+LAUNCHES = {
+    **dict.fromkeys(("fold_part", "fold_tail", "token_stats", "token_kl", "kl_rewards"), 2),
+    "finish_parts": 3,
+}
+PASSES = {"token_jsd": 2, "policy_loss": 2, "finish_parts": 3}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from kl_kernels.schemas import (
     MIXTURE_SUMS,
     OPERATORS,
     POLICY_LOSS_TERMS,
+    FinishPartsArgs,
     FoldPartArgs,
     FoldTailArgs,
     GAEArgs,
@@ -138,6 +139,16 @@ REWARDS = ("rewards", "advantage_correction")
 
 class Outputs(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in (*OUTPUTS, *STATES, *REWARDS, "part_state")]
+
+
+class PartStates(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("ranges", c_void_p),
+        ("n_parts", c_int64),
+        ("n_rows", c_int64),
+        ("has_ref", c_bool),
+    ]
 
 
 class SkippedIds(ctypes.Structure):
@@ -266,6 +277,22 @@ def fold_tail(a: FoldTailArgs) -> Tensor:
         c_void_p(scratch.data_ptr()),
     )
     return state
+
+
+def finish_parts(a: FinishPartsArgs) -> TokenKLOutputs:
+    n_parts, n_fields, *rows = a.states.shape
+    parts = PartStates(
+        pointer(a.states),
+        pointer(a.ranges),
+        n_parts,
+        math.prod(rows),
+        n_fields == len(state_fields(has_ref=True)),
+    )
+    leading = dict.fromkeys(STATES, (2,))
+    out = {name: torch.empty(*leading.get(name, ()), *rows) for name in TokenKLOutputs._fields}
+    outputs = Outputs(**{name: pointer(tensor) for name, tensor in out.items()})
+    assert not library().host_finish_parts(byref(parts), c_void_p(pointer(a.mask)), byref(outputs))
+    return TokenKLOutputs(**out)
 
 
 def token_stats(a: TokenStatsArgs) -> TokenStatsOutputs:

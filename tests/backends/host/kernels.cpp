@@ -6,6 +6,7 @@
 #include "../../../csrc/cuda/forward.cuh"
 #include "../../../csrc/cuda/gae.cuh"
 #include "../../../csrc/cuda/mixture.cuh"
+#include "../../../csrc/cuda/parts.cuh"
 #include "../../../csrc/cuda/policy_loss.cuh"
 #include "../../../csrc/cuda/scale.cuh"
 #include "../../../csrc/cuda/tail.cuh"
@@ -45,6 +46,10 @@ int host_forward(const Rows* rows, const Logits* policy, const Logits* reference
 int host_fold_tail(const Rows* rows, const Logits* policy, const SkippedIds* skipped,
                    const Outputs* outputs, void* scratch) {
   return launch_tail<SmallLaunch>(*rows, *policy, *skipped, *outputs, scratch, nullptr);
+}
+
+int host_finish_parts(const PartStates* parts, const bool* mask, const Outputs* outputs) {
+  return launch_finish_parts(*parts, mask, *outputs, nullptr);
 }
 
 int host_backward(const Rows* rows, const Logits* policy, const Logits* reference,

@@ -43,6 +43,20 @@ class FoldPartArgs(NamedTuple):
     ref_softcap: float | None
 
 
+class FoldTailArgs(NamedTuple):
+    """The state of a row without some of its tokens, [len(state_fields(False)), B, T].
+
+    `skipped_ids` ascend, and from V on they skip nothing. The token may be one of them.
+    """
+
+    logits: Tensor  # [B, T, V]
+    token_ids: Tensor  # [B, T]
+    skipped_ids: Tensor  # [B, T, K]
+    mask: Tensor | None  # [B, T]
+    temperature: float
+    softcap: float | None
+
+
 class TokenStatsArgs(NamedTuple):
     """Log-probability and entropy."""
 
@@ -180,6 +194,18 @@ class TokenJSDBackwardArgs(NamedTuple):
     grad_logits: Written  # [B, T, V]
 
 
+class FinishPartsArgs(NamedTuple):
+    """States of all parts of rows, to be merged and finished.
+
+    A row is NaN where not exactly one part holds its token, and all are where `ranges` says that
+    the parts are not 0 to V - 1, each token once.
+    """
+
+    states: Tensor  # [parts, 9 or 4, B, T]: `fold_part`'s
+    ranges: Tensor | None  # [parts, 2]: a part's first token and how many; None: not checked
+    mask: Tensor | None  # [B, T]
+
+
 class KLRewardsArgs(NamedTuple):
     """Arguments of `token_kl`, and the coefficients of the rewards."""
 
@@ -271,6 +297,8 @@ class Operator(NamedTuple):
 
 OPERATORS = {
     "fold_part": Operator(FoldPartArgs, "state"),
+    "fold_tail": Operator(FoldTailArgs, "state"),
+    "finish_parts": Operator(FinishPartsArgs, TokenKLOutputs),
     "token_stats": Operator(TokenStatsArgs, TokenStatsOutputs),
     "token_stats_backward": Operator(TokenStatsBackwardArgs, None),
     "token_kl": Operator(TokenKLArgs, TokenKLOutputs),

@@ -8,6 +8,8 @@
   STABLE_TORCH_LIBRARY_IMPL(library, device, m) {                               \
     using namespace kl_kernels;                                                 \
     m.impl("fold_part", TORCH_BOX(&bindings::fold_part));                       \
+    m.impl("fold_tail", TORCH_BOX(&bindings::fold_tail));                       \
+    m.impl("finish_parts", TORCH_BOX(&bindings::finish_parts));                 \
     m.impl("token_stats", TORCH_BOX(&bindings::token_stats));                   \
     m.impl("token_stats_backward", TORCH_BOX(&bindings::token_stats_backward)); \
     m.impl("token_kl", TORCH_BOX(&bindings::token_kl));                         \

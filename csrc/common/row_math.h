@@ -33,6 +33,28 @@ constexpr double kLog2e = 1.44269504088896340736;
 // The token of a row that is not among these logits; NO_TOKEN in kl_kernels/schemas.py.
 constexpr int64_t kNoToken = -(int64_t{1} << 62);
 
+// Tokens of each row that are folded as if the row did not hold them; ids ascend, and from V on
+// they skip nothing.
+struct SkippedIds {
+  const int64_t* ids;  // [B, T, per_row]
+  int64_t per_row;
+
+  KL_HOST_DEVICE const int64_t* of(int64_t row) const { return ids + row * per_row; }
+};
+
+// The first of n ascending ids that is not below `id`.
+KL_HOST_DEVICE int64_t first_from(const int64_t* ids, int64_t n, int64_t id) {
+  int64_t first = 0, last = n;
+  while (first < last) {
+    const int64_t middle = first + (last - first) / 2;
+    if (ids[middle] < id)
+      first = middle + 1;
+    else
+      last = middle;
+  }
+  return first;
+}
+
 // The numbers of fields in a part's state; STATE_FIELDS and state_fields() in schemas.py.
 constexpr int kStateFields = 9, kStateFieldsWithoutRef = 4;
 

@@ -12,6 +12,7 @@
 
 #include "dtype.h"
 #include "epilogues.h"
+#include "parts.h"
 
 namespace kl_kernels {
 
@@ -87,6 +88,12 @@ template <class T>
 const int64_t* token_ids_of(const T& token_ids, const Tensor& logits) {
   return data_of<int64_t>(token_ids, "token_ids", ScalarType::Long, n_rows_of(logits), logits);
 }
+inline SkippedIds skipped_ids_of(const Tensor& ids, const Tensor& logits) {
+  check(ids.dim() == 3, "skipped_ids must be [B, T, K]");
+  return {data_of<int64_t>(ids, "skipped_ids", ScalarType::Long, n_rows_of(logits) * ids.size(2),
+                           logits),
+          ids.size(2)};
+}
 template <class T>
 const bool* mask_of(const T& mask, const Tensor& logits) {
   return data_of<bool>(mask, "mask", ScalarType::Bool, n_rows_of(logits), logits);
@@ -106,6 +113,23 @@ inline float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable
 // Gradients here have the dtype of the logits: the token's own entry stands among them.
 inline void refuse_own_gradient(const OptionalTensor& own_gradient) {
   check(!own_gradient, "own_gradient is for backends that round gradients to another dtype");
+}
+
+// `states` is [parts, fields, B, T].
+inline PartStates part_states_of(const Tensor& states, const OptionalTensor& ranges) {
+  check(states.dim() == 4 && states.size(0) >= 1 &&
+            (states.size(1) == kStateFields || states.size(1) == kStateFieldsWithoutRef),
+        "states must be [parts, 9 or 4, B, T]");
+  const int64_t n_parts = states.size(0);
+  return {data_of<float>(states, "states", ScalarType::Float, states.numel(), states),
+          data_of<float>(ranges, "ranges", ScalarType::Float, 2 * n_parts, states), n_parts,
+          states.size(2) * states.size(3), states.size(1) == kStateFields};
+}
+inline Tensor new_rows_of_parts(const Tensor& states) {  // [B, T]
+  return torch::stable::new_empty(states, {states.size(2), states.size(3)}, ScalarType::Float);
+}
+inline Tensor new_states_of_parts(const Tensor& states) {  // [2, B, T]
+  return torch::stable::new_empty(states, {2, states.size(2), states.size(3)}, ScalarType::Float);
 }
 
 inline PolicyLossParams policy_loss_params(double clip_low, double clip_high,

@@ -12,20 +12,18 @@
 namespace kl_kernels::bindings {
 namespace {
 
-Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const Tensor& token_ids,
-                 const OptionalTensor& mask, double temperature, double ref_temperature,
-                 std::optional<double> softcap, std::optional<double> ref_softcap) {
-  const Models models(logits, ref_logits, temperature, ref_temperature, softcap, ref_softcap);
-  const Tokens tokens(token_ids, mask, models.logits, Vocabulary::part);
+// `policy(row)` is the row of `models` that is folded.
+template <class Policy>
+Tensor part_states(const Models& models, const Tokens& tokens, const Policy& policy) {
   const int64_t n_rows = models.n_rows();
-  const int64_t n_fields = ref_logits ? kStateFields : kStateFieldsWithoutRef;
-  Tensor state = new_rows(logits, n_fields);
+  const int64_t n_fields = models.ref_logits ? kStateFields : kStateFieldsWithoutRef;
+  Tensor state = new_rows(models.logits.tensor(), n_fields);
   float* const data = floats(state);
   for_each_row(n_rows, 2 * models.vocab_size(), [&](int64_t row) {
     double fields[kStateFields] = {};
     if (tokens.counts(row)) {
       double tx, ty;
-      const RowState<double> found = row_kernels().fold(models.policy(row), models.reference(row),
+      const RowState<double> found = row_kernels().fold(policy(row), models.reference(row),
                                                         models.vocab_size(), tokens[row], &tx, &ty);
       const RowState<double> s = as_saved(found);
       const double all[kStateFields] = {
@@ -36,6 +34,27 @@ Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const T
     for (int64_t i = 0; i < n_fields; ++i) data[i * n_rows + row] = float(fields[i]);
   });
   return state;
+}
+
+Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const Tensor& token_ids,
+                 const OptionalTensor& mask, double temperature, double ref_temperature,
+                 std::optional<double> softcap, std::optional<double> ref_softcap) {
+  const Models models(logits, ref_logits, temperature, ref_temperature, softcap, ref_softcap);
+  const Tokens tokens(token_ids, mask, models.logits, Vocabulary::part);
+  return part_states(models, tokens, [&](int64_t row) { return models.policy(row); });
+}
+
+Tensor fold_tail(const Tensor& logits, const Tensor& token_ids, const Tensor& skipped_ids,
+                 const OptionalTensor& mask, double temperature, std::optional<double> softcap) {
+  const Models models(logits, std::nullopt, temperature, temperature, softcap, softcap);
+  const Tokens tokens(token_ids, mask, models.logits, Vocabulary::part);
+  const SkippedIds skipped = skipped_ids_of(skipped_ids, logits);
+  return part_states(models, tokens, [&](int64_t row) {
+    Row policy = models.policy(row);
+    policy.skipped_ids = skipped.of(row);
+    policy.n_skipped = skipped.per_row;
+    return policy;
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits, const Tensor& token_ids,
@@ -107,6 +126,38 @@ KLTensors token_kl(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   const Models models(logits, ref_logits, temperature, ref_temperature, softcap, ref_softcap);
   const Tokens tokens(token_ids, mask, models.logits);
   return fold_rows(models, tokens, [](int64_t, const Finished<float>&) {});
+}
+
+KLTensors finish_parts(const Tensor& states, const OptionalTensor& ranges,
+                       const OptionalTensor& mask) {
+  const PartStates parts = part_states_of(states, ranges);
+  const int64_t n_rows = parts.n_rows;
+  const bool* const counts = data_of<bool>(mask, "mask", ScalarType::Bool, n_rows, states);
+  bool tiled = true;
+  for (int64_t i = 0; i < parts.n_parts; ++i) tiled = tiled && parts.begins_right(i);
+  Tensor logprob = new_rows_of_parts(states), ref_logprob = new_rows_of_parts(states);
+  Tensor kl = new_rows_of_parts(states), forward_kl = new_rows_of_parts(states);
+  Tensor entropy = new_rows_of_parts(states);
+  Tensor policy_state = new_states_of_parts(states), ref_state = new_states_of_parts(states);
+  float *logprob_data = floats(logprob), *ref_logprob_data = floats(ref_logprob);
+  float *kl_data = floats(kl), *forward_kl_data = floats(forward_kl);
+  float *entropy_data = floats(entropy), *policy_data = floats(policy_state);
+  float* const ref_data = floats(ref_state);
+  for_each_row(n_rows, 64 * parts.n_parts, [&](int64_t row) {  // a state is some work
+    WholeRow whole{};
+    if (counts == nullptr || counts[row]) whole = whole_row(parts, row, tiled);
+    const Finished<float> f = to_float(whole.finished);
+    logprob_data[row] = f.logprob;
+    ref_logprob_data[row] = f.ref_logprob;
+    kl_data[row] = f.kl;
+    forward_kl_data[row] = f.forward_kl;
+    entropy_data[row] = f.entropy;
+    policy_data[row] = float(whole.saved.anchor);
+    policy_data[n_rows + row] = float(whole.saved.sums.sx);
+    ref_data[row] = float(whole.saved.ref_anchor);
+    ref_data[n_rows + row] = float(whole.saved.sums.sy);
+  });
+  return {logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> kl_rewards(

@@ -32,7 +32,8 @@ KL_INLINE void widen_logits(const Row& row, Block block, float* to) {
 struct Staged {
   alignas(64) float values[kBlock];
 
-  // Softcapped logits as floats; what is left of the last pair of vectors holds `padding`.
+  // Softcapped logits as floats; what is left of the last pair of vectors holds `padding`, and so
+  // does what is skipped.
   void stage(const Row& row, Block block, float padding) {
     if (row.dtype == Dtype::float32) widen_logits<float>(row, block, values);
     if (row.dtype == Dtype::bfloat16) widen_logits<BFloat16>(row, block, values);
@@ -44,6 +45,13 @@ struct Staged {
         store(values + i, softcapped(load<Floats>(values + i), row.softcap));
     }
     for (int64_t i = block.size; i < padded; ++i) values[i] = padding;
+    // Ids that do not ascend are skipped or not, but nothing is written elsewhere.
+    const auto within = [&](int64_t id) {
+      return id >= block.start && id < block.start + block.size;
+    };
+    for (int64_t i = first_from(row.skipped_ids, row.n_skipped, block.start);
+         i < row.n_skipped && within(row.skipped_ids[i]); ++i)
+      values[row.skipped_ids[i] - block.start] = padding;
   }
 
   // Distance of staged logits from an anchor, in float64 up to the last rounding.
@@ -89,7 +97,7 @@ inline void write_gradient(const Row& row, const Staged& logits, Staged& grad, B
 
 KL_INLINE float logit_at(const Row& row, int64_t index) {
   Staged one;
-  one.stage(row, {index, 1}, 0);
+  one.stage({row.logits, row.dtype, row.k, row.softcap}, {index, 1}, 0);  // skipped or not
   return one.values[0];
 }
 
@@ -101,7 +109,7 @@ KL_INLINE double token_from_anchor(const Row& row, int64_t token, double anchor)
 // Rows whose blocks can be read where they lie; a last block of odd size is staged all the same.
 KL_INLINE bool read_in_place(const Row& policy, const Row& reference) {
   const bool has_ref = reference.logits != nullptr;
-  return policy.softcap == 0 &&
+  return policy.softcap == 0 && policy.n_skipped == 0 &&
          (!has_ref || (reference.softcap == 0 && reference.dtype == policy.dtype));
 }
 

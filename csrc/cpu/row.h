@@ -15,6 +15,9 @@ struct Row {
   Dtype dtype;
   float k;        // log2(e) / temperature
   float softcap;  // 0: none
+  // Ascending, [n_skipped]: tokens that are folded as if the row did not hold them.
+  const int64_t* skipped_ids = nullptr;
+  int64_t n_skipped = 0;
 };
 
 // Whether only float64 arithmetic is to measure from an anchor. Floats are 1/32 apart there, and so

@@ -30,6 +30,21 @@ Tensor fold_part(const Tensor& logits, const OptionalTensor& ref_logits, const T
   return state;
 }
 
+Tensor fold_tail(const Tensor& logits, const Tensor& token_ids, const Tensor& skipped_ids,
+                 const OptionalTensor& mask, double temperature, std::optional<double> softcap) {
+  const Logits policy = logits_of(logits, "logits", temperature, softcap);
+  const Rows rows = rows_of(logits, token_ids, mask);
+  const SkippedIds skipped = skipped_ids_of(skipped_ids, logits);
+  Tensor state = new_rows(logits, kStateFieldsWithoutRef);
+  Outputs out{};
+  out.part_state = floats(state);
+  const Device device(logits);
+  const Tensor scratch = torch::stable::new_empty(logits, {scratch_bytes(rows)}, ScalarType::Byte);
+  check(kl_kernels::fold_tail(rows, policy, skipped, out, scratch.mutable_data_ptr(),
+                              device.stream()));
+  return state;
+}
+
 std::tuple<Tensor, Tensor, Tensor> token_stats(const Tensor& logits, const Tensor& token_ids,
                                                const OptionalTensor& mask, double temperature,
                                                std::optional<double> softcap) {
@@ -68,6 +83,27 @@ KLTensors token_kl(const Tensor& logits, const Tensor& ref_logits, const Tensor&
   const Models models =
       models_of(logits, ref_logits, temperature, ref_temperature, softcap, ref_softcap);
   return token_kl_into(Outputs{}, RewardParams{}, logits, models, rows_of(logits, token_ids, mask));
+}
+
+KLTensors finish_parts(const Tensor& states, const OptionalTensor& ranges,
+                       const OptionalTensor& mask) {
+  const PartStates parts = part_states_of(states, ranges);
+  const bool* const counts = data_of<bool>(mask, "mask", ScalarType::Bool, parts.n_rows, states);
+  Tensor logprob = new_rows_of_parts(states), ref_logprob = new_rows_of_parts(states);
+  Tensor kl = new_rows_of_parts(states), forward_kl = new_rows_of_parts(states);
+  Tensor entropy = new_rows_of_parts(states);
+  Tensor policy_state = new_states_of_parts(states), ref_state = new_states_of_parts(states);
+  Outputs out{};
+  out.logprob = floats(logprob);
+  out.ref_logprob = floats(ref_logprob);
+  out.kl = floats(kl);
+  out.forward_kl = floats(forward_kl);
+  out.entropy = floats(entropy);
+  out.policy_state = floats(policy_state);
+  out.ref_state = floats(ref_state);
+  const Device device(states);
+  check(kl_kernels::finish_parts(parts, counts, out, device.stream()));
+  return {logprob, ref_logprob, kl, forward_kl, entropy, policy_state, ref_state};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> kl_rewards(

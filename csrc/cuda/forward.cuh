@@ -133,6 +133,15 @@ int64_t forward_scratch_bytes(const Rows& rows) {
   return split.n_parts == 1 ? 0 : rows.n_rows * split.n_parts * sizeof(RowState<float>);
 }
 
+inline cudaError_t launch_finish(const Rows& rows, const Split& split, const Logits& policy,
+                                 const Logits& reference, const Outputs& out,
+                                 const RewardParams& params, const RowState<float>* parts,
+                                 cudaStream_t stream) {
+  constexpr int kThreads = 128;
+  return launch(finish_kernel, {(rows.n_rows + kThreads - 1) / kThreads, kThreads}, stream, rows,
+                split, policy, reference, out, params, parts);
+}
+
 template <class Policy>
 cudaError_t launch_forward(const Rows& rows, const Logits& policy, const Logits& reference,
                            const Outputs& out, const RewardParams& params, void* scratch,
@@ -148,9 +157,7 @@ cudaError_t launch_forward(const Rows& rows, const Logits& policy, const Logits&
                   policy, reference, out, params, parts);
   });
   if (error != cudaSuccess || whole) return error;
-  constexpr int kThreads = 128;
-  return launch(finish_kernel, {(rows.n_rows + kThreads - 1) / kThreads, kThreads}, stream, rows,
-                split, policy, reference, out, params, parts);
+  return launch_finish(rows, split, policy, reference, out, params, parts, stream);
 }
 
 }  // namespace kl_kernels

@@ -7,6 +7,7 @@
 
 #include "../common/dtype.h"
 #include "../common/epilogues.h"
+#include "../common/parts.h"
 #include "runtime.h"
 
 namespace kl_kernels {
@@ -85,13 +86,22 @@ struct SavedMixture {
   double temperature;  // the policy's
 };
 
-// Bytes of scratch memory that `forward` needs.
+// Bytes of scratch memory that `forward` and `fold_tail` need.
 int64_t scratch_bytes(const Rows& rows);
 
 // token_stats (no reference), token_kl, kl_rewards (rewards wanted) and fold_part in one.
 cudaError_t forward(const Rows& rows, const Logits& policy, const Logits& reference,
                     const Outputs& outputs, const RewardParams& params, void* scratch,
                     cudaStream_t stream);
+
+// The states of rows without some of their tokens, into `outputs.part_state`.
+cudaError_t fold_tail(const Rows& rows, const Logits& policy, const SkippedIds& skipped,
+                      const Outputs& outputs, void* scratch, cudaStream_t stream);
+
+// The outputs of rows, rewards not among them, from the states of their parts. mask: [B, T] or
+// nullptr.
+cudaError_t finish_parts(const PartStates& parts, const bool* mask, const Outputs& outputs,
+                         cudaStream_t stream);
 
 // token_stats_backward and token_kl_backward in one.
 cudaError_t backward(const Rows& rows, const Logits& policy, const Logits& reference,

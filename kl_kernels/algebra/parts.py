@@ -70,6 +70,18 @@ def merge_parts(states: Tensor) -> Part:  # [parts, F, B, T]
     )
 
 
+def tile_the_vocabulary(ranges: Tensor) -> Tensor:  # [parts, 2] -> []
+    """Whether parts, each a first token and a number of them, are 0 to V - 1, each token once."""
+    start, order = ranges[:, 0].sort(stable=True)
+    end = start + ranges[order, 1]
+    return (start[0] == 0) & (start[1:] == end[:-1]).all()
+
+
+def held_once(states: Tensor) -> Tensor:  # [parts, F, B, T] -> [B, T]
+    """Whether exactly one part holds the row's token. A masked row's is held by all, or by none."""
+    return (states[:, STATE_FIELDS.index("token_tx")] != torch.inf).sum(0) == 1
+
+
 class Whole(NamedTuple):
     """Results and saved states of whole rows, each [B, T] or, states, [2, B, T]; 0 where masked."""
 

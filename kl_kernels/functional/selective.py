@@ -197,13 +197,11 @@ def put(
     rows: Tensor,  # [B, T, V], contiguous
     ids: Tensor,  # [B, T, K]
     values: Tensor,  # [B, T, K]
-    *,
-    accumulate: bool = False,
 ) -> None:
-    """`scatter_` (or `scatter_add_`) of a few entries, which on a CPU costs as much as a pass."""
+    """`scatter_` of a few entries, which on a CPU costs as much as a pass."""
     flat, k = rows.view(-1, rows.shape[-1]), ids.shape[-1]
     which = torch.arange(len(flat), device=rows.device)[:, None]
-    flat.index_put_((which, ids.reshape(-1, k)), values.reshape(-1, k), accumulate=accumulate)
+    flat.index_put_((which, ids.reshape(-1, k)), values.reshape(-1, k))
 
 
 def sum_over_equals(ids: Tensor, values: Tensor) -> Tensor:  # [..., K] each

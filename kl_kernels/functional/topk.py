@@ -17,12 +17,12 @@ from kl_kernels.functional.arguments import (
     shaped,
 )
 from kl_kernels.functional.dtensors import takes_dtensors
-from kl_kernels.functional.selective import check_several, put
-from kl_kernels.ops.autograd import once, only_first
+from kl_kernels.functional.selective import check_several, put, sum_over_equals
+from kl_kernels.ops.autograd import LATER, once, only_first
 from kl_kernels.schemas import (
     NO_TOKEN,
     BackendName,
-    FoldPartArgs,
+    FoldTailArgs,
     TokenStatsBackwardArgs,
     output_dtype,
 )
@@ -50,8 +50,8 @@ def topk_kl(
     rounding: it cannot be told from none.
 
     The policy's tail is summed from its logits, not as 1 minus the K probabilities, which leaves
-    nothing but rounding where the policy is sure of itself. For that the logits are copied once,
-    forward and backward; the copy becomes the gradient, and nothing of it is kept in between.
+    nothing but rounding where the policy is sure of itself. Logits are read once forward and once
+    backward, and the gradient is written once.
 
     Args:
         logits: [..., V] of the policy; float32, bfloat16, float16 or float64. Row t must be of the
@@ -197,31 +197,21 @@ class _Events(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         ids = ids.where(listed, _any_listed(ids, listed))
-
-        def fold(part: Tensor, token_ids: Tensor) -> Tensor:  # [4, B, T]
-            args = FoldPartArgs(
-                logits=part,
-                ref_logits=None,
-                token_ids=token_ids,
-                mask=mask,
-                temperature=temperature,
-                ref_temperature=temperature,
-                softcap=softcap,
-                ref_softcap=None,
-            )
-            state: Tensor = torch.ops.kl_kernels.fold_part(*args, backend)
-            return state
-
-        anchor, total, _, _ = fold(
-            _without(logits, ids, listed), torch.full_like(ids[..., 0], NO_TOKEN)
-        )
         chosen = logits.gather(-1, ids)
         first, where = chosen.double().max(-1, keepdim=True)
+        args = FoldTailArgs(
+            logits=logits.detach(),
+            token_ids=ids.gather(-1, where)[..., 0],
+            skipped_ids=ids.masked_fill(~listed, logits.shape[-1]).sort(-1).values,
+            mask=mask,
+            temperature=temperature,
+            softcap=softcap,
+        )
+        anchor, total, _, position = torch.ops.kl_kernels.fold_tail(*args, backend)
         # The kernels scale logits in their own precision: they must say where the first one
         # lies. The others are told from it by differences, in which that cancels.
-        own_anchor, _, _, own_position = fold(chosen, where[..., 0])
-        anchor = anchor.where(total > 0, own_anchor)  # that of nothing is no number near any
-        position = (own_anchor.double() - anchor.double() + own_position.double()) * math.log(2)
+        position = position.double() * math.log(2)
+        position = position.masked_fill(total == 0, 0.0)  # the anchor of nothing is near nothing
         chosen = chosen.double()
         gap = (_capped(chosen, softcap) - _capped(first, softcap)) / temperature
         events = position[..., None] + gap.masked_fill(chosen == -torch.inf, -torch.inf)
@@ -239,11 +229,10 @@ class _Events(torch.autograd.Function):
             state = torch.stack([anchor, total.masked_fill(nothing, 1.0)])
             # The gradient of the logarithm of a sum is p; that of a log-probability elsewhere, -p.
             of_tail = -grad[..., -1].to(state.dtype).masked_fill(nothing, 0.0)
-            gradient = _without(logits, ids, listed)
-            args = TokenStatsBackwardArgs(
+            *args, _ = TokenStatsBackwardArgs(
                 grad_logprob=of_tail,
                 grad_entropy=None,
-                logits=gradient,
+                logits=logits,
                 token_ids=torch.full_like(ids[..., 0], NO_TOKEN),
                 mask=mask,
                 policy_state=state,
@@ -251,12 +240,15 @@ class _Events(torch.autograd.Function):
                 temperature=temperature,
                 softcap=softcap,
                 part=True,
-                grad_logits=gradient,
+                grad_logits=LATER,
             )
-            torch.ops.kl_kernels.token_stats_backward_(*args, backend)
+            gradient = torch.ops.kl_kernels.token_stats_backward(*args, backend)
             own = grad[..., :-1] * _cap_slope(chosen, softcap) / temperature
-            own = torch.where(listed, own, 0.0).to(gradient.dtype)  # a masked row's may be NaN
-            put(gradient, ids, own, accumulate=True)  # to exact zeros, where they are listed
+            # Over what a part of the tail would have there. Entries that are not listed have the
+            # id of one that is or, in a row that lists nothing, one whose gradient is the tail's.
+            own = sum_over_equals(ids, own.masked_fill(~listed, 0.0)).to(gradient.dtype)
+            of_none = gradient.gather(-1, ids[..., :1])
+            put(gradient, ids, own.where(listed.any(-1, keepdim=True), of_none))
         return only_first(ctx, once(gradient, logits))
 
 
@@ -264,14 +256,6 @@ def _any_listed(ids: Tensor, listed: Tensor) -> Tensor:  # [B, T, K] -> [B, T, 1
     """An id of each row that is listed; 0 where none is."""
     first = listed.to(torch.uint8).argmax(-1, keepdim=True)
     return ids.gather(-1, first).where(listed.any(-1, keepdim=True), 0)
-
-
-def _without(logits: Tensor, ids: Tensor, listed: Tensor) -> Tensor:  # [B, T, V]
-    """A copy in which what is listed is -inf."""
-    nothing = logits.gather(-1, ids).masked_fill(listed.any(-1, keepdim=True), -torch.inf)
-    copy = logits.detach().clone(memory_format=torch.contiguous_format)
-    put(copy, ids, nothing)
-    return copy
 
 
 def _capped(chosen: Tensor, softcap: float | None) -> Tensor:

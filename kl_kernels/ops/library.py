@@ -26,6 +26,7 @@ from kl_kernels.schemas import (
     OPERATORS,
     POLICY_LOSS_TERMS,
     Execution,
+    TokenKLOutputs,
     argument_types,
     output_dtype,
     schema,
@@ -138,6 +139,16 @@ def _state_of_part(logits: Tensor, ref_logits: Tensor | None, *_: Any) -> Tensor
     return _per_token(logits, len(state_fields(ref_logits is not None)))
 
 
+def _state_of_tail(logits: Tensor, *_: Any) -> Tensor:
+    return _per_token(logits, len(state_fields(has_ref=False)))
+
+
+def _outputs_of_parts(states: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    shape = states.shape[2:]
+    leading = ((2,) if field.endswith("_state") else () for field in TokenKLOutputs._fields)
+    return tuple(states.new_empty((*first, *shape)) for first in leading)
+
+
 def _sums_of_part(logits: Tensor, *_: Any) -> Tensor:
     return _per_token(logits, len(MIXTURE_SUMS))
 
@@ -155,6 +166,8 @@ for _name in ("token_stats", "token_kl", "token_jsd", "kl_rewards"):
 for _name in ("token_stats_backward", "token_kl_backward", "token_jsd_backward"):
     _define_backward(_name)
 _define_plain("fold_part", _state_of_part)
+_define_plain("fold_tail", _state_of_tail)
+_define_plain("finish_parts", _outputs_of_parts)
 _define_plain("mixture_part", _sums_of_part)
 _define_plain("policy_loss", _loss_terms)
 _define_plain("scale_gradient", _nothing)

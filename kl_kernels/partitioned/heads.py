@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from kl_kernels.algebra.parts import (
-    Part,
     Whole,
-    finish_parts,
     local_token_ids,
     merge_parts,
     pack,
 )
-from kl_kernels.partitioned.shards import Shard, add_shards, exchange
+from kl_kernels.partitioned.shards import Shard, add_shards, exchange, whole_rows
 from kl_kernels.partitioned.tiles import Head, Rows, TilePlan, Tiles, bytes_of, plan_tiles
 from kl_kernels.schemas import MIXTURE_SUMS, FoldPartArgs, MixturePartArgs
 
@@ -99,11 +97,12 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOp
 
     # An eighth of the budget for states that wait to be merged, and for their float64 copies.
     room = options.memory_budget // 8
-    part, dtype = _merge(states(), len(heads) > 1, room), heads[0].tile_dtype
-    if shard is not None:
-        state = pack(part, has_ref=len(heads) > 1, dtype=dtype)
-        part = exchange(state, shard, len(heads[0].weight), global_ids, None)
-    return finish_parts(part, None, dtype)
+    found, dtype = _few(states(), len(heads) > 1, room), heads[0].tile_dtype
+    if shard is None:
+        return whole_rows(found, None, None, dtype, options.backend)
+    state = pack(merge_parts(found), has_ref=len(heads) > 1, dtype=dtype)
+    vocab_size = len(heads[0].weight)
+    return exchange(state, shard, vocab_size, global_ids, None, options.backend)
 
 
 def fold_logits(
@@ -127,15 +126,15 @@ def fold_logits(
     return state
 
 
-def _merge(states: Iterator[Tensor], has_ref: bool, room: int) -> Part:  # [F, 1, n] each
-    """Merge as many states at a time as there is room for: each time takes fifty operations."""
+def _few(states: Iterator[Tensor], has_ref: bool, room: int) -> Tensor:  # [F, 1, n] each
+    """As many states as there is room for, [parts, F, 1, n]: merging takes fifty operations."""
     waiting: list[Tensor] = []
     for state in states:
         if len(waiting) >= max(2, room // (12 * state.numel() + 1)):
             merged = merge_parts(torch.stack(waiting))
             waiting = [pack(merged, has_ref=has_ref, dtype=torch.float64)]
         waiting.append(state.double() if waiting and waiting[0].dtype != state.dtype else state)
-    return merge_parts(torch.stack(waiting))
+    return torch.stack(waiting)
 
 
 def mixture_sums(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kl_kernels.algebra.epilogues import EXACT, policy_losses
-from kl_kernels.algebra.parts import finish_parts, local_token_ids
+from kl_kernels.algebra.parts import local_token_ids
 from kl_kernels.partitioned.functions import Saved, Upstream
 from kl_kernels.partitioned.head_gradients import write_kl_gradient
 from kl_kernels.partitioned.heads import HeadOptions, fold_logits
@@ -37,7 +37,7 @@ def _of_shards(a: PolicyLossArgs, options: HeadOptions, shard: Shard) -> Tensor:
     logits = [a.logits[0]] if a.ref_logits is None else [a.logits[0], a.ref_logits[0]]
     ids = local_token_ids(a.token_ids, shard.start, vocab_size)
     state = fold_logits(logits, ids, options)
-    whole = finish_parts(exchange(state, shard, vocab_size, a.token_ids, None), None, dtype)
+    whole = exchange(state, shard, vocab_size, a.token_ids, None, options.backend)
     terms, g = policy_losses(whole.outputs, a)
     if a.grad_logits is not None:
         kl_has_gradient = a.kl_coef != 0 and a.kl_estimator == EXACT

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from kl_kernels.algebra.epilogues import scored_rewards
 from kl_kernels.algebra.parts import (
-    Part,
     Whole,
     finish_parts,
+    held_once,
     local_token_ids,
     merge_parts,
+    tile_the_vocabulary,
 )
 from kl_kernels.algebra.row import Finished
 from kl_kernels.checks import check_integer, refuse_transforms
@@ -45,8 +46,8 @@ from kl_kernels.partitioned.functions import (
     Upstream,
 )
 from kl_kernels.schemas import (
-    STATE_FIELDS,
     Execution,
+    FinishPartsArgs,
     FoldPartArgs,
     KLRewardsArgs,
     MixturePartArgs,
@@ -55,14 +56,11 @@ from kl_kernels.schemas import (
     TokenKLArgs,
     TokenKLBackwardArgs,
     TokenStatsArgs,
-    output_dtype,
     pick,
 )
 
 # torch 2.13 renamed it, and warns of the old name. Builds without distributed have neither.
 all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
-
-TOKEN_TX = STATE_FIELDS.index("token_tx")
 
 
 class Shard(NamedTuple):
@@ -111,8 +109,9 @@ def exchange(
     vocab_size: int,  # this shard's
     token_ids: Tensor,  # [B, T]
     mask: Tensor | None,  # [B, T]
-) -> Part:
-    """The state of the whole vocabulary, by one collective that brings the shards' ranges along."""
+    backend: str | None,
+) -> Whole:
+    """The whole vocabulary's rows, by one collective that brings the shards' ranges along."""
     n_ranks = dist.get_world_size(shard.group)
     # Filled where they are, as a copy from the host would synchronise; exact up to 2^24.
     own_range = (state.new_full((1,), float(n)) for n in (shard.start, vocab_size))
@@ -121,17 +120,28 @@ def exchange(
     all_gather(gathered, packed, group=shard.group)
     states, ranges = gathered.view(n_ranks, -1).split([state.numel(), 2], dim=1)
     states = states.reshape(n_ranks, *state.shape)
-
-    start, order = ranges[:, 0].sort()
-    end = start + ranges[order, 1]
-    tiled = (start[0] == 0) & (start[1:] == end[:-1]).all()
-    # A masked row is held by every rank, or by none: it is not looked at.
-    held_once = (states[:, TOKEN_TX] != torch.inf).sum(0) == 1
     # Asking a GPU would synchronise; asking while torch.compile traces would break the graph.
     if state.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_shards(tiled, ranges)
-        _check_held_once(held_once if mask is None else held_once | ~mask, token_ids, end[-1])
-    return merge_parts(torch.where(tiled & held_once, states, torch.nan))
+        _check_shards(tile_the_vocabulary(ranges), ranges)
+        held = held_once(states)
+        n_tokens = ranges[:, 1].sum()
+        _check_held_once(held if mask is None else held | ~mask, token_ids, n_tokens)
+    return whole_rows(states, ranges, mask, state.dtype, backend)
+
+
+def whole_rows(
+    states: Tensor,  # [parts, F, B, T]
+    ranges: Tensor | None,  # [parts, 2]
+    mask: Tensor | None,  # [B, T]
+    dtype: torch.dtype,
+    backend: str | None,
+) -> Whole:
+    """Rows of `dtype` from the states of their parts; see `schemas.FinishPartsArgs`."""
+    if states.dtype != dtype:  # some are merged already, with more digits than kernels take
+        return finish_parts(merge_parts(states), mask, dtype)
+    args = FinishPartsArgs(states, ranges, mask)
+    *outputs, policy_state, ref_state = torch.ops.kl_kernels.finish_parts(*args, backend)
+    return Whole(Finished(*outputs), policy_state, ref_state)
 
 
 def add_shards(sums: Tensor, shard: Shard) -> Tensor:
@@ -197,8 +207,7 @@ class ShardedLogits(NamedTuple):
             ref_softcap=self.ref_softcap,
         )
         state = torch.ops.kl_kernels.fold_part(*args, self.execution.backend)
-        part = exchange(state, self.shard, vocab_size, token_ids, rows)
-        return finish_parts(part, rows, output_dtype(logits))
+        return exchange(state, self.shard, vocab_size, token_ids, rows, self.execution.backend)
 
     def mixture_sums(
         self, inputs: Inputs, rows: Tensor | None, whole: Whole, beta: float

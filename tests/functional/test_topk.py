@@ -84,6 +84,26 @@ def test_a_policy_that_is_sure_of_itself_keeps_its_tail(beta):
     assert_right(logits, ids, logprobs, beta, rtol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("above", [12, 28, 60])
+def test_a_list_that_holds_nearly_everything_leaves_a_tail_its_digits(above, dtype, backend):
+    """At 28 nats 1e-12 of the policy is the tail's, while a tenth of the reference is."""
+    logits, ids, _ = some(2, 301, 6)
+    logits.scatter_(-1, ids, above + torch.randn(2, 6, generator=torch.manual_seed(0)))
+    logprobs = torch.randn(2, 6).log_softmax(-1) + math.log(0.9)
+    assert_right(logits.to(dtype), ids, logprobs, 0.0, backend=backend)
+
+
+def test_ids_that_occur_twice_where_nobody_looks_share_a_gradient(monkeypatch):
+    logits, ids, logprobs = some(2, 9, 3)
+    ids[0, 2] = ids[0, 0]
+    monkeypatch.setattr(topk.checks, "values_are_at_hand", lambda tensor: False)
+    leaf = logits.requires_grad_()
+    kl_kernels.topk_kl(leaf, ids, logprobs).sum().backward()
+    assert leaf.grad.sum(-1).abs().max() < 1e-6  # softmax over events, each of them counted
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_far_from_zero(beta):
     logits, ids, logprobs = some(2, 300, 5)

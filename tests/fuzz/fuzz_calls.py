@@ -287,6 +287,10 @@ def direct_call(random_: random.Random) -> Call:
                 made = torch.randint(
                     -1 if random_.random() < 0.2 else 0, max(v, 1), (b, t), generator=g
                 )
+            elif at == "skipped_ids":
+                made = torch.randint(-1, v + 2, (b, t, random_.choice((0, 1, 5))), generator=g)
+                if random_.random() < 0.8:
+                    made = made.sort(-1).values
             elif at == "mask":
                 made = torch.rand((b, t), generator=g) < 0.5
             elif at.endswith("_state"):

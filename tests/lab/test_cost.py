@@ -116,6 +116,16 @@ def test_ranks_share_the_products_of_a_loss(reference):
     assert large["predicted_ms"] <= 1.5 * large["gemm_ms"]
 
 
+@pytest.mark.parametrize("name", ["token_stats", "token_kl"])
+def test_ranks_exchange_merge_and_finish_in_few_kernels(name):
+    operations = found(name, ranks=8)["operations"]
+    ops = [o["op"] for o in operations if o["pass"] == "forward"]
+    behind = ops[ops.index("fold_part") + 1 :]
+    assert len(behind) <= 8
+    assert behind[-1] == "finish_parts"
+    assert sum(o["launches"] for o in operations) <= 22
+
+
 @pytest.mark.parametrize("name", [name for name in JOBS if name not in (*HEADS, LOSS)])
 def test_functions_of_logits_take_one_call_each_way(name):
     of = found(name, reference=True)
@@ -131,6 +141,23 @@ def test_logits_are_counted_once_for_each_pass():
     vectors = 8192 * (8 + 4 * 8)
     assert n < forward < n + vectors
     assert 2 * n < backward < 2 * n + vectors
+
+
+def test_a_list_and_a_tail_read_the_logits_twice_and_write_them_once():
+    """The list's own numbers, 64 of a position, are what is added to the three passes."""
+    n = 2 * 8192 * 128256
+    operations = found("topk_kl")["operations"]
+    passes = [o["bytes"] for o in operations if o["bytes"] > 0.02 * n]
+    assert sum(passes) <= 3.01 * n
+    assert sum(o["bytes"] for o in operations) <= 3.3 * n
+
+
+def test_places_that_are_named_are_counted_and_not_all_others():
+    rows, values = torch.empty(3, 1000, device="meta"), torch.empty(3, 2, device="meta")
+    which, ids = (torch.empty(3, n, dtype=torch.int64, device="meta") for n in (1, 2))
+    with Ledger() as ledger:
+        rows.index_put_((which, ids), values)
+    assert ledger.operations[0].bytes == 8 * (3 + 6) + 2 * 4 * 6
 
 
 def test_products_and_copies_are_counted_as_by_hand():

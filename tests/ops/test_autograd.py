@@ -184,8 +184,15 @@ def arguments(name, backend):
     scales = (0.7, 1.1, None, 5.0)
     constants = logits.detach(), ref_logits, token_ids, mask
     gradient = torch.zeros(2, 3, V)
+    parts = torch.rand(2, 9, 2, 3) + 1.0
+    parts[1, [3, 8]] = torch.inf  # the first holds all tokens
     arguments = {
         "fold_part": (*constants, *scales),
+        "finish_parts": (parts, torch.tensor([[0.0, 3.0], [3.0, 4.0]]), mask),
+        "fold_tail": (
+            *(logits.detach(), token_ids, torch.arange(3).expand(2, 3, 3), mask),
+            *(0.7, None),
+        ),
         "token_stats": (logits, token_ids, mask, 0.7, None, False),
         "token_kl": (logits, ref_logits, token_ids, mask, *scales, False),
         "token_jsd": (logits, ref_logits, mask, 0.3, *scales, False),
@@ -222,7 +229,15 @@ OPERATORS = (
     *("token_stats", "token_kl", "token_jsd", "kl_rewards"),
     *("token_stats_backward", "token_kl_backward", "token_jsd_backward"),
     *("token_stats_backward_", "token_kl_backward_", "token_jsd_backward_"),
-    *("fold_part", "mixture_part", "policy_loss", "scale_gradient", "gae"),
+    *(
+        "fold_part",
+        "fold_tail",
+        "finish_parts",
+        "mixture_part",
+        "policy_loss",
+        "scale_gradient",
+        "gae",
+    ),
 )
 
 

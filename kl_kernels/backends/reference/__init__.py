@@ -2,7 +2,9 @@
 
 from kl_kernels.backends.reference.mixture import mixture_part, token_jsd, token_jsd_backward
 from kl_kernels.backends.reference.operators import (
+    finish_parts,
     fold_part,
+    fold_tail,
     gae,
     kl_rewards,
     policy_loss,
@@ -14,7 +16,9 @@ from kl_kernels.backends.reference.operators import (
 )
 
 __all__ = [
+    "finish_parts",
     "fold_part",
+    "fold_tail",
     "gae",
     "kl_rewards",
     "mixture_part",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kl_kernels.algebra import parts
 from kl_kernels.algebra.epilogues import policy_losses, scored_rewards
 from kl_kernels.algebra.row import (
     Finished,
@@ -22,7 +23,9 @@ from kl_kernels.backends.reference.rows import Models, as_saved, blocks, row_gro
 from kl_kernels.checks import check_token_range
 from kl_kernels.schemas import (
     NO_TOKEN,
+    FinishPartsArgs,
     FoldPartArgs,
+    FoldTailArgs,
     GAEArgs,
     GAEOutputs,
     KLRewardsArgs,
@@ -67,10 +70,23 @@ def _token_kl(a: TokenStatsArgs | TokenKLArgs | PolicyLossArgs) -> TokenKLOutput
 
 
 def fold_part(a: FoldPartArgs) -> Tensor:
-    models, fields = Models.of(a), state_fields(a.ref_logits is not None)
+    return _fold(a, state_fields(a.ref_logits is not None), None)
+
+
+def fold_tail(a: FoldTailArgs) -> Tensor:
+    return _fold(a, state_fields(has_ref=False), a.skipped_ids)
+
+
+def _fold(
+    a: FoldPartArgs | FoldTailArgs,
+    fields: tuple[str, ...],
+    skipped_ids: Tensor | None,  # [B, T, K]
+) -> Tensor:
+    models = Models.of(a)
     result = a.logits.new_zeros((len(fields), *a.token_ids.shape), dtype=output_dtype(a.logits))
     for rows in row_groups(a.logits, a.mask):
-        s = as_saved(models.fold(rows), result.dtype)
+        skipped = None if skipped_ids is None else skipped_ids[rows]
+        s = as_saved(models.fold(rows, skipped), result.dtype)
         outside = a.token_ids[rows] == NO_TOKEN
         check_token_range(a.token_ids[rows], ~outside, a.logits.shape[-1])
         xt, yt = models.read(rows, a.token_ids[rows].masked_fill(outside, 0))
@@ -81,6 +97,15 @@ def fold_part(a: FoldPartArgs) -> Tensor:
         for i, field in enumerate(fields):
             result[i][rows] = found[field].to(result.dtype)
     return result
+
+
+def finish_parts(a: FinishPartsArgs) -> TokenKLOutputs:
+    right = parts.held_once(a.states)
+    if a.ranges is not None:
+        right = right & parts.tile_the_vocabulary(a.ranges)
+    merged = parts.merge_parts(torch.where(right, a.states, torch.nan))
+    outputs, *states = parts.finish_parts(merged, a.mask, a.states.dtype)
+    return TokenKLOutputs(*outputs, *states)
 
 
 def token_stats_backward(a: TokenStatsBackwardArgs) -> None:

@@ -55,10 +55,13 @@ class Models(NamedTuple):
         x, y = self.read(rows, block)
         return from_anchor(x, anchor), from_anchor(y, ref_anchor)
 
-    def fold(self, rows: RowIndex) -> RowState:
+    def fold(self, rows: RowIndex, skipped_ids: Tensor | None = None) -> RowState:  # [n, K]
         state = empty_state(len(rows[0]), self.logits.device)
         for block in blocks(self.logits):
-            state = merge(state, fold(*self.read(rows, block)))
+            x, y = self.read(rows, block)
+            if skipped_ids is not None:
+                x, y = (_without(logits, skipped_ids - block.start) for logits in (x, y))
+            state = merge(state, fold(x, y))
         return state
 
     def store(self, gradient: Tensor, rows: RowIndex, block: slice, grad_logits: Tensor) -> None:
@@ -84,6 +87,14 @@ def as_saved(s: RowState, dtype: torch.dtype) -> RowState:
         return torch.where(up, above, nearest).double()
 
     return move(s, saved(s.anchor), saved(s.ref_anchor))
+
+
+def _without(x: Tensor, ids: Tensor) -> Tensor:  # [n, block], [n, K]
+    """Rule out tokens, counted from the block's first; those of other blocks change nothing."""
+    n = x.shape[-1]
+    elsewhere = (ids < 0) | (ids >= n)
+    padded = torch.nn.functional.pad(x, (0, 1))
+    return padded.scatter(-1, ids.masked_fill(elsewhere, n), -torch.inf)[:, :n]
 
 
 def row_groups(logits: Tensor, mask: Tensor | None) -> Iterator[RowIndex]:

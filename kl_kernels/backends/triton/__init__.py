@@ -7,6 +7,7 @@ enough for tests.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from typing import Any
@@ -15,7 +16,11 @@ import torch
 
 from kl_kernels.schemas import OPERATORS
 
-ON_MIXTURES = ("token_jsd", "mixture_part", "token_jsd_backward")
+# Where an operator's launcher is, if not in `launch`.
+ELSEWHERE = {
+    **dict.fromkeys(("token_jsd", "mixture_part", "token_jsd_backward"), "launch_mixture"),
+    **dict.fromkeys(("fold_part", "fold_tail", "finish_parts"), "launch_parts"),
+}
 
 
 def unavailable_reason() -> str | None:
@@ -30,6 +35,5 @@ def unavailable_reason() -> str | None:
 def __getattr__(name: str) -> Any:
     if name not in OPERATORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kl_kernels.backends.triton import launch, launch_mixture
-
-    return getattr(launch_mixture if name in ON_MIXTURES else launch, name)
+    module = ELSEWHERE.get(name, "launch")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -14,7 +14,6 @@ from kl_kernels.backends.triton.fold import (
     PARTIAL_FIELDS_WITHOUT_REF,
     finish_kernel,
     fold_kernel,
-    part_kernel,
 )
 from kl_kernels.backends.triton.loss import policy_loss_kernel
 from kl_kernels.backends.triton.math import LOG2E
@@ -22,7 +21,6 @@ from kl_kernels.backends.triton.scale import scale_kernel
 from kl_kernels.backends.triton.scan import gae_kernel
 from kl_kernels.checks import check_token_range
 from kl_kernels.schemas import (
-    NO_TOKEN,
     POLICY_LOSS_TERMS,
     FoldPartArgs,
     GAEArgs,
@@ -39,7 +37,6 @@ from kl_kernels.schemas import (
     TokenStatsOutputs,
     output_dtype,
     pick,
-    state_fields,
 )
 
 
@@ -143,7 +140,7 @@ def _fold_and_finish(
         return
     with torch.cuda.device_of(a.logits):
         finish_kernel[(-(-n_rows // CONFIG.finish_rows),)](
-            states_ptr=_fold(a),
+            states_ptr=fold(a),
             **models_of(a),
             **splits_of(a, CONFIG.fold_split),
             token_ids_ptr=a.token_ids,
@@ -156,13 +153,11 @@ def _fold_and_finish(
         )
 
 
-def _fold(a: TokenStatsArgs | TokenKLArgs | KLRewardsArgs | FoldPartArgs) -> Tensor:
+def fold(a: TokenStatsArgs | TokenKLArgs | KLRewardsArgs | FoldPartArgs) -> Tensor:
     """The states of all splits, [fields, splits, B T]."""
     ref_logits = getattr(a, "ref_logits", None)
+    states = states_of_splits(a)
     sizes = splits_of(a, CONFIG.fold_split)
-    n_fields = PARTIAL_FIELDS_WITHOUT_REF if ref_logits is None else PARTIAL_FIELDS
-    shape = (n_fields, sizes["n_splits"], sizes["n_rows"])
-    states = torch.empty(shape, dtype=torch.float32, device=a.logits.device)
     fold_kernel[(sizes["n_rows"] * sizes["n_splits"],)](
         states_ptr=states,
         **models_of(a),
@@ -176,26 +171,13 @@ def _fold(a: TokenStatsArgs | TokenKLArgs | KLRewardsArgs | FoldPartArgs) -> Ten
     return states
 
 
-def fold_part(a: FoldPartArgs) -> Tensor:
-    here = a.token_ids != NO_TOKEN
-    check_token_range(a.token_ids, here if a.mask is None else a.mask & here, a.logits.shape[-1])
-    n_rows = a.token_ids.numel()
-    state = per_token(a.logits, len(state_fields(a.ref_logits is not None)))
-    if n_rows == 0:
-        return state
-    with torch.cuda.device_of(a.logits):
-        part_kernel[(-(-n_rows // CONFIG.finish_rows),)](
-            states_ptr=_fold(a),
-            **models_of(a),
-            **splits_of(a, CONFIG.fold_split),
-            token_ids_ptr=a.token_ids,
-            mask_ptr=a.mask,
-            state_ptr=state,
-            ROWS=CONFIG.finish_rows,
-            num_warps=CONFIG.num_warps,
-            **COMPILE,
-        )
-    return state
+def states_of_splits(a: Any) -> Tensor:
+    """Room for the states of all splits."""
+    has_ref = getattr(a, "ref_logits", None) is not None
+    sizes = splits_of(a, CONFIG.fold_split)
+    n_fields = PARTIAL_FIELDS if has_ref else PARTIAL_FIELDS_WITHOUT_REF
+    shape = (n_fields, sizes["n_splits"], sizes["n_rows"])
+    return torch.empty(shape, dtype=torch.float32, device=a.logits.device)
 
 
 def token_stats_backward(a: TokenStatsBackwardArgs) -> None:

@@ -107,6 +107,24 @@ def load_pair(x, y, start, size, tile: tl.constexpr, HAS_REF: tl.constexpr):
 
 
 @triton.jit
+def place_in_tile(offset, tile: tl.constexpr):
+    """The thread that `load_tile` brings a logit to, and which of that thread's logits it is."""
+    vector = offset // tile.LANE
+    return vector % tile.N, vector // tile.N * tile.LANE + offset % tile.LANE
+
+
+@triton.jit
+def rule_out(xs, bits, tile: tl.constexpr):
+    """The tile without the logits whose bit is set in their thread's `bits` [N]."""
+    result = ()
+    for step in tl.static_range(len(xs)):
+        own = step * tile.LANE + tl.arange(0, xs[0].shape[1])
+        chosen = ((bits[:, None] >> own[None, :]) & 1) != 0
+        result = result + (tl.where(chosen, float("-inf"), xs[step]),)  # noqa: RUF005
+    return result
+
+
+@triton.jit
 def fold_tile(s, x, y, k, ref_k, HAS_REF: tl.constexpr, GUARDED: tl.constexpr):
     """Absorb the tiles x, y into the states `s` [N]."""
     for step in tl.static_range(len(x)):

@@ -15,10 +15,12 @@ from unittest.mock import patch
 import torch
 from triton import JITFunction
 
-from kl_kernels.backends.triton import launch, launch_mixture
+from kl_kernels.backends.triton import launch, launch_mixture, launch_parts
 from kl_kernels.schemas import (
     ESTIMATORS,
+    FinishPartsArgs,
     FoldPartArgs,
+    FoldTailArgs,
     GAEArgs,
     KLRewardsArgs,
     MixturePartArgs,
@@ -79,6 +81,7 @@ def _operands(shape: Shape) -> dict[str, Any]:
         "grad_logits": logits,
         "gradient": logits,
         "token_ids": empty(*rows, dtype=torch.int64),
+        "skipped_ids": empty(*rows, 64, dtype=torch.int64),
         "mask": empty(*rows, dtype=torch.bool),
         "kl": per_token,
         "entropy": per_token,
@@ -124,7 +127,12 @@ def variants(shape: Shape) -> list[Variant]:
     fold_pair, finish_kl = _launches(launch.token_kl, args(TokenKLArgs))
     fold_policy, finish_policy = _launches(launch.token_stats, args(TokenStatsArgs))
     _, finish_rewards = _launches(launch.kl_rewards, args(KLRewardsArgs))
-    _, part = _launches(launch.fold_part, args(FoldPartArgs))
+    _, part = _launches(launch_parts.fold_part, args(FoldPartArgs))
+    states = torch.empty((8, 9, 1, shape.rows), device="meta")  # eight ranks
+    ranges = torch.empty((8, 2), device="meta")
+    parts_args = FinishPartsArgs(states, ranges, operands["mask"])
+    (finish_parts,) = _launches(launch_parts.finish_parts, parts_args)
+    tail, _ = _launches(launch_parts.fold_tail, args(FoldTailArgs))
     (kl,) = _launches(launch.token_kl_backward, kl_backward._replace(grad_forward_kl=None))
     (both_kls,) = _launches(launch.token_kl_backward, kl_backward)
     no_kl_gradient = kl_backward._replace(grad_kl=None, grad_forward_kl=None)
@@ -154,10 +162,12 @@ def variants(shape: Shape) -> list[Variant]:
         _over_vocabulary("mixture: parts", mixture_part, ("second",), "pair"),
         _over_vocabulary("backward: mixture", mixture_backward, ("tiles",), "pair"),
         _over_vocabulary("scale", scale, ("tiles",), "logit"),
+        Variant("fold: tail", *tail),
         Variant("finish: policy", *finish_policy),
         Variant("finish: both KLs", *finish_kl),
         Variant("finish: rewards", *finish_rewards),
         Variant("part of a vocabulary", *part),
+        Variant("finish: parts", *finish_parts),
         Variant("gae", *gae),
     ]
 
@@ -181,7 +191,7 @@ def _launches(launcher: Callable[[Any], Any], args: Any) -> list[Launch]:
 def _recorded() -> Iterator[list[Launch]]:
     found: list[Launch] = []
     with ExitStack() as stack:
-        for module in (launch, launch_mixture):
+        for module in (launch, launch_mixture, launch_parts):
             for name, kernel in vars(module).copy().items():
                 if isinstance(kernel, JITFunction):
                     recorder = _Recorder(kernel, found)

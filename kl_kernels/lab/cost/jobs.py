@@ -48,6 +48,8 @@ class Job(NamedTuple):
     products: int  # each 2 rows width vocab FLOP
 
 
+LISTED = 64  # tokens of a position of which a list tells
+
 SHARDED = (
     *("token_stats", "token_kl"),
     *("linear_token_stats", "linear_token_kl", "linear_token_jsd", "linear_policy_loss"),
@@ -134,11 +136,20 @@ def _on_heads(name: str, size: Size, shards: dict[str, Any]) -> Job:
     return Job(call, leaves, [*constants, *reference], 2 + gradients)
 
 
+def _on_lists(name: str, size: Size, shards: dict[str, Any]) -> Job:
+    """The reference's K likeliest tokens of each position."""
+    logits = _meta(1, size.rows, size.vocab, dtype=size.dtype).requires_grad_()
+    ids = _meta(1, size.rows, LISTED, dtype=torch.int64)
+    listed, mask = _meta(1, size.rows, LISTED), _mask(size)
+    return Job(lambda: kl_kernels.topk_kl(logits, ids, listed, mask), [logits], [], 0)
+
+
 JOBS: dict[str, Callable[[str, Size, dict[str, Any]], Job]] = {
     **dict.fromkeys(
         ("token_stats", "token_kl", "token_jsd", "selective_log_softmax", "fused_policy_loss"),
         _on_logits,
     ),
+    "topk_kl": _on_lists,
     **dict.fromkeys(
         ("linear_token_stats", "linear_token_kl", "linear_token_jsd", "linear_policy_loss"),
         _on_heads,

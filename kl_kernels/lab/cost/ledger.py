@@ -40,9 +40,13 @@ ONLY_WRITE = frozenset({"arange", "fill_", "full", "new_zeros", "ones", "ones_li
 # The host waits for their result.
 WAITS = frozenset({"_local_scalar_dense", "is_nonzero", "item", "nonzero"})
 # Kernels of an operator of this package, where they are not one; and passes over its logits, where
-# they are not one: the second is from the end of each row back, and mostly in the cache.
-LAUNCHES = {"fold_part": 2, "token_stats": 2, "token_kl": 2, "kl_rewards": 2}
-PASSES = {"token_jsd": 2, "policy_loss": 2}
+# they are not one: the second is from the end of each row back, and mostly in the cache. States
+# of ranks, and what they are states of, lie apart and are copied before they are read.
+LAUNCHES = {
+    **dict.fromkeys(("fold_part", "fold_tail", "token_stats", "token_kl", "kl_rewards"), 2),
+    "finish_parts": 3,
+}
+PASSES = {"token_jsd": 2, "policy_loss": 2, "finish_parts": 3}
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,11 @@ def _operation(
         size += sum(PASSES.get(name, 1) * n_bytes(t) if ours else n_bytes(t) for t in read)
     if name in ("embedding_dense_backward", "gather", "index", "index_select"):
         size = 2 * sum(map(n_bytes, written))
-    if name in ("index_add_", "index_put_"):  # of what it is written into, some rows
+    if name == "index_add_":  # of what it is written into, some rows
         size = 3 * n_bytes(taken[-1])
+    if name == "index_put_":  # the places that are named, not all of the tensor
+        size = sum(n_bytes(t) for t in taken if not any(t is w for w in written))
+        size += n_bytes(args[2])
     if name == "scale_gradient":  # the factor is 1, and nothing else is touched
         size = 0
     largest = max(taken, key=n_bytes, default=None)

@@ -18,7 +18,9 @@ from kl_kernels.schemas import (
     MIXTURE_SUMS,
     OPERATORS,
     POLICY_LOSS_TERMS,
+    FinishPartsArgs,
     FoldPartArgs,
+    FoldTailArgs,
     GAEArgs,
     GAEOutputs,
     KLRewardsArgs,
@@ -139,6 +141,20 @@ class Outputs(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in (*OUTPUTS, *STATES, *REWARDS, "part_state")]
 
 
+class PartStates(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("ranges", c_void_p),
+        ("n_parts", c_int64),
+        ("n_rows", c_int64),
+        ("has_ref", c_bool),
+    ]
+
+
+class SkippedIds(ctypes.Structure):
+    _fields_ = [("ids", c_void_p), ("per_row", c_int64)]
+
+
 class RewardParams(ctypes.Structure):
     _fields_ = [
         ("scores", c_void_p),
@@ -246,6 +262,37 @@ def forward(a, names: tuple[str, ...], params: RewardParams | None = None) -> tu
 
 def fold_part(a: FoldPartArgs) -> Tensor:
     return forward(a, ("part_state",))[0]
+
+
+def fold_tail(a: FoldTailArgs) -> Tensor:
+    policy, _ = models(a)
+    rows = Rows.of(a.logits, a.token_ids, a.mask)
+    state = torch.empty(len(state_fields(has_ref=False)), *a.logits.shape[:2])
+    scratch = torch.empty(library().host_scratch_bytes(byref(rows)), dtype=torch.uint8)
+    assert not library().host_fold_tail(
+        byref(rows),
+        byref(policy),
+        byref(SkippedIds(pointer(a.skipped_ids), a.skipped_ids.shape[-1])),
+        byref(Outputs(part_state=pointer(state))),
+        c_void_p(scratch.data_ptr()),
+    )
+    return state
+
+
+def finish_parts(a: FinishPartsArgs) -> TokenKLOutputs:
+    n_parts, n_fields, *rows = a.states.shape
+    parts = PartStates(
+        pointer(a.states),
+        pointer(a.ranges),
+        n_parts,
+        math.prod(rows),
+        n_fields == len(state_fields(has_ref=True)),
+    )
+    leading = dict.fromkeys(STATES, (2,))
+    out = {name: torch.empty(*leading.get(name, ()), *rows) for name in TokenKLOutputs._fields}
+    outputs = Outputs(**{name: pointer(tensor) for name, tensor in out.items()})
+    assert not library().host_finish_parts(byref(parts), c_void_p(pointer(a.mask)), byref(outputs))
+    return TokenKLOutputs(**out)
 
 
 def token_stats(a: TokenStatsArgs) -> TokenStatsOutputs:

@@ -6,8 +6,10 @@
 #include "../../../csrc/cuda/forward.cuh"
 #include "../../../csrc/cuda/gae.cuh"
 #include "../../../csrc/cuda/mixture.cuh"
+#include "../../../csrc/cuda/parts.cuh"
 #include "../../../csrc/cuda/policy_loss.cuh"
 #include "../../../csrc/cuda/scale.cuh"
+#include "../../../csrc/cuda/tail.cuh"
 
 using namespace kl_kernels;
 
@@ -39,6 +41,15 @@ int host_forward(const Rows* rows, const Logits* policy, const Logits* reference
                  const Outputs* outputs, const RewardParams* shape, void* scratch) {
   return launch_forward<SmallLaunch>(*rows, *policy, *reference, *outputs, *shape, scratch,
                                      nullptr);
+}
+
+int host_fold_tail(const Rows* rows, const Logits* policy, const SkippedIds* skipped,
+                   const Outputs* outputs, void* scratch) {
+  return launch_tail<SmallLaunch>(*rows, *policy, *skipped, *outputs, scratch, nullptr);
+}
+
+int host_finish_parts(const PartStates* parts, const bool* mask, const Outputs* outputs) {
+  return launch_finish_parts(*parts, mask, *outputs, nullptr);
 }
 
 int host_backward(const Rows* rows, const Logits* policy, const Logits* reference,

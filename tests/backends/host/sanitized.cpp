@@ -124,6 +124,16 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   check(
       launch_forward<SmallLaunch>(rows, policy, Logits{}, alone, params, scratch.values, nullptr));
 
+  Outputs tail{};
+  tail.part_state = part_states.values;
+  Array<int64_t> ids(2 * kRows);
+  for (int64_t i = 0; i < 2 * kRows; ++i) ids.values[i] = i % 2 == 0 ? vocab_size / 2 : vocab_size;
+  check(launch_tail<SmallLaunch>(rows, policy, {ids.values, 2}, tail, scratch.values, nullptr));
+
+  const float range[] = {0, static_cast<float>(vocab_size)};
+  check(launch_finish_parts({part_states.values, range, 1, kRows, true}, mask.values, outputs,
+                            nullptr));
+
   const PolicyLossTokens tokens{value(0), ones.values, ones.values, nullptr, nullptr};
   const PolicyLossParams loss{0.2f, 0.2f, INFINITY, 20, 0.1f, 0.1f, Estimator::exact};
   Array<float> terms(kPolicyLossTerms * kRows);

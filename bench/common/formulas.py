@@ -10,6 +10,7 @@ from torch import Tensor
 import kl_kernels
 
 OUTPUTS = ("logprob", "ref_logprob", "kl", "forward_kl", "entropy")
+STATS = ("logprob", "entropy")
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -29,6 +30,15 @@ def eager(
         (q * (log_q - log_p)).sum(-1),
         -(p * log_p).sum(-1),
     )
+
+
+def eager_stats(
+    logits: Tensor,  # [T, V]
+    token_ids: Tensor,  # [T]
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, ...]:  # logprob, entropy, each [T]
+    log_p = logits.to(dtype).log_softmax(-1)
+    return log_p.gather(-1, token_ids[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
 def eager_gradient(
@@ -76,6 +86,16 @@ def eager_stats_gradient(
 
 def ours(logits: Tensor, ref_logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
     return kl_kernels.token_kl(logits, ref_logits, token_ids, backend="cpu")
+
+
+def on_policy(stats: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> Call:
+    """The same call as the others, of the policy alone."""
+    return lambda logits, ref_logits, token_ids: stats(logits, token_ids)
+
+
+@on_policy
+def our_stats(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
+    return kl_kernels.token_stats(logits, token_ids, backend="cpu")
 
 
 def with_gradient(call: Call) -> Call:
@@ -149,6 +169,9 @@ def check(n_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
     wide = logits.detach().double().requires_grad_()
     got_all, true_all = ours(logits, ref_logits, token_ids), truth(wide, ref_logits, token_ids)
     for name, got, true in zip(OUTPUTS, got_all, true_all):
+        check_values(name, got, true)
+    true_stats = true_all[OUTPUTS.index("logprob")], true_all[OUTPUTS.index("entropy")]
+    for name, got, true in zip(STATS, our_stats(logits, ref_logits, token_ids), true_stats):
         check_values(name, got, true)
     (grad,) = with_gradient(ours)(logits, ref_logits, token_ids)
     (true_grad,) = with_gradient(truth)(wide, ref_logits, token_ids)

@@ -9,6 +9,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,13 +86,47 @@ class PeakMemory:
         raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def read_bandwidth(n_bytes: int = 1 << 29, rounds: int = 5) -> float:
+def last_level_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of the last-level caches of all CPUs together; one that CPUs share counts once."""
+    sizes: dict[int, dict[str, int]] = {}  # by level, by the CPUs that share it
+    for cache in cpus.glob("cpu[0-9]*/cache/index*"):
+        kind, level, cpu_list, size = (
+            (cache / name).read_text().strip()
+            for name in ("type", "level", "shared_cpu_list", "size")
+        )
+        if kind != "Instruction":
+            sizes.setdefault(int(level), {})[cpu_list] = _bytes_of(size)
+    if not sizes:
+        raise RuntimeError(f"{cpus} tells of no caches: nothing says how much would sweep them")
+    return sum(sizes[max(sizes)].values())
+
+
+def _bytes_of(size: str) -> int:
+    """Return the number that "32768K" stands for."""
+    return int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
+
+
+Clock = Callable[[], float]  # seconds
+
+
+def read_bandwidth(n_bytes: int = 1 << 29, clock: Clock = time.perf_counter) -> float:
     """Bytes per second of the fastest plain reduction: the ceiling as far as torch can show it."""
     numbers = torch.ones(n_bytes // 8, dtype=torch.int64)
-    fastest = float("inf")
+    return n_bytes / _fastest(clock, partial(torch.sum, numbers), partial(torch.amax, numbers))
+
+
+def read_write_bandwidth(n_bytes: int = 1 << 29, clock: Clock = time.perf_counter) -> float:
+    """The same of the sum of two tensors into a third, all three counted."""
+    a, b, out = (torch.ones(n_bytes // 12) for _ in range(3))
+    return n_bytes / _fastest(clock, partial(torch.add, a, b, out=out))
+
+
+def _fastest(clock: Clock, *calls: Callable[[], object], rounds: int = 5) -> float:
+    """Return seconds."""
+    seconds = float("inf")
     for _ in range(rounds):
-        for reduce in (torch.sum, torch.amax):
-            start = time.perf_counter()
-            reduce(numbers)
-            fastest = min(fastest, time.perf_counter() - start)
-    return n_bytes / fastest
+        for call in calls:
+            start = clock()
+            call()
+            seconds = min(seconds, clock() - start)
+    return seconds

@@ -1,4 +1,5 @@
-"""Timing of calls: of short kernels by replays of CUDA graphs, of calls of any kind by events.
+"""Timing of calls: of short kernels by replays of CUDA graphs, of calls of any kind by events, or
+by a wall clock on the CPU, the caches swept before or not.
 
 A replay goes over buffers that no cache holds: a graph holds enough launches to outlast the clock's
 resolution and the launch of the graph itself; successive launches read different buffers, of more
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 
+from bench.common.machine import Clock
+
 Launch = Callable[[Any], Any]  # on one set of buffers
-CACHES = 4  # times the L2 that the buffers of a round take together
+CACHES = 4  # times the last-level cache that the buffers of a round take together, or a sweep
 REPLAY_BYTES = 4 << 30  # a replay moves about this much: a millisecond at 4 TB/s
 MOST_LAUNCHES = 512  # per replay, where fewer sets of buffers would do
 
@@ -87,18 +90,41 @@ def replay(launch: Launch, buffer_sets: Sequence[Any], rounds: int, device: str)
     return ready
 
 
-def timed(call: Callable[[Any], Any], x: Any, cold: torch.Tensor | None) -> float:
-    """Seconds of one call; on a GPU, of the device, after `cold` has swept its caches.
+def cold_buffer(cache_bytes: int) -> torch.Tensor:
+    """Return memory to sweep caches of `cache_bytes` with: written, so that its pages are there."""
+    return torch.ones(CACHES * cache_bytes // 8, dtype=torch.int64)
 
-    Events are recorded while the sweep still runs, so that the host's launches are hidden behind it
-    as they are behind a model's work, and count only as far as the device waits for them.
+
+def sweep(cold: torch.Tensor) -> None:
+    """Leave nothing but `cold` in the caches, on the CPU unchanged and thus with nothing to write.
+
+    A fill would do on the CPU only where it does not write past the caches, as large ones do.
     """
-    if cold is None:
-        start = time.perf_counter()
+    if cold.is_cuda:
+        cold.zero_()
+    else:
+        cold.sum()
+
+
+def timed(
+    call: Callable[[Any], Any],
+    x: Any,
+    cold: torch.Tensor | None,
+    clock: Clock = time.perf_counter,
+) -> float:
+    """Seconds of one call, after `cold`, where there is one, has swept the caches.
+
+    On a GPU, of the device and by its own clock: events are recorded while the sweep still runs, so
+    that the host's launches are hidden behind it as they are behind a model's work, and count only
+    as far as the device waits for them.
+    """
+    if cold is not None:
+        sweep(cold)
+    if cold is None or not cold.is_cuda:
+        start = clock()
         call(x)
-        return time.perf_counter() - start
+        return clock() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    cold.zero_()
     begin.record()
     call(x)
     end.record()

@@ -13,12 +13,14 @@ from torch import Tensor
 import kl_kernels
 from bench.common.formulas import (
     OUTPUTS,
+    STATS,
     Call,
     check_gradient,
     check_values,
     eager,
     eager_gradient,
     eager_logprob_gradient,
+    eager_stats,
     eager_stats_gradient,
     gradient_of,
     one_visit,
@@ -210,15 +212,6 @@ def _one_visit(backend: str) -> Launch:
     return _on_pair(gradient_of(partial(one_visit, backend=backend)))
 
 
-def eager_stats(
-    logits: Tensor,  # [T, V]
-    token_ids: Tensor,  # [T]
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, ...]:  # logprob, entropy, each [T]
-    log_p = logits.to(dtype).log_softmax(-1)
-    return log_p.gather(-1, token_ids[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
-
-
 def eager_jsd(
     logits: Tensor,  # [T, V]
     ref_logits: Tensor,  # [T, V]
@@ -254,7 +247,7 @@ class PolicyLoss(Job):
 
 
 ONE, PAIR = ("logits", "token_ids"), ("logits", "ref_logits", "token_ids")
-STATS, ALL = ("logprob", "entropy"), ("logprob", "kl", "entropy")
+ALL = ("logprob", "kl", "entropy")
 JOBS = {
     "token_kl": Job(2, 0, OUTPUTS, False, _token_kl, eager, PAIR),
     "token_stats": Job(1, 0, STATS, False, _token_stats, eager_stats, ONE),

@@ -12,8 +12,10 @@ enum class Terms { policy, kl, both_kls };
 // Returns the sum of what it writes. That is not finite if anything in it is not: an infinite
 // coefficient or, unguarded, -inf among the logits.
 template <Terms kTerms, bool kGuarded, class T>
-double backward_fast(const T* x, const T* y, T* grad, int64_t n, float kx, float anchor, float ky,
-                     float ref_anchor, const Coefficients<float>& c) {
+double backward_fast(const T* x, const T* y, T* grad, int64_t n, int64_t ahead, float kx,
+                     float anchor, float ky, float ref_anchor,
+                     const Coefficients<float>& coefficients) {
+  const Coefficients<float> c = coefficients;  // which stores to `grad` cannot change
   Floats sum{};
   const auto gradient = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
     const Floats tx = position<kGuarded>(xs, kx, anchor), w = exp2(tx);
@@ -31,8 +33,8 @@ double backward_fast(const T* x, const T* y, T* grad, int64_t n, float kx, float
     return g;
   };
   for (int64_t i = 0; i < n; i += kPair) {
-    const Pair xs = load_pair(x + i);
-    const Pair ys = kTerms == Terms::policy ? xs : load_pair(y + i);
+    const Pair xs = load_pair(x + i, ahead);
+    const Pair ys = kTerms == Terms::policy ? xs : load_pair(y + i, ahead);
     store_pair(grad + i, {gradient(xs.first, ys.first), gradient(xs.second, ys.second)});
   }
   return total(sum);
@@ -58,10 +60,11 @@ inline double backward_float64(const float* x, const float* y, float* grad, int6
 
 class RowBackward {
  public:
-  RowBackward(const Row& policy, const Row& reference, const RowGradient& gradient,
-              void* grad_logits)
+  RowBackward(const Row& policy, const Row& reference, int64_t vocab_size,
+              const RowGradient& gradient, void* grad_logits)
       : policy_(policy),
         reference_(reference),
+        vocab_size_(vocab_size),
         anchor_(gradient.anchor),
         ref_anchor_(gradient.ref_anchor),
         in_float64_(gradient.in_float64),
@@ -70,8 +73,8 @@ class RowBackward {
     set_coefficients(gradient.c);
   }
 
-  void operator()(int64_t vocab_size, int64_t token, const RowGradient& gradient) {
-    const double excess = write_all(vocab_size) + gradient.own;
+  void operator()(int64_t token, const RowGradient& gradient) {
+    const double excess = write_all() + gradient.own;
     // Adding a constant to the logits changes nothing, so a gradient sums to 0. What it sums to
     // instead is the rounding of the saved kl, and where one token has nearly all the probability
     // that may be all there is of its gradient.
@@ -79,7 +82,7 @@ class RowBackward {
       Coefficients<double> corrected = c_;
       corrected.a -= excess / gradient.sx;
       set_coefficients(corrected);
-      write_all(vocab_size);
+      write_all();
     }
     if (token == kNoToken) return;
     // The token's entry once more, in float64: its own share nearly cancels the rest as p nears 1.
@@ -103,11 +106,11 @@ class RowBackward {
   }
 
   // All but the token's own share; returns the sum.
-  double write_all(int64_t vocab_size) {
+  double write_all() {
     double sum = 0;
     bool guarded = false;  // from the first -inf on
-    for (int64_t start = 0; start < vocab_size; start += kBlock) {
-      const Block block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
+    for (int64_t start = 0; start < vocab_size_; start += kBlock) {
+      const Block block = block_at(start, vocab_size_);
       double part = in_float64_ || guarded ? NAN : fast<false>(block);
       if (!in_float64_ && !is_finite(part)) guarded = is_finite(part = fast<true>(block));
       if (!is_finite(part)) part = in_float64(block);
@@ -129,7 +132,8 @@ class RowBackward {
       }
     }
     stage(block, far_below(float(anchor_), policy_.k), far_below(float(ref_anchor_), reference_.k));
-    const double sum = fast<kGuarded>(x_.values, y_.values, grad_.values, whole_pairs(block.size));
+    const double sum =
+        fast<kGuarded>(x_.values, y_.values, grad_.values, whole_pairs(block.size), kStagedAhead);
     if (is_finite(sum)) write(block);
     return sum;
   }
@@ -137,20 +141,22 @@ class RowBackward {
   template <bool kGuarded, class T>
   double fast_in_place(Block block) {
     return fast<kGuarded>(logits_of<T>(policy_, block.start), logits_of<T>(reference_, block.start),
-                          static_cast<T*>(grad_logits_) + block.start, block.size);
+                          static_cast<T*>(grad_logits_) + block.start, block.size,
+                          bytes_ahead<T>(block, vocab_size_));
   }
 
   template <bool kGuarded, class T>
-  double fast(const T* x, const T* y, T* grad, int64_t n) {
+  double fast(const T* x, const T* y, T* grad, int64_t n, int64_t ahead) {
     const float kx = policy_.k, anchor = float(anchor_);
     const float ky = reference_.k, ref_anchor = float(ref_anchor_);
     if (!has_ref())
-      return backward_fast<Terms::policy, kGuarded>(x, y, grad, n, kx, anchor, ky, ref_anchor,
-                                                    c32_);
+      return backward_fast<Terms::policy, kGuarded>(x, y, grad, n, ahead, kx, anchor, ky,
+                                                    ref_anchor, c32_);
     if (c_.d == 0)
-      return backward_fast<Terms::kl, kGuarded>(x, y, grad, n, kx, anchor, ky, ref_anchor, c32_);
-    return backward_fast<Terms::both_kls, kGuarded>(x, y, grad, n, kx, anchor, ky, ref_anchor,
-                                                    c32_);
+      return backward_fast<Terms::kl, kGuarded>(x, y, grad, n, ahead, kx, anchor, ky, ref_anchor,
+                                                c32_);
+    return backward_fast<Terms::both_kls, kGuarded>(x, y, grad, n, ahead, kx, anchor, ky,
+                                                    ref_anchor, c32_);
   }
 
   double in_float64(Block block) {
@@ -172,6 +178,7 @@ class RowBackward {
 
   const Row& policy_;
   const Row& reference_;
+  const int64_t vocab_size_;
   const double anchor_, ref_anchor_;
   Coefficients<double> c_;
   Coefficients<float> c32_;
@@ -183,7 +190,7 @@ class RowBackward {
 
 void backward_row(const Row& policy, const Row& reference, int64_t vocab_size, int64_t token,
                   const RowGradient& gradient, void* grad_logits) {
-  RowBackward(policy, reference, gradient, grad_logits)(vocab_size, token, gradient);
+  RowBackward(policy, reference, vocab_size, gradient, grad_logits)(token, gradient);
 }
 
 }  // namespace

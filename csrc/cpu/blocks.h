@@ -16,11 +16,41 @@ struct Block {
   int64_t start, size;
 };
 
+KL_INLINE Block block_at(int64_t start, int64_t vocab_size) {
+  return {start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
+}
+
 KL_INLINE int64_t whole_pairs(int64_t size) { return (size + kPair - 1) / kPair * kPair; }
 
 template <class T>
 KL_INLINE const T* logits_of(const Row& row, int64_t start) {
   return static_cast<const T*>(row.logits) + start;
+}
+
+// How far ahead of its loads a loop asks memory for a row: hardware does so by itself, but starts
+// anew at every page of 4 KiB, and this makes up for it. Chosen on an AMD EPYC (Zen 3, AVX2), where
+// float32 logits from memory then take 4 % less to fold (1 KiB ahead: 3 %, 3 KiB: 4 %), 15 % less
+// for a gradient, and bfloat16 and float16, whose loops wait for arithmetic, the same. A page ahead
+// is where the loads themselves are looked up in the first-level cache: 5 % more. Into which level
+// of the cache made no difference. All lines of the next block at once fill the queue of misses
+// while nothing is computed: 5 to 40 % more.
+constexpr int64_t kBytesAhead = 2048;
+
+// The same for a block where it lies, which must not reach beyond the row.
+template <class T>
+KL_INLINE int64_t bytes_ahead(Block block, int64_t vocab_size) {
+  const int64_t left = (vocab_size - block.start - block.size) * int64_t(sizeof(T));
+  return left < kBytesAhead ? left : kBytesAhead;
+}
+constexpr int64_t kStagedAhead = 0;  // in the first-level cache already
+
+// Loads a pair, and asks for what lies `ahead` bytes after it.
+template <class T>
+KL_INLINE Pair load_pair(const T* from, int64_t ahead) {
+  constexpr int64_t kLine = 64, kBytes = kPair * sizeof(T);
+  for (int64_t i = 0; i < kBytes; i += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead + i);
+  return load_pair(from);
 }
 
 template <class T>

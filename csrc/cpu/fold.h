@@ -44,8 +44,8 @@ KL_INLINE Floats excess_of_near(Floats w, Floats gap) { return w * (exp2m1_over(
 
 // The loop for blocks of such pairs alone. sum u is sum w plus what they differ by.
 template <class T>
-BlockSums fold_near(const T* x, const T* y, int64_t n, float kx, float anchor, float ky,
-                    float ref_anchor) {
+BlockSums fold_near(const T* x, const T* y, int64_t n, int64_t ahead, float kx, float anchor,
+                    float ky, float ref_anchor) {
   CompensatedSum sx;
   Sums<Floats> s{};  // but for sx; sy is sum u - w
   Floats widest{};
@@ -62,7 +62,7 @@ BlockSums fold_near(const T* x, const T* y, int64_t n, float kx, float anchor, f
   constexpr int64_t kProbe = 8 * kPair;
   for (int64_t begin = 0, end = n < kProbe ? n : kProbe; begin < n; begin = end, end = n) {
     for (int64_t i = begin; i < end; i += kPair) {
-      const Pair xs = load_pair(x + i), ys = load_pair(y + i);
+      const Pair xs = load_pair(x + i, ahead), ys = load_pair(y + i, ahead);
       const Floats first = fold(xs.first, ys.first), second = fold(xs.second, ys.second);
       sx.add(first + second);
     }
@@ -89,8 +89,8 @@ inline double excess(const float* x, const float* y, int64_t n, float kx, float 
 // The loop for any pairs: no maximum, no rescaling, no test. Anything out of the ordinary (NaN, a
 // peak far above the anchor and, unguarded, -inf) shows in the sums.
 template <bool kGuarded, class T>
-BlockSums fold_fast(const T* x, const T* y, int64_t n, float kx, float anchor, float ky,
-                    float ref_anchor) {
+BlockSums fold_fast(const T* x, const T* y, int64_t n, int64_t ahead, float kx, float anchor,
+                    float ky, float ref_anchor) {
   CompensatedSum sx, sy;
   Sums<Floats> s{};                      // but for sx and sy
   Ints only_reference{}, only_policy{};  // rules a token out
@@ -105,7 +105,7 @@ BlockSums fold_fast(const T* x, const T* y, int64_t n, float kx, float anchor, f
     return Weights{of_x.weight, of_y.weight};
   };
   for (int64_t i = 0; i < n; i += kPair) {
-    const Pair xs = load_pair(x + i), ys = load_pair(y + i);
+    const Pair xs = load_pair(x + i, ahead), ys = load_pair(y + i, ahead);
     const Weights first = fold(xs.first, ys.first), second = fold(xs.second, ys.second);
     sx.add(first.x + second.x);
     sy.add(first.y + second.y);
@@ -117,11 +117,11 @@ BlockSums fold_fast(const T* x, const T* y, int64_t n, float kx, float anchor, f
 
 // The same without a reference.
 template <bool kGuarded, class T>
-BlockSums fold_fast(const T* x, int64_t n, float kx, float anchor) {
+BlockSums fold_fast(const T* x, int64_t n, int64_t ahead, float kx, float anchor) {
   CompensatedSum sx;
   Sums<Floats> s{};
   for (int64_t i = 0; i < n; i += kPair) {
-    const Pair xs = load_pair(x + i);
+    const Pair xs = load_pair(x + i, ahead);
     const Weighed x1 = weigh<kGuarded>(xs.first, kx, anchor);
     const Weighed x2 = weigh<kGuarded>(xs.second, kx, anchor);
     fold_moments(s, x1.t, x1.weight);
@@ -148,21 +148,21 @@ inline Sums<double> fold_running_max(const float* x, const float* y, int64_t n, 
 
 class RowFold {
  public:
-  RowFold(const Row& policy, const Row& reference)
-      : policy_(policy), reference_(reference), in_place_(read_in_place(policy, reference)) {}
+  RowFold(const Row& policy, const Row& reference, int64_t vocab_size)
+      : policy_(policy),
+        reference_(reference),
+        vocab_size_(vocab_size),
+        in_place_(read_in_place(policy, reference)) {}
 
-  RowState<double> operator()(int64_t vocab_size, int64_t token) {
-    const auto block_at = [&](int64_t start) {
-      return Block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
-    };
+  RowState<double> operator()(int64_t token) {
     // The sampled token is nearly always close to the top, wherever that is.
     RowState<double> state = empty_state<double>();
     if (token != kNoToken) state = raise_anchors(state, {token, 1});
-    state = raise_anchors(state, block_at(0));
+    state = raise_anchors(state, block_at(0, vocab_size_));
     Loop loop = has_ref() ? Loop::near : Loop::plain;  // the rest of a row is like its beginning
     bool all_near = true;
-    for (int64_t start = 0; start < vocab_size; start += kBlock) {
-      const Block block = block_at(start);
+    for (int64_t start = 0; start < vocab_size_; start += kBlock) {
+      const Block block = block_at(start, vocab_size_);
       RowState<double> part = state;
       const Loop used = fold_block(block, part, loop);
       if (used != Loop::running_max) loop = used;
@@ -172,8 +172,8 @@ class RowFold {
     if (!has_ref() || all_near || !are_floats(state) || !is_small(state)) return state;
     // Seldom: one model hardly differs from the other, but for tokens that neither will choose.
     double excess = 0;
-    for (int64_t start = 0; start < vocab_size; start += kBlock)
-      excess += excess_of(block_at(start), state);
+    for (int64_t start = 0; start < vocab_size_; start += kBlock)
+      excess += excess_of(block_at(start, vocab_size_), state);
     state.sums.sy = state.sums.sx + excess;
     return state;
   }
@@ -257,22 +257,26 @@ class RowFold {
       }
     }
     stage(block, far_below(anchor, policy_.k), far_below(ref_anchor, reference_.k));
-    return fast_sums<kLoop>(x_.values, y_.values, whole_pairs(block.size), anchor, ref_anchor);
+    return fast_sums<kLoop>(x_.values, y_.values, whole_pairs(block.size), kStagedAhead, anchor,
+                            ref_anchor);
   }
 
   template <Loop kLoop, class T>
   BlockSums fast_sums(Block block, float anchor, float ref_anchor) {
     return fast_sums<kLoop>(logits_of<T>(policy_, block.start),
-                            logits_of<T>(reference_, block.start), block.size, anchor, ref_anchor);
+                            logits_of<T>(reference_, block.start), block.size,
+                            bytes_ahead<T>(block, vocab_size_), anchor, ref_anchor);
   }
 
   template <Loop kLoop, class T>
-  BlockSums fast_sums(const T* x, const T* y, int64_t n, float anchor, float ref_anchor) {
+  BlockSums fast_sums(const T* x, const T* y, int64_t n, int64_t ahead, float anchor,
+                      float ref_anchor) {
     constexpr bool kGuarded = kLoop == Loop::guarded;
     if constexpr (kLoop == Loop::near)
-      return fold_near(x, y, n, policy_.k, anchor, reference_.k, ref_anchor);
-    return has_ref() ? fold_fast<kGuarded>(x, y, n, policy_.k, anchor, reference_.k, ref_anchor)
-                     : fold_fast<kGuarded>(x, n, policy_.k, anchor);
+      return fold_near(x, y, n, ahead, policy_.k, anchor, reference_.k, ref_anchor);
+    return has_ref()
+               ? fold_fast<kGuarded>(x, y, n, ahead, policy_.k, anchor, reference_.k, ref_anchor)
+               : fold_fast<kGuarded>(x, n, ahead, policy_.k, anchor);
   }
 
   void stage(Block block, float padding, float ref_padding) {
@@ -305,13 +309,14 @@ class RowFold {
 
   const Row& policy_;
   const Row& reference_;
+  const int64_t vocab_size_;
   const bool in_place_;
   Staged x_, y_;
 };
 
 RowState<double> fold_row(const Row& policy, const Row& reference, int64_t vocab_size,
                           int64_t token, double* token_tx, double* token_ty) {
-  const RowState<double> state = RowFold(policy, reference)(vocab_size, token);
+  const RowState<double> state = RowFold(policy, reference, vocab_size)(token);
   *token_tx = *token_ty = INFINITY;
   if (token == kNoToken) return state;
   *token_tx = token_from_anchor(policy, token, state.anchor);

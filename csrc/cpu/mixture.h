@@ -20,7 +20,7 @@ void for_each_block(const Row& policy, const Row& reference, int64_t vocab_size,
     in_place(block, logits_of<T>(policy, block.start), logits_of<T>(reference, block.start));
   };
   for (int64_t start = 0; start < vocab_size; start += kBlock) {
-    const Block block{start, vocab_size - start < kBlock ? vocab_size - start : kBlock};
+    const Block block = block_at(start, vocab_size);
     if (!may_be_in_place || block.size % kPair != 0) {
       x.stage(policy, block, -INFINITY);
       y.stage(reference, block, -INFINITY);
@@ -76,7 +76,7 @@ MixtureSums<double> mix_row(const Row& policy, const Row& reference, int64_t voc
                             const FinishedPair& of) {
   const MixtureScale scale(policy, reference, of);
   double jsd = 0, kl = 0;
-  const auto add = [&](const auto* x, const auto* y, int64_t n) {
+  const auto add = [&](const auto* x, const auto* y, int64_t n, int64_t ahead) {
     CompensatedSum block_jsd;
     Floats block_kl{};
     const auto absorb = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
@@ -86,7 +86,7 @@ MixtureSums<double> mix_row(const Row& policy, const Row& reference, int64_t voc
       return larger * b.jsd;
     };
     for (int64_t i = 0; i < n; i += kPair) {
-      const Pair xs = load_pair(x + i), ys = load_pair(y + i);
+      const Pair xs = load_pair(x + i, ahead), ys = load_pair(y + i, ahead);
       const Floats first = absorb(xs.first, ys.first);
       block_jsd.add(first + absorb(xs.second, ys.second));
     }
@@ -96,10 +96,12 @@ MixtureSums<double> mix_row(const Row& policy, const Row& reference, int64_t voc
   Staged x, y;
   for_each_block(
       policy, reference, vocab_size, !of.far, x, y,
-      [&](Block block, const auto* xs, const auto* ys) { add(xs, ys, block.size); },
+      [&]<class T>(Block block, const T* xs, const T* ys) {
+        add(xs, ys, block.size, bytes_ahead<T>(block, vocab_size));
+      },
       [&](Block block) {
         if (of.far) measure(policy, reference, of, block, x, y);
-        add(x.values, y.values, whole_pairs(block.size));
+        add(x.values, y.values, whole_pairs(block.size), kStagedAhead);
       });
   return finish_mixture(jsd, kl, of.policy.sum, scale.mixture.shift);
 }
@@ -109,13 +111,13 @@ void mix_row_backward(const Row& policy, const Row& reference, int64_t vocab_siz
                       void* grad_logits) {
   const MixtureScale scale(policy, reference, of);
   const float a = float(slope.a), b = float(slope.b);
-  const auto write = [&](const auto* x, const auto* y, auto* grad, int64_t n) {
+  const auto write = [&](const auto* x, const auto* y, auto* grad, int64_t n, int64_t ahead) {
     const auto gradient = [&](Floats xs, Floats ys) __attribute__((always_inline)) {
       const Beside<Floats> beside = scale.beside(xs, ys);
       return exp2(beside.larger) * beside.p * (b * beside.policy + a);
     };
     for (int64_t i = 0; i < n; i += kPair) {
-      const Pair xs = load_pair(x + i), ys = load_pair(y + i);
+      const Pair xs = load_pair(x + i, ahead), ys = load_pair(y + i, ahead);
       store_pair(grad + i, {gradient(xs.first, ys.first), gradient(xs.second, ys.second)});
     }
   };
@@ -124,11 +126,12 @@ void mix_row_backward(const Row& policy, const Row& reference, int64_t vocab_siz
   for_each_block(
       policy, reference, vocab_size, is_finite(slope.a + slope.b) && !of.far, x, y,
       [&]<class T>(Block block, const T* xs, const T* ys) {
-        write(xs, ys, static_cast<T*>(grad_logits) + block.start, block.size);
+        write(xs, ys, static_cast<T*>(grad_logits) + block.start, block.size,
+              bytes_ahead<T>(block, vocab_size));
       },
       [&](Block block) {
         if (of.far) measure(policy, reference, of, block, x, y);
-        write(x.values, y.values, grad.values, whole_pairs(block.size));
+        write(x.values, y.values, grad.values, whole_pairs(block.size), kStagedAhead);
         if (of.far) x.stage(policy, block, -INFINITY);  // for the softcap's derivative
         write_gradient(policy, x, grad, block, grad_logits);
       });

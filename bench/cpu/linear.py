@@ -53,7 +53,7 @@ class Estimate:
     """Seconds that a case will take, from the calls of those that were measured."""
 
     def __init__(self) -> None:
-        self.per_product: dict[tuple[torch.dtype, bool], float] = {}  # of all contenders' calls
+        self.per_product: dict[tuple[torch.dtype, bool], float] = {}  # all contenders' calls
 
     def learn(self, case: LinearCase, rows: list[dict[str, Any]]) -> None:
         calls = sum(m["median_ms"] for m in rows) / 1e3

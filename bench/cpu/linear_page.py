@@ -11,6 +11,7 @@ from kl_kernels.lab.documents import Block, Bullets, Heading, Table, Text
 
 Results = dict[str, Any]
 Row = dict[str, Any]
+SHORT = "policy loss + gradients"  # shown in the README
 SOURCE = "From `bench/results/linear.json`, made by `make bench-linear`."
 
 
@@ -62,21 +63,25 @@ def table(rows: list[Row]) -> Table:
 
 
 def short_table(results: Results) -> str:
-    """For the README: every case, beside what a user would take instead."""
+    """For the README: a policy loss of the first size, beside what a user would take instead."""
+    shown = [case for case in cases(results) if case[0]["job"] == SHORT]
+    size = shown[0][0]["size"]
     lines = [
-        "| linear head | kl_kernels | torch.compile | torch eager | fastest other |",
+        f"| from hidden states, {size} | kl_kernels | torch.compile | torch eager | "
+        "fastest other |",
         "|---|---|---|---|---|",
     ]
-    for case in cases(results):
+    for case in (case for case in shown if case[0]["size"] == size):
         named = {m["contender"]: m for m in case}
         best = min((m for m in case if is_other(m)), key=lambda m: m["ratio"], default=None)
         cells = [times(named.get(name)) for name in ("torch.compile", "torch eager")]
         cells.append(f"{times(best)} {without_way(best)}" if best else "none")
-        what = f"{case[0]['job']}, {case[0]['size']}, {case[0]['dtype']}"
+        what = f"policy loss, {case[0]['dtype']}"
         lines.append(f"| {what} | {number(named[OURS]['median_ms'])} ms | {' | '.join(cells)} |")
+    sets = ", ".join(results["instruction_sets"])
     return "\n".join(lines) + (
-        "\n\nRows x vocabulary x width; median times, others in multiples of ours: below 1x is "
-        f"faster than ours. {standing(results)} {about(results)} {SOURCE}"
+        f"\n\n{standing(results)} {results['device']} ({sets}), {results['threads']} thread(s), "
+        f"commit {results['commit']}, `make bench-linear`."
     )
 
 

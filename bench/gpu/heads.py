@@ -39,9 +39,9 @@ LLAMA, QWEN = Size(8192, 128256, 4096), Size(8192, 151936, 896)
 FEW = tuple(Size(rows, 128256, 4096) for rows in (1, 64))
 FEW_ROWS, REPLAYS = 64, 7
 DTYPE = torch.bfloat16
-# How often ours multiplies: for logits, for a gradient of hidden states, for one of the weight.
-# What is needed of the loss to know its gradient comes after the statistics, which therefore
-# multiply logits again; a divergence from a mixture needs both normalisers first.
+# Products that ours multiplies: for logits, for a gradient of hidden states, for one of the weight.
+# Where the loss comes after the statistics, logits are multiplied again for their gradient; a
+# divergence from a mixture needs both normalisers first.
 PRODUCTS = {
     job: (n, int("+" in job), int(job.endswith("+ gradients")))
     for of, forward, trained in (
@@ -71,7 +71,7 @@ class Heads:
     """Measurements and the products that they are shares of."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds  # of a contender in a case
+        self.seconds = seconds  # a contender's time in a case
         self.products: dict[str, dict[str, float]] = {}  # seconds by size
 
     def run(self, case: LinearCase) -> tuple[list[Row], list[dict[str, str]]]:

@@ -112,7 +112,7 @@ class Measurement:
     ceiling: str
     launches: int  # per timed unit
     peak_mb: float  # allocated by a call, results included
-    call_us: float | None  # of calls from Python, which a replay hides; None at many rows
+    call_us: float | None  # a call from Python, whose launch a replay hides; None at many rows
 
     def __str__(self) -> str:
         return (

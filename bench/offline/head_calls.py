@@ -153,7 +153,7 @@ def liger_grpo(head: Head) -> Passes:
         return tensor.unflatten(0, (RESPONSES, -1))
 
     numbers = by_response(torch.empty_like(head.token_ids, dtype=FLOAT32))
-    loss = LigerFusedLinearGRPOLoss(compiled=False)  # what would be compiled is of [B, T] numbers
+    loss = LigerFusedLinearGRPOLoss(compiled=False)  # only [B, T] numbers would be compiled
 
     def forward() -> None:
         loss(

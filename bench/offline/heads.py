@@ -21,7 +21,7 @@ from kl_kernels.lab.documents import Block, Bullets, Heading, Table, Text
 RESULTS = Path(__file__).parents[1] / "results" / "offline_heads.json"
 CHIP, DTYPE = "h200", "bfloat16"
 SIZES = ((8192, 4096, 128256), (8192, 896, 151936))  # rows, width, vocabulary
-OURS = {  # what they compute
+OURS = {  # and the numbers they compute
     "linear_policy_loss": "PPO's or GRPO's loss",
     "linear_token_stats": "log-probability and entropy",
 }

@@ -33,20 +33,19 @@ FROZEN = "gradient, frozen head"
 
 @dataclass(frozen=True)
 class Job:
-    """What is computed, and which factors are differentiated."""
+    """An operation, and the factors that are differentiated."""
 
-    function: str  # of ours
     operation: str
     gradients: tuple[str, ...]
 
 
 JOBS = {
-    f"{name} + {more}" if more else name: Job(function, operation, gradients)
-    for name, function, operation in (
-        ("statistics", "linear_token_stats", STATISTICS),
-        ("exact KL", "linear_token_kl", KL),
-        ("JSD", "linear_token_jsd", JSD),
-        ("policy loss", "linear_policy_loss", LOSS),
+    f"{name} + {more}" if more else name: Job(operation, gradients)
+    for name, operation in (
+        ("statistics", STATISTICS),
+        ("exact KL", KL),
+        ("JSD", JSD),
+        ("policy loss", LOSS),
     )
     for more, gradients in (("", ()), ("gradients", BOTH), (FROZEN, HIDDEN))
 }

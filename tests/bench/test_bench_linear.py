@@ -154,15 +154,20 @@ def test_the_page_has_every_number_and_says_where_others_are_faster(bench):
     assert "The CPU has fma, avx2; linear heads here multiply in float32 on cpu." in text
 
 
-def test_the_readme_shows_every_case_beside_the_fastest_of_the_others(bench):
+def test_the_readme_shows_a_policy_loss_and_says_where_others_are_faster(bench):
     from bench.cpu import linear_page
 
-    lines = linear_page.short_table(made_up()).splitlines()
-    assert lines[2:6] == [
-        "| statistics + gradients, 64 x 1000 x 32, bfloat16 | 4.00 ms | 3.0x | 5.0x | "
-        "0.40x CCE (log-probability only) |",
-        "| statistics + gradients, 64 x 1000 x 32, float32 | 4.00 ms | 3.0x | 5.0x | none |",
-        "| policy loss + gradients, 64 x 1000 x 32, bfloat16 | 4.00 ms | 3.0x | 5.0x | none |",
-        "| policy loss + gradients, 64 x 1000 x 32, float32 | 4.00 ms | 3.0x | 5.0x | none |",
+    results = made_up()
+    last = results["measurements"][-1]
+    results["measurements"].append(last | {"job": "policy loss + gradients"})
+    other_size = {"job": "policy loss + gradients", "size": "2 x 2 x 2", "contender": "kl_kernels"}
+    results["measurements"].append(last | other_size)
+    lines = linear_page.short_table(results).splitlines()
+    assert "from hidden states, 64 x 1000 x 32" in lines[0]
+    assert lines[2:5] == [
+        "| policy loss, bfloat16 | 4.00 ms | 3.0x | 5.0x | 0.40x CCE (log-probability only) |",
+        "| policy loss, float32 | 4.00 ms | 3.0x | 5.0x | none |",
+        "",
     ]
-    assert "commit abc123" in lines[-1]
+    assert "faster than kl_kernels in 2 of 3 cases in bfloat16, 0 of 2 cases in" in lines[-1]
+    assert "A CPU (fma, avx2), 2 thread(s), commit abc123" in lines[-1]

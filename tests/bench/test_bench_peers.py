@@ -40,6 +40,8 @@ def test_every_operation_is_compared_with_several(bench):
     for c in REGISTRY:
         offered[c.operation].add(c.family)
     assert offered["policy loss"] >= {"trl", "verl", "liger"}
+    assert offered["linear policy loss"] >= {"plain", "trl", "verl", "liger", "cce"}
+    assert offered["linear JSD"] >= {"plain", "trl", "liger"}
     assert offered["linear exact KL"] >= {"trl", "liger", "fla"}
     assert offered["linear logprob + entropy"] >= {"trl", "verl", "liger", "cce", "quack"}
 

@@ -92,7 +92,8 @@ bench-study: $(READY)
 	$(BIN)/python -m bench.quality.study $(ARGS)
 	$(BIN)/python -m bench.readme
 
-bench-linear: $(READY)
+# Linear heads beside other packages'.
+bench-linear: $(VENV)/bench-ready
 	$(BIN)/python -m bench.cpu.linear $(ARGS)
 	$(BIN)/python -m bench.readme
 
@@ -101,9 +102,12 @@ bench-monitor: $(READY)
 	$(BIN)/python -m bench.quality.sampling_gap_rates
 	$(BIN)/python -m bench.readme
 
-# Instructions of this package's kernels and of other libraries', counted without a GPU.
-bench-offline: $(READY) $(COUNTED)/ready
+# Instructions of this package's kernels and of other libraries', and operations of linear heads,
+# counted without a GPU.
+bench-offline: $(VENV)/bench-ready $(COUNTED)/ready
 	PYTHONPATH=$(COUNTED) $(BIN)/python -m bench.offline.measure $(ARGS)
+	$(BIN)/python -m bench.offline.heads
+	$(BIN)/python -m bench.readme
 
 bench-growth: $(READY)
 	$(BIN)/python -m bench.cpu.growth $(ARGS)

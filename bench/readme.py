@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import report
+from bench.cpu import linear_page
 from bench.gpu import page as gpu_page
 from bench.peers import page as peers_page
 from bench.quality import monitoring_page, numerics_page, testing_page
@@ -102,30 +103,6 @@ def traffic_sentence(results: dict[str, Any]) -> str:
     )
 
 
-def linear_table(results: dict[str, Any]) -> str:
-    """Linear heads: time beside the products alone, memory beside the logits."""
-    memory = {(m["job"], m["dtype"]): m for m in results["memory"]}
-    lines = [
-        "| linear head | time over its matrix products alone "
-        "| MB on top of inputs, of which results | MB of the logits, were they there |",
-        "|---|---|---|---|",
-    ]
-    for t in results["timings"]:
-        m = memory[t["job"], t["dtype"]]
-        lines.append(
-            f"| {t['job']}, {t['dtype']} | {t['ratio']:.2f}x | {m['peak_mb']:.0f}, "
-            f"{m['results_mb']:.0f} | {m['logits_mb']:.0f} |"
-        )
-    t, m = results["timings"][0], results["memory"][0]
-    lines.append(
-        f"\nV = {t['vocab_size']}, width {t['width']}; time of {t['rows']} rows, memory of "
-        f"{m['rows']}, with the default budget of {t['budget_mb']:.0f} MB; "
-        f"{results['device']} with {results['threads']} thread(s); commit {results['commit']}. "
-        "From `bench/results/linear.json`, made by `make bench-linear`."
-    )
-    return "\n".join(lines)
-
-
 def gpu_section(results: dict[str, Any]) -> str:
     """A line for each job, then everything that was measured."""
     return f"{gpu_page.short_table(results)}\n\n{report.section('gpu_h200', results)}"
@@ -160,7 +137,7 @@ NOT_MEASURED = "Not measured yet."
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 
 DOCUMENTS: dict[str, Sections] = {
-    "README.md": {"peers": peers_page.short_table},
+    "README.md": {"peers": peers_page.short_table, "linear": linear_page.short_table},
     "docs/numerics.md": {"numerics": numerics_page.tables},
     "docs/monitoring.md": {
         "monitor": monitoring_page.noise_and_changes,
@@ -175,7 +152,6 @@ DOCUMENTS: dict[str, Sections] = {
         "gpu_h200": gpu_section,
         "cpu": cpu_table,
         "traffic": traffic_sentence,
-        "linear": linear_table,
     },
 }
 

@@ -18,6 +18,17 @@ import torch
 from kl_kernels.info import cpu_name, facts
 from kl_kernels.versions import commit
 
+PRODUCT_INSTRUCTIONS = (
+    "fma",
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_fp16",
+)
+
 
 def record() -> dict[str, object]:
     """Device, versions, commit, command and how busy the machine was, for a results file."""
@@ -31,6 +42,14 @@ def record() -> dict[str, object]:
         "command": " ".join(["python", *_program(), *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def instruction_sets() -> list[str]:
+    """Name those of the CPU's that matrix products can use, in Linux's words."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return [name for name in PRODUCT_INSTRUCTIONS if name in flags]
 
 
 def _program() -> list[str]:

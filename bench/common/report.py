@@ -21,9 +21,12 @@ PAGE = PICTURES / "index.html"
 TITLE = "kl_kernels: benchmarks"
 MODULES = {  # by results file, in the order of the page
     "gpu_h200": "bench.gpu.page",
+    "heads_h200": "bench.gpu.heads",
     "peers_h200": "bench.peers.page",
     "peers": "bench.peers.page",
+    "linear": "bench.cpu.linear_page",
     "offline": "bench.offline.measure",
+    "offline_heads": "bench.offline.heads",
     "growth": "bench.cpu.growth",
 }
 

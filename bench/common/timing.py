@@ -132,6 +132,21 @@ def timed(
     return begin.elapsed_time(end) * 1e-3
 
 
+def from_python(call: Callable[[Any], Any], x: Any, device: str, n: int = 20) -> float:
+    """Seconds of a call, one after another as Python makes them: whichever of host and GPU waits.
+
+    Few rows take the host longer than the GPU, which a replay hides.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    call(x)
+    wait()
+    start = time.perf_counter()
+    for _ in range(n):
+        call(x)
+    wait()
+    return (time.perf_counter() - start) / n
+
+
 def interleaved(replays: dict[str, Replay], turns: int) -> dict[str, list[float]]:
     """Seconds per launch; each turn times each contender once, so that drift is shared."""
     times: dict[str, list[float]] = {name: [] for name in replays}

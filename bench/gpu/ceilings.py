@@ -81,5 +81,25 @@ def ceilings(device: str, n_bytes: int, turns: int = 7) -> dict[str, dict[str, f
     return found
 
 
+def product_seconds(
+    hidden: Tensor,  # [N, d]
+    weight: Tensor,  # [V, d]
+    turns: int = 7,
+) -> dict[str, float]:
+    """Medians of the three products of a linear head, whole and in the factors' dtype."""
+    tile = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    products: dict[str, Callable[[Any], Any]] = {
+        "logits": lambda _: torch.mm(hidden, weight.T, out=tile),
+        "hidden": lambda _: torch.mm(tile, weight, out=grad_hidden),
+        "weight": lambda _: torch.mm(tile.T, hidden, out=grad_weight),
+    }
+    with torch.no_grad():
+        return {
+            name: _median(replay(product, [None], 1, hidden.device.type), turns)
+            for name, product in products.items()
+        }
+
+
 def _median(ready: Replay, turns: int) -> float:
     return statistics.median(ready() for _ in range(turns))

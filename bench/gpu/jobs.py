@@ -27,7 +27,7 @@ from bench.common.formulas import (
     two_visits,
     with_gradient,
 )
-from bench.peers.operations import JSD_BETA, jensen_shannon
+from bench.peers.definitions import JSD_BETA, jensen_shannon
 
 CHECKED_ROWS = 4
 CHUNK = 256  # rows whose float32 copies are made at a time

@@ -1,8 +1,9 @@
 """`make gpu`: what a machine with a GPU is asked, in calls of under nine minutes.
 
 Build, then all checks side by side, then the benchmarks alone: parts "checks" and "speed", the
-default. Others may take "sanitizers", "counters", what Nsight Compute sees, "sweep", the Triton
-kernels with other sizes, and "peers", beside other packages as far as they are there. Minutes on a
+default. Others may take "sanitizers", "heads", linear heads beside their matrix products and
+other packages, "counters", what Nsight Compute sees, "sweep", the Triton kernels with other sizes,
+and "peers", beside other packages as far as they are there. Minutes on a
 GPU are rare: a step that fails or takes too long costs no other, and the exit code says whether all
 were well. The whole log and each part's JSON go to RESULTS; the table that matters ends the output.
 Nothing is installed: the python that runs this is used throughout.
@@ -35,7 +36,8 @@ SECONDS = 525  # in all
 # The checks spend their time on compiling Triton kernels.
 BUILD_SECONDS, CHECK_SECONDS, SPEED_SECONDS = 150, 230, 240
 SANITIZER_SECONDS, COUNTERS_SECONDS, SWEEP_SECONDS, PEERS_SECONDS = 150, 180, 240, 420
-PARTS = ("checks", "sanitizers", "speed", "counters", "sweep", "peers")
+HEADS_SECONDS = 420
+PARTS = ("checks", "sanitizers", "speed", "heads", "counters", "sweep", "peers")
 DEFAULT_PARTS = ("checks", "speed")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 SANITIZED = 9  # exit code of a sanitizer that found something
@@ -208,6 +210,13 @@ def speed_step(args: argparse.Namespace, seconds: float) -> Step:
     return Step("speed", command, seconds)
 
 
+def heads_step(args: argparse.Namespace, seconds: float) -> Step:
+    command = [sys.executable, "-m", "bench.gpu.heads", *about(args)]
+    command += ["--seconds", f"{seconds - 40:.0f}"]
+    command += ["--dry-run"] if args.dry_run else []
+    return Step("heads", command, seconds)
+
+
 def counters_step(args: argparse.Namespace, seconds: float) -> Step:
     return Step("counters", [sys.executable, "-m", "bench.gpu.counters", *about(args)], seconds)
 
@@ -232,6 +241,7 @@ def about(args: argparse.Namespace) -> list[str]:
 
 MEASURED = {  # one after the other, alone
     "speed": (speed_step, SPEED_SECONDS),
+    "heads": (heads_step, HEADS_SECONDS),
     "counters": (counters_step, COUNTERS_SECONDS),
     "sweep": (sweep_step, SWEEP_SECONDS),
     "peers": (peers_step, PEERS_SECONDS),

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 
 from bench.common.machine import chip_name, gpu_record, record
-from bench.common.timing import interleaved, n_buffer_sets, n_rounds_of_sets, peak_bytes, replay
+from bench.common.timing import (
+    from_python,
+    interleaved,
+    n_buffer_sets,
+    n_rounds_of_sets,
+    peak_bytes,
+    replay,
+)
 from bench.gpu.ceilings import ceilings
 from bench.gpu.jobs import JOBS, Buffers, Launch, make_buffers
 from bench.gpu.table import PEERS, table
@@ -30,6 +37,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 VOCABULARIES = (128256, 32000, 50257, 151936, 262144)
 ROWS = (1, 64, 8, 512, 1024, 65536)
 FEW_ROWS = (1, 8)  # launches take longer than memory: torch.compile is the measure
+PYTHON_ROWS = (1, 64)  # where the host's time of a call is shown beside
 MAIN_ROWS, MAIN_VOCABULARY = 8192, VOCABULARIES[0]
 TURNS = 11
 # Jobs beside torch.compile alone: eager would compute them one operator at a time.
@@ -104,6 +112,7 @@ class Measurement:
     ceiling: str
     launches: int  # per timed unit
     peak_mb: float  # allocated by a call, results included
+    call_us: float | None  # a call from Python, whose launch a replay hides; None at many rows
 
     def __str__(self) -> str:
         return (
@@ -138,12 +147,15 @@ class Bench:
         ]
         rounds = n_rounds_of_sets(n_sets, case.bytes_moved) if self.device == "cuda" else 1
         ready, peaks = {}, {}
+        calls: dict[str, float] = {}
         left_out: dict[str, str] = {}
         failed: dict[str, str] = {}
         for name in (*self.backends, *case.peers):
             try:
                 launch = self.contender(case, name, sets[0])
                 peaks[name] = peak_bytes(launch, sets[0], self.device)
+                if case.rows in PYTHON_ROWS:
+                    calls[name] = 1e6 * from_python(launch, sets[0], self.device)
                 ready[name] = replay(launch, sets, rounds, self.device)
             except torch.OutOfMemoryError:
                 left_out[name] = "out of memory"
@@ -152,7 +164,14 @@ class Bench:
         times = interleaved(ready, self.turns)
         return (
             [
-                self.measurement(case, name, times[name], ready[name].n_launches, peaks[name])
+                self.measurement(
+                    case,
+                    name,
+                    times[name],
+                    ready[name].n_launches,
+                    peaks[name],
+                    calls.get(name),
+                )
                 for name in ready
             ],
             left_out,
@@ -173,7 +192,13 @@ class Bench:
         return launch
 
     def measurement(
-        self, case: Case, name: str, times: list[float], launches: int, peak: int
+        self,
+        case: Case,
+        name: str,
+        times: list[float],
+        launches: int,
+        peak: int,
+        call_us: float | None,
     ) -> Measurement:
         median = statistics.median(times)
         return Measurement(
@@ -189,6 +214,7 @@ class Bench:
             ceiling=case.ceiling,
             launches=launches,
             peak_mb=peak / 1e6,
+            call_us=call_us,
         )
 
 

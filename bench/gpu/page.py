@@ -33,7 +33,9 @@ def blocks(results: Results) -> list[Block]:
         Heading(f"On a GPU: {results['device']}"),
         Text(
             "Medians of graph replays over buffers that exceed the L2 four times, each contender "
-            "once per turn; nothing is timed before it was right in float64. Ceilings are the best "
+            "once per turn; nothing is timed before it was right in float64. **From Python**: "
+            "calls one after another at few rows, where the host takes the time. Ceilings are the "
+            "best "
             f"of a few plain kernels, in the same run: {ceilings(results)}. **Share**: the bytes "
             "that must move at the least, over the time, of that ceiling."
         ),
@@ -54,6 +56,7 @@ def blocks(results: Results) -> list[Block]:
                 "V",
                 "",
                 "median us (fastest to slowest)",
+                "us from Python",
                 "GB/s",
                 "share",
                 "times ours",
@@ -111,6 +114,7 @@ def full_line(results: Results, m: Row) -> tuple[str, ...]:
         str(m["vocab_size"]),
         f"**{m['contender']}**" if ours else m["contender"],
         spread(m),
+        "" if m["call_us"] is None else f"{m['call_us']:.1f}",
         f"{m['gb_per_s']:.0f}",
         f"{m['share']:.0%} of {m['ceiling']}",
         "" if ours else f"{times_ours(results, m):.2f}",

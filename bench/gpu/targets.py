@@ -88,6 +88,35 @@ def memory(*jobs: str) -> Any:
     ]
 
 
+def of_heads(what: str, job: str, *others: str) -> Any:
+    """Collect a figure of linear heads of many rows.
+
+    `what` is "share": of ours, or "ratio": of others, by the beginning of their names.
+    """
+
+    def figures(results: Results, contender: str) -> Iterable[float]:
+        return [
+            m[what]
+            for m in results["measurements"]
+            if m["rows"] == MANY_ROWS
+            and m["job"].startswith(job)
+            and m["contender"].startswith(others or contender)
+        ]
+
+    return figures
+
+
+OTHER_HEADS = ("Liger", "verl", "cut-cross-entropy", "torch eager")
+HEAD_TARGETS = (
+    Target("every linear head, 8192 rows: 85 % of its matrix products alone",
+           ".1%", 0.85, None, of_heads("share", "")),
+    Target("the same: ahead of Liger, verl, Cut Cross-Entropy and eager",
+           ".2f", 1.0, None, of_heads("ratio", "", *OTHER_HEADS)),
+    Target("`linear_token_stats`: within 5 % of TRL's head",
+           ".2f", 0.95, None, of_heads("ratio", "statistics", "TRL")),
+    Target("`linear_policy_loss`: ahead of TRL's head and loss",
+           ".2f", 1.0, None, of_heads("ratio", "policy loss", "TRL")),
+)  # fmt: skip
 TARGETS = (
     Target("`token_kl`, 8192 rows, every vocabulary: 92 % of the read ceiling",
            ".1%", 0.92, None, shares("token_kl")),

@@ -9,9 +9,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch import Tensor
 from bench.common.machine import PeakMemory
 from bench.common.timing import peak_bytes
 from bench.peers.contenders import Call, Contender, contenders
-from bench.peers.operations import OPERATIONS, Operation, Results, Size
+from bench.peers.definitions import Results, Size
+from bench.peers.operations import OPERATIONS, Operation
 
 GRADIENTS = ("gradient", "weight_gradient")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,6 +165,10 @@ def _gradient_error(
 def extra_bytes(call: Call, x: object) -> int:
     """Return a call's peak memory, results included, on top of its inputs."""
     call(x)  # warms up, and lets torch.compile compile
+    return extra_bytes_of_warm(call, x)
+
+
+def extra_bytes_of_warm(call: Callable[[Any], object], x: object) -> int:
     if DEVICE == "cuda":
         return peak_bytes(call, x, DEVICE)
     with PeakMemory() as peak:

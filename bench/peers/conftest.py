@@ -6,8 +6,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,10 @@ import torch
 from bench.common.machine import chip_name, gpu_record, record
 from bench.gpu.ceilings import ceilings
 from bench.peers.compare import DEVICE, benchmarks, name_of
+from bench.peers.versions import peer_versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 CEILING_BYTES = 1 << 29
-PACKAGES = (
-    "trl",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "flash-linear-attention",
-    "quack-kernels",
-    "verl",
-)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,7 +52,7 @@ class Collected:
         self.read_bytes_per_s = read
         self.results: dict[str, Any] = about | {
             "kind": DEVICE,
-            "peers": dict(peer_versions()),
+            "peers": peer_versions(),
             "read_gb_per_s": round(read / 1e9, 2),
             "measurements": [],
             "not_measured": [],
@@ -95,14 +86,6 @@ def collected(request: pytest.FixtureRequest) -> Collected:
     torch.set_num_threads(request.config.getoption("--threads"))
     request.config.stash[KEY] = made = Collected(request.config)
     return made
-
-
-def peer_versions() -> Iterator[tuple[str, str]]:
-    for package in PACKAGES:
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            yield package, "not installed"
 
 
 KEY = pytest.StashKey[Collected]()

@@ -7,7 +7,6 @@ begin with "mean" are for peers that give one number for all tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,20 +14,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-Results = dict[str, Tensor]
-KL_COEF, LOSS_KL_COEF, ENTROPY_COEF, CLIP, GAMMA, LAM = 0.1, 0.1, 0.01, 0.2, 1.0, 0.95
-JSD_BETA = 0.5
+from bench.peers.definitions import (
+    Results,
+    Size,
+    clipped_loss,
+    gae,
+    grpo_loss,
+    jensen_shannon,
+    kl_loss,
+    shaped_rewards,
+    statistics,
+    whiten,
+    with_gradients,
+    with_means,
+)
+from bench.peers.heads import jsd_truth as linear_jsd_truth
+from bench.peers.heads import kl_truth, loss_truth, make_heads, stats_truth
+
 LOGITS_CHECKED = 1 << 24  # at most: a float64 truth of more would take minutes
-
-
-@dataclass(frozen=True)
-class Size:
-    rows: int
-    vocab_size: int = 0  # 0: the operation has no vocabulary
-    width: int = 0  # 0: the operation starts from logits
-
-    def __str__(self) -> str:
-        return " x ".join(str(n) for n in (self.rows, self.vocab_size, self.width) if n)
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,6 @@ class Inputs:
 
         logits = cut(self.logits.detach()).requires_grad_()
         return Inputs(logits, *map(cut, list(vars(self).values())[1:9]))
-
-
-@dataclass(frozen=True)
-class HeadInputs:
-    """Hidden states and heads of two models. Logits are about unit size."""
-
-    hidden: Tensor  # [T, d], requires grad
-    weight: Tensor  # [V, d], requires grad
-    ref_hidden: Tensor  # [T, d]
-    ref_weight: Tensor  # [V, d]
-    token_ids: Tensor  # [T]
-
-    def head(self) -> HeadInputs:
-        return self
 
 
 @dataclass(frozen=True)
@@ -134,21 +123,6 @@ def make_inputs(size: Size, dtype: torch.dtype, device: str) -> Inputs:
     )
 
 
-def make_heads(size: Size, dtype: torch.dtype, device: str) -> HeadInputs:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(n: int) -> Tensor:
-        x = torch.randn(n, size.width, generator=generator, device=device)
-        return (x * size.width**-0.25).to(dtype)
-
-    hidden, ref_hidden = normal(size.rows), normal(size.rows)
-    weight, ref_weight = normal(size.vocab_size), normal(size.vocab_size)
-    token_ids = torch.randint(size.vocab_size, (size.rows,), generator=generator, device=device)
-    return HeadInputs(
-        hidden.requires_grad_(), weight.requires_grad_(), ref_hidden, ref_weight, token_ids
-    )
-
-
 def make_gae(size: Size, dtype: torch.dtype, device: str) -> GAEInputs:
     """Responses of 1024 tokens, or one if there are fewer."""
     shape = (max(1, size.rows // 1024), min(size.rows, 1024))
@@ -159,101 +133,12 @@ def make_gae(size: Size, dtype: torch.dtype, device: str) -> GAEInputs:
     return GAEInputs(rewards, values, torch.ones(shape, dtype=torch.bool, device=device))
 
 
-def statistics(
-    logits: Tensor,  # [..., V]
-    ref_logits: Tensor,  # [..., V]
-    token_ids: Tensor,  # [...]
-) -> Results:
-    """Compute the outputs of `token_kl` by their definitions."""
-    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    p, q, here = log_p.exp(), log_q.exp(), token_ids[..., None]
-    return {
-        "logprob": log_p.gather(-1, here).squeeze(-1),
-        "ref_logprob": log_q.gather(-1, here).squeeze(-1),
-        "kl": (p * (log_p - log_q)).sum(-1),
-        "forward_kl": (q * (log_q - log_p)).sum(-1),
-        "entropy": -(p * log_p).sum(-1),
-    }
-
-
-def jensen_shannon(logits: Tensor, ref_logits: Tensor) -> Results:  # [..., V] each
-    """Compute the JSD at JSD_BETA as distillation trainers do: kl_div to a logaddexp mixture."""
-    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    log_m = torch.logaddexp(log_p + math.log(1 - JSD_BETA), log_q + math.log(JSD_BETA))
-    of_p, of_q = (
-        torch.nn.functional.kl_div(log_m, log_r, reduction="none", log_target=True).sum(-1)
-        for log_r in (log_p, log_q)
-    )
-    return {"jsd": (1 - JSD_BETA) * of_p + JSD_BETA * of_q}
-
-
-def shaped_rewards(logprob: Tensor, ref_logprob: Tensor, scores: Tensor) -> Tensor:
-    """-beta k1, and the score at the last token; [B, T] from [B, T], [B, T] and [B]."""
-    rewards = -KL_COEF * (logprob - ref_logprob)
-    rewards[:, -1] += scores
-    return rewards
-
-
-def gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # [B, T] each
-    """The loop that trainers have: advantages and returns. Masked tokens are skipped."""
-    on = mask.to(rewards.dtype)
-    next_value = running = torch.zeros_like(rewards[:, 0])
-    advantages = []
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + GAMMA * next_value - values[:, t]
-        running = on[:, t] * (delta + GAMMA * LAM * running) + (1 - on[:, t]) * running
-        next_value = on[:, t] * values[:, t] + (1 - on[:, t]) * next_value
-        advantages.append(running)
-    result = torch.stack(advantages[::-1], 1)
-    return result, result + values
-
-
-def whiten(x: Tensor) -> Tensor:
-    return (x - x.mean()) * torch.rsqrt(x.var() + 1e-8)
-
-
-def clipped_loss(logprob: Tensor, old_logprob: Tensor, advantages: Tensor) -> Tensor:
-    """PPO's loss per token."""
-    ratio = (logprob - old_logprob).exp()
-    return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-
-
-def k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
-    return torch.expm1(ref_logprob - logprob) - (ref_logprob - logprob)
-
-
-def grpo_loss(logprob: Tensor, x: Inputs) -> Tensor:
-    loss = clipped_loss(logprob, x.old_logprobs, x.advantages[:, None])
-    return (loss + LOSS_KL_COEF * k3(logprob, x.ref_logprobs)).mean()
-
-
-def kl_loss(stats: Results, x: Inputs) -> Tensor:
-    loss = clipped_loss(stats["logprob"], x.old_logprobs, x.advantages[:, None])
-    return (loss + LOSS_KL_COEF * stats["kl"] - ENTROPY_COEF * stats["entropy"]).mean()
-
-
 def wide(x: Inputs) -> Inputs:
     """Return the inputs in float64."""
     raised = [
         t.detach().double() if t.is_floating_point() else t for t in list(vars(x).values())[:9]
     ]
     return Inputs(raised[0].requires_grad_(), *raised[1:])
-
-
-def with_means(stats: Results) -> Results:
-    return stats | {f"mean_{name}": v.mean() for name, v in stats.items()}
-
-
-NOT_DIFFERENTIATED = ("ref_logprob", "forward_kl")  # by contenders that return more than these
-
-
-def with_gradients(results: Results, *sources: Tensor) -> Results:
-    """The gradient of the sum of the results, where there is one, in each source."""
-    total = sum(
-        v.sum() for name, v in results.items() if v.requires_grad and name not in NOT_DIFFERENTIATED
-    )
-    names = ("gradient", "weight_gradient")
-    return results | dict(zip(names, torch.autograd.grad(total, sources)))
 
 
 def token_truth(x: Inputs, names: Iterable[str]) -> Results:
@@ -296,15 +181,6 @@ def kl_loss_truth(x: Inputs, names: Iterable[str]) -> Results:
     x = wide(x)
     stats = statistics(x.logits, x.ref_logits, x.token_ids)
     return with_gradients({"loss": kl_loss(stats, x)}, x.logits)
-
-
-def head_truth(x: HeadInputs, names: Iterable[str]) -> Results:
-    hidden, weight, ref_hidden, ref_weight = (
-        t.detach().double() for t in (x.hidden, x.weight, x.ref_hidden, x.ref_weight)
-    )
-    hidden.requires_grad_(), weight.requires_grad_()
-    stats = with_means(statistics(hidden @ weight.T, ref_hidden @ ref_weight.T, x.token_ids))
-    return stats | with_gradients({name: stats[name] for name in names}, hidden, weight)
 
 
 def gae_truth(x: GAEInputs, names: Iterable[str]) -> Results:
@@ -361,9 +237,13 @@ OPERATIONS = {
         Operation("policy loss with exact KL", "clipped loss, exact KL and entropy, and gradient",
                   make_inputs, kl_loss_truth, 3, LOGITS),
         Operation("linear logprob + entropy", "from hidden states and the head, and both gradients",
-                  make_heads, head_truth, 0, HEAD),
+                  make_heads, stats_truth, 0, HEAD),
         Operation("linear exact KL", "the same with the exact KL to a reference's head",
-                  make_heads, head_truth, 0, HEAD),
+                  make_heads, kl_truth, 0, HEAD),
+        Operation("linear JSD", "Jensen-Shannon divergence of two linear heads, beta = 1/2, and "
+                  "both gradients", make_heads, linear_jsd_truth, 0, HEAD),
+        Operation("linear policy loss", "GRPO's clipped loss with a k3 penalty, from hidden states "
+                  "and the head, and both gradients", make_heads, loss_truth, 0, HEAD),
         Operation("GAE", "advantages and returns, responses of 1024 tokens",
                   make_gae, gae_truth, 0),
         Operation("PPO step", "all between logits and gradient of an update: log-probabilities of "

@@ -14,7 +14,6 @@ SHORT = (  # shown in the README
     "logprob + entropy + gradient",
     "exact KL + gradient",
     "policy loss",
-    "linear logprob + entropy",
 )
 MEMORY = {
     "cpu": "resident memory that a call needs at its worst, measured in a process of its own",
@@ -141,7 +140,7 @@ def made(results: Results) -> str:
 
 
 def short_table(results: Results) -> str:
-    """For the README: a picture, and four operations beside what a user would take instead."""
+    """For the README: a picture, and three operations beside what a user would take instead."""
     cases = main_case(results)
     lines = [
         f"![Time of a {WHOLE}, ours and others'](docs/benchmarks/{stem(results)}_step.svg)",
@@ -156,9 +155,8 @@ def short_table(results: Results) -> str:
             others = [m for m in case if m["family"] not in ("ours", "plain")]
             best = min(others, key=lambda m: m["ratio"], default=None)
             cells.append(f"{times(best)} {without_way(best)}" if best else "none")
-            size = f" of {case[0]['size']}" if case[0]["width"] else ""
             ours = f"{number(by[OURS]['median_ms'])} ms"
-            lines.append(f"| {operation}{size} | {ours} | {' | '.join(cells)} |")
+            lines.append(f"| {operation} | {ours} | {' | '.join(cells)} |")
     first = next(iter(cases.values()))[0]
     lines.append(
         f"\nMedian times for {first['size']} logits in {first['dtype']}; others in multiples of "

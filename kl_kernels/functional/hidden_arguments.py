@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # not in every build of torch
 
 # Bytes of memory_budget=None. On a CPU the tile that was just multiplied is then still in its last
 # cache when the kernels read it: from 16 to 64 MiB the time is flat, at 256 MiB it is a tenth more
-# (bench.cpu.linear --budgets). A GPU needs tiles of thousands of rows and columns to be busy, and
+# (bench.cpu.linear --budget). A GPU needs tiles of thousands of rows and columns to be busy, and
 # few enough of them that launching the kernels of a tile takes no longer than running them; that
 # figure is a guess, which no GPU has confirmed.
 MEMORY_BUDGETS = {"cpu": 64 << 20, "cuda": 512 << 20}

@@ -39,6 +39,7 @@ def test_the_benchmarks_run_dry(tmp_path):
     assert len(jobs) == 8
     for m in results["measurements"]:
         assert m["fastest_us"] <= m["median_us"] <= m["slowest_us"]
+        assert (m["call_us"] is None) == (m["rows"] not in (1, 64))
         rate = results["ceilings_gb_per_s"][m["ceiling"]]
         assert m["share"] == pytest.approx(m["gb_per_s"] / rate)
     lines = done.stdout.splitlines()

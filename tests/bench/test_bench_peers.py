@@ -19,7 +19,8 @@ def bench(monkeypatch):
 
 def tiny_case(name, dtype=torch.float32):
     from bench.peers.compare import Case
-    from bench.peers.operations import OPERATIONS, Size
+    from bench.peers.definitions import Size
+    from bench.peers.operations import OPERATIONS
 
     operation = OPERATIONS[name]
     kind = "gae" if name == "GAE" else "head" if "hidden" in operation.sources else "logits"
@@ -39,6 +40,8 @@ def test_every_operation_is_compared_with_several(bench):
     for c in REGISTRY:
         offered[c.operation].add(c.family)
     assert offered["policy loss"] >= {"trl", "verl", "liger"}
+    assert offered["linear policy loss"] >= {"plain", "trl", "verl", "liger", "cce"}
+    assert offered["linear JSD"] >= {"plain", "trl", "liger"}
     assert offered["linear exact KL"] >= {"trl", "liger", "fla"}
     assert offered["linear logprob + entropy"] >= {"trl", "verl", "liger", "cce", "quack"}
 
@@ -112,7 +115,7 @@ def test_a_peer_may_round_like_its_logits_only_if_it_says_so(bench):
 
 def test_what_cannot_fit_is_left_out_with_its_size(bench):
     from bench.peers.compare import too_large
-    from bench.peers.operations import Size
+    from bench.peers.definitions import Size
 
     assert too_large(Size(64, 131072), 1 << 34) == ""
     assert "34 GB" in too_large(Size(8192, 131072), 1 << 34)

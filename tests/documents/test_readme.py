@@ -60,6 +60,11 @@ def test_one_pass_reads_each_logit_once():
 
 
 def test_the_readme_says_who_is_faster():
-    assert "some others multiply in bfloat16, and are faster" in README
-    heads = [m["ratio"] for m in results("peers")["measurements"] if m["width"]]
-    assert min(heads) < 1
+    cases = {}
+    for m in results("linear")["measurements"]:
+        case = cases.setdefault(m["dtype"], {}).setdefault((m["job"], m["size"]), [])
+        case.append(m["contender"] != "kl_kernels" and m["ratio"] < 1)
+    said = ", ".join(
+        f"{sum(map(any, of.values()))} of {len(of)} cases in {dtype}" for dtype, of in cases.items()
+    )
+    assert f"Another is faster than kl_kernels in {said}." in README

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.peers.operations import OPERATIONS, Results, with_gradients
+from bench.peers.definitions import Results, with_gradients
+from bench.peers.operations import OPERATIONS
 
 Call = Callable[[object], Results]
 FAMILIES = ("ours", "plain", "trl", "liger", "cce", "fla", "quack", "verl")
@@ -54,13 +55,20 @@ class Contender:
     note: str
 
     def ready(self) -> Call:
-        """The call; ImportError or Unavailable if it cannot run here."""
+        """The call; ImportError or Unavailable if it cannot run here.
+
+        It takes gradients in those of the operation's sources that require one.
+        """
         call = self.make()
         sources = OPERATIONS[self.operation].sources
-        if not sources:
-            return torch.no_grad()(call)
-        names = (self.source,) if self.source else sources
-        return lambda x: with_gradients(call(x), *(getattr(x, name) for name in names))
+        names = (self.source,) if sources and self.source else sources
+
+        def run(x: object) -> Results:
+            tensors = [getattr(x, name) for name in names]
+            with torch.set_grad_enabled(any(t.requires_grad for t in tensors)):
+                return with_gradients(call(x), *tensors)
+
+        return run
 
 
 REGISTRY: list[Contender] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bench.peers.contenders import Call, need_cuda, offers
-from bench.peers.operations import HeadInputs, Inputs, Results
+from bench.peers.definitions import Results
+from bench.peers.heads import HeadInputs
+from bench.peers.operations import Inputs
 
 NAME = "flash-linear-attention"
 

@@ -7,8 +7,14 @@ logits of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from bench.peers.contenders import Call, need_cuda, offers
-from bench.peers.operations import CLIP, JSD_BETA, LOSS_KL_COEF, HeadInputs, Inputs, Results
+from bench.peers.definitions import CLIP, JSD_BETA, LOSS_KL_COEF, Results
+from bench.peers.heads import HeadInputs
+from bench.peers.operations import Inputs
 
 NAME = "Liger"
 
@@ -136,6 +142,29 @@ def linear_cross_entropy() -> Call:
     return run
 
 
+@offers("linear policy loss", name=f"{NAME} fused linear GRPO", rounds=True)
+def linear_policy_loss() -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss_of = LigerFusedLinearGRPOLoss(
+        beta=LOSS_KL_COEF, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="bnpo"
+    )
+
+    def run(x: HeadInputs) -> Results:
+        loss, _ = loss_of(
+            x.by_response(x.hidden),
+            x.weight,
+            x.by_response(x.token_ids),
+            x.mask.float(),
+            x.advantages,
+            ref_per_token_logps=x.ref_logprobs,
+            old_per_token_logps=x.old_logprobs,
+        )
+        return {"loss": loss}
+
+    return run
+
+
 @offers(
     "linear exact KL",
     name=f"{NAME} fused linear JSD",
@@ -143,15 +172,21 @@ def linear_cross_entropy() -> Call:
     note="the mean KL(policy || reference) only",
 )
 def linear_jsd() -> Call:
+    head = _fused_linear_jsd(1.0)
+    return lambda x: {"mean_kl": head(x)}
+
+
+@offers("linear JSD", name=f"{NAME} fused linear JSD", rounds=True, note="the mean only")
+def mean_linear_jsd() -> Call:
+    head = _fused_linear_jsd(JSD_BETA)
+    return lambda x: {"mean_jsd": head(x)}
+
+
+def _fused_linear_jsd(beta: float) -> Callable[[HeadInputs], Tensor]:
+    """1: KL(policy || reference)."""
     need_cuda(NAME)
     from liger_kernel.transformers.functional import liger_fused_linear_jsd
 
-    reverse = 1.0
-
-    def run(x: HeadInputs) -> Results:
-        loss = liger_fused_linear_jsd(
-            x.hidden, x.weight, x.ref_hidden, x.ref_weight, jsd_beta=reverse
-        )
-        return {"mean_kl": loss}
-
-    return run
+    return lambda x: liger_fused_linear_jsd(
+        x.hidden, x.weight, x.ref_hidden, x.ref_weight, jsd_beta=beta
+    )

@@ -6,7 +6,7 @@ import torch
 
 import kl_kernels
 from bench.peers.contenders import FUSED, OURS, Call, offers
-from bench.peers.operations import (
+from bench.peers.definitions import (
     CLIP,
     ENTROPY_COEF,
     GAMMA,
@@ -14,12 +14,12 @@ from bench.peers.operations import (
     KL_COEF,
     LAM,
     LOSS_KL_COEF,
-    GAEInputs,
-    HeadInputs,
-    Inputs,
     Results,
+    Sampled,
     kl_loss,
 )
+from bench.peers.heads import HeadInputs
+from bench.peers.operations import GAEInputs, Inputs
 
 ONE = 1.0  # upstream gradients are known to be 1, so the fused loss need not multiply by them
 
@@ -114,7 +114,7 @@ def two_visits() -> Call:
     return run
 
 
-def per_token(x: Inputs) -> torch.Tensor:  # [B, T]
+def per_token(x: Sampled) -> torch.Tensor:  # [B, T]
     return x.advantages[:, None].expand_as(x.old_logprobs)
 
 
@@ -122,6 +122,37 @@ def per_token(x: Inputs) -> torch.Tensor:  # [B, T]
 def linear_stats() -> Call:
     def run(x: HeadInputs) -> Results:
         return kl_kernels.linear_token_stats(x.hidden, x.weight, x.token_ids)._asdict()
+
+    return run
+
+
+@offers("linear JSD", name=OURS, tolerance=FUSED)
+def linear_jsd() -> Call:
+    def run(x: HeadInputs) -> Results:
+        factors = x.hidden, x.weight, x.ref_hidden, x.ref_weight
+        return {"jsd": kl_kernels.linear_token_jsd(*factors, beta=JSD_BETA)}
+
+    return run
+
+
+@offers("linear policy loss", name=OURS, tolerance=FUSED)
+def linear_policy_loss() -> Call:
+    def run(x: HeadInputs) -> Results:
+        loss, _ = kl_kernels.linear_policy_loss(
+            x.by_response(x.hidden),
+            x.weight,
+            x.by_response(x.token_ids),
+            x.old_logprobs,
+            per_token(x),
+            x.mask,
+            loss_scale=ONE,
+            ref_logprobs=x.ref_logprobs,
+            kl_estimator="k3",
+            kl_loss_coef=LOSS_KL_COEF,
+            clip_low=CLIP,
+            clip_high=CLIP,
+        )
+        return {"loss": loss}
 
     return run
 

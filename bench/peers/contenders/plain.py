@@ -9,10 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from bench.peers.contenders import Call, Unavailable, offers
-from bench.peers.operations import (
-    GAEInputs,
-    HeadInputs,
-    Inputs,
+from bench.peers.definitions import (
     Results,
     clipped_loss,
     gae,
@@ -23,6 +20,8 @@ from bench.peers.operations import (
     statistics,
     whiten,
 )
+from bench.peers.heads import HeadInputs
+from bench.peers.operations import GAEInputs, Inputs
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 
@@ -114,17 +113,40 @@ def linear_kl(x: HeadInputs) -> Results:
     return statistics(logits.float(), ref_logits.float(), x.token_ids)
 
 
+@offers_both("linear JSD", rounds=True)
+def linear_jsd(x: HeadInputs) -> Results:
+    logits, ref_logits = linear(x.hidden, x.weight), linear(x.ref_hidden, x.ref_weight)
+    return jensen_shannon(logits.float(), ref_logits.float())
+
+
+@offers_both("linear policy loss", rounds=True)
+def linear_policy_loss(x: HeadInputs) -> Results:
+    logits = linear(x.by_response(x.hidden), x.weight)
+    return {"loss": grpo_loss(logprobs(logits, x.by_response(x.token_ids)), x)}
+
+
+LINEAR_CROSS_ENTROPY = "torch linear_cross_entropy"
+
+
 @offers(
-    "linear logprob + entropy",
-    name="torch linear_cross_entropy",
-    rounds=True,
-    note="log-probability only",
+    "linear logprob + entropy", name=LINEAR_CROSS_ENTROPY, rounds=True, note="log-probability only"
 )
-def linear_cross_entropy() -> Call:
+def negative_linear_cross_entropy() -> Call:
+    logprob = _linear_logprob()
+    return lambda x: {"logprob": logprob(x)}
+
+
+@offers("linear policy loss", name=LINEAR_CROSS_ENTROPY, rounds=True)
+def linear_cross_entropy_policy_loss() -> Call:
+    logprob = _linear_logprob()
+    return lambda x: {"loss": grpo_loss(x.by_response(logprob(x)).float(), x)}
+
+
+def _linear_logprob() -> Callable[[HeadInputs], Tensor]:
     function = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if function is None:
         raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
-    return lambda x: {"logprob": -function(x.hidden, x.weight, x.token_ids, reduction="none")}
+    return lambda x: -function(x.hidden, x.weight, x.token_ids, reduction="none")
 
 
 @offers("GAE", name="Python loop")

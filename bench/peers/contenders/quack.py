@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from bench.peers.contenders import Call, Unavailable, need_cuda, offers
-from bench.peers.operations import HeadInputs, Inputs, Results
+from bench.peers.definitions import Results
+from bench.peers.heads import HeadInputs
+from bench.peers.operations import Inputs
 
 NAME = "quack"
 HOPPER = (9, 0)

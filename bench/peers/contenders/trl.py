@@ -6,14 +6,18 @@ log-probabilities. On a GPU the same functions run TRL's Triton kernels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from bench.peers.contenders import Call, offers, plain
-from bench.peers.operations import JSD_BETA, HeadInputs, Inputs, Results, grpo_loss, shaped_rewards
+from bench.peers.definitions import JSD_BETA, Results, grpo_loss, shaped_rewards
+from bench.peers.heads import HeadInputs
+from bench.peers.operations import Inputs
 
 ON_CPU = not torch.cuda.is_available()  # no kernel there: the logits' dtype is computed in
 NAME = "TRL"
-VOCAB_CHUNK = 8192  # columns of the head at a time
+VOCAB_CHUNK = 32768  # columns of the head at a time, as its trainers have it
 
 
 @offers("token logprob", name=NAME, rounds=ON_CPU)
@@ -76,15 +80,22 @@ def ppo_step() -> Call:
 
 @offers("linear logprob + entropy", name=f"{NAME} chunked", rounds=True)
 def linear_stats() -> Call:
+    head = _chunked_head()
+    return lambda x: dict(zip(("logprob", "entropy"), head(x)))
+
+
+@offers("linear policy loss", name=f"{NAME} chunked", rounds=True)
+def linear_policy_loss() -> Call:
+    head = _chunked_head()  # the entropy is a metric of GRPOTrainer's
+    return lambda x: {"loss": grpo_loss(x.by_response(head(x)[0]), x)}
+
+
+def _chunked_head() -> Callable[[HeadInputs], tuple[torch.Tensor, ...]]:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    def run(x: HeadInputs) -> Results:
-        logprob, entropy, *_ = ChunkedLogProbFunction.apply(
-            x.hidden, x.weight, None, x.token_ids, 1.0, VOCAB_CHUNK, None, 1.0, ("entropy",)
-        )
-        return {"logprob": logprob, "entropy": entropy}
-
-    return run
+    return lambda x: ChunkedLogProbFunction.apply(
+        x.hidden, x.weight, None, x.token_ids, 1.0, VOCAB_CHUNK, None, 1.0, ("entropy",)
+    )[:2]
 
 
 @offers(
@@ -95,14 +106,20 @@ def linear_stats() -> Call:
     note="KL and entropy only, no gradient of the entropy",
 )
 def linear_kl() -> Call:
+    head = _divergence(1.0)
+    return lambda x: dict(zip(("kl", "entropy"), head(x)))
+
+
+@offers("linear JSD", name=f"{NAME} chunked", rounds=True)
+def linear_jsd() -> Call:
+    head = _divergence(JSD_BETA)
+    return lambda x: {"jsd": head(x)[0]}
+
+
+def _divergence(beta: float) -> Callable[[HeadInputs], tuple[torch.Tensor, ...]]:
+    """1: KL(policy || reference)."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    reverse = 1.0
-
-    def run(x: HeadInputs) -> Results:
-        kl, entropy = ChunkedDivergenceFunction.apply(
-            x.hidden, x.weight, None, x.ref_hidden, x.ref_weight, None, reverse
-        )
-        return {"kl": kl, "entropy": entropy}
-
-    return run
+    return lambda x: ChunkedDivergenceFunction.apply(
+        x.hidden, x.weight, None, x.ref_hidden, x.ref_weight, None, beta
+    )

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from bench.peers.contenders import Call, need_cuda, offers
-from bench.peers.operations import (
-    CLIP,
-    GAMMA,
-    KL_COEF,
-    LAM,
-    LOSS_KL_COEF,
-    GAEInputs,
-    HeadInputs,
-    Inputs,
-    Results,
-)
+from bench.peers.definitions import CLIP, GAMMA, KL_COEF, LAM, LOSS_KL_COEF, Results
+from bench.peers.heads import HeadInputs
+from bench.peers.operations import GAEInputs, Inputs
 
 NAME = "verl"
 
@@ -55,17 +49,8 @@ def rewards() -> Call:
 
 @offers("policy loss", name=NAME, rounds=True)
 def policy_loss() -> Call:
-    from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
-
-    logprobs, clipped_loss = _logprobs(), _clipped_loss()
-
-    def run(x: Inputs) -> Results:
-        logprob, mask = logprobs(x.logits, x.token_ids), x.mask.float()
-        loss = clipped_loss(x.old_logprobs, logprob, x.advantages[:, None].expand_as(mask), mask)
-        kl = kl_penalty(logprob, x.ref_logprobs, "k3")
-        return {"loss": loss + LOSS_KL_COEF * agg_loss(kl, mask, "token-mean")}
-
-    return run
+    logprobs, loss = _logprobs(), _grpo_loss()
+    return lambda x: {"loss": loss(logprobs(x.logits, x.token_ids), x)}
 
 
 @offers("GAE", name=NAME, note="its advantages are whitened")
@@ -106,26 +91,47 @@ def ppo_step() -> Call:
 
 @offers("linear logprob + entropy", name=f"{NAME} chunked", rounds=True)
 def linear_stats() -> Call:
-    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+    head = _chunked_head()
+    return lambda x: dict(zip(("logprob", "entropy"), head(x)))
 
-    head = FusedLinearForPPO()
 
-    def run(x: HeadInputs) -> Results:
-        return dict(zip(("logprob", "entropy"), head(x.hidden, x.weight, x.token_ids)))
+@offers("linear policy loss", name=f"{NAME} chunked", rounds=True)
+def linear_policy_loss() -> Call:
+    return _policy_loss_of(_chunked_head())
 
-    return run
+
+@offers("linear policy loss", name=f"{NAME} Triton", rounds=True)
+def linear_kernel_policy_loss() -> Call:
+    need_cuda(NAME)
+    return _policy_loss_of(_triton_head())
 
 
 @offers("linear logprob + entropy", name=f"{NAME} Triton", rounds=True)
 def linear_kernel() -> Call:
     need_cuda(NAME)
+    head = _triton_head()
+    return lambda x: dict(zip(("logprob", "entropy"), head(x)))
+
+
+Head = Callable[[HeadInputs], tuple[Tensor, Tensor]]  # logprob, entropy
+
+
+def _chunked_head() -> Head:
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+    head = FusedLinearForPPO()
+    return lambda x: head(x.hidden, x.weight, x.token_ids)
+
+
+def _triton_head() -> Head:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-    def run(x: HeadInputs) -> Results:
-        logprob, entropy = linear_cross_entropy(x.hidden, x.weight, x.token_ids, 1.0, "none")
-        return {"logprob": logprob, "entropy": entropy}
+    return lambda x: linear_cross_entropy(x.hidden, x.weight, x.token_ids, 1.0, "none")
 
-    return run
+
+def _policy_loss_of(head: Head) -> Call:
+    loss = _grpo_loss()
+    return lambda x: {"loss": loss(x.by_response(head(x)[0]).float(), x)}
 
 
 def _logprobs() -> Call:
@@ -155,6 +161,20 @@ def _clipped_loss() -> Call:
         return compute_policy_loss_vanilla(old, logprob, advantages, mask, config=config)[0]
 
     return clipped_loss
+
+
+def _grpo_loss() -> Callable[[Tensor, Inputs | HeadInputs], Tensor]:
+    from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
+
+    clipped_loss = _clipped_loss()
+
+    def grpo_loss(logprob: Tensor, x: Inputs | HeadInputs) -> Tensor:  # [B, T]
+        mask = x.mask.float()
+        loss = clipped_loss(x.old_logprobs, logprob, x.advantages[:, None].expand_as(mask), mask)
+        kl = kl_penalty(logprob, x.ref_logprobs, "k3")
+        return loss + LOSS_KL_COEF * agg_loss(kl, mask, "token-mean")
+
+    return grpo_loss
 
 
 def _token_scores(x: Inputs) -> Tensor:  # [B, T]

@@ -90,7 +90,12 @@ def cost(name: str, size: Size, chip: str) -> dict[str, Any]:
     """
     at = rates(chip)
     with made(name, size) as job:
-        passes = _passes(job, MASKED_SHARE if size.masked else 1.0)
+        listed = passes(job, MASKED_SHARE if size.masked else 1.0)
+    return summary(listed, at) | {"least_ms": 1e3 * _least(job, size, at)}
+
+
+def summary(passes: dict[str, list[Operation]], at: Rates) -> dict[str, Any]:
+    """Price the operations of both passes: the fields of `cost`, but for the least possible."""
     operations = [o for listed in passes.values() for o in listed]
     return {
         "operations": [
@@ -103,13 +108,12 @@ def cost(name: str, size: Size, chip: str) -> dict[str, Any]:
         "forward_ms": 1e3 * predicted(passes["forward"], at),
         "backward_ms": 1e3 * predicted(passes["backward"], at),
         "gemm_ms": 1e3 * sum(seconds(o, at) for o in operations if o.flops),
-        "least_ms": 1e3 * _least(job, size, at),
         "launches": sum(o.launches for o in operations),
         "host_syncs": sum(o.host_syncs for o in operations),
     }
 
 
-def _passes(job: Job, share: float) -> dict[str, list[Operation]]:
+def passes(job: Job, share: float) -> dict[str, list[Operation]]:
     """Run a job, and differentiate all that it returns."""
     with Ledger(share) as forward:
         result = job.forward()

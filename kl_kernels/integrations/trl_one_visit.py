@@ -229,7 +229,8 @@ class _OneVisit(torch.autograd.Function):
             factor = _factor(grad_logprob, foreseen)
         if factor is None:
             upstream = grad_logprob, grad_entropy
-            found = _again(token_ids, counts, factors, ctx.needs_input_grad[4:], upstream, ctx)
+            needs = ctx.needs_input_grad[4:]
+            found = _again(token_ids, counts, factors, needs, upstream, ctx.options)
             return None, None, None, None, *found
         for gradient in gradients:
             if gradient is not None:
@@ -262,14 +263,14 @@ def _again(
     factors: Any,
     needs: Any,
     upstream: tuple[Tensor | None, Tensor | None],
-    ctx: Any,
+    options: dict[str, Any],
 ) -> list[Tensor | None]:
     """The gradients of another loss than the one that was foreseen."""
     leaves: list[Any] = [None if factor is None else factor.detach() for factor in factors]
     wanted = [leaf.requires_grad_() for leaf, needed in zip(leaves, needs) if needed]
     hidden, weight, bias = leaves
     with torch.enable_grad():
-        stats = linear_token_stats(hidden, weight, token_ids, counts, bias=bias, **ctx.options)
+        stats = linear_token_stats(hidden, weight, token_ids, counts, bias=bias, **options)
     present = [(s, g) for s, g in zip(stats, upstream) if g is not None]
     outputs, given = zip(*present)
     found = iter(torch.autograd.grad(outputs, wanted, given))

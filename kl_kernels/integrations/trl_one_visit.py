@@ -26,9 +26,9 @@ from kl_kernels.functional.hidden import linear_token_stats
 from kl_kernels.functional.hidden_arguments import prepare_head
 from kl_kernels.functional.hidden_policy_loss import MEMORY_BUDGETS
 from kl_kernels.integrations.adapters import warn_of_adapted_head
-from kl_kernels.partitioned.heads import full_precision
+from kl_kernels.partitioned.heads import Factors, full_precision
 from kl_kernels.partitioned.policy_loss import loss_and_gradients
-from kl_kernels.partitioned.tiles import Head, untraced
+from kl_kernels.partitioned.tiles import Rows
 from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, PolicyLossArgs
 
 # Largest distance of the gradient from the foreseen one, as a share of its largest entry: rounding.
@@ -142,7 +142,6 @@ def take_foreseen(
     return foreseen.rows(len(hidden))
 
 
-@untraced
 def one_visit(
     hidden: Tensor,  # [N, d]
     weight: Tensor,  # [V, d]
@@ -153,7 +152,8 @@ def one_visit(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies [N], with the gradients of a loss that is foreseen."""
-    logprob, entropy = _OneVisit.apply(options, token_ids, gradient, counts, hidden, weight, bias)
+    apply = torch.compiler.disable(_OneVisit.apply, reason="backward looks at its gradient")
+    logprob, entropy = apply(options, token_ids, gradient, counts, hidden, weight, bias)
     return logprob, entropy
 
 
@@ -205,13 +205,14 @@ class _OneVisit(torch.autograd.Function):
             ref_temperature=prepared.ref_temperature,
             softcap=prepared.softcap,
             ref_softcap=None,
+            own_gradient=None,
             grad_logits=None,
         )
+        heads = Factors(hidden[None], weight, bias, None, None, None).heads(prepared)
+        rows = Rows(like.shape, None if counts is None else counts[None])
         needs = ctx.needs_input_grad[4:7]
         with full_precision(weight):
-            terms, gradients = loss_and_gradients(
-                [Head(hidden[None], weight, bias)], args, prepared, needs
-            )
+            terms, gradients = loss_and_gradients(heads, rows, args, prepared, needs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(foreseen, token_ids, counts, hidden, weight, bias, *gradients)
         ctx.options = options

@@ -129,7 +129,7 @@ def _operation(
         size += sum(PASSES.get(name, 1) * n_bytes(t) if ours else n_bytes(t) for t in read)
     if name in ("embedding_dense_backward", "gather", "index", "index_select"):
         size = 2 * sum(map(n_bytes, written))
-    if name == "index_add_":  # of what it is written into, some rows
+    if name == "index_add_":  # rows that are added to, and no others
         size = 3 * n_bytes(taken[-1])
     if name == "index_put_":  # the places that are named, not all of the tensor
         size = sum(n_bytes(t) for t in taken if not any(t is w for w in written))

@@ -33,7 +33,7 @@ SMALL, QWEN, LARGE, MANY_ROWS = (
     Size(1024, 131072, 256),
 )
 NARROW, WIDE = torch.bfloat16, torch.float32
-COMPILERS, CALLS = 40, 3  # seconds of a case that compilers take, and calls of each contender
+COMPILERS, CALLS = 40, 4  # seconds of a case that compilers take, and calls of each contender
 
 
 def cases() -> Iterator[LinearCase]:
@@ -88,7 +88,7 @@ def main() -> None:
     results: dict[str, Any] = record() | {
         "kind": "cpu",
         "instruction_sets": instruction_sets(),
-        "command": "make bench-linear",
+        "command": command(parser, args),
         "memory_budget_mb": MEMORY_BUDGETS["cpu"] / 1e6,
         "peers": peer_versions(),
         "measurements": [],
@@ -115,6 +115,13 @@ def main() -> None:
         gc.collect()
     save(results, args.out)
     print(f"written to {args.out} after {time.monotonic() - start:.0f} s")
+
+
+def command(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """`make bench-linear`, and the options that are not the usual ones."""
+    changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and k != "out"}
+    options = " ".join(f"--{name} {value}" for name, value in changed.items())
+    return f"make bench-linear ARGS='{options}'" if options else "make bench-linear"
 
 
 def save(results: dict[str, Any], path: Path) -> None:

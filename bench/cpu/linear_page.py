@@ -81,7 +81,7 @@ def short_table(results: Results) -> str:
     sets = ", ".join(results["instruction_sets"])
     return "\n".join(lines) + (
         f"\n\n{standing(results)} {results['device']} ({sets}), {results['threads']} thread(s), "
-        f"commit {results['commit']}, `make bench-linear`."
+        f"commit {results['commit']}, `{results['command']}`."
     )
 
 

@@ -230,8 +230,9 @@ class Call:
 
 STATISTICS, LOGPROB = "log-probability and entropy", "log-probability"
 CALLS: Sequence[Call] = (
-    Call("torch eager", "torch", STATISTICS, eager),
-    Call("torch linear_cross_entropy", "torch", LOGPROB, linear_cross_entropy),
+    Call("torch eager", "torch", f"{STATISTICS}, stores all logits", eager),
+    Call("torch linear_cross_entropy", "torch", f"{LOGPROB}, stores all logits",
+         linear_cross_entropy),
     Call("TRL chunked head", "trl", STATISTICS, trl),
     Call("Liger fused linear cross-entropy", "liger-kernel", "mean log-probability",
          liger_cross_entropy),

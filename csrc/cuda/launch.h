@@ -98,8 +98,9 @@ struct Grid {
   int most_shared_bytes = shared_bytes;
 };
 
-// Every GPU with clusters has those of 8 blocks. One cluster's must find room in a group of SMs
-// (GPC), which differ in size: for 16 a kernel must say that it knows.
+// Clusters of 8 blocks are portable: a kernel need not say that it knows of them, as it must
+// for 16. Whether one finds room in a group of SMs (GPC), which differ in size, `clusters_at_once`
+// says.
 constexpr uint32_t kPortableCluster = 8, kLargestCluster = 16;
 
 template <class... Parameters>

@@ -183,7 +183,9 @@ int64_t resident_bytes(const Split& split) {
 // The split of a row that stays on chip, by V, dtype, reference and device alone; n_parts is 0 if
 // it cannot. The smallest cluster that leaves room for three blocks per SM: while one of them waits
 // for its row or for the others, two keep the memory busy. Otherwise for two. Otherwise the largest
-// with which `rows_at_once`, which is asked for a split, are the most.
+// with which `rows_at_once`, which is asked for a split, are the most: 0 of a cluster that the
+// device has no room for, whose launch would fail. (No architecture tells how large its groups of
+// SMs are, and how many of them are left of a chip.)
 template <class Policy, class T, bool kHasRef, class RowsAtOnce>
 Split resident_split(int64_t vocab_size, const SharedMemory& memory,
                      const RowsAtOnce& rows_at_once) {
@@ -197,23 +199,30 @@ Split resident_split(int64_t vocab_size, const SharedMemory& memory,
   for (const int blocks_per_sm : {3, 2}) {
     for (int64_t n = 1; n <= portable; n *= 2) {
       const Split split = shares_of(vocab_size, n);
-      if (fits(split, blocks_per_sm)) return split;
+      if (fits(split, blocks_per_sm) && (n == 1 || rows_at_once(split) > 0)) return split;
     }
   }
-  Split largest = shares_of(vocab_size, portable);
-  if (!fits(largest, 1)) largest = {0, 0};
-  if (!memory.clusters) return largest;
-  const Split larger = shares_of(vocab_size, kLargestCluster);
-  const int rows = largest.n_parts == 0 ? 0 : rows_at_once(largest);
-  return fits(larger, 1) && rows_at_once(larger) > rows ? larger : largest;
+  Split best{0, 0};
+  int most = 0;
+  for (int64_t n = memory.clusters ? kLargestCluster : 1; n >= 1; n /= 2) {
+    if (n < portable && best.n_parts > 0) break;  // of small clusters the largest that runs
+    const Split split = shares_of(vocab_size, n);
+    const int rows = !fits(split, 1) ? 0 : n == 1 ? 1 : rows_at_once(split);
+    if (rows > 0 && rows >= most) {
+      best = split;
+      most = rows;
+    }
+  }
+  return best;
 }
 
 // The split of a row that is read twice: over as many blocks as have a tile each, so that few rows
-// are under way and the L2 cache still has them at the second look.
-template <class Policy>
-Split reread_split(int64_t vocab_size, const SharedMemory& memory) {
+// are under way and the L2 cache still has them at the second look; no cluster that does not run.
+template <class Policy, class RowsAtOnce>
+Split reread_split(int64_t vocab_size, const SharedMemory& memory, const RowsAtOnce& rows_at_once) {
   int64_t n = memory.clusters ? kPortableCluster : 1;
   while (n > 1 && vocab_size < n * Policy::kThreads * kLanes) n /= 2;
+  while (n > 1 && rows_at_once(shares_of(vocab_size, n)) == 0) n /= 2;
   return shares_of(vocab_size, n);
 }
 
@@ -248,11 +257,15 @@ cudaError_t launch_policy_loss(const Rows& rows, const Logits& policy, const Log
       }
       using Policy = std::conditional_t<std::is_same_v<T, Any>, typename Launch::RereadAny,
                                         typename Launch::Reread>;
-      const Split split = reread_split<Policy>(rows.vocab_size, memory);
-      return run(policy_loss_kernel<Policy, T, kHasRef, false>,
-                 {rows.n_rows * split.n_parts, Policy::kThreads,
-                  sizeof(BlockScratch<Policy::kThreads>), split.n_parts},
-                 split);
+      const auto kernel = policy_loss_kernel<Policy, T, kHasRef, false>;
+      const auto grid = [](const Split& split, int64_t n_rows) {
+        return Grid{n_rows * split.n_parts, Policy::kThreads,
+                    sizeof(BlockScratch<Policy::kThreads>), split.n_parts};
+      };
+      const Split split = reread_split<Policy>(rows.vocab_size, memory, [&](const Split& split) {
+        return clusters_at_once(kernel, grid(split, 1));
+      });
+      return run(kernel, grid(split, rows.n_rows), split);
     };
     return reference.data == nullptr ? choose(std::false_type{}) : choose(std::true_type{});
   });

@@ -254,6 +254,35 @@ def test_where_rows_are_kept(device, vocab_size, dtype, with_reference, n_blocks
     assert blocks_per_row(vocab_size, dtype, with_reference) == n_blocks
 
 
+@pytest.mark.parametrize(
+    ("sms_of_group", "n_blocks"), [(16, 8), (3, 8), (2, 0)], ids=["many", "enough", "few"]
+)
+def test_a_cluster_that_finds_no_room_is_not_asked_for(sms_of_group, n_blocks):
+    """Three blocks of a pair's 64 kB fit into an SM, and all of a cluster into a group of SMs."""
+    run_as((*H200[:2], sms_of_group))
+    assert blocks_per_row(128256, torch.bfloat16, with_reference=True) == n_blocks
+    run_as(H200)
+
+
+@pytest.mark.parametrize(
+    ("device", "n_blocks"),
+    [
+        ((13 << 10, 80 << 10, 1), 2),
+        ((8 << 10, 15 << 10, 3), 8),  # three to an SM
+        ((8 << 10, 15 << 10, 2), 4),  # two to an SM, as six of 8 would find room
+        ((0, 15 << 10, 1), 4),  # the row is read again
+        ((0, 4 << 10, 1), 2),
+    ],
+)
+def test_losses_are_true_where_groups_of_sms_are_small(device, n_blocks):
+    logits, ref_logits, token_ids = random_rows()
+    true, true_grad = run(reference, logits.double(), ref_logits.double(), token_ids)
+    terms, grad = run(backend(device), logits, ref_logits, token_ids)
+    assert library().host_blocks_of_last_cluster() == n_blocks
+    torch.testing.assert_close(terms.double(), true, rtol=4e-6, atol=2e-6)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab_size", [1, 7, 2600, 2601])
 def test_scale_gradient(vocab_size, dtype):

@@ -22,7 +22,7 @@ KERNELS += ("token_jsd_backward_",)
 
 
 def found(name, chip="h200", dtype=torch.bfloat16, **changes):
-    flags = {"frozen_head": False, "reference": False, "masked": False, "listed": False}
+    flags = {"frozen_head": False, "reference": False, "masked": False}
     return cost(name, Size(**(LLAMA | flags | {"dtype": dtype} | changes)), chip)
 
 

@@ -27,8 +27,8 @@ class Size:
     frozen_head: bool
     reference: bool
     masked: bool
-    listed: bool  # rows that count are known by their positions, not by a mask
     ranks: int = 1  # that share the vocabulary
+    listed: bool = False  # rows that count are known by their positions, not by a mask
 
     @property
     def local_vocab(self) -> int:

@@ -127,7 +127,7 @@ NOT_MEASURED = "Not measured yet."
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 
 DOCUMENTS: dict[str, Sections] = {
-    "README.md": {"peers": peers_page.short_table, "cpu": cpu_page.short_table},
+    "README.md": {"peers": peers_page.short_table, "cpu": cpu_page.sentence},
     "docs/numerics.md": {"numerics": numerics_page.tables},
     "docs/monitoring.md": {
         "monitor": monitoring_page.noise_and_changes,

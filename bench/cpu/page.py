@@ -8,7 +8,7 @@ from bench.cpu.side_by_side import OURS, PASSES, WRITES
 
 Results = dict[str, Any]
 OTHERS = ("torch.compile", "eager")
-NAMES = {  # of the README's
+NAMES = {  # in the README
     "stats": "logprob + entropy",
     "forward": "exact KL",
     "forward+backward": "exact KL + gradient",
@@ -83,25 +83,18 @@ def about(results: Results) -> str:
     )
 
 
-def short_table(results: Results) -> str:
-    """For the README: beside torch, cold and warm."""
-    lines = [
-        row(["", "cold: kl_kernels", *OTHERS, "warm: kl_kernels", *OTHERS]),
-        row(["---"] * 7),
-    ]
-    for job, name in NAMES.items():
-        by = cases(results)[job, SHOWN_DTYPE, SHOWN_ROWS]
-        cells = [name]
-        for state in ("cold", "warm"):
-            cells.append(f"{by[OURS][state]['median_ms']:.2f} ms")
-            cells += [f"{by[other][state]['ratio']:.1f}x" for other in OTHERS]
-        lines.append(row(cells))
-    vocab_size = results["measurements"][0]["vocab_size"]
-    lines.append(
-        f"\n{SHOWN_ROWS} x {vocab_size} logits in {SHOWN_DTYPE}; others in multiples of ours. "
-        f"{made(results)}"
+def sentence(results: Results) -> str:
+    """For the README: torch.compile beside ours, cold and warm."""
+    by_job = {job: cases(results)[job, SHOWN_DTYPE, SHOWN_ROWS]["torch.compile"] for job in NAMES}
+    shown = ", ".join(
+        f"{name} {by_job[job]['cold']['ratio']:.1f}x ({by_job[job]['warm']['ratio']:.1f}x)"
+        for job, name in NAMES.items()
     )
-    return "\n".join(lines)
+    vocab_size = results["measurements"][0]["vocab_size"]
+    return (
+        f"{SHOWN_ROWS} x {vocab_size} cold logits, in memory as a model leaves them; torch.compile "
+        f"over ours (warm): {shown}. From `bench/results/cpu.json`."
+    )
 
 
 def made(results: Results) -> str:

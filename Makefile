@@ -79,6 +79,7 @@ numerics: $(READY)
 	$(BIN)/python -m bench.quality.numerics $(ARGS)
 	$(BIN)/python -m bench.readme
 
+# ARGS="--threads 1 --clock thread" where others use the machine.
 bench-cpu: $(READY)
 	$(BIN)/python -m bench.cpu.side_by_side $(ARGS)
 	$(BIN)/python -m bench.readme

@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.common import report
 from bench.cpu import linear_page
+from bench.cpu import page as cpu_page
 from bench.gpu import page as gpu_page
 from bench.peers import page as peers_page
 from bench.quality import monitoring_page, numerics_page, testing_page
@@ -27,40 +28,6 @@ from kl_kernels.lab.study.statistics import Interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-
-
-def cpu_table(results: dict[str, Any]) -> str:
-    """Times of each contender over ours, for each job, dtype and number of rows."""
-    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for m in results["measurements"]:
-        rows.setdefault((m["job"], m["dtype"], m["rows"]), {})[m["contender"]] = m
-    vocab_size = results["measurements"][0]["vocab_size"]
-    lines = [
-        f"| V = {vocab_size} | rows | kl_kernels (spread) | in two visits | torch.compile | eager "
-        "| extra MB | page faults |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (job, dtype, n_rows), by in rows.items():
-        all_three = ours, compiled, eager = by["kl_kernels"], by["torch.compile"], by["eager"]
-        memory = " / ".join(f"{m['extra_mb']:.0f}" for m in all_three)
-        faults = " / ".join(f"{m['page_faults']:.0f}" for m in all_three)
-        two_visits = f"{by['in two visits']['ratio']:.2f}x" if "in two visits" in by else ""
-        spread = f"{ours['fastest_ms']:.1f} to {ours['slowest_ms']:.1f}"
-        lines.append(
-            f"| {job}, {dtype} | {n_rows} | {ours['median_ms']:.1f} ms ({spread}) "
-            f"| {two_visits} | {compiled['ratio']:.1f}x | {eager['ratio']:.1f}x "
-            f"| {memory} | {faults} |"
-        )
-    lines.append(
-        "\nMedians of interleaved rounds, the others as multiples of ours; memory and faults of a "
-        "call: ours / torch.compile / eager. forward: `token_kl`; backward: the gradient of "
-        "logprob + kl + entropy; policy loss: `fused_policy_loss` and its gradient, in two visits: "
-        "the same from `token_kl` and `ppo_policy_loss`. On "
-        f"{results['device']} with {results['threads']} threads that read "
-        f"{results['read_gb_per_s']:.0f} GB/s; torch {results['facts']['torch']}, commit "
-        f"{results['commit']}. From `bench/results/cpu.json`, made by `make bench-cpu`."
-    )
-    return "\n".join(lines)
 
 
 def beta_table(results: dict[str, Any]) -> str:
@@ -137,7 +104,11 @@ NOT_MEASURED = "Not measured yet."
 Sections = dict[str, Callable[[dict[str, Any]], str]]
 
 DOCUMENTS: dict[str, Sections] = {
-    "README.md": {"peers": peers_page.short_table, "linear": linear_page.short_table},
+    "README.md": {
+        "peers": peers_page.short_table,
+        "cpu": cpu_page.sentence,
+        "linear": linear_page.short_table,
+    },
     "docs/numerics.md": {"numerics": numerics_page.tables},
     "docs/monitoring.md": {
         "monitor": monitoring_page.noise_and_changes,
@@ -150,7 +121,7 @@ DOCUMENTS: dict[str, Sections] = {
     "docs/benchmarks.md": {
         **{name: partial(report.section, name) for name in report.MODULES},
         "gpu_h200": gpu_section,
-        "cpu": cpu_table,
+        "cpu": cpu_page.tables,
         "traffic": traffic_sentence,
     },
 }

@@ -4,6 +4,7 @@ Tiles are so small here that some hundred logits make several tiles and splits a
 of every backend are tested elsewhere, at the sizes the kernels are launched with.
 """
 
+import argparse
 import dataclasses
 import itertools
 import subprocess
@@ -356,3 +357,17 @@ def test_importing_the_package_does_not_import_triton():
 def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="no_such_operator"):
         _ = triton_kernels.no_such_operator
+
+
+def test_few_rows_have_enough_bytes_on_their_way(monkeypatch):
+    """Count those of 64 rows on an H200: 29 kB for each of its SMs, as launch.py explains."""
+    config = launch.LaunchConfig()
+    monkeypatch.setattr(launch, "CONFIG", config)
+    logits = torch.empty(1, 64, 128256, dtype=torch.bfloat16, device="meta")
+    n_programs = (
+        64 * launch.splits_of(argparse.Namespace(logits=logits), config.fold_split)["n_splits"]
+    )
+    for ref_logits, n_models in ((None, 1), (logits, 2)):
+        tile = launch.fold_tile_of(logits, ref_logits)
+        on_their_way = n_models * tile["STEPS"] * tile["N"] * launch.VECTOR_BYTES
+        assert n_programs * on_their_way / 132 >= 29e3

@@ -50,9 +50,12 @@ class LaunchConfig:
     lanes: int = 128
     steps: int = 2
     unaligned_steps: int = 8
-    # 16 tiles of 2048 (bf16): the work around the loop stays small beside it, and V = 128k still
-    # makes four programs of a row, so that a few hundred rows fill a GPU.
-    fold_split: int = 32768
+    # Predicted, not measured: by Little's law an H200's SM needs 29 kB on their way (4.8 TB/s over
+    # 132 SMs, at 800 ns). V = 128k makes eight programs of a row, 64 rows 3.9 for each SM, and each
+    # program waits for 8 kB: 32 kB. Splits of 32768 would have 16 of them. Smaller ones would have
+    # more, but the work around the loop is some 400 instructions a thread, beside 7 for each of 128
+    # logits or 15 for each pair: 10 and 18 for each, of 14 and 28 that an H200 has slots for.
+    fold_split: int = 16384
     # No work around the loop to speak of.
     backward_split: int = 16384
     # A program has a whole row, and is as wide as can be: with 64 registers each it fills an SM,
@@ -165,10 +168,21 @@ def fold(a: TokenStatsArgs | TokenKLArgs | KLRewardsArgs | FoldPartArgs) -> Tens
         token_ids_ptr=a.token_ids,
         mask_ptr=a.mask,
         SPLIT=CONFIG.fold_split,
-        **tile_of(a.logits, ref_logits),
+        **fold_tile_of(a.logits, ref_logits),
         **COMPILE,
     )
     return states
+
+
+def fold_tile_of(logits: Tensor, ref_logits: Tensor | None) -> dict[str, int]:
+    """The tile of `fold_kernel`: a model alone has as many bytes on their way as a pair.
+
+    56 registers instead of 40. Twice a pair's would be 96, and half as many programs on an SM.
+    """
+    tile = tile_of(logits, ref_logits)
+    if ref_logits is None and tile["LANE"] > 1:
+        tile["STEPS"] *= 2
+    return tile
 
 
 def states_of_splits(a: Any) -> Tensor:

@@ -145,8 +145,8 @@ def linear_policy_loss(
         vocab_start: with a group, the global token id of this rank's first row. None: all shards
             are of one size, and in the order of the ranks.
         row_index: [n] int64 or int32 positions of the rows that count in the flattened ones,
-            `mask.flatten().nonzero()[:, 0]`: nobody then waits for a GPU, and a CUDA graph can be
-            captured. None: they are looked for.
+            `mask.flatten().nonzero()[:, 0]`: without a group nobody then waits for a GPU, and a
+            CUDA graph can be captured. None: they are looked for.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:

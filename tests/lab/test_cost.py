@@ -87,7 +87,7 @@ def test_a_mask_halves_the_products_and_is_waited_for(name):
     assert half["host_syncs"] == 1  # for the number of rows
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [*HEADS, LOSS])
 def test_rows_that_are_listed_are_not_waited_for(name):
     assert found(name, masked=True, listed=True)["host_syncs"] == 0
 

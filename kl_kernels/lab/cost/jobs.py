@@ -118,6 +118,8 @@ def _on_heads(name: str, size: Size, shards: dict[str, Any]) -> Job:
     constants = [weight] if size.frozen_head else []
     if name == "linear_policy_loss":
         given: dict[str, Any] = {**shards}
+        if size.listed:
+            given |= _rows(size)
         if size.reference:
             given |= {"kl_loss_coef": 0.1, "ref_hidden": ref_hidden, "ref_weight": ref_weight}
         of_tokens = _ids(size), _meta(1, size.rows), _meta(1, size.rows), _mask_of_all(size)

@@ -92,7 +92,7 @@ def sentence(results: Results) -> str:
     )
     vocab_size = results["measurements"][0]["vocab_size"]
     return (
-        f"{SHOWN_ROWS} x {vocab_size} cold logits, in memory as a model leaves them; torch.compile "
+        f"{SHOWN_ROWS} x {vocab_size} logits in memory, as a model leaves them; torch.compile "
         f"over ours (warm): {shown}. From `bench/results/cpu.json`."
     )
 

@@ -60,6 +60,17 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
 
     Raises:
         TypeError, ValueError: an argument is out of range, or one of Liger's that is refused.
+
+    Examples:
+        >>> import torch
+        >>> from kl_kernels.integrations.liger import LigerFusedLinearGRPOLoss
+        >>> hidden = torch.zeros(1, 2, 3, requires_grad=True)
+        >>> token_ids, mask = torch.tensor([[1, 3]]), torch.tensor([[1, 1]])
+        >>> loss_of = LigerFusedLinearGRPOLoss(beta=0.0)
+        >>> loss, metrics = loss_of(hidden, torch.eye(4, 3), token_ids, mask, torch.tensor([1.0]))
+        >>> loss.backward()
+        >>> loss.item(), hidden.grad[0, 0].tolist()  # -A ([token] - p) @ weight / 2
+        (-1.0, [0.125, -0.375, 0.125])
     """
 
     def __init__(

@@ -1,8 +1,11 @@
 """The GRPO loss with Liger's signature, by its formula in float64."""
 
+import doctest
+
 import pytest
 import torch
 
+from kl_kernels.integrations import liger
 from kl_kernels.integrations.liger import LigerFusedLinearGRPOLoss
 
 B, T, D, V = 4, 6, 5, 23
@@ -196,3 +199,9 @@ def test_a_missing_reference_is_named():
         LigerFusedLinearGRPOLoss()(HIDDEN, WEIGHT, IDS, MASK, ADVANTAGES)
     with pytest.raises(ValueError, match="use_ref_model is True"):
         LigerFusedLinearGRPOLoss()(HIDDEN, WEIGHT, IDS, MASK, ADVANTAGES, ref_input=REF_HIDDEN)
+
+
+def test_the_example():
+    ran = doctest.testmod(liger)
+    assert ran.attempted > 0
+    assert ran.failed == 0

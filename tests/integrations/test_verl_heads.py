@@ -1,8 +1,11 @@
 """The output layer with verl's signature, by its formula in float64."""
 
+import doctest
+
 import pytest
 import torch
 
+from kl_kernels.integrations import verl_heads
 from kl_kernels.integrations.verl import linear_cross_entropy
 
 B, T, D, V = 3, 4, 6, 22
@@ -76,3 +79,9 @@ def test_a_vocabulary_over_ranks(ranks):
     torch.testing.assert_close(total.double(), of_hidden, rtol=1e-4, atol=1e-5)
     whole = torch.cat([rank[3] for rank in found])
     torch.testing.assert_close(whole.double(), of_weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_example():
+    ran = doctest.testmod(verl_heads)
+    assert ran.attempted > 0
+    assert ran.failed == 0

@@ -40,7 +40,7 @@ def test_a_python_number_is_not_looked_into(value, monkeypatch):
     assert checks.check_number("kl_coef", value) == value
 
 
-@pytest.mark.parametrize("value", [True, "1", None, [1.0], torch.ones(2), 1j])
+@pytest.mark.parametrize("value", [True, "1", None, [1.0], torch.ones(2), np.ones(1), 1j])
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(TypeError, match=r"^kl_coef is .*; it must be a number$"):
         checks.check_number("kl_coef", value)
@@ -66,6 +66,9 @@ def test_an_integer_may_be_the_least_accepted():
         checks.check_integer("window", 3, at_least=4)
     with pytest.raises(ValueError, match=r"^window is on meta"):
         checks.check_integer("window", torch.tensor(4, device="meta"))
+    for value in (True, 2.5, "3", torch.tensor(2.0), np.ones(1, dtype=int)):
+        with pytest.raises(TypeError, match=r"^window is .*; it must be an integer$"):
+            checks.check_integer("window", value)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,9 @@ def test_a_dtensor_is_told_from_other_tensors():
     assert not checks.is_dtensor(torch.zeros(2))
     assert not checks.is_dtensor(torch.zeros(2).as_subclass(Tagged))
     assert not checks.is_dtensor(types.SimpleNamespace(device_mesh=None))
+    plain = torch.zeros(2)
+    plain.device_mesh = None
+    assert not checks.is_dtensor(plain)
 
 
 def test_a_dtensor_and_a_plain_tensor_do_not_mix():

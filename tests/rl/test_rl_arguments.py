@@ -110,3 +110,17 @@ def test_a_token_that_cannot_be_sampled_any_more_costs_nothing():
 def test_a_denominator_over_one_process_is_the_count(aggregation, count):
     assert kl_kernels.global_denominator(MASK, aggregation).item() == count
     assert kl_kernels.global_denominator(NO_TOKEN, aggregation).item() == 0
+
+
+def test_a_denominator_counts_tokens_in_float32_unless_told_otherwise():
+    found = kl_kernels.global_denominator(MASK)
+    assert (found.item(), found.dtype) == (3, torch.float32)
+    with pytest.raises(ValueError, match=r"^mask holds 2"):
+        kl_kernels.global_denominator(2 * MASK)
+
+
+def test_the_sampling_gap_of_one_token_is_its_own():
+    logprob, entropy = torch.tensor([[-3.0, math.nan]]), torch.tensor([[1.0, math.nan]])
+    gap = kl_kernels.sampling_gap(logprob, entropy, torch.tensor([[True, False]]))
+    assert [value.item() for value in gap] == [2.0, 2.0]
+    assert {value.dtype for value in gap} == {torch.float32}

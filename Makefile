@@ -210,7 +210,7 @@ $(READY): $(VENV)/torch-ready pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
 	touch $@
 
-# What cannot be installed here is left out of the comparison, and says so on its page.
+# Packages that cannot be installed here are left out of the comparison, whose page says so.
 $(VENV)/bench-ready: $(READY)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[bench]"
 	touch $@

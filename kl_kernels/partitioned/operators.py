@@ -165,7 +165,7 @@ def needed(gradients: Gradients) -> list[Tensor]:
 
 
 def new_gradients(factors: Factors, a: Any, options: HeadOptions) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, needed in zip(factors, a[-3:]) if needed and t is not None]
+    return [t.new_empty(t.shape) for t, wanted in zip(factors, a[-3:]) if wanted and t is not None]
 
 
 define_of_heads(
@@ -254,4 +254,4 @@ class LinearHeads(NamedTuple):
 def in_place_of(needs: Sequence[bool], found: Sequence[Tensor]) -> Gradients:
     """The gradients that are needed, with None between them."""
     gradients = iter(found)
-    return [next(gradients) if needed else None for needed in needs]
+    return [next(gradients) if wanted else None for wanted in needs]

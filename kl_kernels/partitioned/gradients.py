@@ -71,9 +71,8 @@ def differentiate(
     per = bytes_of(heads, gradient=True, weight_gradient=needs_weight)
     plan = plan_tiles(rows.n, len(policy.weight), per, memory_budget)
     tiles = [Tiles(head, rows, plan) for head in heads]
-    narrow = NarrowTiles(policy, plan.rows * plan.columns)
     like = policy.weight.new_empty(0, dtype=policy.tile_dtype)
-    written_rounded = narrow.are_rounded and casts_gradients(backend, like)
+    narrow = NarrowTiles(policy, plan.rows * plan.columns, casts=casts_gradients(backend, like))
     tokens = TokensByColumns(token_ids, plan)
     put_back = None
     if narrow.are_rounded and tokens_matter and rows.n > 0:
@@ -96,9 +95,9 @@ def differentiate(
         for which in plan.row_slices():
             hidden = tiles[0].hidden(which)
             logits = [of_head.logits(which, h) for of_head, h in zip(tiles, (hidden, None))]
-            written = narrow.of(logits[0])[0] if written_rounded else logits[0]  # type: ignore[index]
+            written = narrow.room(logits[0])
             write(logits, which, ids[:, which], written)
-            gradient = (written,) if written_rounded else narrow.terms(written)
+            gradient = narrow.terms(written)
             if grad_hidden is not None:
                 started = put_back is not None or columns.start > 0
                 multiply(gradient, tiles[0].weight, grad_hidden[which], add=started)
@@ -110,24 +109,40 @@ def differentiate(
 
 
 class NarrowTiles:
-    """Terms of the gradient of a tile's logits, in memory that each tile uses again."""
+    """Terms of the gradient of a tile's logits, in memory that each tile uses again.
 
-    def __init__(self, head: Head, most: int):
+    Args:
+        head: whose logits they are.
+        most: logits of the largest tile.
+        casts: whether a kernel writes gradients in another dtype than the logits'; those of one
+            term are rounded by the kernel then, without a pass of their own.
+    """
+
+    def __init__(self, head: Head, most: int, *, casts: bool):
         how = head.multiplication
         is_narrow = how.is_narrow(head.tile_dtype)
         self.are_rounded = is_narrow and how.gradient == 1
+        self.are_written_rounded = self.are_rounded and casts
         self._memory = None
         if is_narrow:
             self._memory = head.weight.new_empty((how.gradient, most), dtype=how.dtype)
 
-    def of(self, tile: Tensor) -> Tensor | None:  # [terms, rows, columns]
+    def room(self, tile: Tensor) -> Tensor:  # [rows, columns]
+        """Memory for the gradient of a tile's logits, as it is written: maybe the tile itself."""
+        if not self.are_written_rounded:
+            return tile
+        (rounded,) = self._of(tile)  # type: ignore[misc]
+        return rounded
+
+    def terms(self, written: Tensor) -> Terms:  # [rows, columns]
+        """Terms of a gradient that was written to its room."""
+        return (written,) if self.are_written_rounded else terms_of(written, self._of(written))
+
+    def _of(self, tile: Tensor) -> Tensor | None:  # [terms, rows, columns]
         """Memory for the terms of a tile; None: the tile is the only one."""
         if self._memory is None:
             return None
         return self._memory[:, : tile.numel()].view(-1, *tile.shape)
-
-    def terms(self, gradient: Tensor) -> Terms:  # [rows, columns]
-        return terms_of(gradient, self.of(gradient))
 
 
 class _OwnErrors:

@@ -45,11 +45,11 @@ class LaunchConfig:
     """Sizes of the kernels' work, each a power of two."""
 
     # One lane per thread and two loads of 16 bytes per tile: enough bytes in flight, within 64
-    # registers. Rows that are not aligned are read logit by logit, so they need more loads.
+    # registers. (Rows that are read logit by logit take more registers for as many bytes: the fold
+    # of a pair in bfloat16 96, which leaves five programs to an SM, and 40 kB in flight.)
     num_warps: int = 4
     lanes: int = 128
     steps: int = 2
-    unaligned_steps: int = 8
     # Predicted, not measured: by Little's law an H200's SM needs 29 kB on their way (4.8 TB/s over
     # 132 SMs, at 800 ns). V = 128k makes eight programs of a row, 64 rows 3.9 for each SM, and each
     # program waits for 8 kB: 32 kB. Splits of 32768 would have 16 of them. Smaller ones would have
@@ -226,7 +226,7 @@ def _backward(a: TokenStatsBackwardArgs | TokenKLBackwardArgs) -> None:
             **gradient_of(a.grad_logits),
             temperature=a.temperature,
             SPLIT=CONFIG.backward_split,
-            **tile_of(a.logits, getattr(a, "ref_logits", None), a.grad_logits),
+            **gradient_tile_of(a.logits, getattr(a, "ref_logits", None), a.grad_logits),
             **COMPILE,
         )
 
@@ -260,7 +260,8 @@ def policy_loss(a: PolicyLossArgs) -> Tensor:
             ESTIMATOR=a.kl_estimator,
             HAS_KL=a.kl_coef != 0,
             HAS_ENTROPY=a.entropy_coef != 0,
-            **whole_row_tile(a.logits, a.ref_logits, a.grad_logits),
+            **whole_row_tile(a.logits, a.ref_logits),
+            GRAD_LANE=gradient_tile_of(a.logits, a.ref_logits, a.grad_logits)["LANE"],
             **COMPILE,
         )
     return terms
@@ -353,18 +354,46 @@ def gradient_of(grad_logits: Tensor | None) -> dict[str, Any]:  # [B, T, V]
 def tile_of(*tensors: Tensor | None) -> dict[str, int]:
     """The [STEPS, N, LANE] that one program reads at a time, in loads as wide as rows are aligned.
 
-    The widest dtype decides, so that both tensors of a pair are read in the same pattern.
+    Rows that are not are read logit by logit: a vector that begins before a row would have its
+    sums depend on where that is. Two vectors would have each eight logits, to be shifted by where
+    the row begins: in bfloat16 no fewer instructions than eight loads, and as many registers.
     """
     logits = [t for t in tensors if t is not None]
-    lane, steps = VECTOR_BYTES // max(t.itemsize for t in logits), CONFIG.steps
-    if not all(map(_rows_are_aligned, logits)):
-        lane, steps = 1, CONFIG.unaligned_steps
+    return _tile(_lane_of(logits) if all(map(_rows_are_aligned, logits)) else 1, logits)
+
+
+def gradient_tile_of(*tensors: Tensor | None) -> dict[str, int]:
+    """The same for a gradient, which sums nothing: its vectors begin where memory has them aligned.
+
+    All tensors must have them at the same logits of each row, as they do in one layout.
+    """
+    logits = [t for t in tensors if t is not None]
+    return _tile(_lane_of(logits) if _have_the_same_vectors(logits) else 1, logits)
+
+
+def _tile(lane: int, logits: list[Tensor]) -> dict[str, int]:
+    """As many logits, whatever the lane."""
+    steps = CONFIG.steps * _lane_of(logits) // lane
     return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
+
+
+def _lane_of(logits: list[Tensor]) -> int:
+    """The widest dtype decides, so that both tensors of a pair are read in the same pattern."""
+    return VECTOR_BYTES // max(t.itemsize for t in logits)
 
 
 def whole_row_tile(*tensors: Tensor | None) -> dict[str, int]:
     lanes, num_warps = CONFIG.policy_loss_lanes, CONFIG.policy_loss_warps
     return {**tile_of(*tensors), "N": lanes, "num_warps": num_warps}
+
+
+def _have_the_same_vectors(logits: list[Tensor]) -> bool:  # [B, T, V] each
+    lane, sizes = _lane_of(logits), logits[0].shape[:2]
+    first_rows = {t.data_ptr() // t.itemsize % lane for t in logits}
+    steps = {
+        tuple(stride % lane for size, stride in zip(sizes, t.stride()) if size > 1) for t in logits
+    }
+    return len(first_rows) == len(steps) == 1
 
 
 def _rows_are_aligned(t: Tensor) -> bool:  # [B, T, V]

@@ -65,7 +65,9 @@ def _mend_interpreter():
 
     from kl_kernels.backends.triton import launch
 
-    wide = dataclasses.replace(launch.CONFIG, lanes=512, steps=1, scale_programs=8)
+    wide = dataclasses.replace(
+        launch.CONFIG, lanes=512, steps=1, unaligned_steps=1, scale_programs=8
+    )
     convert = interpreter._convert_float
     patched = set()
 

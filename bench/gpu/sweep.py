@@ -50,8 +50,8 @@ VISIT: list[Changes] = [
     *({"steps": n} for n in (1, 4)),
 ]
 UNALIGNED: list[Changes] = [
-    *({"steps": n} for n in (1, 4)),
-    {"lanes": 256, "num_warps": 8, "steps": 1},
+    *({"unaligned_steps": n} for n in (4, 16)),
+    {"lanes": 256, "num_warps": 8, "unaligned_steps": 4},
     {"fold_split": 65536},
 ]
 UNALIGNED_V = 50257

@@ -25,10 +25,11 @@ from kl_kernels.schemas import GAEArgs
 V = 328  # aligned for every dtype; see SMALL for what becomes of it
 TILE, SPLIT = 64, 256
 # In float32 a tile is 64 logits, so a row has a split of four tiles and one of 64 + 8; in bfloat16
-# 128 logits and splits of two tiles and of 72. Tiles of unaligned rows are as large.
+# 128 logits and splits of two tiles and of 72. Unaligned rows have tiles of 64 as well.
 SMALL = {
     "lanes": 16,
     "steps": 1,
+    "unaligned_steps": 4,
     "fold_split": SPLIT,
     "backward_split": 128,
     "finish_rows": 4,

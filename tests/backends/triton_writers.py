@@ -16,6 +16,7 @@ V = 328
 SMALL = {
     "lanes": 16,
     "steps": 1,
+    "unaligned_steps": 4,
     "fold_split": 256,
     "backward_split": 128,
     "policy_loss_lanes": 16,

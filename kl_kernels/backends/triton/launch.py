@@ -45,11 +45,12 @@ class LaunchConfig:
     """Sizes of the kernels' work, each a power of two."""
 
     # One lane per thread and two loads of 16 bytes per tile: enough bytes in flight, within 64
-    # registers. (Rows that are read logit by logit take more registers for as many bytes: the fold
-    # of a pair in bfloat16 96, which leaves five programs to an SM, and 40 kB in flight.)
+    # registers. Rows that are read logit by logit need more loads. (16 of them would have as many
+    # bytes in flight in bfloat16, but take 96 registers, and more work around the loop.)
     num_warps: int = 4
     lanes: int = 128
     steps: int = 2
+    unaligned_steps: int = 8
     # Predicted, not measured: by Little's law an H200's SM needs 29 kB on their way (4.8 TB/s over
     # 132 SMs, at 800 ns). V = 128k makes eight programs of a row, 64 rows 3.9 for each SM, and each
     # program waits for 8 kB: 32 kB. Splits of 32768 would have 16 of them. Smaller ones would have
@@ -261,7 +262,7 @@ def policy_loss(a: PolicyLossArgs) -> Tensor:
             HAS_KL=a.kl_coef != 0,
             HAS_ENTROPY=a.entropy_coef != 0,
             **whole_row_tile(a.logits, a.ref_logits),
-            GRAD_LANE=gradient_tile_of(a.logits, a.ref_logits, a.grad_logits)["LANE"],
+            **_second_look(a),
             **COMPILE,
         )
     return terms
@@ -354,26 +355,23 @@ def gradient_of(grad_logits: Tensor | None) -> dict[str, Any]:  # [B, T, V]
 def tile_of(*tensors: Tensor | None) -> dict[str, int]:
     """The [STEPS, N, LANE] that one program reads at a time, in loads as wide as rows are aligned.
 
-    Rows that are not are read logit by logit: a vector that begins before a row would have its
-    sums depend on where that is. Two vectors would have each eight logits, to be shifted by where
-    the row begins: in bfloat16 no fewer instructions than eight loads, and as many registers.
+    Rows that are not are read logit by logit: see "Rows that begin anywhere" in docs/kernels.md.
     """
     logits = [t for t in tensors if t is not None]
-    return _tile(_lane_of(logits) if all(map(_rows_are_aligned, logits)) else 1, logits)
+    return _tile(_lane_of(logits) if all(map(_rows_are_aligned, logits)) else 1)
 
 
 def gradient_tile_of(*tensors: Tensor | None) -> dict[str, int]:
-    """The same for a gradient, which sums nothing: its vectors begin where memory has them aligned.
+    """The same for a gradient, whose vectors begin at the first aligned logit of each row.
 
-    All tensors must have them at the same logits of each row, as they do in one layout.
+    That must be the same logit in all tensors, as it is where they share their strides.
     """
     logits = [t for t in tensors if t is not None]
-    return _tile(_lane_of(logits) if _have_the_same_vectors(logits) else 1, logits)
+    return _tile(_lane_of(logits) if _have_the_same_vectors(logits) else 1)
 
 
-def _tile(lane: int, logits: list[Tensor]) -> dict[str, int]:
-    """As many logits, whatever the lane."""
-    steps = CONFIG.steps * _lane_of(logits) // lane
+def _tile(lane: int) -> dict[str, int]:
+    steps = CONFIG.steps if lane > 1 else CONFIG.unaligned_steps
     return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
 
 
@@ -387,7 +385,15 @@ def whole_row_tile(*tensors: Tensor | None) -> dict[str, int]:
     return {**tile_of(*tensors), "N": lanes, "num_warps": num_warps}
 
 
+def _second_look(a: PolicyLossArgs) -> dict[str, int]:
+    """The tile of the policy loss's gradient: as many logits as the fold's."""
+    fold = tile_of(a.logits, a.ref_logits)
+    lane = gradient_tile_of(a.logits, a.ref_logits, a.grad_logits)["LANE"]
+    return {"GRAD_STEPS": max(fold["STEPS"] * fold["LANE"] // lane, 1), "GRAD_LANE": lane}
+
+
 def _have_the_same_vectors(logits: list[Tensor]) -> bool:  # [B, T, V] each
+    """Whether the same logits of each row are aligned in all of the tensors."""
     lane, sizes = _lane_of(logits), logits[0].shape[:2]
     first_rows = {t.data_ptr() // t.itemsize % lane for t in logits}
     steps = {

@@ -103,12 +103,12 @@ def policy_loss_kernel(
     STEPS: tl.constexpr,
     N: tl.constexpr,
     LANE: tl.constexpr,
+    GRAD_STEPS: tl.constexpr,
     GRAD_LANE: tl.constexpr,
 ):
     """One program per row. HAS_KL, HAS_ENTROPY: whether they are part of the loss."""
     HAS_REF: tl.constexpr = ref_ptr is not None
     tile: tl.constexpr = Tile(STEPS, N, LANE)
-    GRAD_STEPS: tl.constexpr = STEPS * LANE // GRAD_LANE
     grad_tile: tl.constexpr = Tile(GRAD_STEPS, N, GRAD_LANE)
     row = tl.program_id(0)
     terms_ptr += row
@@ -168,7 +168,7 @@ def policy_loss_kernel(
             y = Model(first_vector(y.ptr, before, GRAD_LANE), y.k, y.softcap)
             token -= before
             own = own_gradient(x, y, token, None, g.logprob / temperature, c, of)
-            TILE: tl.constexpr = STEPS * N * LANE
+            TILE: tl.constexpr = GRAD_STEPS * N * GRAD_LANE
             last = whole_tiles(end, grad_tile)
             at, whole = vectors_of_tile(last, end, grad_tile)
             write_gradient(g_row, at, whole, x, y, c, of, "evict_first", "")

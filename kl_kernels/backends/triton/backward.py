@@ -10,14 +10,15 @@ import triton.language as tl
 
 from kl_kernels.backends.triton.math import (
     NO_TOKEN,
-    Differentiated,
     Saved,
+    Statistics,
     Upstream,
     anchored,
     backward,
     coefficients,
     soft_capped,
     soft_capped_grad,
+    to_float32,
 )
 from kl_kernels.backends.triton.tiles import (
     SIZES,
@@ -48,11 +49,11 @@ def gradient(x, y, offsets, mask, c, of: tl.constexpr, EVICTION: tl.constexpr):
 
     EVICTION: how soon caches may forget the logits.
     """
-    raw = tl.load(x.ptr + offsets, mask, eviction_policy=EVICTION).to(tl.float32)
+    raw = to_float32(tl.load(x.ptr + offsets, mask, eviction_policy=EVICTION))
     tx = anchored(soft_capped(raw, x.softcap), x.k, c.anchor)
     ty = tx
     if of.KL or of.FORWARD_KL:
-        ref_raw = tl.load(y.ptr + offsets, mask, eviction_policy=EVICTION).to(tl.float32)
+        ref_raw = to_float32(tl.load(y.ptr + offsets, mask, eviction_policy=EVICTION))
         ty = anchored(soft_capped(ref_raw, y.softcap), y.k, c.ref_anchor)
     return soft_capped_grad(backward(tx, ty, c, of), raw, x.softcap)
 
@@ -100,7 +101,7 @@ def own_gradient(x, y, token, here, slope, c, of: tl.constexpr):
     other thread from doing so before this one has read.
     """
     grad = gradient(x, y, token, here, c, of, "")
-    raw = tl.load(x.ptr + token, here).to(tl.float32)
+    raw = to_float32(tl.load(x.ptr + token, here))
     grad += soft_capped_grad(slope, raw, x.softcap)
     tl.debug_barrier()
     return grad
@@ -150,7 +151,7 @@ def backward_kernel(
 ):
     """One program per row and split of the vocabulary."""
     HAS_REF: tl.constexpr = ref_ptr is not None
-    of: tl.constexpr = Differentiated(
+    of: tl.constexpr = Statistics(
         grad_kl_ptr is not None, grad_forward_kl_ptr is not None, grad_entropy_ptr is not None
     )
     tile: tl.constexpr = Tile(STEPS, N, LANE)

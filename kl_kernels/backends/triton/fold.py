@@ -17,6 +17,7 @@ from kl_kernels.backends.triton.math import (
     INF,
     NO_TOKEN,
     RowState,
+    Statistics,
     add_all,
     empty_state,
     finish,
@@ -41,20 +42,21 @@ from kl_kernels.backends.triton.tiles import (
 
 
 @triton.jit
-def fold_logits(x, y, xt, yt, size, tile: tl.constexpr, HAS_REF: tl.constexpr):
-    """The state of the first `size` logits; xt, yt: the token's logits, wherever they are.
+def fold_logits(x, y, xt, yt, size, tile: tl.constexpr, of: tl.constexpr, HAS_REF: tl.constexpr):
+    """The state of the first `size` logits; xt, yt: the token's logits, wherever they are. `of`:
+    `Statistics` that it is good for.
 
     The fast loop has fixed anchors. Where they turn out badly chosen, or logits need guarding, the
     loop with a running maximum reads the logits again.
     """
-    s, sound = fold_anchored(x, y, xt, yt, size, tile, HAS_REF)
+    s, sound = fold_anchored(x, y, xt, yt, size, tile, of, HAS_REF)
     if not sound:
         s = fold_running_max(x, y, size, tile, HAS_REF)
     return s
 
 
 @triton.jit
-def fold_anchored(x, y, xt, yt, size, tile: tl.constexpr, HAS_REF: tl.constexpr):
+def fold_anchored(x, y, xt, yt, size, tile: tl.constexpr, of: tl.constexpr, HAS_REF: tl.constexpr):
     """The state by anchors that are fixed before the loop, and whether it is sound.
 
     The anchor is the larger of the first tile's maximum and the sampled token's logit, which is
@@ -76,7 +78,7 @@ def fold_anchored(x, y, xt, yt, size, tile: tl.constexpr, HAS_REF: tl.constexpr)
     xs, ys = load_pair(x, y, last, size - last, tile, HAS_REF)
     s = fold_tile(s, xs, ys, x.k, y.k, HAS_REF, True)
     s = add_all(s, anchor, ref_anchor)
-    return s, is_sound(s, HAS_REF) & (tried == last)
+    return s, is_sound(s, of, HAS_REF) & (tried == last)
 
 
 @triton.jit
@@ -181,7 +183,8 @@ def fold_kernel(
     size = tl.minimum(SPLIT, vocab_size - start)
     x = Model(x.ptr + start, x.k, x.softcap)
     y = Model(y.ptr + start, y.k, y.softcap)
-    s = fold_logits(x, y, xt, yt, size, tile, HAS_REF)
+    of: tl.constexpr = Statistics(HAS_REF, HAS_REF, True)
+    s = fold_logits(x, y, xt, yt, size, tile, of, HAS_REF)
     state_ptr = states_ptr + split.to(tl.int64) * n_rows + row
     store_state(state_ptr, n_rows.to(tl.int64) * n_splits, s, HAS_REF)
 

@@ -21,9 +21,9 @@ from kl_kernels.backends.triton.epilogues import (
 )
 from kl_kernels.backends.triton.fold import fold_logits
 from kl_kernels.backends.triton.math import (
-    Differentiated,
     Finished,
     Saved,
+    Statistics,
     coefficients,
     finish,
     within_reach,
@@ -139,11 +139,12 @@ def policy_loss_kernel(
     yt = xt
     if HAS_REF:
         yt = load(y, token)
-    s = within_reach(fold_logits(x, y, xt, yt, vocab_size, tile, HAS_REF))
+    told: tl.constexpr = Statistics(HAS_REF, False, True)
+    s = within_reach(fold_logits(x, y, xt, yt, vocab_size, tile, told, HAS_REF))
     f = finish(s, xt, yt, k, ref_k, HAS_REF)
     if not HAS_REF:
         f = Finished(f.logprob, f.logprob, 0.0, 0.0, f.entropy)
-    told = Token(
+    inputs = Token(
         per_token(old_logprob_ptr, row, f.logprob),
         per_token(advantage_ptr, row, None),
         per_token(token_weight_ptr, row, None),
@@ -153,7 +154,7 @@ def policy_loss_kernel(
     params = PolicyLossParams(
         clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, entropy_coef
     )
-    terms, g = policy_loss_epilogue(f, told, params, ESTIMATOR, HAS_KL, HAS_ENTROPY)
+    terms, g = policy_loss_epilogue(f, inputs, params, ESTIMATOR, HAS_KL, HAS_ENTROPY)
     store_terms(terms_ptr, stride, terms)
 
     if grad_logits_ptr is not None:
@@ -161,7 +162,7 @@ def policy_loss_kernel(
             store_per_token(own_gradient_ptr, row, 0.0)
             store_zeros(g_row, before, 0, end, grad_tile)
         else:
-            of: tl.constexpr = Differentiated(HAS_KL and ESTIMATOR == EXACT, False, HAS_ENTROPY)
+            of: tl.constexpr = Statistics(HAS_KL and ESTIMATOR == EXACT, False, HAS_ENTROPY)
             saved = Saved(s.anchor, s.ref_anchor, s.sx, s.sy, f.kl, f.entropy)
             c = coefficients(g, saved, temperature, of.KL)
             x = Model(first_vector(x.ptr, before, GRAD_LANE), x.k, x.softcap)

@@ -163,12 +163,29 @@ def add_all(s, anchor, ref_anchor):
     )
 
 
+class Statistics(NamedTuple):
+    """Statistics of a row that are asked for, or have a gradient, besides its log-probabilities."""
+
+    KL: tl.constexpr
+    FORWARD_KL: tl.constexpr
+    ENTROPY: tl.constexpr
+
+
 @triton.jit
-def is_sound(s, HAS_REF: tl.constexpr):
-    """Whether the anchors of an unguarded fold were well chosen and nothing needed guarding."""
-    sound = (s.sx <= LARGE_SUM) & (tl.abs(s.ex) < INF)
+def is_sound(s, of: tl.constexpr, HAS_REF: tl.constexpr):
+    """Whether the anchors of an unguarded fold were well chosen and nothing needed guarding.
+
+    Sums that no statistic asks for are not looked at: the compiler removes them from the loop.
+    """
+    sound = s.sx <= LARGE_SUM
     if HAS_REF:
-        sound &= (s.sy <= LARGE_SUM) & (tl.abs(s.rk) < INF) & (tl.abs(s.fk) < INF)
+        sound &= s.sy <= LARGE_SUM
+    if of.ENTROPY:
+        sound &= tl.abs(s.ex) < INF
+    if of.KL:
+        sound &= tl.abs(s.rk) < INF
+    if of.FORWARD_KL:
+        sound &= tl.abs(s.fk) < INF
     return sound
 
 
@@ -185,7 +202,8 @@ class Finished(NamedTuple):
 @triton.jit
 def log_ratio(a, b):
     """ln(a / b). Each logarithm of a sum is rounded by as much as 5e-7: a KL of 1e-5 of a flat row
-    would be off by a tenth. Where the two are close, a - b is exact; the rest is Kahan's log1p.
+    would be off by a tenth. Where the two are close, a - b is exact; the rest is Kahan's log1p, and
+    the KL is off by what rounding did to the sums: 7e-8 at V = 4096, root mean square.
     """
     relative = tl.div_rn(a - b, b)
     u = 1.0 + relative
@@ -244,14 +262,6 @@ class Upstream(NamedTuple):
     entropy: tl.tensor
 
 
-class Differentiated(NamedTuple):
-    """Statistics that have a gradient besides the log-probability."""
-
-    KL: tl.constexpr
-    FORWARD_KL: tl.constexpr
-    ENTROPY: tl.constexpr
-
-
 class Coefficients(NamedTuple):
     """A row's gradient is w (a + b tx + c (tx - ty)) - d u, tx and ty measured from the anchors.
 
@@ -302,6 +312,17 @@ def backward(tx, ty, c, of: tl.constexpr):
     if of.FORWARD_KL:
         grad = tl.fma(tl.exp2(ty), -c.d, grad)
     return grad
+
+
+@triton.jit
+def to_float32(logits):
+    """The logits in float32. A bfloat16 is the upper half of one: said so, it takes one instruction
+    of each logit, where the conversion takes two of every other one.
+    """
+    if logits.dtype == tl.bfloat16:
+        bits = logits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        logits = bits.to(tl.float32, bitcast=True)
+    return logits.to(tl.float32)
 
 
 @triton.jit

@@ -20,9 +20,11 @@ from kl_kernels.backends.triton.math import (
     INF,
     KEEP_NAN,
     LN2,
+    Statistics,
     soft_capped,
     soft_capped_grad,
     sum_of_threads,
+    to_float32,
     within_reach,
 )
 from kl_kernels.backends.triton.tiles import (
@@ -193,7 +195,8 @@ def mix_kernel(
         anchor, sx = tl.load(policy_state_ptr), tl.load(policy_state_ptr + n_rows)
         ref_anchor, sy = tl.load(ref_state_ptr), tl.load(ref_state_ptr + n_rows)
     else:
-        state = within_reach(fold_logits(x, y, -INF, -INF, vocab_size, tile, True))
+        of: tl.constexpr = Statistics(False, False, False)
+        state = within_reach(fold_logits(x, y, -INF, -INF, vocab_size, tile, of, True))
         anchor, sx, ref_anchor, sy = state.anchor, state.sx, state.ref_anchor, state.sy
         tl.store(policy_state_ptr, anchor)
         tl.store(policy_state_ptr + n_rows, sx)
@@ -225,8 +228,8 @@ def write_mixture_gradient(grad_row, offsets, mask, x, y, m, a, b):
 @triton.jit
 def mixture_gradient(x, y, offsets, mask, m, a, b):
     """(1 - beta) p (log(p / m) - KL(p || m)), as 2^tx (a + b log2(m / p))."""
-    raw = tl.load(x.ptr + offsets, mask).to(tl.float32)
-    ref_raw = tl.load(y.ptr + offsets, mask).to(tl.float32)
+    raw = to_float32(tl.load(x.ptr + offsets, mask))
+    ref_raw = to_float32(tl.load(y.ptr + offsets, mask))
     tx = tl.fma(soft_capped(raw, x.softcap), x.k, -m.anchor)
     ty = tl.fma(soft_capped(ref_raw, y.softcap), y.k, -m.ref_anchor)
     grad = tl.exp2(tx) * tl.fma(beside_mixture(tx, ty, m).policy, b, a)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kl_kernels.backends.triton.math import to_float32
 from kl_kernels.backends.triton.tiles import SIZES, row_pointer, step_offsets
 
 
@@ -30,4 +31,4 @@ def scale_kernel(
         offsets = step_offsets(tile, STEPS * N, LANE)
         inside = offsets < vocab_size
         value = tl.load(ptr + offsets, inside)
-        tl.store(ptr + offsets, (value.to(tl.float32) * factor).to(value.dtype), inside)
+        tl.store(ptr + offsets, (to_float32(value) * factor).to(value.dtype), inside)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kl_kernels.backends.triton.math import fold, soft_capped
+from kl_kernels.backends.triton.math import fold, soft_capped, to_float32
 
 # Arguments that change from batch to batch must not compile a kernel anew; LANE says what is known
 # of strides.
@@ -85,7 +85,7 @@ def load(x, offsets, mask=None):
         logits = tl.load(x.ptr + offsets)
     else:
         logits = tl.load(x.ptr + offsets, mask, float("-inf"))
-    return soft_capped(logits.to(tl.float32), x.softcap)
+    return soft_capped(to_float32(logits), x.softcap)
 
 
 @triton.jit

@@ -98,7 +98,7 @@ def _rank(rank, shared, folder, arguments, sharding):
         os.chdir(folder)
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         os.environ |= own | {"MASTER_ADDR": "localhost"}  # accelerate asks for one
-        AcceleratorState._reset_state(reset_partial_state=True)  # of the parent, a single process
+        AcceleratorState._reset_state(reset_partial_state=True)  # the parent is a single process
         dist.init_process_group(
             "gloo", init_method=f"file://{shared}/store", rank=rank, world_size=2
         )

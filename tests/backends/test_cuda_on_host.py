@@ -46,16 +46,14 @@ SANITIZERS = {
 
 
 @pytest.fixture(scope="module")
-def binaries(tmp_path_factory):
+def binaries():
     """The two sanitized programs, compiled beside the library."""
-    directory = tmp_path_factory.mktemp("host")
     with ThreadPoolExecutor() as pool:
         pool.submit(library)
         programs = {
             name: pool.submit(
                 compile_host,
                 "sanitized.cpp",
-                directory / name,
                 "-g",
                 *flags,
                 "-fno-sanitize-recover=all",

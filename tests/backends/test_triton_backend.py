@@ -75,7 +75,7 @@ LAYOUTS = [(V, torch.float32), (V, torch.bfloat16), (V - 27, torch.float32)]
 @pytest.mark.parametrize(
     ("difficulty", "layout"),
     [
-        *(("random", layout) for layout in LAYOUTS),
+        *(("random", layout) for layout in LAYOUTS[1:]),
         *zip(DIFFICULTIES, itertools.cycle(LAYOUTS)),  # each in one: they take seconds
     ],
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
+import hashlib
 import math
+import os
 import subprocess
-import tempfile
 from ctypes import byref, c_bool, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,26 +57,37 @@ FLAGS = [
 ]
 
 
-def compile_host(source: str, target: Path, *flags: str) -> Path:
-    command = ["g++", *FLAGS, *flags, f"-I{HERE}", str(HERE / source), "-o", str(target)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+# Shared by all test processes of a checkout: each program takes g++ ten seconds and more.
+COMPILED = HERE.parents[2] / "build" / "cuda_on_host"
+
+
+def compile_host(source: str, *flags: str) -> Path:
+    """Compile a file of this folder, unless there is a program of the very same text already."""
+    command = ["g++", *FLAGS, *flags, f"-I{HERE}"]
+    listed = subprocess.run(
+        [*command, "-E", str(HERE / source)], capture_output=True, check=True
+    ).stdout
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(b"\0".join([compiler, " ".join(command).encode(), listed])).hexdigest()
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    target = COMPILED / key[:16]
+    with (COMPILED / f"{key[:16]}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever is second waits for the first
+        if not target.exists():
+            whole = target.with_suffix(".part")
+            result = subprocess.run(
+                [*command, str(HERE / source), "-o", str(whole)], capture_output=True, text=True
+            )
+            assert result.returncode == 0, result.stderr
+            os.replace(whole, target)  # a compiler that is killed leaves no program
     return target
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """kernels.cpp, compiled once per process."""
-    with tempfile.TemporaryDirectory() as directory:  # loaded, a library needs its file no more
-        path = compile_host(
-            "kernels.cpp",
-            Path(directory) / "kernels.so",
-            "-O1",
-            "-fPIC",
-            "-shared",
-            "-DCUDA_ON_HOST_FIBERS",
-        )
-        loaded = ctypes.CDLL(str(path))
+    """kernels.cpp, loaded once per process."""
+    path = compile_host("kernels.cpp", "-O1", "-fPIC", "-shared", "-DCUDA_ON_HOST_FIBERS")
+    loaded = ctypes.CDLL(str(path))
     loaded.host_scratch_bytes.restype = loaded.host_mix_scratch_bytes.restype = c_int64
     return loaded
 

@@ -1,14 +1,9 @@
-"""The command with a policy that FSDP2 shards on CPUs; accelerate shards only on GPUs."""
-
-import sys
+"""A policy that FSDP2 shards on CPUs; accelerate shards only on GPUs."""
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from kl_kernels.cli import main
-from kl_kernels.lab.ppo import ranks
 
 
 class Sharding(Accelerator):
@@ -27,7 +22,3 @@ class Sharding(Accelerator):
 
     def backward(self, loss):
         loss.backward()
-
-
-ranks.Accelerator = Sharding
-sys.exit(main())

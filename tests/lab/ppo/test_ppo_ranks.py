@@ -1,14 +1,23 @@
 """Several processes train as one does, and only the main one writes and prints."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from micro import MICRO, run
+from sharded import Sharding
 
+from kl_kernels.cli import main
+from kl_kernels.lab.ppo import ranks as ppo_ranks
 from kl_kernels.lab.ppo.checkpoint import load_state, save_model
 from kl_kernels.lab.ppo.model import load_model
 from kl_kernels.lab.ppo.policy import sample
@@ -49,13 +58,58 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
 
 
-def torchrun(folder, *arguments, launcher=TORCHRUN, program=("-m", "kl_kernels")):
-    command = [sys.executable, "-m", *launcher, *program, "ppo", *map(str, arguments)]
+def torchrun(folder, *arguments, launcher=TORCHRUN):
+    command = [sys.executable, "-m", *launcher, "-m", "kl_kernels", "ppo", *map(str, arguments)]
     path = os.pathsep.join(map(str, (REPOSITORY, folder)))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
+
+
+def forked(folder, *arguments, sharding=False):
+    """Run the command on two processes as torchrun does, without its 13 s of imports."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(dir=folder) as shared:
+        given = Path(shared), folder, arguments, sharding
+        started = [context.Process(target=_rank, args=(rank, *given)) for rank in range(2)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(120)
+            process.kill()
+        streams = [
+            "".join((Path(shared) / f"{name}{rank}").read_text() for rank in range(2))
+            for name in ("stdout", "stderr")
+        ]
+    return SimpleNamespace(
+        returncode=max(abs(process.exitcode) for process in started),
+        stdout=streams[0],
+        stderr=streams[1],
+    )
+
+
+def _rank(rank, shared, folder, arguments, sharding):
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(shared / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), fd)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    code = 1
+    try:
+        os.chdir(folder)
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        os.environ |= own | {"MASTER_ADDR": "localhost"}  # accelerate asks for one
+        AcceleratorState._reset_state(reset_partial_state=True)  # the parent is a single process
+        dist.init_process_group(
+            "gloo", init_method=f"file://{shared}/store", rank=rank, world_size=2
+        )
+        if sharding:
+            ppo_ranks.Accelerator = Sharding
+        code = main(["ppo", *map(str, arguments)])
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def often_ending(model_folder, folder):
@@ -110,11 +164,10 @@ def test_shards_train_as_one_process_and_resume_as_any_number_of_them(rewards, m
     common = [*MICRO, "--model", model, "--reward", "own_rewards:vowels"]
     common += ["--learning-rate", "3e-3", "--answer-tokens", "12", "--max-update-kl", "1e9"]
     assert run(*common, "--out", rewards / "one", "--updates", "4") == 0
-    sharded = (str(Path(__file__).parent / "sharded.py"),)
-    first = torchrun(rewards, *common, "--out", "two", "--updates", "2", program=sharded)
+    first = forked(rewards, *common, "--out", "two", "--updates", "2", sharding=True)
     assert first.returncode == 0, first.stderr
     assert run("--resume", rewards / "two", "--updates", "3") == 0
-    resumed = torchrun(rewards, "--resume", "two", "--updates", "4", program=sharded)
+    resumed = forked(rewards, "--resume", "two", "--updates", "4", sharding=True)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_training(rewards / "one", rewards / "two")
     trained = [load_model(rewards / name / "policy")[0].state_dict() for name in ("one", "two")]
@@ -131,14 +184,14 @@ def test_ctrl_c_ends_all_processes_and_tells_how_to_go_on(rewards, model_folder)
 def test_a_bad_score_of_any_process_is_said_once(rewards, model_folder):
     """The main process prints errors, also about answers that another one has."""
     arguments = [*MICRO, "--model", model_folder, "--reward", "own_rewards:bad_on_the_second"]
-    ended = torchrun(rewards, *arguments, "--out", "run")
+    ended = forked(rewards, *arguments, "--out", "run")
     assert ended.returncode != 0
     message = "error: the reward function returned None of type NoneType for answer 0 of 4"
     assert ended.stderr.count(message) == 1, ended.stderr
 
 
 def test_shares_that_are_not_equal_are_refused_in_one_sentence(tmp_path):
-    ended = torchrun(tmp_path, "--out", "run", "--batch-size", "8", "--minibatches", "8")
+    ended = forked(tmp_path, "--out", "run", "--batch-size", "8", "--minibatches", "8")
     assert ended.returncode != 0
     message = "error: batch_size is 8; on 2 processes it must be a multiple of minibatches x"
     assert ended.stderr.count(message) == 1

@@ -50,7 +50,7 @@ def test_gae_is_the_definition(backend, skip_masked, gamma, lam, n_tokens):
     if n_tokens:
         mask[0], mask[1] = True, False
     rewards[~mask], values[~mask] = torch.nan, torch.inf  # must not be read
-    got = torch.ops.kl_kernels.gae(rewards, values, mask, gamma, lam, skip_masked, backend)
+    got = torch.ops.kl_kernels.gae(rewards, values, mask, gamma, lam, skip_masked, None, backend)
     for a, b in zip(got, expected(rewards, values, mask, gamma, lam, skip_masked)):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)

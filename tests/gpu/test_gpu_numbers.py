@@ -133,7 +133,7 @@ def test_advantages_are_the_reference_backends(backend, device, skip_masked, n_t
     mask = torch.rand(7, n_tokens, generator=g, device=device) < 0.6
     rewards[~mask], values[~mask] = torch.nan, torch.inf
     got, expected = (
-        torch.ops.kl_kernels.gae(rewards, values, mask, 0.99, 0.95, skip_masked, name)
+        torch.ops.kl_kernels.gae(rewards, values, mask, 0.99, 0.95, skip_masked, None, name)
         for name in (backend, "reference")
     )
     for a, b in zip(got, expected):

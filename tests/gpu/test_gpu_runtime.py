@@ -106,7 +106,7 @@ def test_nothing_waits_for_the_gpu(backend):
         evaluate(*inputs, backend, mask)
         kl_kernels.token_stats(inputs[0], inputs[2], mask=mask, backend=backend)
         shaped = kl_kernels.kl_rewards(*inputs, scores, mask, kl_coef=0.1, backend=backend)
-        torch.ops.kl_kernels.gae(shaped.rewards, shaped.kl, mask, 0.99, 0.95, True, backend)
+        torch.ops.kl_kernels.gae(shaped.rewards, shaped.kl, mask, 0.99, 0.95, True, None, backend)
 
         policy_loss(*inputs, backend, mask=mask, aggregation="seq-mean-token-mean")
 

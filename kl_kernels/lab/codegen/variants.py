@@ -144,7 +144,7 @@ def variants(shape: Shape) -> list[Variant]:
     (mixture_backward,) = _launches(launch_mixture.token_jsd_backward, args(TokenJSDBackwardArgs))
     (scale,) = _launches(launch.scale_gradient, args(ScaleGradientArgs))
     per_token = torch.empty((1, 1024), device="meta")
-    gae_args = GAEArgs(per_token, per_token, per_token.bool(), 0.99, 0.95, skip_masked=True)
+    gae_args = GAEArgs(per_token, per_token, per_token.bool(), 0.99, 0.95, True, cu_seqlens=None)
     (gae,) = _launches(launch.gae, gae_args)
 
     twice = ("fast", "running max")

@@ -191,7 +191,7 @@ def linear_policy_loss(
     given["gradient_precision"] = gradient_precision
     where: dict[str, Any] = {"group": group, "vocab_start": vocab_start}
     given |= {**where, "backend": backend}
-    reference = ref_hidden, ref_weight, ref_bias
+    reference: tuple[Tensor | None, ...] = (None, None, None)
     if ref_hidden is None or ref_weight is None:
         options = prepare_head(hidden, weight, bias, **scales, **given)
     else:
@@ -208,7 +208,9 @@ def linear_policy_loss(
             **scales,
             **given,
         )
-        if kl_estimator != "exact":
+        if kl_estimator == "exact":
+            reference = as_rows(ref_hidden), ref_weight, ref_bias
+        else:
             ref_logprobs = linear_token_stats(
                 ref_hidden,
                 ref_weight,
@@ -222,7 +224,6 @@ def linear_policy_loss(
                 row_index=row_index,
                 **where,
             ).logprob
-            reference = None, None, None
     # Stands for logits, which everything per token must agree with.
     like = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     like = like.detach().expand(*hidden.shape[:-1], len(weight))
@@ -258,7 +259,7 @@ def linear_policy_loss(
     )
     if options.group is None:
         checks.check_token_range(args.token_ids, args.mask, len(weight))
-    factors = *as_autocast(hidden, weight, bias), *as_autocast(*reference)
+    factors = *as_autocast(as_rows(hidden), weight, bias), *as_autocast(*reference)
     if not torch.is_grad_enabled():
         # The function is told of requires_grad alone, and would make gradients.
         factors = tuple(None if factor is None else factor.detach() for factor in factors)

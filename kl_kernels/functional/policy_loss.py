@@ -183,7 +183,7 @@ def fused_policy_loss(
         models = models._replace(ref_logits=None)
     if not needs_gradient(logits):
         # The function is told of requires_grad alone, not of no_grad, and would make a gradient.
-        models = models._replace(logits=logits.detach())
+        models = models._replace(logits=models.logits.detach())
     args, loss_scale = prepare_loss(
         logits,
         models,

@@ -138,6 +138,16 @@ def test_advantages_are_the_reference_backends(backend, device, skip_masked, n_t
     )
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+    bounds = torch.tensor([0, 0, n_tokens // 3, n_tokens, 7 * n_tokens], device=device)
+    got, expected = (
+        kl_kernels.compute_gae(
+            *(t.flatten() for t in (rewards, values, mask)),
+            masked="skip" if skip_masked else "zero", cu_seqlens=bounds, backend=name,
+        )
+        for name in (backend, "reference")
+    )  # fmt: skip
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
 
 def test_compiles_as_one_graph_for_all_lengths(backend, device):

@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kThreads)
                const bool* mask,      // [B, T]
                int64_t n_batch, int64_t n_tokens, double gamma, double lam, bool skip_masked,
                const int64_t* cu_seqlens,  // [B + 1] of packed sequences, all else [T]; or null
-               float* advantages,  // [B, T]
-               float* returns      // [B, T]
+               float* advantages,          // [B, T]
+               float* returns              // [B, T]
     ) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t b = thread / kWarp;
@@ -31,8 +31,11 @@ __global__ void __launch_bounds__(kThreads)
   int64_t base = b * n_tokens;
   if (cu_seqlens != nullptr) {
     // Whatever is wrong with them: no access out of bounds, and no token without a value.
-    const auto bound = [=](int64_t i) {
-      return i == 0 ? 0 : i == n_batch ? n_tokens : min(max(cu_seqlens[i], int64_t{0}), n_tokens);
+    const int64_t n = n_tokens;
+    const auto bound = [=](int64_t i) -> int64_t {
+      if (i == 0 || i == n_batch) return i == 0 ? 0 : n;
+      const int64_t given = cu_seqlens[i];
+      return given < 0 ? 0 : given > n ? n : given;
     };
     base = bound(b);
     n_tokens = bound(b + 1) - base;
@@ -69,7 +72,8 @@ inline cudaError_t launch_gae(const float* rewards, const float* values, const b
   constexpr int kThreads = 2 * kWarp;  // few sequences: spread them over many SMs
   constexpr int64_t kRows = kThreads / kWarp;
   return launch(gae_kernel<kThreads>, {(n_batch + kRows - 1) / kRows, kThreads}, stream, rewards,
-                values, mask, n_batch, n_tokens, gamma, lam, skip_masked, cu_seqlens, advantages, returns);
+                values, mask, n_batch, n_tokens, gamma, lam, skip_masked, cu_seqlens, advantages,
+                returns);
 }
 
 }  // namespace kl_kernels

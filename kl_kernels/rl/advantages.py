@@ -46,9 +46,9 @@ def compute_gae(
     output in the middle of a response changes nothing. "zero": it does, they are tokens of reward
     and value 0 (TRL); the same where masked positions only follow the response.
 
-    Each row is one sequence, so that of a packed row, several responses one after the other, the
-    later ones' rewards and values would leak into the advantages of the earlier ones: `cu_seqlens`
-    says where they end.
+    Each row is one sequence. If it is several responses one after the other, `cu_seqlens` must say
+    where they lie: taken as one, the later ones' rewards and values would leak into the advantages
+    of the earlier ones, silently.
 
     A reward at a masked position is dropped. With score_position "after_last" the score lies one
     position after the response, so `mask` must include that position.

@@ -45,9 +45,11 @@ def gae_kernel(
     if HAS_CU_SEQLENS:
         # Whatever is wrong with them: no access out of bounds, and no token without a value.
         end = tl.load(cu_seqlens_ptr + sequence + 1)
-        end = tl.where(sequence == n_sequences - 1, n_tokens, tl.clamp(end, 0, n_tokens))
+        end = tl.minimum(tl.maximum(end, 0), n_tokens)
+        end = tl.where(sequence == n_sequences - 1, n_tokens, end)
         base = tl.load(cu_seqlens_ptr + sequence)
-        base = tl.where(sequence == 0, 0, tl.clamp(base, 0, n_tokens))
+        base = tl.minimum(tl.maximum(base, 0), n_tokens)
+        base = tl.where(sequence == 0, 0, base)
         n_tokens = end - base
     next_value = 0.0
     next_advantage = 0.0

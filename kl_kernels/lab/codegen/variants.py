@@ -146,6 +146,8 @@ def variants(shape: Shape) -> list[Variant]:
     per_token = torch.empty((1, 1024), device="meta")
     gae_args = GAEArgs(per_token, per_token, per_token.bool(), 0.99, 0.95, True, cu_seqlens=None)
     (gae,) = _launches(launch.gae, gae_args)
+    bounds = torch.empty((9,), dtype=torch.int64, device="meta")
+    (packed_gae,) = _launches(launch.gae, gae_args._replace(cu_seqlens=bounds))
 
     twice = ("fast", "running max")
     return [
@@ -169,6 +171,7 @@ def variants(shape: Shape) -> list[Variant]:
         Variant("part of a vocabulary", *part),
         Variant("finish: parts", *finish_parts),
         Variant("gae", *gae),
+        Variant("gae: packed", *packed_gae),
     ]
 
 

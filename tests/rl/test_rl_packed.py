@@ -281,6 +281,14 @@ def test_one_graph_serves_all_packs():
         close(compiled(pack.cu_seqlens, *given), function(pack.cu_seqlens, *given))
 
 
+def test_no_value_is_looked_at_on_a_device():
+    """Tensors on meta have none, so that reading one, which waits for a GPU, is an error."""
+    pack = Pack([3, 0, 2])
+    given = [x.to("meta") for x in (pack.normal(), pack.normal(), pack.scores(), pack.mask())]
+    pack.cu_seqlens = pack.cu_seqlens.to("meta")
+    assert everything(pack, *given).is_meta
+
+
 class Given:
     def __init__(self, cu_seqlens):
         self.cu_seqlens = cu_seqlens

@@ -66,12 +66,7 @@ class Packed:
         self.name, self.shape = name, tokens.shape
         self.cu_seqlens = cu_seqlens.long().contiguous()  # [S + 1]
         self._n = len(cu_seqlens) - 1
-        self._index = torch.arange(tokens.numel(), device=tokens.device)  # [N]
-        ends = self.cu_seqlens[1:]
-        # The sequence of token t is the number of those that end at t or before: also past empty
-        # ones, of which none has a token.
-        found = torch.searchsorted(ends, self._index, right=True)
-        self._of_token = found.clamp_max(self._n - 1)  # [N]
+        self._found: Tensor | None = None
         self.longest: int | Tensor = self.lengths().amax() if self._n else 0
 
     def check_scores(self, name: str, scores: Tensor) -> None:
@@ -84,6 +79,16 @@ class Packed:
             )
         check_same_device(name, scores, "cu_seqlens", self.cu_seqlens)
 
+    def _of_token(self) -> Tensor:  # [N] int64
+        """The sequence of each token: the number of those that end where it is, or before."""
+        if self._found is None:
+            n = self.shape.numel()
+            ends = self.cu_seqlens[1:].clamp(0, n)
+            at = torch.zeros(n + 1, dtype=torch.int64, device=ends.device)
+            ended = at.index_add(0, ends, torch.ones_like(ends)).cumsum(0)
+            self._found = ended[:n].clamp_max(self._n - 1)
+        return self._found
+
     def lengths(self) -> Tensor:  # [S] int64
         return self.cu_seqlens.diff()
 
@@ -91,7 +96,7 @@ class Packed:
         # One is added to the other: in float32 a long sequence would lose digits.
         dtype = torch.float64 if x.is_floating_point() else torch.int64
         zeros = torch.zeros(self._n, dtype=dtype, device=x.device)
-        total = zeros.index_add(0, self._of_token, x.flatten().to(dtype))
+        total = zeros.index_add(0, self._of_token(), x.flatten().to(dtype))
         return total.to(x.dtype) if x.is_floating_point() else total
 
     def with_tokens(self, mask: Tensor) -> Tensor:  # [N] or [1, N] bool -> []
@@ -99,17 +104,18 @@ class Packed:
         return (self.sums(mask) > 0).sum()
 
     def at_tokens(self, per_sequence: Tensor) -> Tensor:  # [S] -> [N] or [1, N]
-        return per_sequence[self._of_token].view(self.shape)
+        return per_sequence.index_select(0, self._of_token()).view(self.shape)
 
     def positions(self) -> Tensor:  # [N] or [1, N] int64
         """Each token's position in its own sequence."""
-        return self._index.view(self.shape) - self.at_tokens(self.cu_seqlens[:-1])
+        index = torch.arange(self.shape.numel(), device=self.cu_seqlens.device)
+        return index.view(self.shape) - self.at_tokens(self.cu_seqlens[:-1])
 
     def last(self, mask: Tensor) -> Tensor:  # [N] or [1, N] bool -> [S] int64
         """The position of each sequence's last token under the mask, -1 without one."""
         found = torch.where(mask, self.positions(), -1).flatten()
         nowhere = torch.full((self._n,), -1, device=mask.device)
-        return nowhere.scatter_reduce(0, self._of_token, found, "amax")
+        return nowhere.scatter_reduce(0, self._of_token(), found, "amax")
 
 
 Sequences = Rows | Packed

@@ -101,6 +101,7 @@ def test_nothing_waits_for_the_gpu(backend):
     inputs = make_inputs(V, "cuda")
     mask = torch.ones(inputs[2].shape, dtype=torch.bool, device="cuda")
     scores = torch.ones(len(mask), device="cuda")
+    bounds = torch.tensor([0, 1, mask.numel()], device="cuda")
 
     def everything():
         evaluate(*inputs, backend, mask)
@@ -108,8 +109,7 @@ def test_nothing_waits_for_the_gpu(backend):
         shaped = kl_kernels.kl_rewards(*inputs, scores, mask, kl_coef=0.1, backend=backend)
         torch.ops.kl_kernels.gae(shaped.rewards, shaped.kl, mask, 0.99, 0.95, True, None, backend)
         logits, ref_logits, ids = (t.flatten(0, 1) for t in inputs)
-        packed, bounds = mask.flatten(), torch.tensor([0, 1, len(ids)], device="cpu")
-        bounds = bounds.to("cuda", non_blocking=True)
+        packed = mask.flatten()
         shaped = kl_kernels.kl_rewards(
             logits, ref_logits, ids, scores[:1].expand(2), packed,
             kl_coef=0.1, cu_seqlens=bounds, backend=backend,

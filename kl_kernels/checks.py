@@ -214,12 +214,45 @@ def check_per_sequence(name: str, tensor: Tensor, batch_name: str, batch: Tensor
             f"{name} has shape {tuple(tensor.shape)}; {batch_name} of shape {tuple(batch.shape)} "
             f"needs {tuple(batch.shape[:1])}"
             + (
-                ", one for each row (unpack packed sequences to [B, T] rows first)"
+                ", one for each row (or pass cu_seqlens, where the row is packed sequences)"
                 if packed
                 else ""
             )
         )
     check_same_device(name, tensor, batch_name, batch)
+
+
+def check_cu_seqlens(name: str, shape: torch.Size, cu_seqlens: Tensor) -> None:
+    """`cu_seqlens` must say where the sequences of tokens of that shape begin and end."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    check_token_dtype(cu_seqlens, "cu_seqlens")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be [S + 1] for S sequences"
+        )
+    if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}; with cu_seqlens it must be [N] or [1, N]"
+        )
+    n = shape[-1]
+    if len(cu_seqlens) == 1 and n > 0:
+        raise ValueError(
+            f"cu_seqlens has shape (1,), which is no sequence, but {name} has {n} tokens"
+        )
+    if not values_are_at_hand(cu_seqlens):
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise ValueError(f"cu_seqlens begins with {first}; it must begin with 0")
+    if last != n:
+        raise ValueError(f"cu_seqlens ends with {last}; {name} of shape {tuple(shape)} needs {n}")
+    falls = cu_seqlens[1:] < cu_seqlens[:-1]
+    if falls.any():
+        at = int(falls.int().argmax())
+        raise ValueError(
+            f"cu_seqlens falls from {int(cu_seqlens[at])} to {int(cu_seqlens[at + 1])} at index "
+            f"{at + 1}; it must ascend"
+        )
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

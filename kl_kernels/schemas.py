@@ -281,6 +281,7 @@ class GAEArgs(NamedTuple):
     gamma: float
     lam: float
     skip_masked: bool
+    cu_seqlens: Tensor | None  # [S + 1] int64 of packed sequences, [1, N]; None: each row is one
 
 
 class GAEOutputs(NamedTuple):

@@ -178,11 +178,11 @@ def test_probabilities_are_refused(probabilities):
         ((0,), (1, 6), False),
     ],
 )
-def test_one_per_sequence_of_a_packed_row_is_answered_with_unpacking(shape, batch, packed):
+def test_one_per_sequence_of_a_packed_row_is_answered_with_cu_seqlens(shape, batch, packed):
     checks.check_per_sequence("scores", torch.zeros(batch[0]), "mask", torch.zeros(batch))
     with pytest.raises(ValueError, match=rf"^scores has shape .* needs \({batch[0]},\)") as error:
         checks.check_per_sequence("scores", torch.zeros(shape), "mask", torch.zeros(batch))
-    assert ("unpack packed sequences" in str(error.value)) == packed
+    assert ("pass cu_seqlens" in str(error.value)) == packed
 
 
 def test_a_tangent_is_refused_in_words_to_act_on():

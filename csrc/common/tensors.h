@@ -88,6 +88,14 @@ template <class T>
 const int64_t* token_ids_of(const T& token_ids, const Tensor& logits) {
   return data_of<int64_t>(token_ids, "token_ids", ScalarType::Long, n_rows_of(logits), logits);
 }
+// Bounds of the sequences that are packed in `tokens`, [1, N].
+inline const int64_t* cu_seqlens_of(const OptionalTensor& bounds, const Tensor& tokens) {
+  if (!bounds) return nullptr;
+  check(bounds->dim() == 1 && tokens.dim() == 2 && tokens.size(0) == 1 &&
+            bounds->numel() > (tokens.numel() > 0 ? 1 : 0),
+        "cu_seqlens must be [S + 1], of tokens [1, N]");
+  return data_of<int64_t>(*bounds, "cu_seqlens", ScalarType::Long, bounds->numel(), tokens);
+}
 inline SkippedIds skipped_ids_of(const Tensor& ids, const Tensor& logits) {
   check(ids.dim() == 3, "skipped_ids must be [B, T, K]");
   return {data_of<int64_t>(ids, "skipped_ids", ScalarType::Long, n_rows_of(logits) * ids.size(2),

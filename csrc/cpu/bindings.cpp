@@ -264,17 +264,26 @@ void scale_gradient(const Tensor& gradient, const Tensor& factor) {
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask,
-                               double gamma, double lam, bool skip_masked) {
+                               double gamma, double lam, bool skip_masked,
+                               const OptionalTensor& cu_seqlens) {
   const int64_t n_batch = rewards.size(0), n_tokens = rewards.size(1);
   const float* const reward_data = floats_of(rewards, "rewards", rewards);
   const float* const value_data = floats_of(values, "values", rewards);
   const bool* const mask_data = mask_of(mask, rewards);
+  const int64_t* const bounds = cu_seqlens_of(cu_seqlens, rewards);
+  const int64_t n_sequences = cu_seqlens ? cu_seqlens->numel() - 1 : n_batch;
+  if (bounds != nullptr)
+    check(bounds[0] == 0 && bounds[n_sequences] == n_tokens &&
+              std::is_sorted(bounds, bounds + n_sequences + 1),
+          "cu_seqlens must ascend from 0 to the number of tokens");
   Tensor advantages = new_rows(rewards), returns = new_rows(rewards);
   float *advantage_data = floats(advantages), *return_data = floats(returns);
-  for_each_row(n_batch, std::max<int64_t>(1, n_tokens), [&](int64_t b) {
-    const int64_t at = b * n_tokens;
-    gae_sequence(reward_data + at, value_data + at, mask_data + at, n_tokens, gamma, lam,
-                 skip_masked, advantage_data + at, return_data + at);
+  const int64_t work = n_batch * n_tokens / std::max<int64_t>(1, n_sequences);
+  for_each_row(n_sequences, std::max<int64_t>(1, work), [&](int64_t s) {
+    const int64_t at = bounds ? bounds[s] : s * n_tokens;
+    const int64_t length = bounds ? bounds[s + 1] - at : n_tokens;
+    gae_sequence(reward_data + at, value_data + at, mask_data + at, length, gamma, lam, skip_masked,
+                 advantage_data + at, return_data + at);
   });
   return {advantages, returns};
 }

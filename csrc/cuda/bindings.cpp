@@ -205,12 +205,15 @@ void scale_gradient(const Tensor& gradient, const Tensor& factor) {
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask,
-                               double gamma, double lam, bool skip_masked) {
+                               double gamma, double lam, bool skip_masked,
+                               const OptionalTensor& cu_seqlens) {
   const Device device(rewards);
+  const int64_t* const bounds = cu_seqlens_of(cu_seqlens, rewards);
+  const int64_t n_sequences = cu_seqlens ? cu_seqlens->numel() - 1 : rewards.size(0);
   Tensor advantages = new_rows(rewards), returns = new_rows(rewards);
   check(gae_rows(floats_of(rewards, "rewards", rewards), floats_of(values, "values", rewards),
-                 mask_of(mask, rewards), rewards.size(0), rewards.size(1), gamma, lam, skip_masked,
-                 floats(advantages), floats(returns), device.stream()));
+                 mask_of(mask, rewards), n_sequences, rewards.size(1), gamma, lam, skip_masked,
+                 bounds, floats(advantages), floats(returns), device.stream()));
   return {advantages, returns};
 }
 

@@ -20,16 +20,29 @@ __global__ void __launch_bounds__(kThreads)
                const float* values,   // [B, T]
                const bool* mask,      // [B, T]
                int64_t n_batch, int64_t n_tokens, double gamma, double lam, bool skip_masked,
-               float* advantages,  // [B, T]
-               float* returns      // [B, T]
+               const int64_t* cu_seqlens,  // [B + 1] of packed sequences, all else [T]; or null
+               float* advantages,          // [B, T]
+               float* returns              // [B, T]
     ) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t b = thread / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (b >= n_batch) return;  // a whole warp at a time
+  int64_t base = b * n_tokens;
+  if (cu_seqlens != nullptr) {
+    // Whatever is wrong with them: no access out of bounds, and no token without a value.
+    const int64_t n = n_tokens;
+    const auto bound = [=](int64_t i) -> int64_t {
+      if (i == 0 || i == n_batch) return i == 0 ? 0 : n;
+      const int64_t given = cu_seqlens[i];
+      return given < 0 ? 0 : given > n ? n : given;
+    };
+    base = bound(b);
+    n_tokens = bound(b + 1) - base;
+  }
   double next_value = 0, next_advantage = 0;
   for (int64_t end = n_tokens; end > 0; end -= kWarp) {
-    const int64_t at = b * n_tokens + end - 1 - lane;  // lane 0 has the last token
+    const int64_t at = base + end - 1 - lane;  // lane 0 has the last token
     const bool here = lane < end && mask[at];
     const float reward = here ? rewards[at] : 0.0f, value = here ? values[at] : 0.0f;
     double mine = 0;
@@ -54,12 +67,13 @@ __global__ void __launch_bounds__(kThreads)
 
 inline cudaError_t launch_gae(const float* rewards, const float* values, const bool* mask,
                               int64_t n_batch, int64_t n_tokens, double gamma, double lam,
-                              bool skip_masked, float* advantages, float* returns,
-                              cudaStream_t stream) {
+                              bool skip_masked, const int64_t* cu_seqlens, float* advantages,
+                              float* returns, cudaStream_t stream) {
   constexpr int kThreads = 2 * kWarp;  // few sequences: spread them over many SMs
   constexpr int64_t kRows = kThreads / kWarp;
   return launch(gae_kernel<kThreads>, {(n_batch + kRows - 1) / kRows, kThreads}, stream, rewards,
-                values, mask, n_batch, n_tokens, gamma, lam, skip_masked, advantages, returns);
+                values, mask, n_batch, n_tokens, gamma, lam, skip_masked, cu_seqlens, advantages,
+                returns);
 }
 
 }  // namespace kl_kernels

@@ -130,9 +130,10 @@ cudaError_t policy_loss(const Rows& rows, const Logits& policy, const Logits& re
 cudaError_t scale(const Rows& rows, const GradLogits& gradient, Dtype dtype, const float* factor,
                   cudaStream_t stream);
 
-// All [B, T].
+// All [B, T]; with cu_seqlens, [B + 1], all [T] of B packed sequences.
 cudaError_t gae_rows(const float* rewards, const float* values, const bool* mask, int64_t n_batch,
                      int64_t n_tokens, double gamma, double lam, bool skip_masked,
-                     float* advantages, float* returns, cudaStream_t stream);
+                     const int64_t* cu_seqlens, float* advantages, float* returns,
+                     cudaStream_t stream);
 
 }  // namespace kl_kernels

@@ -157,10 +157,19 @@ def prepare_mask(
     return as_tokens(checks.check_mask(name, mask))
 
 
-def check_batch_of_logits(logits: Tensor) -> None:
-    checks.check_tensor("logits", logits)
-    if logits.ndim != 3:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [B, T, V]")
+def check_batch_of_rows(
+    name: str,
+    rows: Tensor,  # [B, T, width]; packed [N, width] or [1, N, width]
+    width: str,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Check the shape of logits or hidden states whose sequences matter."""
+    checks.check_tensor(name, rows)
+    if rows.ndim != 3 and (cu_seqlens is None or rows.ndim != 2):
+        packed = "" if cu_seqlens is None else f"; with cu_seqlens [N, {width}] or [1, N, {width}]"
+        raise ValueError(
+            f"{name} has shape {tuple(rows.shape)}; it must be [B, T, {width}]{packed}"
+        )
 
 
 def as_rows(logits: Tensor) -> Tensor:  # [..., V] -> [B, T, V]

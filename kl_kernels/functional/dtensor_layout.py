@@ -44,6 +44,12 @@ class Layout(NamedTuple):
             return value
         if not is_dtensor(value) and not self.row_dims:
             return value
+        if name == "cu_seqlens":
+            raise ValueError(
+                f"cu_seqlens is given, but {self.name} has placements {self.given.placements}; "
+                "packed sequences must be whole on each rank: pass cu_seqlens as a plain tensor, "
+                f"and {self.name} with no rows sharded, or its to_local() of this rank's sequences"
+            )
         if any(self.rows[i].dim >= value.ndim for i in self.row_dims):  # type: ignore[attr-defined]
             raise ValueError(
                 f"{self.name} has placements {self.given.placements}, which split sequences, but "

@@ -11,6 +11,7 @@ from torch import Tensor
 from kl_kernels.checks import is_dtensor
 from kl_kernels.functional.dtensor_layout import Layout
 from kl_kernels.rl.losses import count
+from kl_kernels.rl.sequences import sequences_of
 
 if TYPE_CHECKING:  # half a second of import, for those who use it
     from torch.distributed.tensor import DTensor, Placement
@@ -36,7 +37,8 @@ def loss_of_all_rows(
     _check_whole_sequences(layout, aggregation)
     if layout.row_dims and given.get("denominator") is None:
         whole_mask = given["mask"].full_tensor().bool()
-        local = local | {"denominator": count(whole_mask, aggregation).clamp_min(1)}
+        sequences = sequences_of("mask", whole_mask, None)
+        local = local | {"denominator": count(whole_mask, aggregation, sequences).clamp_min(1)}
     loss, metrics = function(**local, **layout.shard())
     if not is_dtensor(given["token_ids"]):
         return loss, metrics

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kl_kernels import checks
-from kl_kernels.functional.arguments import Models
+from kl_kernels.functional.arguments import Models, as_rows, check_batch_of_rows
 from kl_kernels.functional.dtensor_heads import loss_takes_dtensor_heads
 from kl_kernels.functional.hidden import linear_token_stats
 from kl_kernels.functional.hidden_arguments import (
@@ -71,6 +71,7 @@ def linear_policy_loss(
     ref_logit_scale: float | None = None,
     memory_budget: int | None = None,
     gradient_precision: GradientPrecision = "narrow",
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
     row_index: Tensor | None = None,  # [n]
@@ -123,7 +124,7 @@ def linear_policy_loss(
         weights: [B, T] importance weights, constants. None: 1.
         importance_sampling_level: "token"; "sequence" is refused.
         aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or
-            "seq-mean-token-sum-norm".
+            "seq-mean-token-sum-norm", which of packed sequences divides by the longest's length.
         denominator: takes the place of the number of tokens or sequences where this call sees a
             part of the batch. None: the count of this call.
         log_ratio_clamp: the log-ratio is clamped to plus and minus this. Above 0. None: no clamp.
@@ -139,6 +140,10 @@ def linear_policy_loss(
             of their factors. None: 64 MiB on a CPU, 1 GiB elsewhere.
         gradient_precision: of the products that make gradients, "narrow", "split" or "float32", as
             in `linear_token_stats`.
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the rows from cu_seqlens[s] to before cu_seqlens[s + 1].
+            Hidden states are then [N, d] or [1, N, d], and what is [B, T] here is [N] or [1, N].
+            None: each row of [B, T] is one.
         group: the process group that the vocabulary is sharded over: weights and biases are this
             rank's rows; hidden states, everything per token and all options are the same on all
             ranks, and so is what requires grad. None: the heads are whole.
@@ -171,7 +176,8 @@ def linear_policy_loss(
         >>> round(metrics["entropy"].item(), 4)
         1.3863
     """
-    _check_factors(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    check_batch_of_rows("hidden", hidden, "d", cu_seqlens)
+    _check_factors(ref_hidden, ref_weight, ref_bias)
     if memory_budget is None:
         memory_budget = MEMORY_BUDGETS.get(hidden.device.type, MEMORY_BUDGETS["cuda"])
     has_ref = ref_hidden is not None
@@ -185,7 +191,7 @@ def linear_policy_loss(
     given["gradient_precision"] = gradient_precision
     where: dict[str, Any] = {"group": group, "vocab_start": vocab_start}
     given |= {**where, "backend": backend}
-    reference = ref_hidden, ref_weight, ref_bias
+    reference: tuple[Tensor | None, ...] = (None, None, None)
     if ref_hidden is None or ref_weight is None:
         options = prepare_head(hidden, weight, bias, **scales, **given)
     else:
@@ -202,7 +208,9 @@ def linear_policy_loss(
             **scales,
             **given,
         )
-        if kl_estimator != "exact":
+        if kl_estimator == "exact":
+            reference = as_rows(ref_hidden), ref_weight, ref_bias
+        else:
             ref_logprobs = linear_token_stats(
                 ref_hidden,
                 ref_weight,
@@ -216,13 +224,12 @@ def linear_policy_loss(
                 row_index=row_index,
                 **where,
             ).logprob
-            reference = None, None, None
     # Stands for logits, which everything per token must agree with.
     like = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     like = like.detach().expand(*hidden.shape[:-1], len(weight))
     models = Models(
-        like,
-        None if reference[0] is None else like,
+        as_rows(like),
+        None if reference[0] is None else as_rows(like),
         options.temperature,
         options.ref_temperature,
         options.softcap,
@@ -248,14 +255,15 @@ def linear_policy_loss(
         denominator=denominator,
         log_ratio_clamp=log_ratio_clamp,
         loss_scale=loss_scale,
+        cu_seqlens=cu_seqlens,
     )
     if options.group is None:
         checks.check_token_range(args.token_ids, args.mask, len(weight))
-    factors = *as_autocast(hidden, weight, bias), *as_autocast(*reference)
+    factors = *as_autocast(as_rows(hidden), weight, bias), *as_autocast(*reference)
     if not torch.is_grad_enabled():
         # The function is told of requires_grad alone, and would make gradients.
         factors = tuple(None if factor is None else factor.detach() for factor in factors)
-    rows = prepare_which(args.mask, row_index, hidden).rows
+    rows = prepare_which(mask, row_index, hidden).rows
     loss, terms = HeadPolicyLoss.apply(options, args, rows, *factors)
     if loss_scale is not None:
         loss = loss / loss_scale
@@ -263,15 +271,10 @@ def linear_policy_loss(
 
 
 def _check_factors(
-    hidden: Tensor,
-    weight: Tensor,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
 ) -> None:
-    checks.check_tensor("hidden", hidden)
-    if hidden.ndim != 3:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be [B, T, d]")
     if (ref_hidden is None) != (ref_weight is None):
         given, missing = ("ref_weight", "ref_hidden")[:: 1 if ref_hidden is None else -1]
         raise ValueError(f"{given} is given and {missing} is None; a reference's head takes both")

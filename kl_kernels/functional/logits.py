@@ -34,7 +34,8 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.functional.arguments import (
-    check_batch_of_logits,
+    as_tokens,
+    check_batch_of_rows,
     prepare_mask,
     prepare_models,
     prepare_policy,
@@ -47,8 +48,10 @@ from kl_kernels.rl.rewards import (
     ScorePosition,
     check_reward_estimator,
     clip_scores,
+    placed_scores,
     score_indices,
 )
+from kl_kernels.rl.sequences import sequences_of
 from kl_kernels.schemas import (
     ESTIMATORS,
     BackendName,
@@ -112,7 +115,8 @@ class KLRewards(NamedTuple):
     """Per-token results of `kl_rewards`.
 
     Attributes:
-        rewards: [B, T] shaped rewards, in units of the scores; without gradient.
+        rewards: [B, T] shaped rewards, in units of the scores; without gradient. As all that
+            follows, of packed sequences [N] or [1, N], as their token ids.
         advantage_correction: [B, T] to be added to the advantages where the estimator is "exact", 0
             for the others; without gradient.
         kl: [B, T] exact KL(policy || reference), whatever the estimator; nats, differentiable.
@@ -303,6 +307,7 @@ def kl_rewards(
     softcap: float | None = None,
     ref_softcap: float | None = None,
     inplace_backward: bool = False,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
     backend: BackendName | None = None,
@@ -322,16 +327,17 @@ def kl_rewards(
         ref_logits: [B, T, V] of the reference, the same rows, on the same device; the dtype may
             differ. Must not require grad.
         token_ids: [B, T] the sampled tokens; int64 or int32, in [0, V) where the mask is True.
-        scores: [B] one score per sequence, any dtype but complex; a NaN stays in its sequence.
-            Packed rows, [1, N] with several sequences, must be unpacked to [B, T] first.
+        scores: [B] one score per sequence, any dtype but complex; a NaN stays in its sequence. With
+            cu_seqlens [S].
         mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone): 1 at response
             tokens. It may have holes (tool output), which change nothing. Other rows are not read,
             and give 0.
         kl_coef: beta, finite, 0 or above; 0 leaves the score alone.
         kl_estimator: "k1" or "exact"; "k2", "k3" and "abs" only with `biased`.
-        score_position: [B] an index per sequence, -1 for nowhere; or "last_token" (last 1 of the
-            mask) or "after_last" (one later, as in TRL; the last column where there is no later
-            one). A response without tokens gets no reward anywhere.
+        score_position: [B] a position in each sequence, -1 for nowhere; or "last_token" (last 1 of
+            the mask) or "after_last" (one later, as in TRL; the last column, or the last position
+            of a packed sequence, where there is no later one). A response without tokens gets no
+            reward anywhere.
         score_clip: scores are clamped to [-score_clip, score_clip]; above 0. None: no clamp.
         kl_clip: each token's KL is clamped to [-kl_clip, kl_clip] nats before kl_coef; above 0.
             None: no clamp.
@@ -343,6 +349,10 @@ def kl_rewards(
         ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
         inplace_backward: write the gradient over the logits, in backward, instead of beside them.
             Another backward that needs them raises torch's error about tensors modified in place.
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the rows from cu_seqlens[s] to before cu_seqlens[s + 1].
+            Logits are then [N, V] or [1, N, V], and what is [B, T] here is [N] or [1, N]. None:
+            each row of [B, T] is one.
         group: the process group that the vocabulary is sharded over: logits are [B, T, V_local],
             and token ids count over the whole vocabulary. None: logits are whole.
         vocab_start: with a group, the global token id of this rank's first logit. None: all shards
@@ -351,7 +361,8 @@ def kl_rewards(
 
     Returns:
         KLRewards(rewards, advantage_correction, kl, logprob, ref_logprob, entropy), each [B, T],
-        float32 (float64 for float64 logits). Rewards and correction carry no gradient.
+        or as packed token ids; float32 (float64 for float64 logits). Rewards and correction carry
+        no gradient.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
@@ -366,7 +377,7 @@ def kl_rewards(
         >>> out.rewards  # -0.1 (ln 0.731 - ln 0.5), then the score
         tensor([[-0.0380,  3.0000]])
     """
-    check_batch_of_logits(logits)
+    check_batch_of_rows("logits", logits, "V", cu_seqlens)
     models = prepare_models(
         logits,
         ref_logits,
@@ -378,17 +389,24 @@ def kl_rewards(
     )
     ids = prepare_token_ids(token_ids, logits)
     checks.check_per_token("mask", mask, logits)
-    checks.check_per_sequence("scores", scores, "mask", mask)
+    sequences = sequences_of("mask", mask, cu_seqlens)
+    sequences.check_scores("scores", scores)
     mask = checks.check_mask("mask", mask)
     kl_coef = checks.check_non_negative("kl_coef", kl_coef)
     check_reward_estimator(kl_estimator, biased=biased)
     if kl_clip is not None:
         kl_clip = checks.check_positive("kl_clip", kl_clip)
+    scores = clip_scores(scores.detach().to(output_dtype(logits)), score_clip)
+    score_index = score_indices(score_position, mask, sequences)
+    packed_scores = None
+    if cu_seqlens is not None:  # the operator has one score for each row: none
+        packed_scores = placed_scores(scores, score_index, sequences)
+        scores, score_index = scores.new_zeros(1), score_index.new_full((1,), -1)
     args = KLRewardsArgs(
         token_ids=ids,
-        mask=mask,
-        scores=clip_scores(scores.detach().to(output_dtype(logits)), score_clip),
-        score_index=score_indices(score_position, mask),
+        mask=as_tokens(mask),
+        scores=scores,
+        score_index=score_index,
         kl_coef=kl_coef,
         estimator=ESTIMATORS.index(kl_estimator),
         kl_clip=kl_clip,
@@ -397,4 +415,8 @@ def kl_rewards(
     operator = operator_over("kl_rewards", logits, group, vocab_start)
     rewards, correction, *outputs = operator(*args, *Execution(inplace_backward, backend))
     logprob, ref_logprob, kl, _, entropy, *_ = outputs
-    return KLRewards(rewards, correction, kl, logprob, ref_logprob, entropy)
+    found = rewards, correction, kl, logprob, ref_logprob, entropy
+    result = KLRewards(*(shaped(output, token_ids.shape) for output in found))
+    if packed_scores is None:
+        return result
+    return result._replace(rewards=result.rewards + packed_scores)

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from kl_kernels import checks
-from kl_kernels.functional.arguments import Models, needs_gradient, prepare_token_ids
+from kl_kernels.functional.arguments import (
+    Models,
+    as_tokens,
+    needs_gradient,
+    prepare_token_ids,
+)
 from kl_kernels.rl.losses import Aggregation, check_clipping, token_weights
 from kl_kernels.schemas import ESTIMATORS, POLICY_LOSS_TERMS, PolicyLossArgs, output_dtype
 
@@ -17,7 +22,7 @@ ImportanceSamplingLevel = Literal["token", "sequence"]
 
 
 def prepare_loss(
-    logits: Tensor,  # [B, T, V]
+    logits: Tensor,  # [B, T, V]; packed also [N, V], and everything per token [N]
     models: Models,
     token_ids: Tensor,  # [B, T]
     old_logprobs: Tensor | None,  # [B, T]
@@ -37,6 +42,7 @@ def prepare_loss(
     denominator: float | Tensor | None,
     log_ratio_clamp: float | None,
     loss_scale: float | Tensor | None,
+    cu_seqlens: Tensor | None,  # [S + 1]
 ) -> tuple[PolicyLossArgs, float | Tensor | None]:
     """Check and shape everything but the models, which are ready; also return `loss_scale`.
 
@@ -59,21 +65,23 @@ def prepare_loss(
         if value is None:
             return None
         checks.check_per_token(name, value, logits)
-        return value.detach().to(dtype)
+        return as_tokens(value.detach().to(dtype))
 
     for name, given in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
         if given is not None:
             checks.check_per_token(name, given, logits)
             checks.check_logprobs(name, given, mask)
     has_kl = models.ref_logits is not None or ref_logprobs is not None
-    scaled_weights = token_weights(mask, aggregation, denominator, dtype=dtype)
+    scaled_weights = as_tokens(
+        token_weights(mask, aggregation, denominator, cu_seqlens=cu_seqlens, dtype=dtype)
+    )
     if loss_scale is not None:
         scaled_weights = scaled_weights * loss_scale
     args = PolicyLossArgs(
         token_ids=ids,
-        mask=mask,
+        mask=as_tokens(mask),
         old_logprobs=constant("old_logprobs", old_logprobs),
-        advantages=advantages.detach().to(dtype),
+        advantages=as_tokens(advantages.detach().to(dtype)),
         token_weights=scaled_weights,
         importance_weights=constant("weights", weights),
         ref_logprobs=constant("ref_logprobs", ref_logprobs),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kl_kernels import checks
 from kl_kernels.functional.arguments import (
-    check_batch_of_logits,
+    check_batch_of_rows,
     needs_gradient,
     prepare_models,
     prepare_policy,
@@ -52,6 +52,7 @@ def fused_policy_loss(
     softcap: float | None = None,
     ref_softcap: float | None = None,
     inplace_backward: bool = False,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     backend: BackendName | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's or GRPO's clipped loss with KL and entropy, and its gradient, reading each logit once.
@@ -103,7 +104,8 @@ def fused_policy_loss(
             token of a sequence before the gradient of any.
         aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or
             "seq-mean-token-sum-norm", as verl names them: m is 1 / N, 1 / S, 1 / (S L) or 1 / (S T)
-            with N tokens, S sequences that have tokens, L tokens in the token's own sequence.
+            with N tokens, S sequences that have tokens, L tokens in the token's own sequence; T is
+            that of [B, T], padding included, or the length of the longest packed sequence.
         denominator: takes the place of N ("token-mean") or of S (the others) where this call sees
             a part of the batch: what `global_denominator` returns, a number or 0-dim tensor, above
             0 unless no token is under the mask. None: the count of this call.
@@ -123,6 +125,10 @@ def fused_policy_loss(
             place. Rows outside the mask become 0. Where no gradient is asked for
             (`torch.no_grad()`, or logits that do not require grad) none is made, and the logits
             stay as they are.
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the rows from cu_seqlens[s] to before cu_seqlens[s + 1].
+            Logits are then [N, V] or [1, N, V], and what is [B, T] here is [N] or [1, N]. None:
+            each row of [B, T] is one.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
@@ -150,7 +156,7 @@ def fused_policy_loss(
         1.3863
     """
     checks.refuse_transforms("fused_policy_loss")
-    check_batch_of_logits(logits)
+    check_batch_of_rows("logits", logits, "V", cu_seqlens)
     if ref_logits is None:
         models = prepare_policy(logits, temperature, softcap, inplace_backward)
     else:
@@ -177,7 +183,7 @@ def fused_policy_loss(
         models = models._replace(ref_logits=None)
     if not needs_gradient(logits):
         # The function is told of requires_grad alone, not of no_grad, and would make a gradient.
-        models = models._replace(logits=logits.detach())
+        models = models._replace(logits=models.logits.detach())
     args, loss_scale = prepare_loss(
         logits,
         models,
@@ -198,6 +204,7 @@ def fused_policy_loss(
         denominator=denominator,
         log_ratio_clamp=log_ratio_clamp,
         loss_scale=loss_scale,
+        cu_seqlens=cu_seqlens,
     )
     loss, terms = PolicyLoss.apply(*args, *Execution(inplace_backward, backend))
     if loss_scale is not None:

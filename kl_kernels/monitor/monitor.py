@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kl_kernels.checks import (
-    check_batch,
     check_choice,
     check_integer,
     check_like,
@@ -39,6 +38,7 @@ from kl_kernels.rl.collectives import from_all_ranks
 from kl_kernels.rl.masked import masked_mean
 from kl_kernels.rl.measure import UNITS, Unit, has_tokens, measure_kl
 from kl_kernels.rl.sampling import GapSums
+from kl_kernels.rl.sequences import sequences_of
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -173,6 +173,7 @@ class KLMonitor:
         grad_norm: Tensor | float | None = None,
         mask: Tensor | None = None,  # [B, T]
         group: ProcessGroup | None = None,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
     ) -> list[Event]:
         """Look at one update. An argument may be None at some steps: it is not watched then.
 
@@ -198,6 +199,8 @@ class KLMonitor:
                 to watch.
             group: data-parallel ranks, which must call this together, with the same inputs as
                 tensors.
+            cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at
+                on a CPU alone); all that is [B, T] is then [N] or [1, N]. None: each row is one.
 
         Returns:
             The events of this step, often none. Their order carries no meaning.
@@ -214,10 +217,10 @@ class KLMonitor:
         per_token = {"kl": kl, "entropy": entropy, "ratio": ratio}
         for name, value in per_token.items():
             if value is not None:
-                reduced = self._reduce(name, value, mask, group)
+                reduced = self._reduce(name, value, mask, group, cu_seqlens)
                 if reduced is not None:
                     metrics[name] = reduced
-        sums = None if logprob is None else sums_of_batch(logprob, entropy, mask, group)
+        sums = None if logprob is None else sums_of_batch(logprob, entropy, mask, group, cu_seqlens)
         if reward is not None:
             metrics["reward"] = _mean_reward(reward, group)
         self._step = step
@@ -230,19 +233,24 @@ class KLMonitor:
         return events
 
     def _reduce(
-        self, name: str, value: Tensor | float, mask: Tensor | None, group: ProcessGroup | None
+        self,
+        name: str,
+        value: Tensor | float,
+        mask: Tensor | None,
+        group: ProcessGroup | None,
+        cu_seqlens: Tensor | None,
     ) -> float | None:
         """Reduce [B, T] to a number, None if the mask leaves no token; a number stays as it is."""
         if not isinstance(value, Tensor) or value.ndim == 0:
             return check_measured(name, value)
-        check_batch(name, value)
+        sequences_of(name, value, cu_seqlens)
         if mask is None:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, so it needs a mask like it")
         check_like("mask", mask, name, value)
         value = value.detach()
         kept = check_mask("mask", mask)
         if name == "kl":
-            return measure_kl(value, kept, self.unit, group)
+            return measure_kl(value, kept, self.unit, group, cu_seqlens)
         if not has_tokens(kept, group):
             return None
         if name == "entropy":

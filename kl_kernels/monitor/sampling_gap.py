@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kl_kernels.checks import check_batch
 from kl_kernels.monitor.detectors import Detector
 from kl_kernels.monitor.events import Event
 from kl_kernels.rl.sampling import GapSums, gap_sums
+from kl_kernels.rl.sequences import sequences_of
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -99,13 +99,14 @@ def sums_of_batch(
     entropy: Tensor | float | None,  # [B, T]
     mask: Tensor | None,  # [B, T]
     group: ProcessGroup | None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> GapSums:
     """Sum the arguments of `KLMonitor.observe` over all ranks of `group`.
 
     Raises:
         TypeError, ValueError: logprob is not [B, T], or entropy or mask is no tensor like it.
     """
-    check_batch("logprob", logprob)
+    sequences_of("logprob", logprob, cu_seqlens)
     if not isinstance(entropy, Tensor) or mask is None:
         missing = "mask" if isinstance(entropy, Tensor) else "entropy"
         raise ValueError(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kl_kernels.checks import (
-    check_batch,
     check_choice,
     check_like,
     check_mask,
@@ -16,6 +15,7 @@ from kl_kernels.checks import (
     check_unit_interval,
 )
 from kl_kernels.ops import library as _ops  # noqa: F401  registers torch.ops.kl_kernels
+from kl_kernels.rl.sequences import sequences_of
 from kl_kernels.schemas import BackendName, GAEArgs, output_dtype
 
 Masked = Literal["skip", "zero"]
@@ -29,6 +29,7 @@ def compute_gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     masked: Masked = "skip",
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns of each token, by generalised advantage estimation.
@@ -45,9 +46,9 @@ def compute_gae(
     output in the middle of a response changes nothing. "zero": it does, they are tokens of reward
     and value 0 (TRL); the same where masked positions only follow the response.
 
-    Each row is one sequence. A packed row, [1, N] with several responses one after the other, is
-    taken as one: the later ones' rewards and values then leak into the advantages of the earlier
-    ones, silently. Unpack such rows to [B, T] first.
+    Each row is one sequence. If it is several responses one after the other, `cu_seqlens` must say
+    where they lie: taken as one, the later ones' rewards and values would leak into the advantages
+    of the earlier ones, silently.
 
     A reward at a masked position is dropped. With score_position "after_last" the score lies one
     position after the response, so `mask` must include that position.
@@ -61,6 +62,9 @@ def compute_gae(
         gamma: discount per token, 0 to 1.
         lam: lambda, 0 to 1; 1 gives the discounted reward-to-go minus the value.
         masked: "skip" or "zero".
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the tokens from cu_seqlens[s] to before cu_seqlens[s + 1].
+            Everything that is [B, T] here is then [N] or [1, N]. None: each row is one.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -78,7 +82,7 @@ def compute_gae(
         >>> advantages, returns
         (tensor([[0.5000, 0.5000, 0.5000]]), tensor([[1., 1., 1.]]))
     """
-    check_batch("rewards", rewards)
+    sequences = sequences_of("rewards", rewards, cu_seqlens)
     check_plain("rewards", rewards)
     check_like("values", values, "rewards", rewards)
     check_like("mask", mask, "rewards", rewards)
@@ -87,13 +91,16 @@ def compute_gae(
     lam = check_unit_interval("lam", lam)
     check_choice("masked", masked, get_args(Masked))
     dtype = torch.promote_types(output_dtype(rewards), output_dtype(values))
+    shape = rewards.shape
+    rows = shape if rewards.ndim == 2 else (1, *shape)  # the operator's
     args = GAEArgs(
-        rewards=rewards.detach().to(dtype),
-        values=values.detach().to(dtype),
-        mask=mask,
+        rewards=rewards.detach().to(dtype).reshape(rows),
+        values=values.detach().to(dtype).reshape(rows),
+        mask=mask.reshape(rows),
         gamma=gamma,
         lam=lam,
         skip_masked=masked == "skip",
+        cu_seqlens=sequences.cu_seqlens,
     )
     advantages, returns = torch.ops.kl_kernels.gae(*args, backend)
-    return advantages, returns
+    return advantages.view(shape), returns.view(shape)

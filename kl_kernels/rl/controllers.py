@@ -90,6 +90,7 @@ class FixedKLController:
         mask: Tensor | None = None,  # [B, T]
         *,
         group: ProcessGroup | None = None,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
     ) -> KLUpdate:
         """Report the KL of a rollout; the coefficient stays.
 
@@ -99,6 +100,8 @@ class FixedKLController:
             n_steps: sequences in the rollout, above 0; not used.
             mask: [B, T] bool, or numbers that are 0 or 1, with per-token KL only.
             group: data-parallel ranks that each pass their own sequences.
+            cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N; kl and
+                mask are then [N] or [1, N]. None: each row is a sequence.
 
         Returns:
             KLUpdate(kl, value, error=0, applied); applied is False where the KL is not finite, and
@@ -108,7 +111,7 @@ class FixedKLController:
             TypeError, ValueError: shapes disagree, or n_steps is not accepted.
         """
         check_positive("n_steps", n_steps)
-        current = _measured(kl, mask, self.unit, group)
+        current = _measured(kl, mask, self.unit, group, cu_seqlens)
         return KLUpdate(current, self._value, 0.0, applied=math.isfinite(current))
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,6 +171,7 @@ class SteeredKLController(ABC):
         mask: Tensor | None = None,  # [B, T]
         *,
         group: ProcessGroup | None = None,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
     ) -> KLUpdate:
         """Move the coefficient, once per rollout.
 
@@ -184,6 +188,8 @@ class SteeredKLController(ABC):
                 changes nothing.
             group: data-parallel ranks that each pass their own sequences; they must call this
                 together, and all get the same update. A rank may have no token.
+            cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at
+                on a CPU alone); kl and mask are then [N] or [1, N]. None: each row is a sequence.
 
         Returns:
             KLUpdate(kl, value, error, applied). A KL that is not finite is not applied, nor is a
@@ -193,7 +199,7 @@ class SteeredKLController(ABC):
             TypeError, ValueError: shapes disagree, or n_steps is not accepted.
         """
         steps = self._checked_steps(n_steps)
-        current = _measured(kl, mask, self.unit, group)
+        current = _measured(kl, mask, self.unit, group, cu_seqlens)
         if not math.isfinite(current):
             return KLUpdate(current, self._value, 0.0, applied=False)
         error, factor = self._steer(current, steps)
@@ -228,7 +234,11 @@ class SteeredKLController(ABC):
 
 
 def _measured(
-    kl: Tensor | float, mask: Tensor | None, unit: Unit, group: ProcessGroup | None
+    kl: Tensor | float,
+    mask: Tensor | None,
+    unit: Unit,
+    group: ProcessGroup | None,
+    cu_seqlens: Tensor | None,
 ) -> float:
-    current = measure_kl(kl, mask, unit, group)
+    current = measure_kl(kl, mask, unit, group, cu_seqlens)
     return math.nan if current is None else current

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kl_kernels.checks import check_batch, check_choice, check_mask, check_plain
+from kl_kernels.checks import check_choice, check_mask, check_plain
 from kl_kernels.rl.losses import AGGREGATIONS, Aggregation, count
+from kl_kernels.rl.sequences import sequences_of
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -20,6 +21,7 @@ def global_denominator(
     aggregation: Aggregation = "token-mean",
     *,
     group: ProcessGroup | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:
     """The `denominator` of a loss over a batch that is spread over ranks, micro-batches or both.
 
@@ -42,6 +44,9 @@ def global_denominator(
             group, or this process alone where torch.distributed is not initialised. Ranks that
             share their data (tensor or pipeline parallel) may be in it: they leave the quotient
             as it is.
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the tokens from cu_seqlens[s] to before cu_seqlens[s + 1],
+            and the mask is [N] or [1, N]. None: each row is one.
 
     Returns:
         0-dim float32 on the mask's device, the same on all ranks; 0 where no rank has tokens.
@@ -59,9 +64,9 @@ def global_denominator(
         tensor(2.)
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
-    check_batch("mask", mask)
+    sequences = sequences_of("mask", mask, cu_seqlens)
     check_plain("mask", mask)
-    total = count(check_mask("mask", mask), aggregation)
+    total = count(check_mask("mask", mask), aggregation, sequences)
     n_ranks = 1
     if group is not None or (dist.is_available() and dist.is_initialized()):
         n_ranks = dist.get_world_size(group)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from kl_kernels.algebra.epilogues import k3_of
 from kl_kernels.checks import (
-    check_batch,
     check_choice,
     check_like,
     check_logprobs,
@@ -32,6 +31,7 @@ from kl_kernels.checks import (
 )
 from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import masked_mean, select
+from kl_kernels.rl.sequences import sequences_of
 from kl_kernels.schemas import output_dtype
 
 WeightMode = Literal["truncate", "mask"]
@@ -51,6 +51,7 @@ def importance_weights(
     level: WeightLevel = "token",
     low: float | None = None,
     high: float | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Bounded importance weights of the tokens, which the policy losses take as `weights`.
 
@@ -74,12 +75,13 @@ def importance_weights(
         mode: "truncate" (w above `high` becomes `high`) or "mask" (w out of bounds becomes 0).
         level: what w is the ratio of. "token": of a token. "sequence": of the whole response, the
             product over its tokens. "geometric": its geometric mean over the tokens, which does
-            not grow with length. A sequence's tokens share its weight. Each row is one sequence:
-            with "sequence" and "geometric" a packed row, [1, N] with several sequences one after
-            the other, would have one weight for all of them; unpack it to [B, T] first.
+            not grow with length. A sequence's tokens share its weight.
         low: bound from below, 0 or above. None: 0 for "truncate", 0.5 for "mask". For "truncate"
             a smaller w becomes `low`.
         high: bound from above, at least `low`. None: 2 for "truncate", 5 for "mask".
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the tokens from cu_seqlens[s] to before cu_seqlens[s + 1].
+            Everything that is [B, T] here is then [N] or [1, N]. None: each row is one.
 
     Returns:
         (weights, metrics): [B, T] float32 (float64 for float64 logprobs), 0 where masked, without
@@ -100,7 +102,7 @@ def importance_weights(
         >>> metrics["bounded_fraction"]
         tensor(0.6667)
     """
-    check_batch("logprobs", logprobs)
+    sequences = sequences_of("logprobs", logprobs, cu_seqlens)
     check_like("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
     check_like("mask", mask, "logprobs", logprobs)
     mask = check_mask("mask", mask)
@@ -116,10 +118,10 @@ def importance_weights(
     token_log = masked_log_ratio(logprobs.detach(), rollout_logprobs, mask)
     log_weight = token_log
     if level != "token":
-        log_weight = token_log.sum(1, keepdim=True)
+        log_weight = sequences.sums(token_log)
         if level == "geometric":
-            log_weight = log_weight / mask.bool().sum(1, keepdim=True).clamp_min(1)
-        log_weight = log_weight.expand_as(token_log)
+            log_weight = log_weight / sequences.sums(mask).clamp_min(1)
+        log_weight = sequences.at_tokens(log_weight).expand_as(token_log)
     known = mask.bool() & ~log_weight.isnan()
     weight = select(log_weight.exp(), known, dtype)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kl_kernels.algebra.epilogues import k3_of
 from kl_kernels.checks import (
-    check_batch,
     check_choice,
     check_finite,
     check_like,
@@ -24,6 +23,7 @@ from kl_kernels.checks import (
 )
 from kl_kernels.rl.log_ratio import masked_log_ratio
 from kl_kernels.rl.masked import masked_mean, masked_var, select
+from kl_kernels.rl.sequences import Sequences, sequences_of
 from kl_kernels.rl.straight_through import clamp_value
 from kl_kernels.schemas import output_dtype
 
@@ -41,6 +41,7 @@ def token_weights(
     aggregation: Aggregation,
     denominator: float | Tensor | None = None,
     *,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight of each token's loss in the aggregated one, [B, T], 0 where masked.
@@ -51,7 +52,8 @@ def token_weights(
         "token-mean"               1 / N
         "seq-mean-token-sum"       1 / S
         "seq-mean-token-mean"      1 / (S L)
-        "seq-mean-token-sum-norm"  1 / (S T)     T = mask.shape[1], padding included
+        "seq-mean-token-sum-norm"  1 / (S T)     T = mask.shape[1], padding included; of packed
+                                                 sequences the length of the longest
 
     `denominator` takes the place of N in the first, of S in the others: with several ranks or
     micro-batches, what `global_denominator` makes of their masks. The last is Dr. GRPO's
@@ -59,20 +61,28 @@ def token_weights(
     constant if every batch is padded to the same T; otherwise use "seq-mean-token-sum" with
     denominator = sequences * budget.
     """
+    return _weights(mask, aggregation, denominator, sequences_of("mask", mask, cu_seqlens), dtype)
+
+
+def _weights(
+    mask: Tensor,  # [B, T]
+    aggregation: Aggregation,
+    denominator: float | Tensor | None,
+    sequences: Sequences,
+    dtype: torch.dtype,
+) -> Tensor:
     check_choice("aggregation", aggregation, AGGREGATIONS)
-    check_batch("mask", mask)
     mask = mask.bool()
-    lengths = mask.sum(1, keepdim=True)
     if denominator is None:
-        denominator = count(mask, aggregation).clamp_min(1)
+        denominator = count(mask, aggregation, sequences).clamp_min(1)
     else:
         denominator = _checked_denominator(denominator, mask)
     # Selected, as the count of a batch without tokens is 0, and so would be 0 / 0.
     weights = torch.where(mask, mask.to(dtype) / denominator, 0.0)
     if aggregation == "seq-mean-token-mean":
-        weights = weights / lengths.clamp_min(1)
-    if aggregation == "seq-mean-token-sum-norm":
-        weights = weights / max(mask.shape[1], 1)
+        weights = weights / sequences.at_tokens(sequences.sums(mask)).clamp_min(1)
+    if aggregation == "seq-mean-token-sum-norm" and weights.numel():
+        weights = weights / sequences.longest
     return weights
 
 
@@ -106,9 +116,13 @@ def _checked_denominator(
     )
 
 
-def count(mask: Tensor, aggregation: Aggregation) -> Tensor:  # [B, T] bool -> []
+def count(
+    mask: Tensor,  # [B, T] bool
+    aggregation: Aggregation,
+    sequences: Sequences,
+) -> Tensor:  # []
     """Number of tokens, or of sequences that have any: the aggregation is a mean over them."""
-    return mask.sum() if aggregation == "token-mean" else mask.any(1).sum()
+    return mask.sum() if aggregation == "token-mean" else sequences.with_tokens(mask)
 
 
 def aggregate(
@@ -116,25 +130,29 @@ def aggregate(
     mask: Tensor,  # [B, T]
     aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:
     """Sum of the per-token losses, each times its weight: one number to call `backward` on.
 
-    Each row is one sequence. To the "seq-mean" aggregations a packed row, [1, N] with several
-    sequences one after the other, is a single long one: unpack such rows to [B, T] first.
-
     Args:
-        loss_per_token: [B, T] any float dtype.
+        loss_per_token: [B, T] any float dtype; each row is one sequence. With cu_seqlens [N] or
+            [1, N], as the mask.
         mask: [B, T] bool, or numbers that are 0 or 1; NaN where it is 0 reaches neither result nor
             gradient.
         aggregation: "token-mean" (mean over all tokens), "seq-mean-token-sum" (sum of each
             sequence, mean over sequences), "seq-mean-token-mean" (mean of each sequence, mean over
-            sequences) or "seq-mean-token-sum-norm" (the second divided by T), as verl names them.
+            sequences) or "seq-mean-token-sum-norm" (the second divided by T, of packed sequences by
+            the length of the longest), as verl names them.
         denominator: what the losses of a batch's parts are divided by, a number or 0-dim tensor
             above 0, so that their gradients are those of the whole batch; or 0, where the batch has
             no token and the loss is 0. Micro-batches of one process: the batch's number of tokens
             ("token-mean") or of sequences (the others). Data-parallel ranks: that of all ranks over
             the number of ranks, as DDP and FSDP average gradients; `global_denominator` makes both.
             None: the count of this batch.
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the tokens from cu_seqlens[s] to before cu_seqlens[s + 1].
+            None: each row is one.
 
     Returns:
         0-dim float32 (float64 for float64 losses); 0 where nothing is unmasked.
@@ -151,11 +169,21 @@ def aggregate(
         >>> aggregate(loss, mask), aggregate(loss, mask, "seq-mean-token-mean")
         (tensor(3.), tensor(4.))
     """
-    check_batch("loss_per_token", loss_per_token)
+    sequences = sequences_of("loss_per_token", loss_per_token, cu_seqlens)
     check_like("mask", mask, "loss_per_token", loss_per_token)
     mask = check_mask("mask", mask)
+    return _aggregated(loss_per_token, mask, aggregation, denominator, sequences)
+
+
+def _aggregated(
+    loss_per_token: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T] bool
+    aggregation: Aggregation,
+    denominator: float | Tensor | None,
+    sequences: Sequences,
+) -> Tensor:  # []
     dtype = output_dtype(loss_per_token)
-    weights = token_weights(mask, aggregation, denominator, dtype=dtype)
+    weights = _weights(mask, aggregation, denominator, sequences, dtype)
     return (select(loss_per_token, mask, dtype) * weights).sum()
 
 
@@ -172,6 +200,7 @@ def ppo_policy_loss(
     aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
     log_ratio_clamp: float | None = 20.0,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy loss of PPO. With r = exp(logprobs - old_logprobs) and A the advantage,
 
@@ -204,6 +233,9 @@ def ppo_policy_loss(
         log_ratio_clamp: log r is clamped to [-log_ratio_clamp, log_ratio_clamp] so that r stays
             finite. The gradient passes, as r at the clamp: without `dual_clip` a token that became
             far too likely with A < 0 keeps being pulled back. None: no clamp.
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the tokens from cu_seqlens[s] to before cu_seqlens[s + 1].
+            Everything that is [B, T] here is then [N] or [1, N]. None: each row is one.
 
     Returns:
         (loss, metrics): a 0-dim float32 loss (float64 for float64 logprobs), and 0-dim detached
@@ -223,7 +255,7 @@ def ppo_policy_loss(
         >>> loss, metrics["clip_fraction"]
         (tensor(-1.1000), tensor(0.5000))
     """
-    check_batch("logprobs", logprobs)
+    sequences = sequences_of("logprobs", logprobs, cu_seqlens)
     check_like("old_logprobs", old_logprobs, "logprobs", logprobs)
     check_like("advantages", advantages, "logprobs", logprobs)
     check_like("mask", mask, "logprobs", logprobs)
@@ -262,7 +294,7 @@ def ppo_policy_loss(
             "ratio_mean": masked_mean(ratio, mask),
             "ratio_max": _masked_max(ratio, mask),
         }
-    return aggregate(loss, mask, aggregation, denominator), metrics
+    return _aggregated(loss, mask, aggregation, denominator, sequences), metrics
 
 
 def ppo_value_loss(
@@ -274,6 +306,7 @@ def ppo_value_loss(
     clip_range: float | None = 0.2,
     aggregation: Aggregation = "token-mean",
     denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped value loss of PPO, max((v - R)^2, (v_clipped - R)^2) / 2 per token.
 
@@ -295,6 +328,9 @@ def ppo_value_loss(
         denominator: with micro-batches or ranks, the count of the whole batch that
             `global_denominator` returns, a number or 0-dim tensor; 0 where no token is in it, which
             is a loss of 0. None: the count of this batch.
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the tokens from cu_seqlens[s] to before cu_seqlens[s + 1].
+            Everything that is [B, T] here is then [N] or [1, N]. None: each row is one.
 
     Returns:
         (loss, metrics): a 0-dim float32 loss (float64 for float64 values), and 0-dim detached
@@ -312,7 +348,7 @@ def ppo_value_loss(
         >>> loss
         tensor(0.2500)
     """
-    check_batch("values", values)
+    sequences = sequences_of("values", values, cu_seqlens)
     check_like("returns", returns, "values", values)
     check_like("mask", mask, "values", values)
     mask = check_mask("mask", mask)
@@ -338,7 +374,7 @@ def ppo_value_loss(
             "return_mean": masked_mean(target, mask),
             "explained_variance": torch.where(return_var > 0, 1 - unexplained, 0.0),
         }
-    return aggregate(loss, mask, aggregation, denominator), metrics
+    return _aggregated(loss, mask, aggregation, denominator, sequences), metrics
 
 
 def check_clipping(

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from kl_kernels.checks import (
-    check_batch,
     check_choice,
     check_like,
     check_mask,
     check_non_negative,
-    check_per_sequence,
     check_plain,
     check_positive,
 )
+from kl_kernels.rl.sequences import Sequences, sequences_of
 from kl_kernels.schemas import ESTIMATORS, output_dtype
 
 ScorePosition = Literal["last_token", "after_last"]
@@ -32,6 +31,7 @@ def compute_rewards(
     score_position: ScorePosition | Tensor = "last_token",  # or [B]
     score_clip: float | None = None,
     kl_clip: float | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:
     """Shaped rewards, -kl_coef * KL per token and the score once: `kl_rewards` without the logits.
 
@@ -39,26 +39,29 @@ def compute_rewards(
     correction or a KL in the loss besides (see `kl_rewards`); k2, k3 and abs bias the policy
     gradient. Ziegler et al. (2019), arXiv 1909.08593, equation 2, token by token.
 
-    Each row is one sequence with one score. Packed rows, [1, N] with several responses one after
-    the other, must be unpacked to [B, T] first: otherwise one score alone finds a place.
-
     A KL of NaN at a response token is a reward of NaN there (unless kl_coef is 0), since nothing
     tells what it should have been. Subtracting log-probabilities of -inf gives NaN, too: of a token
     that both models rule out `kl_penalty` gives a KL of 0.
 
     Args:
-        scores: [B] one score per sequence, any dtype; a NaN stays in its sequence.
-        kl: [B, T] per-token KL(policy || reference) in nats, an estimate or exact.
+        scores: [B] one score per sequence, any dtype; a NaN stays in its sequence. With cu_seqlens
+            [S].
+        kl: [B, T] per-token KL(policy || reference) in nats, an estimate or exact; each row is one
+            sequence. With cu_seqlens [N] or [1, N], as everything that is [B, T] here.
         mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone); 1 at response
             tokens. It may have holes (tool output), which change nothing; NaN where it is 0 changes
             nothing either.
         kl_coef: beta, finite, 0 or above; 0 leaves the score alone.
         score_position: "last_token" (last set position of the mask), "after_last" (one later, as
-            TRL does; the last column where there is no later one) or a tensor, [B] integers: an
-            index per sequence, -1 for nowhere. A response without tokens gets no reward anywhere.
+            TRL does; the last column, or the last position of a packed sequence, where there is no
+            later one) or a tensor, [B] integers: a position in each sequence, -1 for nowhere. A
+            response without tokens gets no reward anywhere.
         score_clip: scores are clamped to [-score_clip, score_clip].
         kl_clip: each token's KL is clamped to [-kl_clip, kl_clip] before kl_coef, so that one token
             cannot outweigh the score; the tokens it clips feel no further pull.
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the tokens from cu_seqlens[s] to before cu_seqlens[s + 1].
+            None: each row is one.
 
     Returns:
         [B, T] float32 (float64 for float64 kl), without gradient.
@@ -74,23 +77,22 @@ def compute_rewards(
         >>> kl_kernels.compute_rewards(scores, kl, mask, kl_coef=1.0)
         tensor([[-0.5000,  1.0000,  0.0000]])
     """
-    check_batch("kl", kl)
+    sequences = sequences_of("kl", kl, cu_seqlens)
     check_plain("kl", kl)
     check_like("mask", mask, "kl", kl)
-    check_per_sequence("scores", scores, "kl", kl)
+    sequences.check_scores("scores", scores)
     mask = check_mask("mask", mask)
     kl_coef = check_non_negative("kl_coef", kl_coef)
     dtype = output_dtype(kl)
     scores = clip_scores(scores.detach().to(dtype), score_clip)
-    index = score_indices(score_position, mask)
+    index = score_indices(score_position, mask, sequences)
     kl = kl.detach().to(dtype)
     if kl_clip is not None:
         kl_clip = check_positive("kl_clip", kl_clip)
         kl = kl.clamp(-kl_clip, kl_clip)
-    at_score = torch.arange(mask.shape[1], device=mask.device) == index[:, None]
     # Selected: without a penalty an infinite KL must not matter, and 0 * inf would be NaN.
     penalty = torch.where(mask & (kl_coef != 0), -kl_coef * kl, 0.0)
-    return penalty + torch.where(at_score, scores[:, None], 0.0)
+    return penalty + placed_scores(scores, index, sequences)
 
 
 def check_reward_estimator(kl_estimator: str, *, biased: bool) -> None:
@@ -109,33 +111,46 @@ def clip_scores(scores: Tensor, score_clip: float | None) -> Tensor:  # [B]
     return scores.clamp(-score_clip, score_clip)
 
 
-def score_indices(score_position: str | Tensor, mask: Tensor) -> Tensor:  # [B, T] -> [B] int64
+def score_indices(
+    score_position: str | Tensor,  # or [B]
+    mask: Tensor,  # [B, T]
+    sequences: Sequences,
+) -> Tensor:  # [B] int64
     """Return the position of each sequence's score, -1 for a response without tokens.
 
-    "after_last" is the position after the last token, or the last column where there is none.
+    "after_last" is the position after the last token, or the last position where there is none.
     """
-    n_tokens = mask.shape[1]
-    positions = torch.arange(n_tokens, device=mask.device)
-    nowhere = positions.new_full(mask.shape[:1], -1)
-    last = torch.where(mask, positions, -1).amax(1) if n_tokens else nowhere
+    last = sequences.last(mask)
     if isinstance(score_position, Tensor):
-        _check_indices(score_position, mask)
+        _check_indices(score_position, sequences)
         wanted = score_position.long()
     else:
         check_choice("score_position", score_position, get_args(ScorePosition))
-        wanted = last if score_position == "last_token" else (last + 1).clamp_max(n_tokens - 1)
-    return torch.where(last >= 0, wanted, nowhere)
+        after = torch.minimum(last + 1, sequences.lengths() - 1)
+        wanted = last if score_position == "last_token" else after
+    return torch.where(last >= 0, wanted, -1)
 
 
-def _check_indices(indices: Tensor, mask: Tensor) -> None:
+def placed_scores(
+    scores: Tensor,  # [B]
+    index: Tensor,  # [B]
+    sequences: Sequences,
+) -> Tensor:  # [B, T]
+    """Each sequence's score at its position, 0 elsewhere."""
+    at_score = sequences.positions() == sequences.at_tokens(index)
+    return torch.where(at_score, sequences.at_tokens(scores), 0.0)
+
+
+def _check_indices(indices: Tensor, sequences: Sequences) -> None:
     if indices.dtype == torch.bool or indices.is_floating_point():
         raise TypeError(f"score_position has dtype {indices.dtype}; accepted: integers")
-    check_per_sequence("score_position", indices, "mask", mask)
+    sequences.check_scores("score_position", indices)
     if indices.device.type != "cpu":
         return  # looking at the values would synchronise; such a score goes nowhere
-    outside = (indices < -1) | (indices >= mask.shape[1])
+    lengths = sequences.lengths()
+    outside = (indices < -1) | (indices >= lengths)
     if outside.any():
         raise ValueError(
             f"score_position holds {int(indices[outside][0])}; accepted: -1 (nowhere) to "
-            f"{mask.shape[1] - 1}"
+            f"{int(lengths[outside][0]) - 1}"
         )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kl_kernels.checks import (
-    check_batch,
     check_choice,
     check_finite,
     check_mask,
@@ -18,6 +17,7 @@ from kl_kernels.checks import (
     check_positive,
     check_tensor,
 )
+from kl_kernels.rl.sequences import sequences_of
 from kl_kernels.schemas import output_dtype
 
 MissingEOS = Literal["subtract", "replace"]
@@ -81,7 +81,8 @@ def overlong_penalty(
     DAPO's soft overlong punishment (Yu et al. 2025, arXiv 2503.14476, equation 13).
 
     Args:
-        lengths: [B] tokens of each response, any real dtype; `mask.sum(1)`.
+        lengths: [B] tokens of each response, any real dtype; `mask.sum(1)`. Packed sequences that
+            are responses from end to end have `cu_seqlens.diff()`, [S].
         max_length: the length from which the whole penalty is due, above 0.
         buffer: tokens before it over which the penalty grows, 1 to max_length.
         factor: the whole penalty, in units of the score, 0 or above.
@@ -114,6 +115,7 @@ def length_normalized_scores(
     mask: Tensor,  # [B, T]
     *,
     exponent: float = 1.0,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:
     """Scores divided by length^exponent, so that a sum over tokens does not pay for more of them.
 
@@ -121,10 +123,13 @@ def length_normalized_scores(
     arXiv 2405.14734); below 1 is beam search's milder form (Wu et al. 2016, arXiv 1609.08144).
 
     Args:
-        scores: [B] any float dtype.
+        scores: [B] any float dtype; with cu_seqlens [S].
         mask: [B, T] bool, or numbers that are 0 or 1; 1 at response tokens. Without any, the
-            score stays.
+            score stays. With cu_seqlens [N] or [1, N].
         exponent: finite; 0 changes nothing.
+        cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
+            a CPU alone): sequence s has the tokens from cu_seqlens[s] to before cu_seqlens[s + 1].
+            None: each row is one.
 
     Returns:
         [B] float32 (float64 for float64 scores), without gradient.
@@ -139,12 +144,12 @@ def length_normalized_scores(
         >>> kl_kernels.length_normalized_scores(scores, mask)
         tensor([2., 6.])
     """
-    check_batch("mask", mask)
-    check_per_sequence("scores", scores, "mask", mask)
+    sequences = sequences_of("mask", mask, cu_seqlens)
+    sequences.check_scores("scores", scores)
     mask = check_mask("mask", mask)
     exponent = check_finite("exponent", exponent)
     dtype = output_dtype(scores)
-    lengths = mask.sum(1).clamp_min(1).to(dtype)
+    lengths = sequences.sums(mask).clamp_min(1).to(dtype)
     return scores.detach().to(dtype) / lengths**exponent
 
 

@@ -258,7 +258,12 @@ def test_gae(n_tokens, skip_masked):
     rewards, values = torch.randn(2, 3, n_tokens, generator=g)
     mask = torch.rand(3, n_tokens, generator=g) < 0.7
     rewards[~mask] = math.nan
-    args = GAEArgs(rewards, values, mask, 0.99, 0.95, skip_masked)
+    args = GAEArgs(rewards, values, mask, 0.99, 0.95, skip_masked, None)
+    for got, true in zip(dispatch.choose(NAME, [rewards]).gae(args), reference.gae(args)):
+        torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
+    packed = (t.view(1, -1) for t in (rewards, values, mask))
+    bounds = torch.tensor([0, 0, n_tokens // 3, n_tokens, 3 * n_tokens, 3 * n_tokens])
+    args = GAEArgs(*packed, 0.99, 0.95, skip_masked, bounds)
     for got, true in zip(dispatch.choose(NAME, [rewards]).gae(args), reference.gae(args)):
         torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
 

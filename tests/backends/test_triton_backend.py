@@ -309,7 +309,7 @@ def test_gae_carries_over_blocks():
     mask = torch.ones(3, 11, dtype=torch.bool)
     mask[0, 3:9] = False  # more than one block of four
     for skip_masked in (True, False):
-        args = GAEArgs(rewards, values, mask, 0.97, 0.9, skip_masked)
+        args = GAEArgs(rewards, values, mask, 0.97, 0.9, skip_masked, None)
         got, expected = triton_kernels.gae(args), reference.gae(args)
         torch.testing.assert_close(tuple(got), tuple(expected), rtol=2e-6, atol=2e-6)
 

@@ -135,6 +135,38 @@ def test_gradients_of_own_tokens_are_averaged_over_the_ranks(ranks, shape, place
         assert_equal(grads, weights)
 
 
+def of_packed_dtensors(group, shards_rows):
+    """The same sequences end to end, [N], with a head whose vocabulary is sharded, or with rows."""
+    mesh = dist.init_device_mesh("cpu", (4,))
+    plain = inputs()
+    n_batch, n_tokens = plain["mask"].shape
+    of_hidden, of_weight = Replicate(), Shard(0)
+    if shards_rows:
+        of_hidden, of_weight = of_weight, of_hidden
+    given = {}
+    for name, x in plain.items():
+        is_row = name.endswith("hidden") or name not in HEADS
+        x = x.flatten(0, 1) if is_row else x
+        if name in HEADS or shards_rows:
+            x = distribute_tensor(x, mesh, [of_hidden if is_row else of_weight])
+        given[name] = x
+    bounds = torch.arange(0, n_batch * n_tokens + 1, n_tokens)
+    loss, _, gradients = loss_and_gradients(
+        given, aggregation="seq-mean-token-mean", cu_seqlens=bounds
+    )
+    return loss, [gradient.full_tensor() for gradient in gradients]
+
+
+def test_packed_sequences_beside_a_sharded_head(ranks):
+    expected, _, gradients = by_definition(aggregation="seq-mean-token-mean")
+    gradients[0] = gradients[0].flatten(0, 1)
+    for loss, found in ranks(of_packed_dtensors, False, n=4):
+        assert_equal(loss, expected)
+        assert_equal(found, gradients)
+    with pytest.raises(ValueError, match=r"cu_seqlens is given, but hidden has placements .*whole"):
+        ranks(of_packed_dtensors, True, n=4)
+
+
 def refused(group, kind):
     mesh = dist.init_device_mesh("cpu", (4,))
     given = inputs()

@@ -130,7 +130,7 @@ def test_a_wrong_name_is_named(make, named):
         make()
 
 
-def test_packed_rows_are_told_to_be_unpacked():
+def test_packed_rows_are_told_of_cu_seqlens():
     """Three scores of a row that holds three responses."""
     kl, mask, scores = torch.zeros(1, 14), torch.ones(1, 14), torch.ones(3)
     logits, ids = torch.zeros(1, 14, V), torch.zeros(1, 14, dtype=torch.long)
@@ -139,11 +139,11 @@ def test_packed_rows_are_told_to_be_unpacked():
         lambda: kl_kernels.kl_rewards(logits, logits, ids, scores, mask, kl_coef=0.1),
         lambda: kl_kernels.length_normalized_scores(scores, mask),
     ):
-        with pytest.raises(ValueError, match=r"scores has shape \(3,\).*unpack.*to \[B, T\]"):
+        with pytest.raises(ValueError, match=r"scores has shape \(3,\).*pass cu_seqlens"):
             call()
     with pytest.raises(ValueError, match=r"scores has shape \(3,\)") as error:
         kl_kernels.compute_rewards(scores, torch.zeros(2, 7), torch.ones(2, 7), 0.1)
-    assert "unpack" not in str(error.value)
+    assert "cu_seqlens" not in str(error.value)
 
 
 # Calls that look like a mistake and have a right result.

@@ -193,6 +193,7 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
 
 
 TENSORS = (
+    "cu_seqlens",
     "mask",
     "row_mask",
     "ref_logits",
@@ -217,6 +218,9 @@ OPTIONS = (
 NOT_ALWAYS_READ = {
     ("fused_policy_loss", "ref_temperature"),
     ("fused_policy_loss", "ref_softcap"),
+    ("linear_policy_loss", "ref_temperature"),
+    ("linear_policy_loss", "ref_softcap"),
+    ("linear_policy_loss", "ref_logit_scale"),
     ("ppo_value_loss", "old_values"),
 }
 FLAGS = ("inplace_backward", "shift_mean", "unbiased", "biased", "group", "vocab_start", "dim")
@@ -227,6 +231,8 @@ def public_call(random_: random.Random) -> Call:
     function = getattr(kl_kernels, name)
     call = Call(name, function, valid_arguments(name, random_))
     parameters = [p for p in inspect.signature(function).parameters if p not in FLAGS]
+    if "cu_seqlens" in parameters and random_.random() < 0.3:
+        call.arguments = _packed(call.arguments, random_)
     for parameter in random_.sample(parameters, random_.choice((0, 0, 1, 1, 1, 2))):
         if parameter not in call.arguments and "bias" in parameter:
             continue
@@ -245,6 +251,34 @@ def public_call(random_: random.Random) -> Call:
             made = hostile.Hostile(made.value, hostile.ANY, made.how)
         call.expected = _worse(call.expected, made.expected)
     return call
+
+
+def _packed(arguments: dict[str, Any], random_: random.Random) -> dict[str, Any]:
+    """The same rows end to end, as [N] or [1, N]."""
+    b, t = arguments["mask"].shape
+    shape = (b * t,) if random_.random() < 0.5 else (1, b * t)
+    dtype = random_.choice((torch.int32, torch.int64))
+
+    def flat(value: Any) -> Any:
+        of_tokens = isinstance(value, torch.Tensor) and value.shape[:2] == (b, t)
+        return value.reshape(*shape, *value.shape[2:]) if of_tokens else value
+
+    packed = {
+        name: value if name in ("weight", "ref_weight") else flat(value)
+        for name, value in arguments.items()
+    }
+    return {**packed, "cu_seqlens": torch.arange(0, b * t + 1, t, dtype=dtype)}
+
+
+def _unpacked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that `_packed` was given."""
+    shape, b = arguments["mask"].shape, len(arguments["cu_seqlens"]) - 1
+    return {
+        name: value.reshape(b, -1)
+        if isinstance(value, torch.Tensor) and value.shape == shape and name != "scores"
+        else value
+        for name, value in arguments.items()
+    }
 
 
 def _worse(one: str, other: str) -> str:
@@ -297,6 +331,11 @@ def direct_call(random_: random.Random) -> Call:
                 made = torch.rand((2, b, t), generator=g) + 1
             elif at == "factor":
                 made = torch.rand((), generator=g)
+            elif at == "cu_seqlens":
+                b = 1
+                made = torch.randint(-1, t + 2, (random_.choice((0, 1, 2, 4)),), generator=g)
+                if random_.random() < 0.8:
+                    made = torch.tensor([0, *made.clamp(0, t).sort().values, t])
             elif at == "score_index":
                 made = torch.randint(-1, 9, (b,), generator=g)
             else:
@@ -325,7 +364,15 @@ def truth_of(call: Call) -> Any:
     truth = TRUTHS.get(call.name)
     if truth is None:
         return None
-    return lambda arguments: truth({name: _plain(value) for name, value in arguments.items()})
+
+    def of(arguments: dict[str, Any]) -> Any:
+        plain = {name: _plain(value) for name, value in arguments.items()}
+        if plain.get("cu_seqlens") is None:
+            return truth(plain)
+        shape = plain["mask"].shape
+        return [expected.reshape(shape) for expected in truth(_unpacked(plain))]
+
+    return of
 
 
 def _plain(value: Any) -> Any:

@@ -65,7 +65,7 @@ def evaluate(backend, tensors, extra):
         backend=backend,
     )
     found = {f"kl_rewards.{name}": value for name, value in shaped._asdict().items()}
-    advantages = torch.ops.kl_kernels.gae(rewards, values, mask, 0.99, 0.95, True, backend)
+    advantages = torch.ops.kl_kernels.gae(rewards, values, mask, 0.99, 0.95, True, None, backend)
     found |= {"advantages": advantages[0], "returns": advantages[1]}
     capped = {"softcap": 30.0, "temperature": 0.8}
     ids = torch.arange(min(5, logits.shape[-1]), device=logits.device).expand(*mask.shape, -1)

@@ -133,9 +133,19 @@ def test_advantages_are_the_reference_backends(backend, device, skip_masked, n_t
     mask = torch.rand(7, n_tokens, generator=g, device=device) < 0.6
     rewards[~mask], values[~mask] = torch.nan, torch.inf
     got, expected = (
-        torch.ops.kl_kernels.gae(rewards, values, mask, 0.99, 0.95, skip_masked, name)
+        torch.ops.kl_kernels.gae(rewards, values, mask, 0.99, 0.95, skip_masked, None, name)
         for name in (backend, "reference")
     )
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+    bounds = torch.tensor([0, 0, n_tokens // 3, n_tokens, 7 * n_tokens], device=device)
+    got, expected = (
+        kl_kernels.compute_gae(
+            *(t.flatten() for t in (rewards, values, mask)),
+            masked="skip" if skip_masked else "zero", cu_seqlens=bounds, backend=name,
+        )
+        for name in (backend, "reference")
+    )  # fmt: skip
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 

@@ -101,12 +101,26 @@ def test_nothing_waits_for_the_gpu(backend):
     inputs = make_inputs(V, "cuda")
     mask = torch.ones(inputs[2].shape, dtype=torch.bool, device="cuda")
     scores = torch.ones(len(mask), device="cuda")
+    bounds = torch.tensor([0, 1, mask.numel()], device="cuda")
 
     def everything():
         evaluate(*inputs, backend, mask)
         kl_kernels.token_stats(inputs[0], inputs[2], mask=mask, backend=backend)
         shaped = kl_kernels.kl_rewards(*inputs, scores, mask, kl_coef=0.1, backend=backend)
-        torch.ops.kl_kernels.gae(shaped.rewards, shaped.kl, mask, 0.99, 0.95, True, backend)
+        torch.ops.kl_kernels.gae(shaped.rewards, shaped.kl, mask, 0.99, 0.95, True, None, backend)
+        logits, ref_logits, ids = (t.flatten(0, 1) for t in inputs)
+        packed = mask.flatten()
+        shaped = kl_kernels.kl_rewards(
+            logits, ref_logits, ids, scores[:1].expand(2), packed,
+            kl_coef=0.1, cu_seqlens=bounds, backend=backend,
+        )  # fmt: skip
+        kl_kernels.compute_gae(
+            shaped.rewards, shaped.kl, packed, cu_seqlens=bounds, backend=backend
+        )
+        kl_kernels.importance_weights(
+            shaped.logprob, shaped.ref_logprob, packed, level="sequence", cu_seqlens=bounds
+        )
+        kl_kernels.aggregate(shaped.kl, packed, "seq-mean-token-mean", cu_seqlens=bounds)
 
         policy_loss(*inputs, backend, mask=mask, aggregation="seq-mean-token-mean")
 

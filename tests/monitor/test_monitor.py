@@ -349,6 +349,7 @@ def test_the_folder_knows_neither_kernels_nor_trainers():
         "rl.masked",
         "rl.measure",
         "rl.sampling",
+        "rl.sequences",
         "versions",
     }
     folder = Path(kl_kernels.__file__).parent / "monitor"

@@ -218,7 +218,7 @@ def arguments(name, backend):
             *(0.2, 0.2, None, 20.0, 0.1, 1, 0.01, *scales, None, gradient),
         ),
         "scale_gradient": (gradient, torch.tensor(2.0)),
-        "gae": (per_token, per_token, mask, 0.9, 0.95, True),
+        "gae": (per_token, per_token, mask, 0.9, 0.95, True, None),
     }
     for backward in ("token_stats_backward", "token_kl_backward", "token_jsd_backward"):
         arguments[backward + "_"] = (*arguments[backward], gradient)

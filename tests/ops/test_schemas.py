@@ -65,7 +65,7 @@ def test_a_schema_is_what_its_class_says():
     """Written out once, so that the derivation is tested by something else than itself."""
     assert schema("gae", "str? backend") == (
         "(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, bool skip_masked, "
-        "str? backend) -> (Tensor advantages, Tensor returns)"
+        "Tensor? cu_seqlens, str? backend) -> (Tensor advantages, Tensor returns)"
     )
     assert schema("scale_gradient") == "(Tensor(a!) gradient, Tensor factor) -> ()"
     assert schema("token_stats_backward", returns_gradient=True) == (

@@ -72,6 +72,12 @@ def ppo_step(logits: Tensor, ref_logits: Tensor, ids: Tensor, mask: Tensor, scor
     assert_type(controller.update(rollout.kl, len(scores), mask=mask).value, float)
     assert_type(kl_kernels.masked_mean(rollout.kl, mask), Tensor)
 
+    packed = kl_kernels.compute_gae(rollout.rewards, rollout.kl, mask, cu_seqlens=ids)
+    assert_type(packed, tuple[Tensor, Tensor])
+    kl_kernels.aggregate(rollout.kl, mask, "seq-mean-token-sum", cu_seqlens=ids)
+    controller.update(rollout.kl, len(scores), mask=mask, cu_seqlens=ids)
+
+    kl_kernels.aggregate(rollout.kl, mask, cu_seqlens=[0, 4])  # type: ignore[arg-type]
     kl_kernels.kl_rewards(logits, ref_logits, ids, scores, mask)  # type: ignore[call-arg]
     kl_kernels.compute_gae(rollout, returns, mask)  # type: ignore[arg-type]
     kl_kernels.global_denominator(mask, "mean")  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ Every other backend is checked against it. Only rows under the mask are read; al
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from kl_kernels.algebra.row import (
     within_reach,
 )
 from kl_kernels.backends.reference.rows import Models, as_saved, blocks, row_groups, rows_of_state
-from kl_kernels.checks import check_token_range
+from kl_kernels.checks import check_cu_seqlens, check_token_range
 from kl_kernels.schemas import (
     NO_TOKEN,
     FinishPartsArgs,
@@ -186,15 +188,33 @@ def gae(a: GAEArgs) -> GAEOutputs:
     Skipping hands a masked token's successor on to its predecessor, as if it were not there.
     Otherwise masked rewards and values count as 0, and time passes over them.
     """
-    r, v = (torch.where(a.mask, t, 0.0).double() for t in (a.rewards, a.values))
-    advantages = torch.zeros_like(r)
-    next_value, next_advantage = r.new_zeros(len(r)), r.new_zeros(len(r))
-    for t in reversed(range(r.shape[1])):
-        delta = r[:, t] + a.gamma * next_value - v[:, t]
-        advantage = delta + a.gamma * a.lam * next_advantage
-        counts = a.mask[:, t] | (not a.skip_masked)
-        next_value = torch.where(counts, v[:, t], next_value)
-        next_advantage = torch.where(counts, advantage, next_advantage)
-        advantages[:, t] = torch.where(a.mask[:, t], advantage, 0.0)
-    returns = torch.where(a.mask, advantages + v, 0.0)
-    return GAEOutputs(advantages.to(a.rewards.dtype), returns.to(a.rewards.dtype))
+    r, v = (torch.where(a.mask, t, 0.0).double().flatten() for t in (a.rewards, a.values))
+    mask, advantages = a.mask.flatten(), torch.zeros_like(r)
+    n_sequences = len(a.rewards) if a.cu_seqlens is None else len(a.cu_seqlens) - 1
+    next_value, next_advantage = r.new_zeros(2, n_sequences).unbind()
+    for here, t in _from_last_tokens_back(a):
+        delta = r[t] + a.gamma * next_value[here] - v[t]
+        advantage = delta + a.gamma * a.lam * next_advantage[here]
+        counts = mask[t] | (not a.skip_masked)
+        next_value[here] = torch.where(counts, v[t], next_value[here])
+        next_advantage[here] = torch.where(counts, advantage, next_advantage[here])
+        advantages[t] = torch.where(mask[t], advantage, 0.0)
+    returns = torch.where(mask, advantages + v, 0.0)
+    shape, dtype = a.rewards.shape, a.rewards.dtype
+    return GAEOutputs(advantages.view(shape).to(dtype), returns.view(shape).to(dtype))
+
+
+def _from_last_tokens_back(a: GAEArgs) -> Iterator[tuple[slice, slice | Tensor]]:
+    """Yield the sequences that have a further token, and these tokens among the flattened."""
+    n_batch, n_tokens = a.rewards.shape
+    if a.cu_seqlens is None:
+        for t in reversed(range(n_tokens)):
+            yield slice(n_batch), slice(t, None, n_tokens)
+        return
+    check_cu_seqlens("rewards", a.rewards.shape, a.cu_seqlens)
+    # Longest first, so that those with a further token are always the first ones.
+    lengths, order = a.cu_seqlens.diff().sort(descending=True)
+    ends = a.cu_seqlens[1:][order]
+    for back in range(1, int(lengths[:1].sum()) + 1):
+        n = int((lengths >= back).sum())
+        yield slice(n), ends[:n] - back

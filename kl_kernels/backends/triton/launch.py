@@ -287,6 +287,8 @@ def scale_gradient(a: ScaleGradientArgs) -> None:
 def gae(a: GAEArgs) -> GAEOutputs:
     out = GAEOutputs(torch.empty_like(a.rewards), torch.empty_like(a.rewards))
     n_sequences, n_tokens = a.rewards.shape
+    if a.cu_seqlens is not None:
+        n_sequences = len(a.cu_seqlens) - 1
     if a.rewards.numel():
         with torch.cuda.device_of(a.rewards):
             gae_kernel[(n_sequences,)](
@@ -295,10 +297,13 @@ def gae(a: GAEArgs) -> GAEOutputs:
                 mask_ptr=a.mask,
                 advantages_ptr=out.advantages,
                 returns_ptr=out.returns,
+                cu_seqlens_ptr=a.cu_seqlens,
                 n_tokens=n_tokens,
+                n_sequences=n_sequences,
                 gamma=a.gamma,
                 lam=a.lam,
                 SKIP_MASKED=a.skip_masked,
+                HAS_CU_SEQLENS=a.cu_seqlens is not None,
                 BLOCK_T=CONFIG.gae_block,
                 num_warps=CONFIG.num_warps,
                 **COMPILE,

@@ -25,21 +25,34 @@ def compose(keep1, c1, d1, e1, f1, keep2, c2, d2, e2, f2):
     return keep, c, d, e, f
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@triton.jit(do_not_specialize=["n_tokens", "n_sequences"])
 def gae_kernel(
     rewards_ptr,  # [B, T]
     values_ptr,  # [B, T]
     mask_ptr,  # [B, T]
     advantages_ptr,  # [B, T]
     returns_ptr,  # [B, T]
+    cu_seqlens_ptr,  # [S + 1] int64, of sequences in [1, N]
     n_tokens,
+    n_sequences,
     gamma,
     lam,
     SKIP_MASKED: tl.constexpr,
+    HAS_CU_SEQLENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """One program per sequence, blocks of tokens from the last."""
-    base = tl.program_id(0).to(tl.int64) * n_tokens
+    sequence = tl.program_id(0)
+    base = sequence.to(tl.int64) * n_tokens
+    if HAS_CU_SEQLENS:
+        # Whatever is wrong with them: no access out of bounds, and no token without a value.
+        end = tl.load(cu_seqlens_ptr + sequence + 1)
+        end = tl.minimum(tl.maximum(end, 0), n_tokens)
+        end = tl.where(sequence == n_sequences - 1, n_tokens, end)
+        base = tl.load(cu_seqlens_ptr + sequence)
+        base = tl.minimum(tl.maximum(base, 0), n_tokens)
+        base = tl.where(sequence == 0, 0, base)
+        n_tokens = end - base
     next_value = 0.0
     next_advantage = 0.0
     for block in range(tl.cdiv(n_tokens, BLOCK_T) - 1, -1, -1):

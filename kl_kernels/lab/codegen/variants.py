@@ -148,8 +148,10 @@ def variants(shape: Shape) -> list[Variant]:
     (mixture_backward,) = _launches(launch_mixture.token_jsd_backward, args(TokenJSDBackwardArgs))
     (scale,) = _launches(launch.scale_gradient, args(ScaleGradientArgs))
     per_token = torch.empty((1, 1024), device="meta")
-    gae_args = GAEArgs(per_token, per_token, per_token.bool(), 0.99, 0.95, skip_masked=True)
+    gae_args = GAEArgs(per_token, per_token, per_token.bool(), 0.99, 0.95, True, cu_seqlens=None)
     (gae,) = _launches(launch.gae, gae_args)
+    bounds = torch.empty((9,), dtype=torch.int64, device="meta")
+    (packed_gae,) = _launches(launch.gae, gae_args._replace(cu_seqlens=bounds))
 
     twice = ("fast", "running max")
     return [
@@ -174,6 +176,7 @@ def variants(shape: Shape) -> list[Variant]:
         Variant("part of a vocabulary", *part),
         Variant("finish: parts", *finish_parts),
         Variant("gae", *gae),
+        Variant("gae: packed", *packed_gae),
     ]
 
 

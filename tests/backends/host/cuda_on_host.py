@@ -418,6 +418,8 @@ def scale_gradient(a: ScaleGradientArgs) -> None:
 
 def gae(a: GAEArgs) -> GAEOutputs:
     n_batch, n_tokens = a.rewards.shape
+    if a.cu_seqlens is not None:
+        n_batch = len(a.cu_seqlens) - 1
     out = GAEOutputs(torch.empty_like(a.rewards), torch.empty_like(a.rewards))
     assert not library().host_gae(
         *(c_void_p(pointer(t)) for t in (a.rewards, a.values, a.mask)),
@@ -426,6 +428,7 @@ def gae(a: GAEArgs) -> GAEOutputs:
         c_double(a.gamma),
         c_double(a.lam),
         c_bool(a.skip_masked),
+        c_void_p(pointer(a.cu_seqlens)),
         *(c_void_p(pointer(t)) for t in out),
     )
     return out

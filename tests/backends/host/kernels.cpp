@@ -115,9 +115,9 @@ int host_scale(const Rows* rows, const GradLogits* gradient, Dtype dtype, const 
 }
 
 int host_gae(const float* rewards, const float* values, const bool* mask, int64_t n_batch,
-             int64_t n_tokens, double gamma, double lam, bool skip_masked, float* advantages,
-             float* returns) {
-  return launch_gae(rewards, values, mask, n_batch, n_tokens, gamma, lam, skip_masked, advantages,
-                    returns, nullptr);
+             int64_t n_tokens, double gamma, double lam, bool skip_masked,
+             const int64_t* cu_seqlens, float* advantages, float* returns) {
+  return launch_gae(rewards, values, mask, n_batch, n_tokens, gamma, lam, skip_masked, cu_seqlens,
+                    advantages, returns, nullptr);
 }
 }

@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <algorithm>
+
 namespace {
 
 constexpr int64_t kBatch = 2, kTokens = 2, kRows = kBatch * kTokens;
@@ -163,7 +165,12 @@ void run_gae(int64_t n_tokens) {
   Array<bool> mask(n, true);
   for (int64_t i = 0; i < n; i += 3) mask.values[i] = false;
   check(launch_gae(rewards.values, values.values, mask.values, 3, n_tokens, 0.99, 0.95, true,
-                   advantages.values, returns.values, nullptr));
+                   nullptr, advantages.values, returns.values, nullptr));
+  Array<int64_t> bounds(5);
+  const int64_t wrong[] = {7, -2, 1, 3 * n, -2};
+  std::copy(wrong, wrong + 5, bounds.values);
+  check(launch_gae(rewards.values, values.values, mask.values, 4, n, 0.99, 0.95, true,
+                   bounds.values, advantages.values, returns.values, nullptr));
 }
 
 }  // namespace

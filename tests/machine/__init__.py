@@ -1,0 +1,22 @@
+"""Run the machine code that Triton and nvcc emit, PTX, on the CPU, with every access checked.
+
+A kernel's numbers can be right by luck: the CPU's interpreters of Triton and of CUDA run other
+instructions, in another order, and see no race. Here the instructions themselves run, each on numpy
+arrays with one value per thread.
+
+| file | purpose | imports |
+|---|---|---|
+| `parse` | PTX text as functions of instructions | |
+| `arithmetic`, `integers` | results of instructions, exact or at the bound of an approximate one | |
+| `lower_*`, `lower` | a block of instructions as a Python function on arrays | all above |
+| `blocks` | basic blocks, liveness, `Kernel` | `lower` |
+| `faults`, `memory`, `races`, `counters` | memory, and all that may go wrong in it | |
+| `barriers`, `warps`, `copies`, `machine` | threads, and how they wait for each other | all above |
+| `triton_launches`, `cuda_launches` | launches of this project's kernels, taken to the machine | all above |
+| `lint` | faults that can be read from the instructions, without running them | `parse` |
+
+Not modelled: weak memory order (the race detector stands in for it), the order of warps on
+hardware, and all that ptxas makes of PTX.
+
+PTX ISA: https://docs.nvidia.com/cuda/parallel-thread-execution/
+"""

@@ -107,7 +107,7 @@ class Kernel:
             block.instructions.append(instruction)
 
     def _liveness(self) -> tuple[list[set[str]], list[set[str]]]:
-        """Least sets that the flow of control allows; a predicated result may leave the old value."""
+        """Least sets that the flow allows; a predicated result may leave the old value."""
         use: list[set[str]] = []
         defined: list[set[str]] = []
         for block in self.blocks:

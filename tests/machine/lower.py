@@ -1,8 +1,8 @@
 """A basic block as a Python function on numpy arrays.
 
-`block(R, C, m, n)` reads and writes registers in the dictionary `R`; `C` is the machine; `m` are the
-numbers of the threads that execute it, None for all; `n` is their number. It returns what its last
-instruction asks: the predicate of a branch or of a reducing barrier.
+`block(R, C, m, n)` reads and writes registers in the dictionary `R`; `C` is the machine; `m` are
+the numbers of the threads that execute it, None for all; `n` is their number. It returns what its
+last instruction asks: the predicate of a branch or of a reducing barrier.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def compiled(kernel: Kernel, block: Block, full: bool) -> Callable:
         if name in kernel.live_out[block.index]:
             lines += stored(values, name, full)
     lines.append(" return result")
-    space = {**NAMES, **{name: value for name, value in values.constants.values()}}
+    space = {**NAMES, **dict(values.constants.values())}
     title = f"<{kernel.function.name}, block {block.index}>"
-    exec(compile("\n".join(lines), title, "exec"), space)  # noqa: S102  its text is made above
+    exec(compile("\n".join(lines), title, "exec"), space)
     found: Callable = space["block"]
     return found
 

@@ -152,7 +152,7 @@ def extreme(v: Values, of: Instruction) -> None:
     if of.modifiers[-1] == "bf16x2":
         a, b = (v.array(operand, "u4") for operand in of.args[1:])
         return v.write(of.args[0], "u4", f"I.packed_extreme({name!r}, {a}, {b})", of)
-    if kind[0] != "f" or "abs" in of.modifiers and "xorsign" not in of.modifiers:
+    if kind[0] != "f" or ("abs" in of.modifiers and "xorsign" not in of.modifiers):
         raise NotImplementedError(of.op)
     a, b = (v.array(operand, kind) for operand in of.args[1:])
     if flushes(of):
@@ -267,7 +267,8 @@ INTEGER_COMPARISONS = {
     "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
 }  # fmt: skip
 FLOAT_COMPARISONS = {
-    "eq": "{0} == {1}", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
+    "eq": "{0} == {1}", "lt": "{0} < {1}", "le": "{0} <= {1}",
+    "gt": "{0} > {1}", "ge": "{0} >= {1}",
     "ne": "({0} < {1}) | ({0} > {1})", "neu": "{0} != {1}",
     "equ": "~(({0} < {1}) | ({0} > {1}))",
     "ltu": "~({0} >= {1})", "leu": "~({0} > {1})", "gtu": "~({0} <= {1})", "geu": "~({0} < {1})",
@@ -362,7 +363,7 @@ def convert(v: Values, of: Instruction) -> None:
         return v.write(of.args[0], d, f"I.from_float(np.{name}({text}), {d})", of)
     if s[0] == "f":
         return convert_float(v, of, d, s, rounding)
-    if d[0] == "f" and rounding != ["rn"] or d[0] != "f" and of.modifiers[:-2]:
+    if rounding != (["rn"] if d[0] == "f" else []) or (d[0] != "f" and of.modifiers[:-2]):
         raise NotImplementedError(of.op)
     v.write(of.args[0], d, f"{text}.astype({d})", of)
 

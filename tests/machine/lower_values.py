@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # Types by the kind of number and its bytes; "b1" is a predicate.
 NUMPY = {
-    "b1": np.bool_, "u1": np.uint8, "i1": np.int8, "u2": np.uint16, "i2": np.int16, "f2": np.float16,
+    "b1": np.bool_, "u1": np.uint8, "i1": np.int8,
+    "u2": np.uint16, "i2": np.int16, "f2": np.float16,
     "u4": np.uint32, "i4": np.int32, "f4": np.float32, "u8": np.uint64, "i8": np.int64,
     "f8": np.float64,
 }  # fmt: skip

@@ -48,12 +48,15 @@ __device__ inline RowState<double> merge_cluster(const Cluster& cluster,
     ref_anchor = ref_anchor > ref_theirs ? ref_anchor : ref_theirs;
   }
   Sums<double> all = move(mine, anchor, ref_anchor).sums;
-  for (int by = n / 2; by > 0; by /= 2) {  // the same in every lane, since x + y is y + x
-    all.sx += other(all.sx, by);
-    all.sy += other(all.sy, by);
-    all.ex += other(all.ex, by);
-    all.rk += other(all.rk, by);
-    all.fk += other(all.fk, by);
+  // The same in every lane, since x + y is y + x. (Not written +=: the first x may be a product,
+  // and fused with its sum it would be rounded in one lane otherwise than in the other.)
+  const auto add = [&](double& sum, int by) { sum = __dadd_rn(sum, other(sum, by)); };
+  for (int by = n / 2; by > 0; by /= 2) {
+    add(all.sx, by);
+    add(all.sy, by);
+    add(all.ex, by);
+    add(all.rk, by);
+    add(all.fk, by);
   }
   return {anchor, ref_anchor, all};
 }

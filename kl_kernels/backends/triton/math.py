@@ -137,16 +137,27 @@ def merge_all(s, HAS_REF: tl.constexpr):
 
 
 @triton.jit
+def sum_of_threads(x):
+    """The sum of x [N], one number per thread, with the same bits in every thread.
+
+    It starts as x plus another thread's x. Where x is a product, a compiler that may fuse makes
+    fma(a, b, the other's product) of that, which the other thread rounds differently. A product
+    plus 0 is fused already, and has nothing left to fuse.
+    """
+    return tl.sum(x + 0.0, 0)
+
+
+@triton.jit
 def add_all(s, anchor, ref_anchor):
     """The states [N], which share these anchors (scalars), as one."""
     return RowState(
         anchor,
         ref_anchor,
-        tl.sum(s.sx, 0),
-        tl.sum(s.sy, 0),
-        tl.sum(s.ex, 0),
-        tl.sum(s.rk, 0),
-        tl.sum(s.fk, 0),
+        sum_of_threads(s.sx),
+        sum_of_threads(s.sy),
+        sum_of_threads(s.ex),
+        sum_of_threads(s.rk),
+        sum_of_threads(s.fk),
         tl.max(s.gap, 0),
         tl.min(s.least_gap, 0),
     )

@@ -18,6 +18,7 @@ from kl_kernels.backends.triton.math import (
     LN2,
     soft_capped,
     soft_capped_grad,
+    sum_of_threads,
     within_reach,
 )
 from kl_kernels.backends.triton.tiles import (
@@ -199,8 +200,8 @@ def mix_kernel(
         jsd, kl = mix_tile(jsd, kl, x, y, last - TILE - i, None, m, tile)
     # NaN of a row is in its sums, and not in what is bounded.
     nan_of_row = m.shift - m.shift
-    row_jsd = tl.sum(jsd, 0) * (-LN2 / sx) + nan_of_row
-    row_kl = tl.sum(kl, 0) * (-LN2 / sx) + nan_of_row
+    row_jsd = sum_of_threads(jsd) * (-LN2 / sx) + nan_of_row
+    row_kl = sum_of_threads(kl) * (-LN2 / sx) + nan_of_row
     if not GIVEN:
         row_jsd = tl.maximum(row_jsd, 0.0, KEEP_NAN)
     tl.store(jsd_ptr + row, row_jsd)

@@ -11,6 +11,8 @@ for one that is skipped. Such maps compose associatively.
 import triton
 import triton.language as tl
 
+from kl_kernels.backends.triton.math import sum_of_threads
+
 
 @triton.jit
 def compose(keep1, c1, d1, e1, f1, keep2, c2, d2, e2, f2):
@@ -68,5 +70,5 @@ def gae_kernel(
         tl.store(returns_ptr + base + t, tl.where(counts, advantage + v, zero), inside)
         # The block's first token is the next block's successor.
         first = tl.arange(0, BLOCK_T) == 0
-        next_value = tl.sum(tl.where(first, value, zero), 0)
-        next_advantage = tl.sum(tl.where(first, advantage, zero), 0)
+        next_value = sum_of_threads(tl.where(first, value, zero))
+        next_advantage = sum_of_threads(tl.where(first, advantage, zero))

@@ -203,6 +203,8 @@ T __shfl_down_sync(unsigned, T value, int by) {
   return cuda_on_host::shuffle(value, lane + by < cuda_on_host::kWarp ? lane + by : lane);
 }
 
+inline double __dadd_rn(double x, double y) { return x + y; }
+
 namespace kl_kernels {  // primitives.cuh
 
 inline float max_or_nan(float a, float b) { return isnan(a) || isnan(b) ? NAN : fmaxf(a, b); }

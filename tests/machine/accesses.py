@@ -262,4 +262,5 @@ class Accesses(Group):
 
 def bytes_of(values: Values) -> ndarray:  # [threads, bytes]
     together = np.stack(values, 1)
-    return together.view(np.uint8).reshape(len(together), -1)
+    size = together.shape[1] * together.itemsize
+    return together.view(np.uint8).reshape(len(together), size)

@@ -5,9 +5,9 @@ run first, until they meet the others again. So the result is that of one possib
 another order could change is told as a fault: races, values that several threads store at once,
 memory that might not be there yet or no more.
 
-Modelled: every instruction of the kernels' PTX with its rounding; global and shared memory, byte by
-byte; asynchronous copies; barriers of CTAs and clusters; shuffles; shared memory of other CTAs of a
-cluster. Not modelled: orders of memory weaker than sequential and the luck of warps' scheduling, for
+Modelled: every instruction of the kernels' PTX with its rounding; global and shared memory, byte
+by byte; asynchronous copies; barriers of CTAs and clusters; shuffles; shared memory of other CTAs
+of a cluster. Not modelled: orders of memory weaker than sequential and the luck of scheduling, for
 both of which the race detector stands in; caches and time; ptxas and the hardware's instructions
 (SASS).
 """

@@ -7,12 +7,13 @@ arrays with one value per thread.
 | file | purpose | imports |
 |---|---|---|
 | `parse` | PTX text as functions of instructions | |
-| `arithmetic`, `integers` | results of instructions, exact or at the bound of an approximate one | |
+| `arithmetic`, `integers` | results of instructions, exact or at their bound | |
 | `lower_*`, `lower` | a block of instructions as a Python function on arrays | all above |
 | `blocks` | basic blocks, liveness, `Kernel` | `lower` |
 | `faults`, `memory`, `races`, `counters` | memory, and all that may go wrong in it | |
-| `barriers`, `warps`, `copies`, `machine` | threads, and how they wait for each other | all above |
-| `triton_launches`, `cuda_launches` | launches of this project's kernels, taken to the machine | all above |
+| `threads`, `accesses`, `reads` | what threads ask of memory | all above |
+| `copies`, `warps`, `barriers`, `machine` | how threads wait for each other | all above |
+| `launches`, `triton_launches`, `cuda_launches` | this project's kernels on it | all above |
 | `lint` | faults that can be read from the instructions, without running them | `parse` |
 
 Not modelled: weak memory order (the race detector stands in for it), the order of warps on

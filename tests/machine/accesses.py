@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy import ndarray
 
@@ -35,24 +37,20 @@ class Accesses(Group):
 
     # --- called by lowered code
 
-    def load_global(self, address, size, count, condition, m, line) -> Values:
-        threads, at = self.active(m, condition)
-        found = self._load_global(
-            address if at is None else address[at], size * count, threads, line
-        )
-        return self._spread(found, size, count, at, self.n if m is None else len(m))
+    def load_global(self, address, size, count, condition, m, line, used=None) -> Values:
+        return self._load(self._load_global, address, size, count, condition, m, line, used)
+
+    def load_shared(self, address, size, count, condition, m, line, used=None) -> Values:
+        return self._load(self._load_own, address, size, count, condition, m, line, used)
+
+    def load_generic(self, address, size, count, condition, m, line, used=None) -> Values:
+        return self._load(self._load_any, address, size, count, condition, m, line, used)
 
     def store_global(self, address, values: Values, size, condition, m, line) -> None:
         threads, at = self.active(m, condition)
         if at is not None:
             address, values = address[at], [value[at] for value in values]
         self._store_global(address, bytes_of(values), threads, line)
-
-    def load_shared(self, address, size, count, condition, m, line) -> Values:
-        threads, at = self.active(m, condition)
-        place = self._own(address if at is None else address[at], size * count, threads, line)
-        found = self._load_shared(place, size * count, threads, line)
-        return self._spread(found, size, count, at, self.n if m is None else len(m))
 
     def store_shared(self, address, values: Values, size, condition, m, line) -> None:
         threads, at = self.active(m, condition)
@@ -61,16 +59,6 @@ class Accesses(Group):
         data = bytes_of(values)
         place = self._own(address, data.shape[1] if len(data) else size, threads, line)
         self._store_shared(place, data, threads, line)
-
-    def load_generic(self, address, size, count, condition, m, line) -> Values:
-        threads, at = self.active(m, condition)
-        address = address if at is None else address[at]
-        found = np.zeros((len(threads), size * count), np.uint8)
-        shared = address >= WINDOW
-        for which, load in ((shared, self._load_window), (~shared, self._load_global)):
-            if which.any():
-                found[which] = load(address[which], size * count, threads[which], line)
-        return self._spread(found, size, count, at, self.n if m is None else len(m))
 
     def store_generic(self, address, values: Values, size, condition, m, line) -> None:
         threads, at = self.active(m, condition)
@@ -92,23 +80,39 @@ class Accesses(Group):
             rank = rank % np.uint32(self.cluster)
         return address + ((rank.astype(np.uint64) + np.uint64(1)) << np.uint64(RANK))
 
+    def _load(self, load, address, size, count, condition, m, line, used) -> Values:
+        """Load for the threads that execute it; bit i of `used` is whether byte i matters."""
+        threads, at = self.active(m, condition)
+        found = load(address if at is None else address[at], size * count, threads, line, used)
+        return self._spread(found, size, count, at, self.n if m is None else len(m))
+
+    def _load_any(self, address: ndarray, size: int, threads, line: int, used) -> ndarray:
+        found = np.zeros((len(threads), size), np.uint8)
+        shared = address >= WINDOW
+        for which, load in ((shared, self._load_window), (~shared, self._load_global)):
+            if which.any():
+                found[which] = load(address[which], size, threads[which], line, used)
+        return found
+
     # --- global memory
 
-    def _load_global(self, address: ndarray, size: int, threads: ndarray, line: int) -> ndarray:
+    def _load_global(
+        self, address: ndarray, size: int, threads: ndarray, line: int, used: int | None = None
+    ) -> ndarray:
         result = np.full((len(threads), size), GARBAGE, np.uint8)
         if not len(threads):
             return result
         self._count("load", "global", line, address, size, threads)
         for buffer, at, offset in self.launch.memory.split(address):
             who = threads[at]
-            good = self._exists(buffer, address[at], offset, size, who, line, "load")
+            good = self._exists(buffer, address[at], offset, size, who, line, "load", used)
             if buffer is None:
                 continue
             if not good.all():
                 which = np.flatnonzero(good)
                 at = which if isinstance(at, slice) else at[which]
                 offset, who = offset[which], who[which]
-            written = buffer.was_written(offset, size)
+            written = every(buffer.was_written, offset, size, used)
             if not written.all():
                 self._uninitialised("global", line, who, written)
             self.launch.reads.note(buffer, offset, size, self, who, line)
@@ -142,13 +146,14 @@ class Accesses(Group):
         threads: ndarray,
         line: int,
         access: str,
+        used: int | None = None,
     ) -> ndarray:
         """Whether each access is aligned, and to bytes that exist; if not, that is a fault."""
         if buffer is None:
             good = np.zeros(len(address), bool)
         else:
             good = (offset >= 0) & (offset + size <= len(buffer.data))
-            good &= buffer.exists(offset, size)
+            good &= every(buffer.exists, offset, size, used)
         aligned = address % size == 0
         if not aligned.all():
             at = np.flatnonzero(~aligned)
@@ -180,12 +185,12 @@ class Accesses(Group):
         return self._place(offset, size, cta, threads, line)
 
     def _place(self, offset, size: int, cta, threads: ndarray, line: int) -> ndarray:
+        """Places in `shared`, -1 where there is none."""
         bad = (offset < 0) | (offset + size > self.launch.shared_bytes)
         if bad.any():
             at = np.flatnonzero(bad)
             text = f"{size} bytes at {offset[at[0]]} by thread {self.number[threads[at[0]]]}"
             self.fault("shared out of bounds", line, text, len(at))
-            offset = np.where(bad, 0, offset)
         if (offset % size).any():
             self.fault(
                 "shared misaligned", line, f"{size} bytes at {offset[offset % size != 0][0]}"
@@ -193,24 +198,37 @@ class Accesses(Group):
             offset = offset - offset % size
         return offset + cta * self.stride
 
-    def _load_window(self, address: ndarray, size: int, threads: ndarray, line: int) -> ndarray:
-        return self._load_shared(self._in_window(address, size, threads, line), size, threads, line)
+    def _load_own(self, address: ndarray, size: int, threads, line: int, used) -> ndarray:
+        return self._load_shared(self._own(address, size, threads, line), size, threads, line, used)
 
-    def _load_shared(self, place: ndarray, size: int, threads: ndarray, line: int) -> ndarray:
-        if not len(threads):
-            return np.zeros((0, size), np.uint8)
-        self._count("load", "shared", line, place, size, threads)
+    def _load_window(self, address: ndarray, size: int, threads, line: int, used) -> ndarray:
+        place = self._in_window(address, size, threads, line)
+        return self._load_shared(place, size, threads, line, used)
+
+    def _load_shared(
+        self, place: ndarray, size: int, threads: ndarray, line: int, used: int | None = None
+    ) -> ndarray:
+        result = np.full((len(threads), size), GARBAGE, np.uint8)
+        at = np.flatnonzero(place >= 0)
+        place, threads = place[at], threads[at]
+        if len(at):
+            self._count("load", "shared", line, place, size, threads)
+            written = every(self._was_written, place, size, used)
+            if not written.all():
+                self._uninitialised("shared", line, threads, written)
+            self._race_shared(place, size, threads, line, store=False, used=used)
+            result[at] = self.shared.reshape(-1, size)[place // size]
+        return result
+
+    def _was_written(self, place: ndarray, size: int) -> ndarray:
         marks = pieces(self.shared_written, size)[place // size].reshape(len(place), -1)
-        written = (marks == ONES[size]).all(1)
-        if not written.all():
-            self._uninitialised("shared", line, threads, written)
-        self._race_shared(place, size, threads, line, store=False)
-        return self.shared.reshape(-1, size)[place // size]
+        return (marks == ONES[size]).all(1)
 
     def _store_shared(self, place: ndarray, data: ndarray, threads: ndarray, line: int) -> None:
-        if not len(threads):
+        at = np.flatnonzero(place >= 0)
+        if not len(at):
             return
-        size = data.shape[1]
+        place, data, threads, size = place[at], data[at], threads[at], data.shape[1]
         self._count("store", "shared", line, place, size, threads)
         self._race_shared(place, size, threads, line, store=True)
         view = self.shared.reshape(-1, size)
@@ -219,12 +237,12 @@ class Accesses(Group):
         pieces(self.shared_written, size)[place // size] = ONES[size]
 
     def _race_shared(
-        self, place: ndarray, size: int, threads: ndarray, line: int, *, store
+        self, place: ndarray, size: int, threads, line: int, *, store: bool, used: int | None = None
     ) -> None:
-        index = (place[:, None] + np.arange(size)).ravel()
-        text = races.check(
-            self.shared_records, index, self.who(threads).repeated(size), store=store
-        )
+        which = bytes_in(size, used)
+        index = (place[:, None] + which).ravel()
+        by = self.who(threads).repeated(len(which))
+        text = races.check(self.shared_records, index, by, store=store)
         if text:
             self.fault("shared race", line, text)
 
@@ -258,6 +276,19 @@ class Accesses(Group):
             everyone[at] = values
             values = everyone
         return [np.ascontiguousarray(values[:, element]) for element in range(count)]
+
+
+def bytes_in(size: int, used: int | None) -> ndarray:
+    """Which bytes of an access matter."""
+    everything = np.arange(size)
+    return everything if used is None else everything[(used >> everything) & 1 == 1]
+
+
+def every(holds: Callable[[ndarray, int], ndarray], at: ndarray, size: int, used: int | None):
+    """Whether something holds of all bytes that matter, of each access."""
+    if used is None:
+        return holds(at, size)
+    return np.logical_and.reduce([holds(at + byte, 1) for byte in bytes_in(size, used)])
 
 
 def bytes_of(values: Values) -> ndarray:  # [threads, bytes]

@@ -1,7 +1,7 @@
 """Floating-point results of instructions, on arrays of one value per thread.
 
-Exact instructions are rounded once. Approximate ones are rounded to nearest, or are as far from that
-as the PTX ISA allows, or anything in between: `approximation`.
+Exact instructions are rounded once. Approximate ones are rounded to nearest, or are as far from
+that as the PTX ISA allows, or anything in between: `approximation`.
 
 Bounds: https://docs.nvidia.com/cuda/parallel-thread-execution/#floating-point-instructions-ex2,
 #floating-point-instructions-lg2, -rcp, -rcp-approx-ftz-f64, -div

@@ -47,6 +47,8 @@ class Copies(Accesses):
         data = self._load_global(source, size, threads, line)
         place = self._own(to, size, threads, line)
         self._store_shared(place, np.full_like(data, UNTIL_THEN), threads, line)
+        there = place >= 0
+        threads, place, data = threads[there], place[there], data[there]
         pieces(self.shared_written, size)[place // size] = 0
         self.pending.append(Copy(threads, self.commits[threads].copy(), place, data, line))
 

@@ -43,7 +43,8 @@ def load(v: Values, of: Instruction) -> None:
     if space_of(of) == "param":
         return load_parameter(v, of, kind, parts)
     arguments = f"{v.address(of.args[1])}, {size}, {count_of(of, parts)}"
-    v.emit(f"v = C.load_{space_of(of)}({arguments}, {v.condition(of)}, m, {of.line})")
+    used = "" if of.used is None else f", {of.used}"
+    v.emit(f"v = C.load_{space_of(of)}({arguments}, {v.condition(of)}, m, {of.line}{used})")
     for place, part in enumerate(parts):
         if part is not None:
             # As the type says, so that a narrower signed number is extended by its sign.

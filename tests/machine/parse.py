@@ -67,6 +67,7 @@ class Instruction:
     args: list[Operand | None]
     line: int  # in the text, from 1
     where: str = ""  # "loss.py:58", the source it was compiled from
+    used: int | None = None  # of a load: bit i is byte i, whether anybody wants it; None: all
 
     @property
     def modifiers(self) -> list[str]:
@@ -107,6 +108,7 @@ _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 _EXTERN = re.compile(r"\.extern \.shared \.align (\d+) \.b8 ([\w$]+)\[\]")
 _SHARED = re.compile(r"\.shared \.align (\d+) \.(\w+) ([\w$]+)(?:\[(\d+)\])?")
 _DATA = re.compile(r"(?:\.visible |\.extern |\.weak )?\.(?:global|const) ")
+_USED = re.compile(r'\.pragma "used_bytes_mask (\d+)"')
 _MANY = re.compile(r"([%\w$]+)<(\d+)>")
 _PREDICATE = re.compile(r"@(!?)(%?[\w$]+)\s+(.*)")
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
@@ -229,6 +231,7 @@ class _Body:
         self.labels: set[str] = set()
         self.declared = 0
         self.where = ""
+        self.used: int | None = None  # of the next instruction
 
     def read(self) -> None:
         module, text = self.module, self.module.text
@@ -269,6 +272,8 @@ class _Body:
             size = SIZES[match[2]] * int(match[4] or 1)
             self.function.shared[match[3]] = (offset, size)
             self.function.shared_bytes = offset + size
+        elif used := _USED.fullmatch(statement):
+            self.used = int(used[1])
         elif statement.startswith(".pragma "):
             pass  # advice about unrolling
         elif statement.startswith("."):
@@ -306,7 +311,8 @@ class _Body:
                 raise self.module.refuse(f"predicate {match[2]}")
         op, _, rest = statement.partition(" ")
         args = [self.operand(text.strip()) for text in _OPERANDS.findall(rest)]
-        return Instruction(predicate, negated, op, args, self.module.line, self.where)
+        used, self.used = self.used, None
+        return Instruction(predicate, negated, op, args, self.module.line, self.where, used)
 
     def parts(self, texts: list[str]) -> tuple[Operand | None, ...]:
         return tuple(self.operand(text.strip()) for text in texts)

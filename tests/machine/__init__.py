@@ -14,6 +14,8 @@ arrays with one value per thread.
 | `threads`, `accesses`, `reads` | what threads ask of memory | all above |
 | `copies`, `warps`, `barriers`, `machine` | how threads wait for each other | all above |
 | `launches`, `triton_launches`, `cuda_launches` | this project's kernels on it | all above |
+| `plugin` | `pytest --machine ARCH`: the GPU backends' tests on it | all above |
+| `run` | `make machine` | |
 | `lint` | faults that can be read from the instructions, without running them | `parse` |
 
 Not modelled: weak memory order (the race detector stands in for it), the order of warps on

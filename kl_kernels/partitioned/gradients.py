@@ -19,10 +19,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kl_kernels.algebra.parts import local_token_ids
 from kl_kernels.ops.library import casts_gradients
 from kl_kernels.partitioned.products import Multiplication, Terms, multiply, terms_of
-from kl_kernels.partitioned.tiles import Head, Rows, Tiles, bytes_of, plan_tiles
+from kl_kernels.partitioned.tiles import (
+    Head,
+    Rows,
+    Tiles,
+    TokensByColumns,
+    bytes_of,
+    plan_tiles,
+)
 from kl_kernels.schemas import NO_TOKEN
 
 # (logits of each head [rows, columns], which rows, token ids [1, rows] counted from the first
@@ -65,12 +71,12 @@ def differentiate(
     per = bytes_of(heads, gradient=True, weight_gradient=needs_weight)
     plan = plan_tiles(rows.n, len(policy.weight), per, memory_budget)
     tiles = [Tiles(head, rows, plan) for head in heads]
-    narrow = NarrowTiles(policy, plan.rows * plan.columns)
     like = policy.weight.new_empty(0, dtype=policy.tile_dtype)
-    written_rounded = narrow.are_rounded and casts_gradients(backend, like)
+    narrow = NarrowTiles(policy, plan.rows * plan.columns, casts=casts_gradients(backend, like))
+    tokens = TokensByColumns(token_ids, plan)
     put_back = None
     if narrow.are_rounded and tokens_matter and rows.n > 0:
-        put_back = _OwnErrors(heads, tiles, token_ids, write)
+        put_back = _OwnErrors(heads, tiles, token_ids, tokens, write)
     grad_hidden = None
     if needs_hidden:
         shape = rows.n, policy.hidden.shape[-1]
@@ -84,14 +90,14 @@ def differentiate(
     for columns in plan.column_slices():
         for of_head in tiles:
             of_head.at(columns)
-        ids = local_token_ids(token_ids, columns.start, columns.stop - columns.start)
+        ids = tokens.of(columns)
         sums = _Sums(policy, columns, put_back, weight=grad_weight, bias=grad_bias)
         for which in plan.row_slices():
             hidden = tiles[0].hidden(which)
             logits = [of_head.logits(which, h) for of_head, h in zip(tiles, (hidden, None))]
-            written = narrow.of(logits[0])[0] if written_rounded else logits[0]  # type: ignore[index]
+            written = narrow.room(logits[0])
             write(logits, which, ids[:, which], written)
-            gradient = (written,) if written_rounded else narrow.terms(written)
+            gradient = narrow.terms(written)
             if grad_hidden is not None:
                 started = put_back is not None or columns.start > 0
                 multiply(gradient, tiles[0].weight, grad_hidden[which], add=started)
@@ -103,33 +109,56 @@ def differentiate(
 
 
 class NarrowTiles:
-    """Terms of the gradient of a tile's logits, in memory that each tile uses again."""
+    """Terms of the gradient of a tile's logits, in memory that each tile uses again.
 
-    def __init__(self, head: Head, most: int):
+    Args:
+        head: whose logits they are.
+        most: logits of the largest tile.
+        casts: whether a kernel writes gradients in another dtype than the logits'; those of one
+            term are rounded by the kernel then, without a pass of their own.
+    """
+
+    def __init__(self, head: Head, most: int, *, casts: bool):
         how = head.multiplication
         is_narrow = how.is_narrow(head.tile_dtype)
         self.are_rounded = is_narrow and how.gradient == 1
+        self.are_written_rounded = self.are_rounded and casts
         self._memory = None
         if is_narrow:
             self._memory = head.weight.new_empty((how.gradient, most), dtype=how.dtype)
 
-    def of(self, tile: Tensor) -> Tensor | None:  # [terms, rows, columns]
+    def room(self, tile: Tensor) -> Tensor:  # [rows, columns]
+        """Memory for the gradient of a tile's logits, as it is written: maybe the tile itself."""
+        if not self.are_written_rounded:
+            return tile
+        (rounded,) = self._of(tile)  # type: ignore[misc]
+        return rounded
+
+    def terms(self, written: Tensor) -> Terms:  # [rows, columns]
+        """Terms of a gradient that was written to its room."""
+        return (written,) if self.are_written_rounded else terms_of(written, self._of(written))
+
+    def _of(self, tile: Tensor) -> Tensor | None:  # [terms, rows, columns]
         """Memory for the terms of a tile; None: the tile is the only one."""
         if self._memory is None:
             return None
         return self._memory[:, : tile.numel()].view(-1, *tile.shape)
 
-    def terms(self, gradient: Tensor) -> Terms:  # [rows, columns]
-        return terms_of(gradient, self.of(gradient))
-
 
 class _OwnErrors:
     """The rounding errors of the tokens' own entries, and what they are worth in each gradient."""
 
-    def __init__(self, heads: list[Head], tiles: list[Tiles], token_ids: Tensor, write: Write):
+    def __init__(
+        self,
+        heads: list[Head],
+        tiles: list[Tiles],
+        token_ids: Tensor,  # [1, n]
+        tokens: TokensByColumns,
+        write: Write,
+    ):
         policy = heads[0]
         inside = (token_ids >= 0) & (token_ids < len(policy.weight))
-        self._policy, self._token_ids = policy, token_ids
+        self._policy, self._tokens = policy, tokens
         self._columns = torch.where(inside, token_ids, 0)[0]
         self._hidden = tiles[0].all_hidden
         own = [self._own_logits(head, of.all_hidden) for head, of in zip(heads, tiles)]
@@ -151,21 +180,19 @@ class _OwnErrors:
         return self._errors * self._policy.weight[self._columns]
 
     def in_weight(self, columns: slice) -> Tensor:  # [columns, d]
-        return sums_at_tokens(self._worth, self._token_ids[0], columns)
+        return self._sums_at_tokens(self._worth, columns)
 
     def in_bias(self, columns: slice) -> Tensor:  # [columns]
-        return sums_at_tokens(self._errors, self._token_ids[0], columns)[:, 0]
+        return self._sums_at_tokens(self._errors, columns)[:, 0]
 
+    def _sums_at_tokens(self, values: Tensor, columns: slice) -> Tensor:
+        """Sum up the values [n, ...] of each token in the columns, as [columns, ...].
 
-def sums_at_tokens(values: Tensor, token_ids: Tensor, columns: slice) -> Tensor:
-    """Sum up the values [n, ...] of each token in the columns, as [columns, ...].
-
-    Always in the same order, unlike `index_add_`.
-    """
-    n = columns.stop - columns.start
-    ids = local_token_ids(token_ids, columns.start, n)
-    ids = torch.where(ids == NO_TOKEN, n, ids)
-    return torch.ops.aten.embedding_dense_backward(values, ids, n + 1, n, False)[:n]
+        Always in the same order, unlike `index_add_`.
+        """
+        n = columns.stop - columns.start
+        ids = self._tokens.of(columns, outside=n)[0]
+        return torch.ops.aten.embedding_dense_backward(values, ids, n + 1, n, False)[:n]
 
 
 def add_at_tokens(sums: Tensor, values: Tensor, token_ids: Tensor) -> None:

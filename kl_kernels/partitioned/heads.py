@@ -11,12 +11,19 @@ from torch import Tensor
 
 from kl_kernels.algebra.parts import (
     Whole,
-    local_token_ids,
     merge_parts,
     pack,
 )
 from kl_kernels.partitioned.shards import Shard, add_shards, exchange, whole_rows
-from kl_kernels.partitioned.tiles import Head, Rows, TilePlan, Tiles, bytes_of, plan_tiles
+from kl_kernels.partitioned.tiles import (
+    Head,
+    Rows,
+    TilePlan,
+    Tiles,
+    TokensByColumns,
+    bytes_of,
+    plan_tiles,
+)
 from kl_kernels.schemas import MIXTURE_SUMS, FoldPartArgs, MixturePartArgs
 
 
@@ -83,7 +90,7 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOp
     tiles = [Tiles(head, rows, plan) for head in heads]
     global_ids = rows.take(token_ids)[None]
     shard = options.shard
-    ids = counted_from(shard, global_ids)
+    tokens = TokensByColumns(counted_from(shard, global_ids), plan)
 
     def fold(own_ids: Tensor, which: slice) -> Tensor:  # [F, 1, rows]
         return fold_logits([of_head.logits(which) for of_head in tiles], own_ids[:, which], options)
@@ -92,7 +99,7 @@ def fold_heads(heads: list[Head], rows: Rows, token_ids: Tensor, options: HeadOp
         for columns in plan.column_slices():
             for of_head in tiles:
                 of_head.at(columns)
-            own_ids = local_token_ids(ids, columns.start, columns.stop - columns.start)
+            own_ids = tokens.of(columns)
             yield torch.cat([fold(own_ids, which) for which in plan.row_slices()], dim=-1)
 
     # An eighth of the budget for states that wait to be merged, and for their float64 copies.

@@ -148,12 +148,12 @@ class _Gradients:
         self._ids, self._has_token = token_ids[0], token_ids[0] != NO_TOKEN
         self._columns = torch.where(self._has_token, self._ids, 0)
         dtype = head.tile_dtype
-        self._narrow = NarrowTiles(head, plan.rows * plan.vocab_size)
+        self._narrow = NarrowTiles(head, plan.rows * plan.vocab_size, casts=casts)
         self._errors = self._own = None
         if self._narrow.are_rounded:
             self._errors = head.hidden.new_zeros((rows.n, 1), dtype=dtype)
-            if casts:
-                self._own = head.hidden.new_empty((1, rows.n), dtype=dtype)
+        if self._narrow.are_written_rounded:
+            self._own = head.hidden.new_empty((1, rows.n), dtype=dtype)
         needs_hidden, needs_weight, needs_bias = needs
         self._hidden = self._weight = self._bias = None
         if needs_hidden:
@@ -169,14 +169,11 @@ class _Gradients:
 
         They are asked for where the gradient is rounded as it is written.
         """
-        if self._own is None:
-            return tile, None
-        (rounded,) = self._narrow.of(tile)  # type: ignore[misc]
-        return rounded, self._own[:, which]
+        return self._narrow.room(tile), None if self._own is None else self._own[:, which]
 
     def add(self, written: Tensor, which: slice, hidden: Terms, tiles: Tiles) -> None:
         """Multiply the gradient of a block's logits [rows, V] with both factors."""
-        gradient = (written,) if self._own is not None else self._narrow.terms(written)
+        gradient = self._narrow.terms(written)
         if self._errors is not None:
             at = self._columns[which, None]
             own = written.gather(1, at) if self._own is None else self._own[0, which, None]

@@ -22,6 +22,7 @@ from kl_kernels.partitioned.products import (
     multiply,
     terms_of,
 )
+from kl_kernels.schemas import NO_TOKEN
 
 # Rows and columns start at multiples of this, so that slices keep the alignment kernels like.
 ALIGNMENT = 64
@@ -116,6 +117,21 @@ class TilePlan:
 def _slices(n: int, step: int) -> Iterator[slice]:
     """Yield one empty slice when n is 0, so that callers need no special case."""
     return (slice(start, min(start + step, n)) for start in range(0, max(n, 1), step))
+
+
+class TokensByColumns:
+    """Token ids counted from the start of a column slice, by two operations for each slice."""
+
+    def __init__(self, token_ids: Tensor, plan: TilePlan):  # [1, n]
+        self._columns = plan.columns
+        inside = (token_ids >= 0) & (token_ids < plan.vocab_size)
+        self._slice = torch.where(inside, token_ids // plan.columns, -1)
+        self._local = token_ids % plan.columns
+
+    def of(self, columns: slice, outside: int = NO_TOKEN) -> Tensor:  # [1, n]
+        """Ids within `columns`; `outside` where another slice holds the token, or none."""
+        mine = self._slice == columns.start // self._columns
+        return torch.where(mine, self._local, outside)
 
 
 class Bytes(NamedTuple):

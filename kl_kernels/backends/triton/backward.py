@@ -1,4 +1,9 @@
-"""The backward kernel: one more pass over the logits gives the gradient of any mix of outputs."""
+"""The backward kernel: one more pass over the logits gives the gradient of any mix of outputs.
+
+A logit's gradient does not depend on which logits it is computed with. So vectors are those that
+memory has aligned, wherever a row begins, and offsets are counted from the row's first. (Sums are
+rounded in their order: a fold counts from the row's first logit, to be the same wherever that is.)
+"""
 
 import triton
 import triton.language as tl
@@ -14,7 +19,18 @@ from kl_kernels.backends.triton.math import (
     soft_capped,
     soft_capped_grad,
 )
-from kl_kernels.backends.triton.tiles import SIZES, Model, Tile, row_pointer, step_offsets
+from kl_kernels.backends.triton.tiles import (
+    SIZES,
+    Model,
+    Tile,
+    first_vector,
+    logits_before_vectors,
+    outside_vectors,
+    row_pointer,
+    step_offsets,
+    vectors_of_tile,
+    whole_tiles,
+)
 
 
 @triton.jit
@@ -42,20 +58,38 @@ def gradient(x, y, offsets, mask, c, of: tl.constexpr, EVICTION: tl.constexpr):
 
 
 @triton.jit
+def write_gradient(
+    grad_row, offsets, mask, x, y, c, of: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr
+):
+    """READ, WRITE: how soon caches may forget the logits, and what is written."""
+    grad = gradient(x, y, offsets, mask, c, of, READ)
+    store_gradient(grad_row, offsets, mask, grad, WRITE)
+
+
+@triton.jit
 def store_gradient(grad_row, offsets, mask, grad, EVICTION: tl.constexpr):
     grad = grad.to(grad_row.dtype.element_ty)
     tl.store(grad_row + offsets, grad, mask, eviction_policy=EVICTION)
 
 
 @triton.jit
-def store_zeros(grad_row, start, end, tile: tl.constexpr):
-    TILE: tl.constexpr = tile.STEPS * tile.N * tile.LANE
-    offsets = step_offsets(0, tile.STEPS * tile.N, tile.LANE)
+def store_zeros(grad_row, before, start, end, tile: tl.constexpr):
+    """Zeros from `start` to `end`, and for the `before` logits before the row's first vector."""
     zeros = tl.zeros((tile.STEPS * tile.N, tile.LANE), grad_row.dtype.element_ty)
-    last = end - (end - start) % TILE
-    for i in range(start, last, TILE):
-        tl.store(grad_row + i + offsets, zeros)
-    tl.store(grad_row + last + offsets, zeros, last + offsets < end)
+    for i in range(start, end, tile.STEPS * tile.N * tile.LANE):
+        offsets, whole = vectors_of_tile(i, end, tile)
+        tl.store(grad_row + offsets, zeros, whole)
+    if tile.LANE > 1:
+        offsets, there = outside_vectors(before, end, tile)
+        zeros = tl.zeros((tile.N,), grad_row.dtype.element_ty)
+        tl.store(grad_row + offsets, zeros, there)
+
+
+@triton.jit
+def split_of_vectors(split, end, before, SPLIT: tl.constexpr):
+    """Where a split starts and ends, and the logits before the first vector if they are its own."""
+    start = split * SPLIT
+    return start, tl.minimum(start + SPLIT, end), tl.where(split == 0, before, 0)
 
 
 @triton.jit
@@ -119,23 +153,26 @@ def backward_kernel(
     of: tl.constexpr = Differentiated(
         grad_kl_ptr is not None, grad_forward_kl_ptr is not None, grad_entropy_ptr is not None
     )
+    tile: tl.constexpr = Tile(STEPS, N, LANE)
     row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
-    start = split * SPLIT
-    end = tl.minimum(start + SPLIT, vocab_size)
-    g_row = row_pointer(grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, LANE)
+    g_row = row_pointer(grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, 1)
+    skipped = logits_before_vectors(g_row, LANE)
+    g_row = first_vector(g_row, skipped, LANE)
+    start, end, before = split_of_vectors(split, vocab_size - skipped, skipped, SPLIT)
 
     if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
         if tl.load(mask_ptr + row) == 0:
-            store_zeros(g_row, start, end, Tile(STEPS, N, LANE))
+            store_zeros(g_row, before, start, end, tile)
             return
 
-    x = Model(row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE), k, softcap)
+    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, 1)
+    x = Model(first_vector(x_row, skipped, LANE), k, softcap)
     g_logprob = upstream(grad_logprob_ptr, row)
     anchor, sx = tl.load(policy_state_ptr + row), tl.load(policy_state_ptr + n_rows + row)
     y, ref_anchor, sy, kl = x, anchor, sx, sx
     if HAS_REF:
-        y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
-        y = Model(y_row, ref_k, ref_softcap)
+        y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, 1)
+        y = Model(first_vector(y_row, skipped, LANE), ref_k, ref_softcap)
         ref_anchor, sy = tl.load(ref_state_ptr + row), tl.load(ref_state_ptr + n_rows + row)
         kl = tl.load(kl_ptr + row)
     token = tl.load(token_ids_ptr + row)
@@ -150,18 +187,22 @@ def backward_kernel(
     saved = Saved(anchor, ref_anchor, sx, sy, kl, tl.load(entropy_ptr + row))
     c = coefficients(g, saved, temperature, HAS_REF)
 
-    here = (token >= start) & (token < end)
+    token -= skipped
+    here = (token >= start - before) & (token < end)
     own = 0.0
     if grad_logprob_ptr is not None:
         own = own_gradient(x, y, token, here, g_logprob / temperature, c, of)
 
     TILE: tl.constexpr = STEPS * N * LANE
-    tile = step_offsets(0, STEPS * N, LANE)
-    last = end - (end - start) % TILE
+    offsets = step_offsets(0, STEPS * N, LANE)
+    last = start + whole_tiles(end - start, tile)
     for i in range(start, last, TILE):
-        store_gradient(g_row, i + tile, None, gradient(x, y, i + tile, None, c, of, ""), "")
-    rest = last + tile
-    store_gradient(g_row, rest, rest < end, gradient(x, y, rest, rest < end, c, of, ""), "")
+        write_gradient(g_row, i + offsets, None, x, y, c, of, "", "")
+    at, whole = vectors_of_tile(last, end, tile)
+    write_gradient(g_row, at, whole, x, y, c, of, "", "")
+    if LANE > 1:
+        few, there = outside_vectors(before, end, tile)
+        write_gradient(g_row, few, there, x, y, c, of, "", "")
 
     if grad_logprob_ptr is not None:
         store_own(g_row, token, here, own)

@@ -45,7 +45,8 @@ class LaunchConfig:
     """Sizes of the kernels' work, each a power of two."""
 
     # One lane per thread and two loads of 16 bytes per tile: enough bytes in flight, within 64
-    # registers. Rows that are not aligned are read logit by logit, so they need more loads.
+    # registers. Rows that are read logit by logit need more loads. (16 of them would have as many
+    # bytes in flight in bfloat16, but take 96 registers, and more work around the loop.)
     num_warps: int = 4
     lanes: int = 128
     steps: int = 2
@@ -226,7 +227,7 @@ def _backward(a: TokenStatsBackwardArgs | TokenKLBackwardArgs) -> None:
             **gradient_of(a.grad_logits),
             temperature=a.temperature,
             SPLIT=CONFIG.backward_split,
-            **tile_of(a.logits, getattr(a, "ref_logits", None), a.grad_logits),
+            **gradient_tile_of(a.logits, getattr(a, "ref_logits", None), a.grad_logits),
             **COMPILE,
         )
 
@@ -260,7 +261,8 @@ def policy_loss(a: PolicyLossArgs) -> Tensor:
             ESTIMATOR=a.kl_estimator,
             HAS_KL=a.kl_coef != 0,
             HAS_ENTROPY=a.entropy_coef != 0,
-            **whole_row_tile(a.logits, a.ref_logits, a.grad_logits),
+            **whole_row_tile(a.logits, a.ref_logits),
+            **_second_look(a),
             **COMPILE,
         )
     return terms
@@ -353,18 +355,51 @@ def gradient_of(grad_logits: Tensor | None) -> dict[str, Any]:  # [B, T, V]
 def tile_of(*tensors: Tensor | None) -> dict[str, int]:
     """The [STEPS, N, LANE] that one program reads at a time, in loads as wide as rows are aligned.
 
-    The widest dtype decides, so that both tensors of a pair are read in the same pattern.
+    Rows that are not are read logit by logit: see "Rows that begin anywhere" in docs/kernels.md.
     """
     logits = [t for t in tensors if t is not None]
-    lane, steps = VECTOR_BYTES // max(t.itemsize for t in logits), CONFIG.steps
-    if not all(map(_rows_are_aligned, logits)):
-        lane, steps = 1, CONFIG.unaligned_steps
+    return _tile(_lane_of(logits) if all(map(_rows_are_aligned, logits)) else 1)
+
+
+def gradient_tile_of(*tensors: Tensor | None) -> dict[str, int]:
+    """The same for a gradient, whose vectors begin at the first aligned logit of each row.
+
+    That must be the same logit in all tensors, as it is where they share their strides.
+    """
+    logits = [t for t in tensors if t is not None]
+    return _tile(_lane_of(logits) if _have_the_same_vectors(logits) else 1)
+
+
+def _tile(lane: int) -> dict[str, int]:
+    steps = CONFIG.steps if lane > 1 else CONFIG.unaligned_steps
     return {"STEPS": steps, "N": CONFIG.lanes, "LANE": lane, "num_warps": CONFIG.num_warps}
+
+
+def _lane_of(logits: list[Tensor]) -> int:
+    """The widest dtype decides, so that both tensors of a pair are read in the same pattern."""
+    return VECTOR_BYTES // max(t.itemsize for t in logits)
 
 
 def whole_row_tile(*tensors: Tensor | None) -> dict[str, int]:
     lanes, num_warps = CONFIG.policy_loss_lanes, CONFIG.policy_loss_warps
     return {**tile_of(*tensors), "N": lanes, "num_warps": num_warps}
+
+
+def _second_look(a: PolicyLossArgs) -> dict[str, int]:
+    """The tile of the policy loss's gradient: as many logits as the fold's."""
+    fold = tile_of(a.logits, a.ref_logits)
+    lane = gradient_tile_of(a.logits, a.ref_logits, a.grad_logits)["LANE"]
+    return {"GRAD_STEPS": max(fold["STEPS"] * fold["LANE"] // lane, 1), "GRAD_LANE": lane}
+
+
+def _have_the_same_vectors(logits: list[Tensor]) -> bool:  # [B, T, V] each
+    """Whether the same logits of each row are aligned in all of the tensors."""
+    lane, sizes = _lane_of(logits), logits[0].shape[:2]
+    first_rows = {t.data_ptr() // t.itemsize % lane for t in logits}
+    steps = {
+        tuple(stride % lane for size, stride in zip(sizes, t.stride()) if size > 1) for t in logits
+    }
+    return len(first_rows) == len(steps) == 1
 
 
 def _rows_are_aligned(t: Tensor) -> bool:  # [B, T, V]

@@ -71,7 +71,7 @@ def token_jsd_backward(a: TokenJSDBackwardArgs) -> None:
             **weights(a.beta),
             temperature=a.temperature,
             SPLIT=split,
-            **launch.tile_of(a.logits, a.ref_logits, a.grad_logits),
+            **launch.gradient_tile_of(a.logits, a.ref_logits, a.grad_logits),
             **launch.COMPILE,
         )
 

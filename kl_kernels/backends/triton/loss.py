@@ -8,11 +8,10 @@ import triton
 import triton.language as tl
 
 from kl_kernels.backends.triton.backward import (
-    gradient,
     own_gradient,
-    store_gradient,
     store_own,
     store_zeros,
+    write_gradient,
 )
 from kl_kernels.backends.triton.epilogues import (
     EXACT,
@@ -33,10 +32,14 @@ from kl_kernels.backends.triton.tiles import (
     SIZES,
     Model,
     Tile,
-    last_tile,
+    first_vector,
     load,
+    logits_before_vectors,
+    outside_vectors,
     row_pointer,
     step_offsets,
+    vectors_of_tile,
+    whole_tiles,
 )
 
 
@@ -100,23 +103,27 @@ def policy_loss_kernel(
     STEPS: tl.constexpr,
     N: tl.constexpr,
     LANE: tl.constexpr,
+    GRAD_STEPS: tl.constexpr,
+    GRAD_LANE: tl.constexpr,
 ):
     """One program per row. HAS_KL, HAS_ENTROPY: whether they are part of the loss."""
     HAS_REF: tl.constexpr = ref_ptr is not None
     tile: tl.constexpr = Tile(STEPS, N, LANE)
+    grad_tile: tl.constexpr = Tile(GRAD_STEPS, N, GRAD_LANE)
     row = tl.program_id(0)
     terms_ptr += row
     stride = n_rows.to(tl.int64)
-    g_row = terms_ptr
+    g_row, before = terms_ptr, 0
     if grad_logits_ptr is not None:
-        g_row = row_pointer(
-            grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, LANE
-        )
+        g_row = row_pointer(grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, 1)
+        before = logits_before_vectors(g_row, GRAD_LANE)
+        g_row = first_vector(g_row, before, GRAD_LANE)
+    end = vocab_size - before
     if tl.load(mask_ptr + row) == 0:
         store_terms(terms_ptr, stride, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
         store_per_token(own_gradient_ptr, row, 0.0)
         if grad_logits_ptr is not None:
-            store_zeros(g_row, 0, vocab_size, tile)
+            store_zeros(g_row, before, 0, end, grad_tile)
         return
 
     x = Model(row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE), k, softcap)
@@ -152,21 +159,24 @@ def policy_loss_kernel(
     if grad_logits_ptr is not None:
         if (g.logprob == 0.0) & (g.kl == 0.0) & (g.entropy == 0.0):
             store_per_token(own_gradient_ptr, row, 0.0)
-            store_zeros(g_row, 0, vocab_size, tile)
+            store_zeros(g_row, before, 0, end, grad_tile)
         else:
             of: tl.constexpr = Differentiated(HAS_KL and ESTIMATOR == EXACT, False, HAS_ENTROPY)
             saved = Saved(s.anchor, s.ref_anchor, s.sx, s.sy, f.kl, f.entropy)
             c = coefficients(g, saved, temperature, of.KL)
+            x = Model(first_vector(x.ptr, before, GRAD_LANE), x.k, x.softcap)
+            y = Model(first_vector(y.ptr, before, GRAD_LANE), y.k, y.softcap)
+            token -= before
             own = own_gradient(x, y, token, None, g.logprob / temperature, c, of)
-            TILE: tl.constexpr = STEPS * N * LANE
-            last = last_tile(vocab_size, tile)
-            at = last + step_offsets(0, STEPS * N, LANE)
-            inside = at < vocab_size
-            grad = gradient(x, y, at, inside, c, of, "evict_first")
-            store_gradient(g_row, at, inside, grad, "")
+            TILE: tl.constexpr = GRAD_STEPS * N * GRAD_LANE
+            last = whole_tiles(end, grad_tile)
+            at, whole = vectors_of_tile(last, end, grad_tile)
+            write_gradient(g_row, at, whole, x, y, c, of, "evict_first", "")
+            if GRAD_LANE > 1:
+                few, there = outside_vectors(before, end, grad_tile)
+                write_gradient(g_row, few, there, x, y, c, of, "evict_first", "")
             for i in range(0, last, TILE):
-                at = last - TILE - i + step_offsets(0, STEPS * N, LANE)
-                grad = gradient(x, y, at, None, c, of, "evict_first")
-                store_gradient(g_row, at, None, grad, "evict_first")
+                at = last - TILE - i + step_offsets(0, GRAD_STEPS * N, GRAD_LANE)
+                write_gradient(g_row, at, None, x, y, c, of, "evict_first", "evict_first")
             store_own(g_row, token, None, own)
             store_per_token(own_gradient_ptr, row, own)

@@ -10,7 +10,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kl_kernels.backends.triton.backward import store_gradient, store_zeros
+from kl_kernels.backends.triton.backward import (
+    split_of_vectors,
+    store_gradient,
+    store_zeros,
+)
 from kl_kernels.backends.triton.fold import fold_logits
 from kl_kernels.backends.triton.math import (
     INF,
@@ -25,12 +29,17 @@ from kl_kernels.backends.triton.tiles import (
     SIZES,
     Model,
     Tile,
+    first_vector,
     halves,
     last_tile,
     load_pair,
+    logits_before_vectors,
     only_column,
+    outside_vectors,
     row_pointer,
     step_offsets,
+    vectors_of_tile,
+    whole_tiles,
 )
 
 # Nothing of a row is 2^100 times smaller than its neighbour and counts.
@@ -209,6 +218,11 @@ def mix_kernel(
 
 
 @triton.jit
+def write_mixture_gradient(grad_row, offsets, mask, x, y, m, a, b):
+    store_gradient(grad_row, offsets, mask, mixture_gradient(x, y, offsets, mask, m, a, b), "")
+
+
+@triton.jit
 def mixture_gradient(x, y, offsets, mask, m, a, b):
     """(1 - beta) p (log(p / m) - KL(p || m)), as 2^tx (a + b log2(m / p))."""
     raw = tl.load(x.ptr + offsets, mask).to(tl.float32)
@@ -253,27 +267,32 @@ def mix_backward_kernel(
 ):
     """One program per row and split of the vocabulary."""
     row, split = tl.program_id(0) // n_splits, tl.program_id(0) % n_splits
-    start = split * SPLIT
-    end = tl.minimum(start + SPLIT, vocab_size)
-    g_row = row_pointer(grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, LANE)
+    tile: tl.constexpr = Tile(STEPS, N, LANE)
+    g_row = row_pointer(grad_logits_ptr, row, n_tokens, grad_batch_stride, grad_token_stride, 1)
+    skipped = logits_before_vectors(g_row, LANE)
+    g_row = first_vector(g_row, skipped, LANE)
+    start, end, before = split_of_vectors(split, vocab_size - skipped, skipped, SPLIT)
     if mask_ptr is not None:  # noqa: SIM102  only the outer test is known at compile time
         if tl.load(mask_ptr + row) == 0:
-            store_zeros(g_row, start, end, Tile(STEPS, N, LANE))
+            store_zeros(g_row, before, start, end, tile)
             return
 
-    x = Model(row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, LANE), k, softcap)
-    y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, LANE)
-    y = Model(y_row, ref_k, ref_softcap)
+    x_row = row_pointer(logits_ptr, row, n_tokens, batch_stride, token_stride, 1)
+    x = Model(first_vector(x_row, skipped, LANE), k, softcap)
+    y_row = row_pointer(ref_ptr, row, n_tokens, ref_batch_stride, ref_token_stride, 1)
+    y = Model(first_vector(y_row, skipped, LANE), ref_k, ref_softcap)
     anchor, sx = tl.load(policy_state_ptr + row), tl.load(policy_state_ptr + n_rows + row)
     ref_anchor, sy = tl.load(ref_state_ptr + row), tl.load(ref_state_ptr + n_rows + row)
     m = mixture_of(anchor, ref_anchor, sx, sy, weight, ref_weight)
     scale = -tl.load(grad_jsd_ptr + row).to(tl.float32) * weight / (temperature * sx)
     a, b = scale * tl.load(mixture_kl_ptr + row) + (m.shift - m.shift), scale * LN2
     TILE: tl.constexpr = STEPS * N * LANE
-    tile = step_offsets(0, STEPS * N, LANE)
-    last = end - (end - start) % TILE
+    offsets = step_offsets(0, STEPS * N, LANE)
+    last = start + whole_tiles(end - start, tile)
     for i in range(start, last, TILE):
-        store_gradient(g_row, i + tile, None, mixture_gradient(x, y, i + tile, None, m, a, b), "")
-    rest = last + tile
-    inside = rest < end
-    store_gradient(g_row, rest, inside, mixture_gradient(x, y, rest, inside, m, a, b), "")
+        write_mixture_gradient(g_row, i + offsets, None, x, y, m, a, b)
+    at, whole = vectors_of_tile(last, end, tile)
+    write_mixture_gradient(g_row, at, whole, x, y, m, a, b)
+    if LANE > 1:
+        few, there = outside_vectors(before, end, tile)
+        write_mixture_gradient(g_row, few, there, x, y, m, a, b)

@@ -51,10 +51,31 @@ def row_pointer(ptr, row, n_tokens, batch_stride, token_stride, LANE: tl.constex
 
 
 @triton.jit
+def logits_before_vectors(row, LANE: tl.constexpr):
+    """Number of logits between a row's start and the next address that LANE of them align at."""
+    BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+    return (-(row.to(tl.int64) // BYTES) & (LANE - 1)).to(tl.int32)
+
+
+@triton.jit
+def first_vector(row, before, LANE: tl.constexpr):
+    """The row's first vector, `before` logits from its start."""
+    BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(row + before, LANE * BYTES)
+
+
+@triton.jit
 def last_tile(size, tile: tl.constexpr):
     """Where the last tile of `size` logits starts; it has at least one."""
     TILE: tl.constexpr = tile.STEPS * tile.N * tile.LANE
     return (size - 1) // TILE * TILE
+
+
+@triton.jit
+def whole_tiles(size, tile: tl.constexpr):
+    """Logits in whole tiles; none of a negative `size`."""
+    TILE: tl.constexpr = tile.STEPS * tile.N * tile.LANE
+    return tl.maximum(size, 0) // TILE * TILE
 
 
 @triton.jit
@@ -71,6 +92,24 @@ def load(x, offsets, mask=None):
 def step_offsets(step, N: tl.constexpr, LANE: tl.constexpr):  # [N, LANE]
     lanes = tl.arange(0, N)[:, None] * LANE + tl.arange(0, LANE)[None, :]
     return step * (N * LANE) + lanes
+
+
+@triton.jit
+def vectors_of_tile(start, end, tile: tl.constexpr):  # [STEPS * N, LANE], [STEPS * N, 1]
+    """Offsets of the tile at `start`, and which of its vectors end before `end`: whole ones."""
+    offsets = start + step_offsets(0, tile.STEPS * tile.N, tile.LANE)
+    vectors = start + tl.arange(0, tile.STEPS * tile.N)[:, None] * tile.LANE
+    return offsets, vectors + tile.LANE <= end
+
+
+@triton.jit
+def outside_vectors(before, end, tile: tl.constexpr):  # [N], [N]
+    """Offsets of the logits in no vector, one per thread: the `before` there are before the first
+    vector, and fewer than LANE behind the last one that ends before `end`; which there are.
+    """
+    i = tl.arange(0, tile.N) - before
+    offsets = tl.where(i < 0, i, tl.maximum(end, 0) // tile.LANE * tile.LANE + i)
+    return offsets, offsets < end
 
 
 @triton.jit

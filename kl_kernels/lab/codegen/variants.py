@@ -134,6 +134,10 @@ def variants(shape: Shape) -> list[Variant]:
     (finish_parts,) = _launches(launch_parts.finish_parts, parts_args)
     tail, _ = _launches(launch_parts.fold_tail, args(FoldTailArgs))
     (kl,) = _launches(launch.token_kl_backward, kl_backward._replace(grad_forward_kl=None))
+    odd = _operands(Shape(shape.rows, shape.vocab_size | 1))
+    of_odd = {name: odd[name] for name in ("logits", "ref_logits", "grad_logits")}
+    unaligned_kl = kl_backward._replace(grad_forward_kl=None, **of_odd)
+    (unaligned,) = _launches(launch.token_kl_backward, unaligned_kl)
     (both_kls,) = _launches(launch.token_kl_backward, kl_backward)
     no_kl_gradient = kl_backward._replace(grad_kl=None, grad_forward_kl=None)
     (no_kl,) = _launches(launch.token_kl_backward, no_kl_gradient)
@@ -152,6 +156,7 @@ def variants(shape: Shape) -> list[Variant]:
         _over_vocabulary("fold: policy and reference", fold_pair, twice, "pair"),
         _over_vocabulary("fold: policy", fold_policy, twice, "logit"),
         _over_vocabulary("backward: KL", kl, ("tiles",), "pair"),
+        _over_vocabulary("backward: KL, unaligned rows", unaligned, ("tiles",), "pair"),
         _over_vocabulary("backward: both KLs", both_kls, ("tiles",), "pair"),
         _over_vocabulary("backward: no KL", no_kl, ("tiles",), "logit"),
         _over_vocabulary(

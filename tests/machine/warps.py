@@ -83,9 +83,12 @@ class Warps(Copies):
 
     def _warps(self, m: ndarray | None) -> tuple[int, tuple[ndarray, ndarray], ndarray]:
         """Warps that execute this, each thread's (warp, lane), and [warps, 32] who is there."""
-        threads = self.everyone if m is None else m
-        numbers, warp = np.unique(threads // WARP, return_inverse=True)
-        rows = warp, threads % WARP
+        if m is None:
+            warps = self.n // WARP
+            rows = self.everyone // WARP, self.everyone % WARP
+            return warps, rows, np.ones((warps, WARP), bool)
+        numbers, warp = np.unique(m // WARP, return_inverse=True)
+        rows = warp, m % WARP
         present = np.zeros((len(numbers), WARP), bool)
         present[rows] = True
         return len(numbers), rows, present

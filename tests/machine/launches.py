@@ -44,7 +44,7 @@ class Launches:
         self.lowered: dict[str, Kernel] = {}  # by name or by PTX
         self.n_launches = 0
         self.seconds = 0.0
-        self.counters: list[Any] = []  # of every operation, if they are asked for
+        self.counters: list[Any] = []  # those of every operation, if they are asked for
         self._operation: Operation | None = None
         self._patches = ExitStack()
 
@@ -82,7 +82,7 @@ class Launches:
             with self.operation(name, tensors_in(arguments)) as operation:
                 results = operator(arguments)
                 operation.complete(tensors_in(results if isinstance(results, tuple) else [results]))
-                for field in ("grad_logits", "gradient"):  # which are written
+                for field in ("grad_logits", "gradient"):
                     operation.complete(tensors_in([getattr(arguments, field, None)]))
             return results
 

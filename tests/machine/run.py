@@ -6,6 +6,7 @@ Exit code 1: a test failed, or a kernel had a fault. Logs are in build/machine/l
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -33,7 +34,7 @@ CLUSTERS = [
     "tests/backends/test_cuda_parts_on_host.py",
     "tests/backends/test_cuda_policy_loss_on_host.py",
 ]
-# Of the host's build of the kernels, or of its library.
+# Left out: tests of the host's own build of the kernels.
 ONLY_ON_HOST = "not sanitizers and not where_rows_are_kept and not finds_no_room"
 
 
@@ -61,17 +62,14 @@ class Job(NamedTuple):
 
 
 def jobs(tritons: list[Path]) -> Iterator[Job]:
-    """All jobs, those that take longest first."""
-    for triton in [None, *tritons]:
+    """All jobs, first those that compile what others find compiled."""
+    for mode, triton, arch in itertools.product(APPROXIMATIONS, [None, *tritons], ARCHS):
+        tests = EVERYTHING if mode == "exact" else NUMBERS
+        how = [*tests, "--machine", arch, "--approximation", mode]
         name = f"triton {version('triton') if triton is None else version_in(triton)}"
-        for arch in ARCHS:
-            for mode in APPROXIMATIONS:
-                tests = EVERYTHING if mode == "exact" else NUMBERS
-                how = ["--machine", arch, "--approximation", mode]
-                options = [*tests, "--backend", "triton", *how]
-                yield Job(f"{name}, {arch}, {mode}", options, triton)
-                if triton is None:
-                    yield Job(f"cuda, {arch}, {mode}", [*tests, "--backend", "cuda", *how])
+        yield Job(f"{name}, {arch}, {mode}", [*how, "--backend", "triton"], triton)
+        if triton is None:
+            yield Job(f"cuda, {arch}, {mode}", [*how, "--backend", "cuda"])
     for arch in ARCHS[1:]:  # earlier ones have no clusters
         how = ["--machine", arch, "--backend", "cuda", "--launches", "small", "-k", ONLY_ON_HOST]
         yield Job(f"cuda, {arch}, small launches", [*CLUSTERS, *how])

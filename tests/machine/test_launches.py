@@ -115,7 +115,7 @@ def test_what_torch_wrote_is_not_fresh():
 
 
 def test_memory_of_one_launch_is_known_to_the_next():
-    """What the first of an operator's launches left out, the second may still write."""
+    """The second of an operator's launches may still write what the first left out."""
 
     def gae(arguments):
         result = torch.empty(8, dtype=torch.int32)

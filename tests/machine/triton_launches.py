@@ -24,7 +24,7 @@ from .blocks import Kernel
 from .launches import Launches
 from .parse import parse
 
-BUILD = Path(__file__).parents[2] / "build/machine"  # what is compiled, kept between processes
+BUILD = Path(__file__).parents[2] / "build/machine"  # compiled kernels, kept between processes
 
 # Triton's names of types, as struct's.
 FORMATS = {

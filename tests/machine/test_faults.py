@@ -263,7 +263,8 @@ def test_a_rank_that_is_not_in_the_cluster():
 def test_padding_that_nobody_wants_may_be_anything():
     """Nvcc copies a struct of 12 bytes by 16, and says so."""
     body = (
-        "mov.u32 %r2, memory; st.shared.v2.u32 [%r2], {1, 2}; st.shared.u32 [%r2+8], 3; bar.sync 0; {}\n"
+        "mov.u32 %r2, memory; st.shared.v2.u32 [%r2], {1, 2}; st.shared.u32 [%r2+8], 3;\n"
+        "bar.sync 0; {}\n"
         "ld.shared.v4.u32 {%r4, %r5, %r6, %r7}, [%r2]; st.global.u32 [%d0], %r6;"
     )
     some = body.replace("{}", '.pragma "used_bytes_mask 4095";')

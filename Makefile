@@ -8,12 +8,14 @@ READY := $(VENV)/ready
 COUNTED := build/counted
 DIST := build/dist
 PYTHONS ?=
+# Tritons beside the installed one, whose PTX make machine runs: folders that pip unpacks them into.
+TRITONS ?= build/tritons/3.6.0 build/tritons/3.7.0 build/tritons/3.8.0
 KL_KERNELS_CUDA ?= 0
 # The site links to where this clone came from, if that is a page.
 REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's|^git@([^:]+):|https://\1/|; s|\.git$$||; /^https:/p')
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11 liger-kernel-0.8
 
-.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants integrations validate numerics bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
+.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants machine integrations validate numerics bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -70,6 +72,14 @@ integrations: $(TRAINERS:%=integration-%)
 
 integration-%: build/trainers/%/ready
 	build/trainers/$*/bin/python -m pytest tests/trainers/$* $(ARGS)
+
+# The GPU backends' tests on the PTX of every Triton, run on the CPU (tests/machine).
+# ARGS='--only "cuda sm_90"' for some of it, ARGS=--list for their names; TRITONS= for no other Triton.
+machine: $(READY) $(TRITONS:%=%/triton)
+	$(BIN)/python tests/machine/run.py --tritons $(TRITONS) $(ARGS)
+
+build/tritons/%/triton: | $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target build/tritons/$* triton==$*
 
 validate: $(READY)
 	$(BIN)/python -m kl_kernels validate $(ARGS)

@@ -10,9 +10,6 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated: before any import
-
 # Folders with helpers, and with cases that other tests ask more backends about.
 SHARED = ("algebra", "backends", "functional", "fuzz")
 sys.path[:0] = [str(Path(__file__).with_name(folder)) for folder in SHARED]
@@ -32,12 +29,37 @@ def pytest_addoption(parser):
         action="append",
         help="backends tests/gpu runs on (default: triton, cuda); cpu tries the tests themselves",
     )
+    parser.addoption(
+        "--machine",
+        metavar="ARCH",
+        help="run tests/gpu without a GPU, on the PTX for one of these: sm_80, sm_90, sm_100",
+    )
+    parser.addoption(
+        "--approximation",
+        default="exact",
+        choices=("exact", "up", "down", "hash"),
+        help="for --machine: results of approximate instructions, within their bounds",
+    )
+    parser.addoption(
+        "--launches",
+        default="production",
+        choices=("production", "small"),
+        help="for --machine: launch policies of the cuda backend",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--machine"):
+        config.pluginmanager.import_plugin("machine.plugin")
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated: before any import
 
 
 def pytest_ignore_collect(collection_path, config):
     """Leave out tests/gpu without a GPU: its tests are neither skipped nor green then."""
-    if collection_path.name == "gpu" and not torch.cuda.is_available():
-        return config.getoption("--backend") != ["cpu"]
+    elsewhere = config.getoption("--machine") or config.getoption("--backend") == ["cpu"]
+    if collection_path.name == "gpu" and not torch.cuda.is_available() and not elsewhere:
+        return True
     return None
 
 

@@ -325,7 +325,7 @@ def test_a_small_kl_of_flat_rows_is_as_good_as_its_sums(monkeypatch):
     monkeypatch.setattr(launch, "CONFIG", launch.LaunchConfig())
     n_seeds, n_rows, vocab_size, lanes = 6, 4, 4096, launch.CONFIG.lanes
     of_sum = 2**-24 / 3**0.5 * (vocab_size / 3 / lanes**2 + 2) ** 0.5
-    of_kl = 2**0.5 * of_sum  # of two sums; of their logarithms it would be 4e-7
+    of_kl = 2**0.5 * of_sum  # two sums; their logarithms would be off by 4e-7
     assert of_kl < 1e-7
     ids = torch.zeros((1, n_rows), dtype=torch.long)
     off = []
@@ -338,7 +338,7 @@ def test_a_small_kl_of_flat_rows_is_as_good_as_its_sums(monkeypatch):
         assert true.kl.max() < 1.1e-5
         off += [got.kl - true.kl, got.forward_kl - true.forward_kl]
     off = torch.stack(off)
-    assert off.square().mean().sqrt() < 1.5 * of_kl  # of 24 rows, known to a seventh of itself
+    assert off.square().mean().sqrt() < 1.5 * of_kl  # 24 rows tell it to a seventh of itself
     assert off.abs().max() < 5 * of_kl
 
 

@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from machine.lint import asymmetric_butterflies
+from machine.parse import parse
 
 from kl_kernels.cli import main
 from kl_kernels.lab.codegen import sass
@@ -75,6 +77,15 @@ def test_barriers_keep_the_tokens_own_gradient_apart(arch, command):
     for kernel in ("backward-KL", "backward-both-KLs", "backward-no-KL"):
         code = [text for _, text in sass.INSTRUCTION.findall((out / f"{kernel}.sass").read_text())]
         assert sum("BAR.SYNC" in text for text in code) >= 2
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_threads_agree_on_their_sums(arch, command):
+    """Where they differ in the last bit, which of them is stored is undefined."""
+    *_, out = command(arch)
+    for listing in out.glob("*.ptx"):
+        for function in parse(listing.read_text()).values():
+            assert asymmetric_butterflies(function) == [], listing
 
 
 def test_every_kernel_compiles_for_amd_without_spills(command):

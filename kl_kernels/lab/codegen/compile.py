@@ -33,7 +33,7 @@ TARGETS = {
 }
 
 
-class _OfflineDriver:
+class OfflineDriver:
     """A driver with the functions that the JIT calls before a launch."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -66,7 +66,7 @@ def compile_kernel(arch: str, kernel: Any, arguments: Mapping[str, Any]) -> Any:
     A dtype or a `MockTensor` stands for a pointer, to memory that is aligned. Gives what Triton
     compiles to: `.asm` by stage, and `.metadata`.
     """
-    triton.runtime.driver.set_active(_OfflineDriver(TARGETS[arch]))
+    triton.runtime.driver.set_active(OfflineDriver(TARGETS[arch]))
     kernel.device_caches.clear()  # kept by device number, whatever its target
     wrapped = {name: MockTensor.wrap_dtype(a) for name, a in arguments.items()}
     return kernel.warmup(grid=(1,), **wrapped)

@@ -91,46 +91,46 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
                         policy_state, ref_state, value(5), value(6), part_states.values};
   const RewardParams params{scores.values, score_index.values, 0.1f, Estimator::exact, INFINITY};
   Array<char> scratch(host_scratch_bytes(&rows));
-  check(launch_forward<SmallLaunch>(rows, policy, reference, outputs, params, scratch.values,
+  check(launch_forward<Launch>(rows, policy, reference, outputs, params, scratch.values,
                                     nullptr));
 
   Array<T> grad(kRows * vocab_size);
   Saved saved{ones.values, nullptr,  nullptr,  ones.values, policy_state,
               ref_state,   value(2), value(4), 1.1,         false};
   const GradLogits separate{grad.values, kTokens * vocab_size, vocab_size};
-  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, separate, nullptr));
+  check(launch_backward<Launch>(rows, policy, reference, saved, separate, nullptr));
   saved.grad_kl = ones.values;
-  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, separate, nullptr));
+  check(launch_backward<Launch>(rows, policy, reference, saved, separate, nullptr));
   saved.grad_forward_kl = ones.values;
-  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, separate, nullptr));
+  check(launch_backward<Launch>(rows, policy, reference, saved, separate, nullptr));
 
   Rows no_token = rows;
   no_token.token_ids = nullptr;
   Outputs states_only{};
   states_only.policy_state = policy_state;
   states_only.ref_state = ref_state;
-  check(launch_forward<SmallLaunch>(no_token, policy, reference, states_only, params,
+  check(launch_forward<Launch>(no_token, policy, reference, states_only, params,
                                     scratch.values, nullptr));
   const FinishedRows finished{policy_state, ref_state, 0.3};
   const MixtureOutputs mixture{value(0), value(1), false};
   Array<char> mix_scratch(host_mix_scratch_bytes(&rows));
-  check(launch_mix<SmallLaunch>(no_token, policy, reference, finished, mixture, mix_scratch.values,
+  check(launch_mix<Launch>(no_token, policy, reference, finished, mixture, mix_scratch.values,
                                 nullptr));
   const SavedMixture saved_mixture{ones.values, value(1), 1.1};
-  check(launch_mix_backward<SmallLaunch>(no_token, policy, reference, finished, saved_mixture,
+  check(launch_mix_backward<Launch>(no_token, policy, reference, finished, saved_mixture,
                                          separate, nullptr));
 
   Outputs alone{};
   alone.logprob = value(0);
   alone.policy_state = policy_state;
   check(
-      launch_forward<SmallLaunch>(rows, policy, Logits{}, alone, params, scratch.values, nullptr));
+      launch_forward<Launch>(rows, policy, Logits{}, alone, params, scratch.values, nullptr));
 
   Outputs tail{};
   tail.part_state = part_states.values;
   Array<int64_t> ids(2 * kRows);
   for (int64_t i = 0; i < 2 * kRows; ++i) ids.values[i] = i % 2 == 0 ? vocab_size / 2 : vocab_size;
-  check(launch_tail<SmallLaunch>(rows, policy, {ids.values, 2}, tail, scratch.values, nullptr));
+  check(launch_tail<Launch>(rows, policy, {ids.values, 2}, tail, scratch.values, nullptr));
 
   const float range[] = {0, static_cast<float>(vocab_size)};
   check(launch_finish_parts({part_states.values, range, 1, kRows, true}, mask.values, outputs,
@@ -140,7 +140,7 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   const PolicyLossParams loss{0.2f, 0.2f, INFINITY, 20, 0.1f, 0.1f, Estimator::exact};
   Array<float> terms(kPolicyLossTerms * kRows);
   const auto policy_loss = [&](const Logits& against, const GradLogits& to) {
-    check(launch_policy_loss<SmallPolicyLossLaunch>(rows, policy, against, tokens, loss, 1.1, to,
+    check(launch_policy_loss<PolicyLossLaunches>(rows, policy, against, tokens, loss, 1.1, to,
                                                     terms.values, nullptr));
   };
   on_devices(2 * sizeof(T) * vocab_size, [&] { policy_loss(reference, separate); });
@@ -149,14 +149,14 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
 
   // Over the logits; then the one, and then the other, are gone.
   const GradLogits in_place{logits.at, kTokens * vocab_size, vocab_size};
-  check(launch_backward<SmallLaunch>(rows, policy, reference, saved, in_place, nullptr));
+  check(launch_backward<Launch>(rows, policy, reference, saved, in_place, nullptr));
   policy_loss(reference, in_place);
-  check(launch_mix_backward<SmallLaunch>(no_token, policy, reference, finished, saved_mixture,
+  check(launch_mix_backward<Launch>(no_token, policy, reference, finished, saved_mixture,
                                          in_place, nullptr));
   float factor = 1;
-  check(launch_scale<SmallLaunch>(rows, in_place, dtype, &factor, nullptr));
+  check(launch_scale<Launch>(rows, in_place, dtype, &factor, nullptr));
   factor = 0.5f;
-  check(launch_scale<SmallLaunch>(rows, in_place, dtype, &factor, nullptr));
+  check(launch_scale<Launch>(rows, in_place, dtype, &factor, nullptr));
 }
 
 void run_gae(int64_t n_tokens) {

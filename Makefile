@@ -15,7 +15,7 @@ KL_KERNELS_CUDA ?= 0
 REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's|^git@([^:]+):|https://\1/|; s|\.git$$||; /^https:/p')
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11 liger-kernel-0.8
 
-.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants machine integrations validate numerics bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
+.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants machine integrations validate numerics tools bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -209,6 +209,9 @@ build/trainers/%/ready: tests/trainers/environments/%.txt $(READY)
 
 clean:
 	rm -rf build kl_kernels/*.so
+
+# What lint, docs and dist need, for those that run at the same time.
+tools: $(VENV)/dev-ready $(VENV)/docs-ready $(VENV)/dist-ready
 
 # Torch goes in first: the extension compiles against the torch it will run with, so the build is not isolated.
 $(VENV)/torch-ready:

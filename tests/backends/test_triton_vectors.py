@@ -1,10 +1,12 @@
 """Gradients in vectors that begin where memory has them aligned, wherever their row does.
 
-The interpreter reads and writes any address: that vectors are aligned on a GPU is tested on the
-machine code. Tiles are as small as in test_triton_backend.py.
+The interpreter reads and writes any address: `make machine` runs these tests as machine code, where
+an address that is not aligned is an error. Tiles are as small as in test_triton_backend.py, but for
+that: compiled, a lane is a thread, of whole warps.
 """
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -14,9 +16,13 @@ from triton_writers import MASK, SMALL, WRITERS, mixture_backward
 from kl_kernels.backends.triton import launch
 
 
+ONE_WARP = {"lanes": 32, "num_warps": 1, "policy_loss_lanes": 32, "policy_loss_warps": 1}
+
+
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(launch, "CONFIG", dataclasses.replace(launch.CONFIG, **SMALL))
+    compiled = {} if os.environ.get("TRITON_INTERPRET") == "1" else ONE_WARP
+    monkeypatch.setattr(launch, "CONFIG", dataclasses.replace(launch.CONFIG, **SMALL | compiled))
 
 
 ODD = 155  # a split of a gradient and a part of one; rows begin at every place in a vector

@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[2]
 LOGS = ROOT / "build/machine/logs"
 ARCHS = ("sm_80", "sm_90")
 APPROXIMATIONS = ("exact", "up", "down", "hash")
-EVERYTHING = ["tests/gpu"]
+EVERYTHING = {
+    "triton": ["tests/gpu", "tests/backends/test_triton_vectors.py"],
+    "cuda": ["tests/gpu"],
+}
 # Numbers alone: with other results of ex2, the bits are not those of another test.
 NUMBERS = [
     "tests/gpu/test_gpu_small_cases.py",
@@ -64,12 +67,13 @@ class Job(NamedTuple):
 def jobs(tritons: list[Path]) -> Iterator[Job]:
     """All jobs, first those that compile what others find compiled."""
     for mode, triton, arch in itertools.product(APPROXIMATIONS, [None, *tritons], ARCHS):
-        tests = EVERYTHING if mode == "exact" else NUMBERS
-        how = [*tests, "--machine", arch, "--approximation", mode]
-        name = f"triton {version('triton') if triton is None else version_in(triton)}"
-        yield Job(f"{name}, {arch}, {mode}", [*how, "--backend", "triton"], triton)
+        names = {"triton": f"triton {version('triton') if triton is None else version_in(triton)}"}
         if triton is None:
-            yield Job(f"cuda, {arch}, {mode}", [*how, "--backend", "cuda"])
+            names["cuda"] = "cuda"
+        for backend, name in names.items():
+            tests = EVERYTHING[backend] if mode == "exact" else NUMBERS
+            how = ["--machine", arch, "--backend", backend, "--approximation", mode]
+            yield Job(f"{name}, {arch}, {mode}", [*tests, *how], triton)
     for arch in ARCHS[1:]:  # earlier ones have no clusters
         how = ["--machine", arch, "--backend", "cuda", "--launches", "small", "-k", ONLY_ON_HOST]
         yield Job(f"cuda, {arch}, small launches", [*CLUSTERS, *how])

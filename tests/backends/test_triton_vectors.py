@@ -15,7 +15,6 @@ from triton_writers import MASK, SMALL, WRITERS, mixture_backward
 
 from kl_kernels.backends.triton import launch
 
-
 ONE_WARP = {"lanes": 32, "num_warps": 1, "policy_loss_lanes": 32, "policy_loss_warps": 1}
 
 

@@ -173,9 +173,7 @@ class CudaLaunches(Launches):
         return 0
 
     def kernel_of(self, name: str) -> Kernel:
-        if name not in self.lowered:
-            self.lowered[name] = Kernel(parse(self.ptx[name])[name])
-        return self.lowered[name]
+        return self.lowered.get(name) or self.lower(name, parse(self.ptx[name])[name])
 
 
 # Faults that are none: bytes read beside those that are needed, shifted out, and not there yet.

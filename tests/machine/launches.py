@@ -23,8 +23,10 @@ from kl_kernels.schemas import OPERATORS
 
 from .blocks import Kernel
 from .faults import Fault
+from .lint import asymmetric_butterflies
 from .machine import Machine
 from .memory import Layout, Memory
+from .parse import Function
 
 # NaN in every floating type, no truth value, and no number that anybody writes.
 POISON = np.frombuffer(b"\xe5\xff" * 4, np.uint8)
@@ -112,6 +114,14 @@ class Launches:
         self.seconds += time.perf_counter() - started
         self.n_launches += 1
         return None
+
+    def lower(self, key: str, function: Function) -> Kernel:
+        """Lower a function, once, to be known by `key`; threads that may disagree are a fault."""
+        for line in asymmetric_butterflies(function):
+            text = "one thread of a pair rounds the product that the other does not"
+            self.faults.append(Fault("asymmetric butterfly", function.name, line, "", text, 1))
+        self.lowered[key] = Kernel(function)
+        return self.lowered[key]
 
     def kernels(self) -> Any:
         """The backend whose launches are taken, a namespace of operators."""

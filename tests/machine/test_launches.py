@@ -47,6 +47,18 @@ def number(launches, to, n, stride=4):
     )
 
 
+def test_every_kernel_is_one_whose_threads_agree_on_their_sums():
+    body = """mul.f32 %f3, %f1, %f2; shfl.sync.bfly.b32 %f4, %f3, 16, 31, -1;
+  fma.rn.f32 %f5, %f2, %f1, {}; ret;"""
+    with Launches() as launches:
+        for sums in ("%f4", "%f3"):
+            kernel = f".entry f() {{ .reg .f32 %f<9>;\n  {body.format(sums)} }}"
+            launches.lower(sums, parse(kernel)["f"])
+        assert set(launches.lowered) == {"%f4", "%f3"}
+        (fault,) = launches.take_faults()
+    assert (fault.kind, fault.kernel) == ("asymmetric butterfly", "f")
+
+
 def backend(launches, **operators):
     refuse = dict.fromkeys(OPERATORS)
     return launches.operators(SimpleNamespace(**(refuse | operators)))

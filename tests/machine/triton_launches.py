@@ -95,7 +95,7 @@ class TritonLaunches(Launches):
     def kernel_of(self, ptx: str) -> Kernel:
         if ptx not in self.lowered:
             (function,) = parse(ptx).values()
-            self.lowered[ptx] = Kernel(function)
+            self.lower(ptx, function)
         return self.lowered[ptx]
 
 

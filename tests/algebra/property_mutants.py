@@ -156,11 +156,11 @@ MUTANTS = {
         RL, OPERATORS, "a.gamma * a.lam * next_advantage", "a.lam * next_advantage"
     ),
     "test_advantages_are_linear_in_rewards_and_values": Mutant(
-        RL, OPERATORS, "delta = r[:, t] +", "delta = r[:, t].abs() +"
+        RL, OPERATORS, "delta = r[t] +", "delta = r[t].abs() +"
     ),
     "test_holes_in_a_response_are_as_if_cut_out": Mutant(
-        RL, OPERATORS, "next_value = torch.where(counts, v[:, t], next_value)",
-        "next_value = v[:, t]",
+        RL, OPERATORS, "next_value[here] = torch.where(counts, v[t], next_value[here])",
+        "next_value[here] = v[t]",
     ),
     "test_whitened_values_have_mean_zero_and_variance_one": Mutant(
         RL, "rl/masked.py", "moments.var())", "moments.var(unbiased=False))"
@@ -176,8 +176,8 @@ MUTANTS = {
         RL, "rl/importance.py", "weight.clamp(low, high)", "weight.clamp_max(high)"
     ),
     "test_aggregated_losses_are_those_of_a_loop": Mutant(
-        RL, "rl/losses.py", "weights = weights / lengths.clamp_min(1)",
-        "weights = weights / mask.shape[1]",
+        RL, "rl/losses.py", "weights / sequences.at_tokens(sequences.sums(mask)).clamp_min(1)",
+        "weights / mask.shape[1]",
     ),
     "test_k3_and_k2_are_never_negative_and_k1_changes_sign_with_the_models": Mutant(
         RL, EPILOGUES, "return torch.expm1(-log_ratio) + log_ratio.",

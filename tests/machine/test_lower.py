@@ -94,7 +94,10 @@ def test_constants_alone():
         "selp.b32 %r5, 1, 0, %p1; xor.b32 %r9, %r1, %r2; add.u32 %r9, %r9, %r3;"
         "add.u32 %r9, %r9, %r4; add.u32 %r9, %r9, %r10;"
     )
-    assert evaluate(body, np.arange(40).astype(np.uint32)).tolist() == [4 + i for i in range(40)]
+    x = np.arange(40).astype(np.uint32)
+    assert evaluate(body, x).tolist() == [4 + i for i in range(40)]
+    for statement, result in (("shl.b32 %r9, 1, 3;", 8), ("shr.u32 %r9, 1, -1;", 0)):
+        assert evaluate(statement, x).tolist() == [result] * 40
 
 
 def test_moves_that_pack_and_unpack():
@@ -214,6 +217,18 @@ def test_loops_of_different_lengths():
 
     assert not launch(kernel(body), [out], threads=64).faults
     assert out.tolist() == [steps(i + 1) for i in range(64)]
+
+
+def test_copies_change_apart():
+    """A register and its copy, of which some threads change one in a branch."""
+    out = aligned(32, np.uint32)
+    body = (
+        "mov.u32 %r1, %r0; setp.lt.u32 %p1, %r0, 9; @%p1 bra A; bra B; A: add.u32 %r1, %r1, 50;\n"
+        "B: mad.lo.u32 %r2, %r0, 1000, %r1; mul.wide.u32 %d8, %r0, 4; add.u64 %d9, %d0, %d8;\n"
+        "st.global.u32 [%d9], %r2;"
+    )
+    assert not launch(kernel(body), [out]).faults
+    assert out.tolist() == [1001 * i + 50 * (i < 9) for i in range(32)]
 
 
 def test_threads_that_leave_early_write_nothing_more():

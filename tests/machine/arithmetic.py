@@ -146,8 +146,9 @@ def fma(a: ndarray, b: ndarray, c: ndarray) -> ndarray:
 
 def fma_down(a: ndarray, b: ndarray, c: ndarray) -> ndarray:
     """Float32 a b + c, rounded once, towards -inf."""
-    product = np.multiply(a, b, dtype=f8)
-    exact = to_odd(*two_sum(*np.broadcast_arrays(product, np.asarray(c, f8))))
+    product, c = np.broadcast_arrays(np.multiply(a, b, dtype=f8), np.asarray(c, f8))
+    exact = to_odd(*two_sum(product, c))
+    exact = np.where((exact == 0) & (np.signbit(product) | np.signbit(c)), -0.0, exact)
     result = exact.astype(f4)
     return nan(np.where(result > exact, np.nextafter(result, f4(-np.inf)), result))
 

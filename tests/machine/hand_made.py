@@ -79,3 +79,51 @@ def aligned(n: int, dtype: type, value: float = 0) -> np.ndarray:
 
 def kinds(machine: Machine) -> set[str]:
     return {fault.kind for fault in machine.faults}
+
+
+# Registers by their bytes: the stem of their names, and the result's type.
+STEMS = {2: ("h", np.uint16), 4: ("r", np.uint32), 8: ("d", np.uint64)}
+
+
+def evaluate(body: str, *operands: np.ndarray, size: int = 4) -> np.ndarray:
+    """Results of some statements, for each element of their operands.
+
+    They run twice, each time in all threads: together, and apart for even threads and odd ones.
+
+    Args:
+        body: statements without labels. Operand k is in register 10 + k of its size, such as %r10;
+            the result is left in register 9 of its own.
+        operands: [n] each, of 2, 4 or 8 bytes.
+        size: bytes of the result.
+
+    Returns:
+        [n] unsigned.
+    """
+    n, stem = len(operands[0]), STEMS[size][0]
+    threads = -(-n // 32) * 32
+    padded = [np.resize(np.ascontiguousarray(x), threads) for x in operands]
+    arrays = [aligned(threads, x.dtype) for x in padded]
+    for array, x in zip(arrays, padded):
+        array[:] = x
+    arrays.append(aligned(threads, STEMS[size][1]))
+    last = len(operands)
+    address = "mul.wide.u32 %d30, %r0, {}; add.u64 %d30, %d30, %d{};\n"
+    loads = "".join(
+        f"{address.format(x.itemsize, k)}"
+        f"ld.global.b{8 * x.itemsize} %{STEMS[x.itemsize][0]}{10 + k}, [%d30];\n"
+        for k, x in enumerate(operands)
+    )
+    store = f"{address.format(size, last)}st.global.b{8 * size} [%d30], %{stem}9;"
+    apart = (
+        "and.b32 %r31, %r0, 1; setp.eq.b32 %p7, %r31, 1; @%p7 bra ODD;\n"
+        f"{body}\nbra BOTH;\nODD: {body}\nBOTH:\n"
+    )
+    results = []
+    for statements in (body, apart):
+        arrays[-1][:] = 0xA5
+        code = kernel(loads + statements + store, n_pointers=last + 1)
+        faults = launch(code, arrays, threads=threads).faults
+        assert not faults, faults
+        results.append(arrays[-1][:n].copy())
+    assert np.array_equal(*results), "threads that part compute something else"
+    return results[0]

@@ -38,7 +38,7 @@ def compiled(kernel: Kernel, block: Block, full: bool) -> Callable:
     for instruction in block.instructions:
         try:
             FAMILIES[instruction.family](values, instruction)
-        except (NotImplementedError, KeyError, ValueError, TypeError) as error:
+        except (NotImplementedError, LookupError, ValueError, TypeError) as error:
             what = f"line {instruction.line}: {instruction.op} {instruction.args}"
             raise NotImplementedError(f"{what}: {type(error).__name__} {error}") from error
     values.emit(f"result = {answer(values, block)}")

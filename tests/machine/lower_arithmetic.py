@@ -11,6 +11,7 @@ from .lower_values import TYPES, WIDER, Values, size_of
 from .parse import Immediate, Instruction, Operand, Pair, Register, Symbol, Vector
 
 FAMILIES: dict[str, Callable[[Values, Instruction], None]] = {}
+HALVES = ("f16", "bf16", "f16x2", "bf16x2")
 
 
 def family(*names: str) -> Callable:
@@ -29,7 +30,11 @@ def only(instruction: Instruction, *accepted: str) -> None:
 
 
 def kind_of(instruction: Instruction) -> str:
-    return TYPES[instruction.modifiers[-1]]
+    """Type that an instruction computes in; the bits of halves are no integers."""
+    name = instruction.modifiers[-1]
+    if name in HALVES:
+        raise NotImplementedError(instruction.op)
+    return TYPES[name]
 
 
 def flushes(instruction: Instruction) -> bool:
@@ -41,10 +46,17 @@ def operands(v: Values, of: Instruction, kind: str, which: slice = slice(1, None
     found = []
     for operand in of.args[which]:
         text = v.read(operand, kind)
-        if kind == "f4" and flushes(of) and not isinstance(operand, Immediate):
+        if kind == "f4" and flushes(of) and not is_normal(operand):
             text = f"A.ftz({text})"
         found.append(text)
     return found
+
+
+def is_normal(operand: Operand | None) -> bool:
+    """Whether a constant is the same after flushing; nearly all are."""
+    if not isinstance(operand, Immediate) or operand.kind != "f32":
+        return False
+    return operand.bits == 0 or operand.bits & 0x7F800000 != 0
 
 
 def rounded(of: Instruction, kind: str, text: str) -> str:
@@ -54,6 +66,8 @@ def rounded(of: Instruction, kind: str, text: str) -> str:
         if flushes(of):
             text = f"A.ftz({text})"
     if "sat" in of.modifiers:  # NaN becomes 0
+        if kind[0] != "f":
+            raise NotImplementedError(of.op)
         text = f"np.fmin(np.fmax({text}, {kind}(0)), {kind}(1))"
     return text
 
@@ -89,6 +103,8 @@ def product(v: Values, of: Instruction) -> None:
         a, b = (widened(v, operand, kind) for operand in of.args[1:])
         v.write(of.args[0], WIDER[kind], whole(v, of, f"{a} * {b}"), of)
     elif "hi" in of.modifiers:
+        if size_of(kind) == 8:
+            raise NotImplementedError(of.op)
         a, b = (v.array(operand, kind) for operand in of.args[1:])
         v.write(of.args[0], kind, f"I.high_product({a}, {b})", of)
     else:
@@ -143,16 +159,17 @@ def divide(v: Values, of: Instruction) -> None:
 @family("max", "min")
 def extreme(v: Values, of: Instruction) -> None:
     only(of, "NaN", "ftz", "xorsign", "abs")
-    kind = kind_of(of)
-    name = {"max": "maximum", "min": "minimum"}[of.family]
-    if kind[0] in "iu" and of.modifiers[-1] not in ("bf16x2", "f16x2", "bf16", "f16"):
-        return binary(v, of, f"np.{name}({{}}, {{}})")
-    if "NaN" in of.modifiers:
-        name += "_nan"
+    function = {"max": "maximum", "min": "minimum"}[of.family]
+    name = f"{function}_nan" if "NaN" in of.modifiers else function
     if of.modifiers[-1] == "bf16x2":
+        only(of, "NaN")
         a, b = (v.array(operand, "u4") for operand in of.args[1:])
         return v.write(of.args[0], "u4", f"I.packed_extreme({name!r}, {a}, {b})", of)
-    if kind[0] != "f" or ("abs" in of.modifiers and "xorsign" not in of.modifiers):
+    kind = kind_of(of)
+    if kind[0] in "iu":
+        only(of)
+        return binary(v, of, f"np.{function}({{}}, {{}})")
+    if "abs" in of.modifiers and "xorsign" not in of.modifiers:
         raise NotImplementedError(of.op)
     a, b = (v.array(operand, kind) for operand in of.args[1:])
     if flushes(of):
@@ -248,16 +265,18 @@ def shift(v: Values, of: Instruction) -> None:
     a = v.read(of.args[1], kind)
     sign = "<<" if of.family == "shl" else ">>"
     if isinstance(of.args[2], Immediate):
-        by, beyond = of.args[2].bits, of.args[2].bits >= bits
+        by = of.args[2].bits & 0xFFFFFFFF
+        beyond = by >= bits
         by_text = v.integer(min(by, bits - 1), kind)
     else:
         amount = v.read(of.args[2], "u4")
         by_text = f"np.minimum({amount}, u4({bits - 1})).astype({kind})"
         beyond = f"{amount} >= u4({bits})"
     text = f"{a} {sign} {by_text}"
-    if sign == "<<" or kind[0] == "u":  # numpy's own shift by the width is undefined
+    # numpy's own shift by the width is undefined.
+    if beyond is not False and (sign == "<<" or kind[0] == "u"):
         text = f"where({beyond}, {kind}(0), {text})"
-    v.write(of.args[0], kind, text if beyond is not False else f"{a} {sign} {by_text}", of)
+    v.write(of.args[0], kind, whole(v, of, text), of)
 
 
 # --- comparisons and choices
@@ -347,13 +366,12 @@ def convert(v: Values, of: Instruction) -> None:
     only(of, "rn", "rz", "ftz", "sat", *ROUNDINGS)
     to, source = of.modifiers[-2:]
     rounding = [m for m in of.modifiers[:-2] if m not in ("ftz", "sat")]
-    halves = ("bf16", "f16")
     if to in ("bf16x2", "f16x2"):
         if of.modifiers[:-2] != ["rn"]:
             raise NotImplementedError(of.op)
         high, low = (f"I.to_{to[:-2]}({v.array(a, 'f4')})" for a in of.args[1:])
         return v.write(of.args[0], "u4", f"I.joined({low}, {high})", of)
-    if source in halves or to in halves:
+    if source in HALVES or to in HALVES:
         return convert_half(v, of, to, source)
     d, s = TYPES[to], TYPES[source]
     text = v.array(of.args[1], s)
@@ -363,7 +381,7 @@ def convert(v: Values, of: Instruction) -> None:
         return v.write(of.args[0], d, f"I.from_float(np.{name}({text}), {d})", of)
     if s[0] == "f":
         return convert_float(v, of, d, s, rounding)
-    if rounding != (["rn"] if d[0] == "f" else []) or (d[0] != "f" and of.modifiers[:-2]):
+    if of.modifiers[:-2] != (["rn"] if d[0] == "f" else []):
         raise NotImplementedError(of.op)
     v.write(of.args[0], d, f"{text}.astype({d})", of)
 

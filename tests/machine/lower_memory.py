@@ -158,6 +158,8 @@ def reduce_warp(v: Values, of: Instruction) -> None:
     if of.predicate is not None:
         raise NotImplementedError("a predicated reduction")
     kind = TYPES[of.modifiers[-1]]
+    if kind[0] == "f":
+        raise NotImplementedError(of.op)
     value, mask = v.array(of.args[1], kind), v.read(of.args[2], "u4")
     v.write(of.args[0], kind, f"C.redux({of.modifiers[1]!r}, {value}, {mask}, m, {of.line})", of)
 

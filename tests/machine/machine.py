@@ -28,6 +28,7 @@ from .reads import Reads
 from .threads import WARP, line_of
 
 THREADS_AT_ONCE = 4096  # more would fall out of the CPU's caches
+VOTES = ("or", "and")  # of bar.red
 STEPS = 2_000_000  # blocks that a kernel may execute before it is said to run for ever
 # Registers that nothing was written to: NaN in every floating type, and no address.
 POISON = {1: True, 2: 0x7FC1, 4: 0x7FC0DEAD, 8: 0x7FF8DEADBEEF7FC1}
@@ -188,7 +189,7 @@ class Running(Barriers):
                 self.done if result is None else np.where(result, self.done, block.next)
             )
         elif end.predicate is not None:
-            raise NotImplementedError(f"line {end.line}: a predicated barrier")
+            raise NotImplementedError(f"line {end.line}: a predicated {end.op}")
         elif end.op.startswith("barrier.cluster"):
             self.state[threads] = AT_CLUSTER
         else:
@@ -200,9 +201,8 @@ class Running(Barriers):
     def _check_barrier(self, end: Instruction) -> None:
         """Refuse barriers of a part of the CTA: all of its threads wait at the same one."""
         numbers = [a.bits for a in end.args if isinstance(a, Immediate)]
-        if numbers not in ([0], [0, self.per_cta]) or not end.op.startswith(
-            ("bar", "barrier.sync")
-        ):
+        known = end.family != "bar" or end.modifiers[0] == "sync" or end.modifiers[1] in VOTES
+        if numbers not in ([0], [0, self.per_cta]) or not known:
             raise NotImplementedError(f"line {end.line}: {end.op} {end.args}")
 
     def _count_block(self, block: Block, m: ndarray | None, n: int) -> None:

@@ -95,7 +95,8 @@ class Function:
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _SPACE = re.compile(r"\s*")
 _LABEL = re.compile(r"([\w$]+):(?!:)")
-_UNTIL_NEWLINE = (".version", ".target", ".address_size", ".file", ".loc")
+_UNTIL_NEWLINE = re.compile(r"\.(?:version|target|address_size|file|loc)\b")
+_SOURCE = re.compile(r"\.(?:file|loc)\b")  # .local is no such thing
 _ENTRY = re.compile(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)")
 _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)?(?:\s+\.align\s+\d+)?)?"
@@ -108,7 +109,7 @@ _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 _EXTERN = re.compile(r"\.extern \.shared \.align (\d+) \.b8 ([\w$]+)\[\]")
 _SHARED = re.compile(r"\.shared \.align (\d+) \.(\w+) ([\w$]+)(?:\[(\d+)\])?")
 _DATA = re.compile(r"(?:\.visible |\.extern |\.weak )?\.(?:global|const) ")
-_USED = re.compile(r'\.pragma "used_bytes_mask (\d+)"')
+_USED = re.compile(r'\.pragma "used_bytes_mask (\w+)"')
 _MANY = re.compile(r"([%\w$]+)<(\d+)>")
 _PREDICATE = re.compile(r"@(!?)(%?[\w$]+)\s+(.*)")
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
@@ -172,7 +173,9 @@ class _Module:
 
     def statement(self) -> str:
         """Take the text up to the next semicolon."""
-        end = self.text.index(";", self.at)
+        end = self.text.find(";", self.at)
+        if end < 0:
+            raise self.refuse("no semicolon")
         found = " ".join(self.text[self.at : end].split())
         self.at = end + 1
         return found
@@ -184,7 +187,7 @@ class _Module:
 
     def read(self) -> None:
         while self.skip_space():
-            if self.text.startswith(_UNTIL_NEWLINE, self.at):
+            if _UNTIL_NEWLINE.match(self.text, self.at):
                 self.rest_of_line()
             elif match := _ENTRY.match(self.text, self.at):
                 function = self.head(match)
@@ -208,7 +211,7 @@ class _Module:
             if not declaration.strip():
                 continue
             found = _PARAMETER.fullmatch(declaration.strip())
-            if not found:
+            if not found or found[2] not in SIZES:
                 raise self.refuse(f"parameter {declaration.strip()}")
             size = SIZES[found[2]] * int(found[4] or 1)
             offset = align(function.param_bytes, int(found[1] or SIZES[found[2]]))
@@ -245,7 +248,7 @@ class _Body:
                     self.scopes.pop()
                 if not self.scopes:
                     break
-            elif text.startswith((".loc", ".file"), module.at):
+            elif _SOURCE.match(text, module.at):
                 found = _LOCATION.match(module.rest_of_line())
                 if found and found[2] != "0":
                     self.where = f"{module.files.get(found[1], found[1])}:{found[2]}"
@@ -257,6 +260,8 @@ class _Body:
                 module.at = label.end()
             else:
                 self.take(module.statement())
+        if self.scopes:
+            raise module.refuse(f"the end of {self.function.name} is missing")
         for name, alignment in module.dynamic.items():
             self.function.shared_bytes = align(self.function.shared_bytes, max(alignment, 16))
             self.function.shared[name] = (self.function.shared_bytes, -1)
@@ -266,14 +271,14 @@ class _Body:
             self.declare(statement)
         elif statement.startswith(".shared "):
             match = _SHARED.fullmatch(statement)
-            if not match:
+            if not match or match[2] not in SIZES:
                 raise self.module.refuse(statement)
             offset = align(self.function.shared_bytes, int(match[1]))
             size = SIZES[match[2]] * int(match[4] or 1)
             self.function.shared[match[3]] = (offset, size)
             self.function.shared_bytes = offset + size
         elif used := _USED.fullmatch(statement):
-            self.used = int(used[1])
+            self.used = int(used[1], 0)
         elif statement.startswith(".pragma "):
             pass  # advice about unrolling
         elif statement.startswith("."):
@@ -283,7 +288,7 @@ class _Body:
 
     def declare(self, statement: str) -> None:
         _, kind, names = statement.split(" ", 2)
-        width = SIZES[kind[1:]]
+        width = SIZES.get(kind[1:], 1)
         if width == 1 and kind != ".pred":
             raise self.module.refuse(statement)
         self.declared += 1
@@ -322,11 +327,11 @@ class _Body:
             return register
         if text == "_":
             return None
-        if text.startswith("{"):
+        if text.startswith("{") and text.endswith("}"):
             return Vector(self.parts(text[1:-1].split(",")))
         if "|" in text:
             return Pair(self.parts(text.split("|")))
-        if text.startswith("["):
+        if text.startswith("[") and text.endswith("]"):
             return self.address(text)
         if match := _FLOAT32.fullmatch(text):
             return Immediate(int(match[1], 16), "f32")
@@ -336,7 +341,7 @@ class _Body:
             return Immediate(int(match[2], 0) * (-1 if match[1] else 1), "int")
         if _DECIMAL.fullmatch(text):
             return Immediate(*struct.unpack("<I", struct.pack("<f", float(text))), "f32")
-        if text.startswith("%"):
+        if re.fullmatch(r"%[\w.]+", text):
             return Special(text)
         if re.fullmatch(r"[\w$]+", text) and not text[0].isdigit():
             return Symbol(text)

@@ -79,6 +79,7 @@ class Target:
                         survivors.append(self.described(kernel, site, verdict))
                         verdict = SURVIVED
                     how[verdict] += 1
+                print(f"{self.name}, {kernel}, {kind}: {dict(how)}", file=sys.stderr, flush=True)
                 counts.setdefault(kernel, {})[kind] = {
                     "places": places,
                     "reached": len(reached),

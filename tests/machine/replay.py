@@ -22,7 +22,7 @@ from .counters import Counters
 from .launches import Launches, tensors_in
 from .parse import Function
 
-STEPS = 20_000  # blocks, several times those of any call that is remembered
+STEPS = 2_500  # blocks, more than any call takes
 SURVIVED, SAME_BITS = "survived", "survived, the same bits"
 WRITTEN = ("grad_logits", "gradient")
 
@@ -200,7 +200,8 @@ def spied(launches: Launches, executed: dict[str, set[int]]) -> Iterator[None]:
 def places_of(kernel: Kernel, counters: Counters) -> Iterator[int]:
     """Places in the body that were executed; a store under a predicate, if any thread stored."""
     at = {id(item): index for index, item in enumerate(kernel.function.body)}
-    stored = {line for _, what, _, line in counters.traffic if what == "store"}
+    traffic = counters.traffic.items()
+    stored = {line for (_, what, _, line), found in traffic if what == "store" and found.requests}
     for _, index in counters.blocks:
         block = kernel.blocks[index]
         for item in [*block.instructions, *([block.end] if block.end else [])]:

@@ -196,7 +196,7 @@ class Accesses(Group):
                 "shared misaligned", line, f"{size} bytes at {offset[offset % size != 0][0]}"
             )
             offset = offset - offset % size
-        return offset + cta * self.stride
+        return np.where(bad, -1, offset + cta * self.stride)
 
     def _load_own(self, address: ndarray, size: int, threads, line: int, used) -> ndarray:
         return self._load_shared(self._own(address, size, threads, line), size, threads, line, used)

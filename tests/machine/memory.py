@@ -140,7 +140,8 @@ class Buffer:
             return np.ones(len(at), bool)
         marks, place = self._marks(at, size)
         one = ONES[size] if self.address % size == 0 else 1
-        return (marks[place] == one).reshape(len(at), -1).all(1)
+        all_written: ndarray = marks[place] == one
+        return all_written if all_written.ndim == 1 else all_written.all(1)
 
     def set_written(self, at: ndarray, size: int) -> None:
         if self.written is not None:

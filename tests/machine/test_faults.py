@@ -46,6 +46,11 @@ def test_an_address_of_no_tensor():
     assert kinds(machine) == {"global out of bounds"}
 
 
+def test_all_of_a_load_is_past_the_end_of_what_was_never_written():
+    body = OWN + "ld.global.u32 %r4, [%d9+128];"
+    assert kinds(launch(kernel(body), [numbers()], fresh=[0])) == {"global out of bounds"}
+
+
 def test_a_misaligned_access():
     body = "add.u64 %d9, %d0, 2; ld.global.u32 %r4, [%d9];"
     assert kinds(launch(kernel(body), [numbers()])) == {"global misaligned"}
@@ -124,6 +129,19 @@ def test_shared_memory_that_is_not_there():
     body = OWN_SHARED + "st.shared.u32 [%r3], %r0;"
     (fault,) = launch(kernel(body, shared=120), [numbers()]).faults
     assert (fault.kind, fault.count) == ("shared out of bounds", 2)
+
+
+@pytest.mark.parametrize("access", ["st.shared.u32 [%r3], %r0;", "ld.shared.u32 %r6, [%r3];"])
+def test_shared_memory_far_away_or_of_the_next_cta(access):
+    """It stays as it is, and what is read there is none of its bytes."""
+    write = OWN_SHARED + "st.shared.u32 [%r3], %r0; mov.u32 %r9, %ctaid.x;"
+    to_the_next = "setp.eq.u32 %p1, %r9, 0; @%p1 add.u32 %r3, %r3, {};" + access
+    read = "add.u32 %r3, %r2, %r1; ld.shared.u32 %r5, [%r3];" + OWN + "st.global.u32 [%d9], %r5;"
+    for distance in (128, 1 << 30, -256):
+        out = numbers()
+        body = write + to_the_next.format(distance) + read
+        assert kinds(launch(kernel(body, shared=128), [out], ctas=2)) >= {"shared out of bounds"}
+        assert out.tolist() == list(range(32))
 
 
 @pytest.mark.parametrize("space", ["shared", "global"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import arithmetic, integers, lower_memory  # noqa: F401  registers its families
+from . import arithmetic, integers, lower_conversions, lower_memory  # noqa: F401  two register families
 from .lower_arithmetic import FAMILIES
 from .lower_values import CANONICAL, NUMPY, Values
 

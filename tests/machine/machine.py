@@ -28,7 +28,7 @@ from .reads import Reads
 from .threads import WARP, line_of
 
 THREADS_AT_ONCE = 4096  # more would fall out of the CPU's caches
-VOTES = ("or", "and")  # of bar.red
+VOTES = ("or", "and")  # that bar.red takes
 STEPS = 2_000_000  # blocks that a kernel may execute before it is said to run for ever
 # Registers that nothing was written to: NaN in every floating type, and no address.
 POISON = {1: True, 2: 0x7FC1, 4: 0x7FC0DEAD, 8: 0x7FF8DEADBEEF7FC1}

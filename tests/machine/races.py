@@ -17,8 +17,8 @@ from numpy import ndarray
 # Bits of a time.
 CLUSTER, CTA = 40, 16
 # Readers: a thread is its number + 1, several threads of CTA c are -(c + 2), those of several CTAs
-# are FAR.
-NOBODY, FAR = 0, -1
+# of cluster k are -(k + WIDE), those of several clusters are FAR.
+NOBODY, FAR, WIDE = 0, -1, 1 << 30
 
 
 def time_of(cluster: ndarray, cta: ndarray, warp: ndarray) -> ndarray:
@@ -61,11 +61,21 @@ class Threads:
     def cta(self) -> ndarray:
         return self.number // self.per_cta
 
+    @property
+    def cluster(self) -> ndarray:
+        return self.number // self.per_cluster
+
+    def cluster_of(self, reader: ndarray) -> ndarray:
+        """Cluster of a reader or of several; -1 for FAR."""
+        of_cta = cta_of(reader, self.per_cta) * self.per_cta // self.per_cluster
+        return np.where(reader <= -WIDE, -reader - WIDE, of_cta)
+
     def race_with_many(self, reader: ndarray, when: ndarray) -> ndarray:  # [n] each -> [n]
         """Whether reads by several threads, the last at `when`, are not ordered before this."""
         ordered = (-reader - 2 == self.cta) & (when >> CTA < self.time >> CTA)
-        if self.per_cluster > self.per_cta:  # whether it is this one, the writer's check says
-            ordered |= when >> CLUSTER < self.time >> CLUSTER
+        if self.per_cluster > self.per_cta:
+            same_cluster = self.cluster_of(reader) == self.cluster
+            ordered |= same_cluster & (when >> CLUSTER < self.time >> CLUSTER)
         return (reader < NOBODY) & ~ordered
 
 
@@ -122,17 +132,20 @@ def _check_readers(records: dict[str, ndarray], index: ndarray, by: Threads) -> 
 def _add_readers(records: dict[str, ndarray], index: ndarray, by: Threads) -> None:
     """Record reads; those that this one is not ordered after still count."""
     reader, read_at = records["reader"][index], records["read_at"][index]
-    own, alone = -(by.cta + 2), by.number + 1
+    own, alone, near = -(by.cta + 2), by.number + 1, -(by.cluster + WIDE)
     if reader.any():
         still = by.race_with(reader, read_at) | by.race_with_many(reader, read_at)
         same = cta_of(reader, by.per_cta) == by.cta
-        records["reader"][index] = np.where(still, np.where(same, own, FAR), alone)
+        several = np.where(by.cluster_of(reader) == by.cluster, near, FAR)
+        records["reader"][index] = np.where(still, np.where(same, own, several), alone)
     else:
         records["reader"][index] = alone
     records["read_at"][index] = by.time
     last = records["reader"][index]  # several threads at once: one stays
-    lost = (last != alone) & (last != own) & (last != FAR)
+    lost = (last != alone) & (last != own) & (last != near) & (last != FAR)
     if lost.any():
         same = cta_of(last, by.per_cta) == by.cta
-        records["reader"][index[lost & same]] = own[lost & same]
-        records["reader"][index[lost & ~same]] = FAR
+        beside = by.cluster_of(last) == by.cluster
+        for which, several in ((same, own), (beside & ~same, near), (~beside, FAR)):
+            which = lost & which
+            records["reader"][index[which]] = np.broadcast_to(several, lost.shape)[which]

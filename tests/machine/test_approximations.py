@@ -75,7 +75,7 @@ def test_a_logarithm_reaches_its_bound(mode, sign):
     bound = np.where(near, 1, abs(exact)) * 2.0**-22
     with A.approximation(mode):
         found = A.lg2(LOGARITHMS)
-    slack = 2.0**-50 * np.maximum(1, abs(exact))  # of computing it in float64
+    slack = 2.0**-50 * np.maximum(1, abs(exact))  # float64 rounds, too
     assert ((found - exact) * sign <= bound + slack).all()
     assert ((moved(found, sign) - exact) * sign >= bound - slack).all()
 

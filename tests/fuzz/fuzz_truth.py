@@ -110,13 +110,17 @@ def linear_token_jsd(a):
 
 def compute_gae(a):
     rewards, values, mask = a["rewards"].double(), a["values"].double(), a["mask"].bool()
+    after = a.get("last_values")
     gamma, lam, skip = a.get("gamma", 1.0), a.get("lam", 0.95), a.get("masked", "skip") == "skip"
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     for b in range(len(rewards)):
         next_value = next_advantage = 0.0
+        last = int(mask[b].nonzero().max()) if mask[b].any() else -1
         for t in reversed(range(rewards.shape[1])):
             counts = bool(mask[b, t])
             reward, value = (float(x[b, t]) if counts else 0.0 for x in (rewards, values))
+            if t == last and after is not None:
+                next_value = float(after[b])
             advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
             if counts:
                 advantages[b, t], returns[b, t] = advantage, advantage + value
@@ -140,13 +144,14 @@ def compute_rewards(a):
     clip, coef = a.get("kl_clip"), a["kl_coef"]
     kl = kl if clip is None else kl.clamp(-clip, clip)
     rewards = torch.where(mask & (coef != 0), -coef * kl, 0.0)
+    bound = a.get("score_clip")
+    scores = a["scores"].double()
+    scores = scores if bound is None else scores.clamp(-bound, bound)
+    if scores.shape != mask.shape[:1]:  # one for each token
+        return (rewards + torch.where(mask, scores.reshape(mask.shape), 0.0),)
     for b, row in enumerate(mask):
         if row.any():
-            score = a["scores"][b].double()
-            bound = a.get("score_clip")
-            rewards[b, int(row.nonzero().max())] += (
-                score if bound is None else score.clamp(-bound, bound)
-            )
+            rewards[b, int(row.nonzero().max())] += scores[b]
     return (rewards,)
 
 

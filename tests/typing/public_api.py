@@ -74,6 +74,7 @@ def ppo_step(logits: Tensor, ref_logits: Tensor, ids: Tensor, mask: Tensor, scor
 
     packed = kl_kernels.compute_gae(rollout.rewards, rollout.kl, mask, cu_seqlens=ids)
     assert_type(packed, tuple[Tensor, Tensor])
+    kl_kernels.compute_gae(rollout.rewards, rollout.kl, mask, last_values=scores)
     kl_kernels.aggregate(rollout.kl, mask, "seq-mean-token-sum", cu_seqlens=ids)
     controller.update(rollout.kl, len(scores), mask=mask, cu_seqlens=ids)
 

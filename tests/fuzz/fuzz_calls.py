@@ -151,6 +151,14 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
             "kl_coef": 0.2,
             **options,
         }
+    if name == "group_advantages":
+        groups = random_.choice(({"group_size": t}, {"group_ids": ids.flatten()}))
+        kinds = ("grpo", "dr_grpo", "rloo", "reinforce++")
+        return {
+            "scores": normal(b * t),
+            **groups,
+            **_options(random_, kind=kinds, eps=(1e-4, 0, 0.5)),
+        }
     if name == "kl_penalty":
         kinds = ("k1", "k2", "k3", "abs", "k3+", "mse")
         return {
@@ -199,6 +207,7 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
 
 TENSORS = (
     "cu_seqlens",
+    "group_ids",
     "last_values",
     "mask",
     "row_mask",
@@ -213,6 +222,7 @@ OPTIONS = (
     "kl_estimator",
     "score_position",
     "aggregation",
+    "kind",
     "masked",
     "mode",
     "level",
@@ -229,7 +239,16 @@ NOT_ALWAYS_READ = {
     ("linear_policy_loss", "ref_logit_scale"),
     ("ppo_value_loss", "old_values"),
 }
-FLAGS = ("inplace_backward", "shift_mean", "unbiased", "biased", "group", "vocab_start", "dim")
+FLAGS = (
+    "inplace_backward",
+    "shift_mean",
+    "unbiased",
+    "biased",
+    "group",
+    "process_group",
+    "vocab_start",
+    "dim",
+)
 
 
 def public_call(random_: random.Random) -> Call:

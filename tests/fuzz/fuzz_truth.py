@@ -155,6 +155,22 @@ def compute_rewards(a):
     return (rewards,)
 
 
+def group_advantages(a):
+    x, kind, eps = a["scores"].double(), a.get("kind", "grpo"), a.get("eps", 1e-4)
+    ids = torch.arange(len(x)) // a["group_size"] if a.get("group_size") else a["group_ids"]
+    same = (ids[:, None] == ids).double()
+    n = same.sum(1)
+    deviation = x - same @ x / n
+    if kind == "rloo":
+        return (deviation * n / (n - 1).clamp_min(1),)
+    squares = deviation.square()
+    total, count = (same @ squares, n) if kind == "grpo" else (squares.sum(), len(x) + 0 * n)
+    std = (total / (count - 1).clamp_min(1)).sqrt()
+    alone = n == 1
+    found = deviation if kind == "dr_grpo" else deviation / (std + eps)
+    return (torch.where(alone, 0.0, found),)
+
+
 # Masked rows are 0 in these, whatever they hold.
 PER_TOKEN = {
     "token_stats": "mask",
@@ -171,5 +187,6 @@ TRUTHS = {
     for f in (
         token_stats, token_kl, token_jsd, selective_log_softmax, topk_kl, linear_token_stats,
         linear_token_kl, linear_token_jsd, compute_gae, masked_mean, masked_var, compute_rewards,
+        group_advantages,
     )
 }  # fmt: skip

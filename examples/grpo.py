@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kl_kernels import fused_policy_loss
+from kl_kernels import fused_policy_loss, group_advantages
 
 PAD, EOS, VOCAB = 0, 2, 64
 PROMPTS, GROUP, PROMPT_TOKENS, ANSWER_TOKENS = 8, 8, 4, 16
@@ -44,9 +44,8 @@ def train(steps=40, kl_coef=0.2, seed=0):
         is_eos = (answers == EOS).long()
         mask = is_eos.cumsum(1) - is_eos == 0  # through the first EOS
 
-        rewards = even_tokens(answers, mask).view(PROMPTS, GROUP)
-        advantages = rewards - rewards.mean(1, keepdim=True)
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+        rewards = even_tokens(answers, mask)
+        advantages = group_advantages(rewards, group_size=GROUP)
 
         loss, metrics = fused_policy_loss(
             policy(ids).logits[:, BEFORE],

@@ -41,6 +41,7 @@ from kl_kernels.rl.controllers import FixedKLController
 from kl_kernels.rl.denominator import global_denominator
 from kl_kernels.rl.early_stop import KLEarlyStop
 from kl_kernels.rl.estimators import kl_penalty
+from kl_kernels.rl.group_advantages import group_advantages
 from kl_kernels.rl.importance import importance_weights
 from kl_kernels.rl.losses import aggregate, ppo_policy_loss, ppo_value_loss
 from kl_kernels.rl.masked import masked_mean, masked_var, masked_whiten
@@ -70,6 +71,7 @@ __all__ = [
     "compute_rewards",
     "fused_policy_loss",
     "global_denominator",
+    "group_advantages",
     "importance_weights",
     "kl_penalty",
     "kl_rewards",

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kl_kernels import checks
@@ -47,9 +48,10 @@ from kl_kernels.partitioned.shards import operator_over
 from kl_kernels.rl.rewards import (
     ScorePosition,
     check_reward_estimator,
+    check_scores,
     clip_scores,
-    placed_scores,
     score_indices,
+    token_scores,
 )
 from kl_kernels.rl.sequences import sequences_of
 from kl_kernels.schemas import (
@@ -293,7 +295,7 @@ def kl_rewards(
     logits: Tensor,  # [B, T, V]
     ref_logits: Tensor,  # [B, T, V]
     token_ids: Tensor,  # [B, T]
-    scores: Tensor,  # [B]
+    scores: Tensor,  # [B] or [B, T]
     mask: Tensor,  # [B, T]
     *,
     kl_coef: float,
@@ -312,7 +314,7 @@ def kl_rewards(
     vocab_start: int | None = None,
     backend: BackendName | None = None,
 ) -> KLRewards:
-    """Shaped rewards of RLHF: -kl_coef * KL per token, and the score once, in one pass.
+    """Shaped rewards of RLHF: -kl_coef * KL per token plus the scores, in one pass.
 
     The KL of each token is k1 = logprob - ref_logprob or the exact KL over the vocabulary (Ziegler
     et al. 2019, arXiv 1909.08593, equation 2, token by token). Exact KL has no sampling noise, but
@@ -327,8 +329,10 @@ def kl_rewards(
         ref_logits: [B, T, V] of the reference, the same rows, on the same device; the dtype may
             differ. Must not require grad.
         token_ids: [B, T] the sampled tokens; int64 or int32, in [0, V) where the mask is True.
-        scores: [B] one score per sequence, any dtype but complex; a NaN stays in its sequence. With
-            cu_seqlens [S].
+        scores: [B] one score per sequence, any dtype but complex; a NaN stays in its sequence. Or
+            [B, T], of tokens or turns: each stays where it lies, and those at masked positions do
+            not count, even NaN. With cu_seqlens [S], or as the mask is ([N] where S = N: one per
+            sequence; [1, N] tells them apart).
         mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone): 1 at response
             tokens. It may have holes (tool output), which change nothing. Other rows are not read,
             and give 0.
@@ -337,8 +341,9 @@ def kl_rewards(
         score_position: [B] a position in each sequence, -1 for nowhere; or "last_token" (last 1 of
             the mask) or "after_last" (one later, as in TRL; the last column, or the last position
             of a packed sequence, where there is no later one). A response without tokens gets no
-            reward anywhere.
-        score_clip: scores are clamped to [-score_clip, score_clip]; above 0. None: no clamp.
+            reward anywhere. Scores of tokens have their positions: only the default goes with them.
+        score_clip: scores are clamped to [-score_clip, score_clip], each by itself; above 0. None:
+            no clamp.
         kl_clip: each token's KL is clamped to [-kl_clip, kl_clip] nats before kl_coef; above 0.
             None: no clamp.
         biased: accept an estimator whose expected policy gradient is not that of the KL.
@@ -390,18 +395,20 @@ def kl_rewards(
     ids = prepare_token_ids(token_ids, logits)
     checks.check_per_token("mask", mask, logits)
     sequences = sequences_of("mask", mask, cu_seqlens)
-    sequences.check_scores("scores", scores)
+    check_scores(scores, "mask", mask, sequences)
     mask = checks.check_mask("mask", mask)
     kl_coef = checks.check_non_negative("kl_coef", kl_coef)
     check_reward_estimator(kl_estimator, biased=biased)
     if kl_clip is not None:
         kl_clip = checks.check_positive("kl_clip", kl_clip)
     scores = clip_scores(scores.detach().to(output_dtype(logits)), score_clip)
-    score_index = score_indices(score_position, mask, sequences)
-    packed_scores = None
-    if cu_seqlens is not None:  # the operator has one score for each row: none
-        packed_scores = placed_scores(scores, score_index, sequences)
-        scores, score_index = scores.new_zeros(1), score_index.new_full((1,), -1)
+    added = None
+    if cu_seqlens is None and not sequences.are_of_tokens(scores):
+        score_index = score_indices(score_position, mask, sequences)
+    else:  # the operator has one score for each row: none
+        added = token_scores(scores, score_position, mask, sequences)
+        scores = torch.zeros_like(as_tokens(mask), dtype=scores.dtype).sum(1)
+        score_index = torch.full_like(scores, -1, dtype=torch.int64)
     args = KLRewardsArgs(
         token_ids=ids,
         mask=as_tokens(mask),
@@ -417,6 +424,6 @@ def kl_rewards(
     logprob, ref_logprob, kl, _, entropy, *_ = outputs
     found = rewards, correction, kl, logprob, ref_logprob, entropy
     result = KLRewards(*(shaped(output, token_ids.shape) for output in found))
-    if packed_scores is None:
+    if added is None:
         return result
-    return result._replace(rewards=result.rewards + packed_scores)
+    return result._replace(rewards=result.rewards + added)

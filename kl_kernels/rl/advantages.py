@@ -15,6 +15,7 @@ from kl_kernels.checks import (
     check_unit_interval,
 )
 from kl_kernels.ops import library as _ops  # noqa: F401  registers torch.ops.kl_kernels
+from kl_kernels.rl.rewards import placed_scores
 from kl_kernels.rl.sequences import sequences_of
 from kl_kernels.schemas import BackendName, GAEArgs, output_dtype
 
@@ -29,6 +30,7 @@ def compute_gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     masked: Masked = "skip",
+    last_values: Tensor | None = None,  # [B]
     cu_seqlens: Tensor | None = None,  # [S + 1]
     backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,8 @@ def compute_gae(
         returns_t = advantages_t + values_t
 
     (Schulman et al. 2016, arXiv 1506.02438, equation 16.) After a sequence's last token everything
-    is 0: the response is taken as finished, not cut off.
+    is 0, as after a response that is finished; of one that was cut off, `last_values` has the value
+    there, which stands for the rewards that it would have got.
 
     Masked positions carry neither reward nor value, and "skip" and "zero" differ in whether time
     passes over them. "skip": it does not, t + 1 is the next unmasked token (verl, miles); tool
@@ -62,14 +65,18 @@ def compute_gae(
         gamma: discount per token, 0 to 1.
         lam: lambda, 0 to 1; 1 gives the discounted reward-to-go minus the value.
         masked: "skip" or "zero".
+        last_values: [B] any float dtype; the value function's estimate after each sequence's last
+            unmasked token, 0 of those that are finished. It counts as reward and value of nothing:
+            gamma times it is part of the last token's delta. A sequence without tokens has no use
+            for it, even NaN. With cu_seqlens [S]. None: all are finished.
         cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
             a CPU alone): sequence s has the tokens from cu_seqlens[s] to before cu_seqlens[s + 1].
             Everything that is [B, T] here is then [N] or [1, N]. None: each row is one.
         backend: None (best available), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        (advantages, returns), each [B, T], float32 (float64 if either input is), exactly 0 where
-        masked, without gradient. Advantages are not whitened: see `masked_whiten`.
+        (advantages, returns), each [B, T], float32 (float64 if rewards or values are), exactly 0
+        where masked, without gradient. Advantages are not whitened: see `masked_whiten`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
@@ -81,6 +88,9 @@ def compute_gae(
         >>> advantages, returns = kl_kernels.compute_gae(rewards, values, mask, lam=1.0)
         >>> advantages, returns
         (tensor([[0.5000, 0.5000, 0.5000]]), tensor([[1., 1., 1.]]))
+        >>> cut_off = torch.tensor([0.25])
+        >>> kl_kernels.compute_gae(rewards, values, mask, lam=0.0, last_values=cut_off)[0]
+        tensor([[0.0000, 0.0000, 0.7500]])
     """
     sequences = sequences_of("rewards", rewards, cu_seqlens)
     check_plain("rewards", rewards)
@@ -91,10 +101,16 @@ def compute_gae(
     lam = check_unit_interval("lam", lam)
     check_choice("masked", masked, get_args(Masked))
     dtype = torch.promote_types(output_dtype(rewards), output_dtype(values))
+    rewards = rewards.detach().to(dtype)
+    if last_values is not None:
+        sequences.check_scores("last_values", last_values)
+        # As a reward of the last token it is part of the same delta, and of that alone.
+        after = gamma * last_values.detach().to(dtype)
+        rewards = rewards + placed_scores(after, sequences.last(mask), sequences)
     shape = rewards.shape
     rows = shape if rewards.ndim == 2 else (1, *shape)  # the operator's
     args = GAEArgs(
-        rewards=rewards.detach().to(dtype).reshape(rows),
+        rewards=rewards.reshape(rows),
         values=values.detach().to(dtype).reshape(rows),
         mask=mask.reshape(rows),
         gamma=gamma,

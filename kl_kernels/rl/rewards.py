@@ -1,4 +1,4 @@
-"""Shaped rewards from per-token KL and per-sequence scores."""
+"""Shaped rewards from per-token KL and scores of sequences or of tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kl_kernels.checks import (
     check_non_negative,
     check_plain,
     check_positive,
+    check_tensor,
 )
 from kl_kernels.rl.sequences import Sequences, sequences_of
 from kl_kernels.schemas import ESTIMATORS, output_dtype
@@ -23,7 +24,7 @@ UNBIASED_REWARDS = ("k1", "exact")
 
 
 def compute_rewards(
-    scores: Tensor,  # [B]
+    scores: Tensor,  # [B] or [B, T]
     kl: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
     kl_coef: float,
@@ -33,7 +34,7 @@ def compute_rewards(
     kl_clip: float | None = None,
     cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:
-    """Shaped rewards, -kl_coef * KL per token and the score once: `kl_rewards` without the logits.
+    """Shaped rewards, -kl_coef * KL per token plus the scores: `kl_rewards` without the logits.
 
     Use it where the per-token KL is at hand already. k1 is right as it is; exact KL needs its
     correction or a KL in the loss besides (see `kl_rewards`); k2, k3 and abs bias the policy
@@ -44,8 +45,10 @@ def compute_rewards(
     that both models rule out `kl_penalty` gives a KL of 0.
 
     Args:
-        scores: [B] one score per sequence, any dtype; a NaN stays in its sequence. With cu_seqlens
-            [S].
+        scores: [B] one score per sequence, any dtype; a NaN stays in its sequence. Or [B, T], of
+            tokens or turns: each stays where it lies, and those at masked positions do not count,
+            even NaN. With cu_seqlens [S], or as kl is ([N] where S = N: one per sequence; [1, N]
+            tells them apart).
         kl: [B, T] per-token KL(policy || reference) in nats, an estimate or exact; each row is one
             sequence. With cu_seqlens [N] or [1, N], as everything that is [B, T] here.
         mask: [B, T] bool, or numbers that are 0 or 1 (looked at on a CPU alone); 1 at response
@@ -55,8 +58,9 @@ def compute_rewards(
         score_position: "last_token" (last set position of the mask), "after_last" (one later, as
             TRL does; the last column, or the last position of a packed sequence, where there is no
             later one) or a tensor, [B] integers: a position in each sequence, -1 for nowhere. A
-            response without tokens gets no reward anywhere.
-        score_clip: scores are clamped to [-score_clip, score_clip].
+            response without tokens gets no reward anywhere. Scores of tokens have their positions:
+            only the default goes with them.
+        score_clip: scores are clamped to [-score_clip, score_clip], each by itself.
         kl_clip: each token's KL is clamped to [-kl_clip, kl_clip] before kl_coef, so that one token
             cannot outweigh the score; the tokens it clips feel no further pull.
         cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
@@ -76,23 +80,34 @@ def compute_rewards(
         >>> mask = torch.tensor([[True, True, False]])
         >>> kl_kernels.compute_rewards(scores, kl, mask, kl_coef=1.0)
         tensor([[-0.5000,  1.0000,  0.0000]])
+        >>> of_tokens = torch.tensor([[1.0, 2.0, torch.nan]])
+        >>> kl_kernels.compute_rewards(of_tokens, kl, mask, kl_coef=1.0)
+        tensor([[0.5000, 1.0000, 0.0000]])
     """
     sequences = sequences_of("kl", kl, cu_seqlens)
     check_plain("kl", kl)
     check_like("mask", mask, "kl", kl)
-    sequences.check_scores("scores", scores)
+    check_scores(scores, "kl", kl, sequences)
     mask = check_mask("mask", mask)
     kl_coef = check_non_negative("kl_coef", kl_coef)
     dtype = output_dtype(kl)
     scores = clip_scores(scores.detach().to(dtype), score_clip)
-    index = score_indices(score_position, mask, sequences)
     kl = kl.detach().to(dtype)
     if kl_clip is not None:
         kl_clip = check_positive("kl_clip", kl_clip)
         kl = kl.clamp(-kl_clip, kl_clip)
     # Selected: without a penalty an infinite KL must not matter, and 0 * inf would be NaN.
     penalty = torch.where(mask & (kl_coef != 0), -kl_coef * kl, 0.0)
-    return penalty + placed_scores(scores, index, sequences)
+    return penalty + token_scores(scores, score_position, mask, sequences)
+
+
+def check_scores(scores: Tensor, name: str, tokens: Tensor, sequences: Sequences) -> None:
+    """`scores` must be one for each token of `tokens`, or one for each sequence."""
+    check_tensor("scores", scores)
+    if sequences.are_of_tokens(scores):
+        check_like("scores", scores, name, tokens)
+    else:
+        sequences.check_scores("scores", scores)
 
 
 def check_reward_estimator(kl_estimator: str, *, biased: bool) -> None:
@@ -104,11 +119,36 @@ def check_reward_estimator(kl_estimator: str, *, biased: bool) -> None:
         )
 
 
-def clip_scores(scores: Tensor, score_clip: float | None) -> Tensor:  # [B]
+def clip_scores(scores: Tensor, score_clip: float | None) -> Tensor:  # [B] or [B, T]
     if score_clip is None:
         return scores
     score_clip = check_positive("score_clip", score_clip)
     return scores.clamp(-score_clip, score_clip)
+
+
+def token_scores(
+    scores: Tensor,  # [B] or [B, T]
+    score_position: str | Tensor,  # or [B]
+    mask: Tensor,  # [B, T]
+    sequences: Sequences,
+) -> Tensor:  # [B, T]
+    """The score of each token: its own under the mask, or that of its sequence in one position."""
+    if not sequences.are_of_tokens(scores):
+        return placed_scores(scores, score_indices(score_position, mask, sequences), sequences)
+    if isinstance(score_position, Tensor) or score_position != "last_token":
+        _check_position(score_position, sequences)
+        raise ValueError(
+            f"score_position is given, but scores of shape {tuple(scores.shape)} are of tokens, "
+            "and stay where they lie; leave it out, or pass one score for each sequence"
+        )
+    return torch.where(mask, scores, 0.0)
+
+
+def _check_position(score_position: str | Tensor, sequences: Sequences) -> None:  # or [B]
+    if isinstance(score_position, Tensor):
+        _check_indices(score_position, sequences)
+    else:
+        check_choice("score_position", score_position, get_args(ScorePosition))
 
 
 def score_indices(
@@ -120,12 +160,11 @@ def score_indices(
 
     "after_last" is the position after the last token, or the last position where there is none.
     """
+    _check_position(score_position, sequences)
     last = sequences.last(mask)
     if isinstance(score_position, Tensor):
-        _check_indices(score_position, sequences)
         wanted = score_position.long()
     else:
-        check_choice("score_position", score_position, get_args(ScorePosition))
         after = torch.minimum(last + 1, sequences.lengths() - 1)
         wanted = last if score_position == "last_token" else after
     return torch.where(last >= 0, wanted, -1)

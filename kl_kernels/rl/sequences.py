@@ -33,6 +33,10 @@ class Rows:
         """`scores` must be [B], on the tokens' device."""
         check_per_sequence(name, scores, self.name, self.tokens)
 
+    def are_of_tokens(self, scores: Tensor) -> bool:
+        """Whether `scores` are [B, T], one for each token."""
+        return scores.shape == self.tokens.shape
+
     def lengths(self) -> Tensor:  # [B] int64
         n_batch, n_tokens = self.tokens.shape
         return torch.full((n_batch,), n_tokens, device=self.tokens.device)
@@ -78,6 +82,10 @@ class Packed:
                 f"({self._n + 1},) needs ({self._n},), one for each sequence"
             )
         check_same_device(name, scores, "cu_seqlens", self.cu_seqlens)
+
+    def are_of_tokens(self, scores: Tensor) -> bool:
+        """Whether `scores` are [N] or [1, N] as the tokens are; [S] if that is the same shape."""
+        return scores.shape == self.shape and scores.shape != (self._n,)
 
     def _of_token(self) -> Tensor:  # [N] int64
         """The sequence of each token: the number of those that end where it is, or before."""

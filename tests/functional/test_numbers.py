@@ -85,6 +85,7 @@ CALLS = {
         {"scores": SCORES, "kl": ONE, "mask": MASK},
         {"kl_coef": 0.125, "score_clip": 1.5, "kl_clip": 0.25},
     ),
+    "group_advantages": ({"scores": SCORES}, {"group_size": 2, "eps": 0.125}),
     "importance_weights": (
         {"logprobs": ONE, "rollout_logprobs": OTHER, "mask": MASK},
         {"low": 0.5, "high": 1.0},
@@ -115,7 +116,8 @@ CALLS = {
     "length_normalized_scores": ({"scores": SCORES, "mask": MASK}, {"exponent": 0.5}),
 }
 ELSEWHERE = {"vocab_start"}  # with a group: tests/partitioned/test_parallel.py
-INTEGERS = {"dim"}
+INTEGERS = {"dim", "group_size"}
+OTHER_INTEGERS = {"dim": 0, "group_size": 1}
 IN_CALLS = [(function, name) for function, (_, numbers) in CALLS.items() for name in numbers]
 
 KINDS = {
@@ -167,7 +169,7 @@ def test_a_number_counts_whatever_its_type(function, name, kind):
 @pytest.mark.parametrize(("function", "name"), IN_CALLS)
 def test_each_number_reaches_its_function(function, name):
     """Otherwise the test above would compare what depends on nothing."""
-    other = 0 if name == "dim" else CALLS[function][1][name] * 0.875
+    other = OTHER_INTEGERS.get(name, CALLS[function][1][name] * 0.875)
     pairs = zip(call(function), call(function, **{name: other}), strict=True)
     is_changed = any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
     if name != "loss_scale":  # it changes the rounding alone, if anything

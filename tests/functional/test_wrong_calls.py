@@ -58,7 +58,7 @@ WRONG = [
     ("token_kl", {"mask": IDS + 2, "token_ids": MASK.long()}, "mask holds "),
     ("kl_rewards", {"scores": SCORES[:, None]}, "scores has shape (2, 1)"),
     ("kl_rewards", {"scores": SCORES.tolist()}, "scores is a list"),
-    ("kl_rewards", {"scores": ONE}, "scores has shape (2, 3)"),
+    ("kl_rewards", {"scores": ONE[:, :2]}, "scores has shape (2, 2)"),
     ("kl_rewards", {"kl_coef": -0.1}, "kl_coef is -0.1; it must be a finite number, 0 or above"),
     ("compute_rewards", {"kl_coef": -0.1}, "kl_coef is -0.1; it must be a finite number, 0 or"),
     ("fused_policy_loss", {"kl_loss_coef": -0.1}, "kl_loss_coef is -0.1; it must be"),

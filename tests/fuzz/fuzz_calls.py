@@ -83,11 +83,15 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
         return {"logits": logits, "ref_logits": ref_logits, **jsd}
     if name == "kl_rewards":
         of_both.pop("mask", None)
+        of_sequences = {"scores": normal(b), **_options(
+            random_, score_position=("last_token", "after_last"))
+        }  # fmt: skip
+        scores = random_.choice((of_sequences, {"scores": normal(b, t)}))
         return {
-            "logits": logits, "ref_logits": ref_logits, "token_ids": ids, "scores": normal(b),
+            "logits": logits, "ref_logits": ref_logits, "token_ids": ids, **scores,
             "mask": mask, "kl_coef": 0.1, **of_both,
             **_options(random_, kl_estimator=("k1", "exact"), kl_clip=(1.0, None),
-                       score_position=("last_token", "after_last"), score_clip=(0.5, None)),
+                       score_clip=(0.5, None)),
         }  # fmt: skip
     if name == "selective_log_softmax":
         several = torch.randint(v, (b, t, k), generator=g)
@@ -134,17 +138,26 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
                 gamma=(0.9, 1),
                 lam=(0, 1.0),
                 masked=("skip", "zero"),
+                last_values=(normal(b), None),
                 backend=(None, "reference"),
             ),
         }
     if name == "compute_rewards":
         options = _options(random_, score_clip=(0.5, None), kl_clip=(0.3, None))
         return {
-            "scores": normal(b),
+            "scores": random_.choice((normal(b), normal(b, t))),
             "kl": float_tokens["kl"],
             "mask": mask,
             "kl_coef": 0.2,
             **options,
+        }
+    if name == "group_advantages":
+        groups = random_.choice(({"group_size": t}, {"group_ids": ids.flatten()}))
+        kinds = ("grpo", "dr_grpo", "rloo", "reinforce++")
+        return {
+            "scores": normal(b * t),
+            **groups,
+            **_options(random_, kind=kinds, eps=(1e-4, 0, 0.5)),
         }
     if name == "kl_penalty":
         kinds = ("k1", "k2", "k3", "abs", "k3+", "mse")
@@ -194,6 +207,8 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
 
 TENSORS = (
     "cu_seqlens",
+    "group_ids",
+    "last_values",
     "mask",
     "row_mask",
     "ref_logits",
@@ -207,6 +222,7 @@ OPTIONS = (
     "kl_estimator",
     "score_position",
     "aggregation",
+    "kind",
     "masked",
     "mode",
     "level",
@@ -223,7 +239,16 @@ NOT_ALWAYS_READ = {
     ("linear_policy_loss", "ref_logit_scale"),
     ("ppo_value_loss", "old_values"),
 }
-FLAGS = ("inplace_backward", "shift_mean", "unbiased", "biased", "group", "vocab_start", "dim")
+FLAGS = (
+    "inplace_backward",
+    "shift_mean",
+    "unbiased",
+    "biased",
+    "group",
+    "process_group",
+    "vocab_start",
+    "dim",
+)
 
 
 def public_call(random_: random.Random) -> Call:
@@ -270,12 +295,15 @@ def _packed(arguments: dict[str, Any], random_: random.Random) -> dict[str, Any]
     return {**packed, "cu_seqlens": torch.arange(0, b * t + 1, t, dtype=dtype)}
 
 
+OF_SEQUENCES = ("scores", "last_values")  # scores may be of tokens: the truth sees to that
+
+
 def _unpacked(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that `_packed` was given."""
     shape, b = arguments["mask"].shape, len(arguments["cu_seqlens"]) - 1
     return {
         name: value.reshape(b, -1)
-        if isinstance(value, torch.Tensor) and value.shape == shape and name != "scores"
+        if isinstance(value, torch.Tensor) and value.shape == shape and name not in OF_SEQUENCES
         else value
         for name, value in arguments.items()
     }

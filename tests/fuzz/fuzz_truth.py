@@ -110,13 +110,17 @@ def linear_token_jsd(a):
 
 def compute_gae(a):
     rewards, values, mask = a["rewards"].double(), a["values"].double(), a["mask"].bool()
+    after = a.get("last_values")
     gamma, lam, skip = a.get("gamma", 1.0), a.get("lam", 0.95), a.get("masked", "skip") == "skip"
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     for b in range(len(rewards)):
         next_value = next_advantage = 0.0
+        last = int(mask[b].nonzero().max()) if mask[b].any() else -1
         for t in reversed(range(rewards.shape[1])):
             counts = bool(mask[b, t])
             reward, value = (float(x[b, t]) if counts else 0.0 for x in (rewards, values))
+            if t == last and after is not None:
+                next_value = float(after[b])
             advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
             if counts:
                 advantages[b, t], returns[b, t] = advantage, advantage + value
@@ -140,14 +144,31 @@ def compute_rewards(a):
     clip, coef = a.get("kl_clip"), a["kl_coef"]
     kl = kl if clip is None else kl.clamp(-clip, clip)
     rewards = torch.where(mask & (coef != 0), -coef * kl, 0.0)
+    bound = a.get("score_clip")
+    scores = a["scores"].double()
+    scores = scores if bound is None else scores.clamp(-bound, bound)
+    if scores.shape != mask.shape[:1]:  # one for each token
+        return (rewards + torch.where(mask, scores.reshape(mask.shape), 0.0),)
     for b, row in enumerate(mask):
         if row.any():
-            score = a["scores"][b].double()
-            bound = a.get("score_clip")
-            rewards[b, int(row.nonzero().max())] += (
-                score if bound is None else score.clamp(-bound, bound)
-            )
+            rewards[b, int(row.nonzero().max())] += scores[b]
     return (rewards,)
+
+
+def group_advantages(a):
+    x, kind, eps = a["scores"].double(), a.get("kind", "grpo"), a.get("eps", 1e-4)
+    ids = torch.arange(len(x)) // a["group_size"] if a.get("group_size") else a["group_ids"]
+    same = (ids[:, None] == ids).double()
+    n = same.sum(1)
+    deviation = x - same @ x / n
+    if kind == "rloo":
+        return (deviation * n / (n - 1).clamp_min(1),)
+    squares = deviation.square()
+    total, count = (same @ squares, n) if kind == "grpo" else (squares.sum(), len(x) + 0 * n)
+    std = (total / (count - 1).clamp_min(1)).sqrt()
+    alone = n == 1
+    found = deviation if kind == "dr_grpo" else deviation / (std + eps)
+    return (torch.where(alone, 0.0, found),)
 
 
 # Masked rows are 0 in these, whatever they hold.
@@ -166,5 +187,6 @@ TRUTHS = {
     for f in (
         token_stats, token_kl, token_jsd, selective_log_softmax, topk_kl, linear_token_stats,
         linear_token_kl, linear_token_jsd, compute_gae, masked_mean, masked_var, compute_rewards,
+        group_advantages,
     )
 }  # fmt: skip

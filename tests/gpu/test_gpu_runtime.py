@@ -121,6 +121,14 @@ def test_nothing_waits_for_the_gpu(backend):
             shaped.logprob, shaped.ref_logprob, packed, level="sequence", cu_seqlens=bounds
         )
         kl_kernels.aggregate(shaped.kl, packed, "seq-mean-token-mean", cu_seqlens=bounds)
+        kl_kernels.compute_rewards(shaped.kl, shaped.kl, packed, 0.1, cu_seqlens=bounds)
+        kl_kernels.compute_gae(
+            shaped.rewards, shaped.kl, packed,
+            last_values=shaped.kl[:2], cu_seqlens=bounds, backend=backend,
+        )  # fmt: skip
+        for kind in ("grpo", "rloo", "reinforce++"):
+            kl_kernels.group_advantages(shaped.kl, group_size=1, kind=kind)
+            kl_kernels.group_advantages(shaped.kl, group_ids=ids, kind=kind)
 
         policy_loss(*inputs, backend, mask=mask, aggregation="seq-mean-token-mean")
 

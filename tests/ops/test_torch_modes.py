@@ -161,6 +161,12 @@ OF_TOKENS = {
     "compute_gae": lambda x, a: (
         x * kl_kernels.compute_gae(a["old"], a["returns"], a["mask"])[0]
     ).sum(),
+    "compute_rewards of tokens' scores": lambda x, a: (
+        x * kl_kernels.compute_rewards(a["returns"], a["old"], a["mask"], 0.1)
+    ).sum(),
+    "compute_gae of cut-off answers": lambda x, a: (
+        x * kl_kernels.compute_gae(a["old"], a["old"], a["mask"], last_values=a["scores"])[0]
+    ).sum(),
     "importance_weights": lambda x, a: (
         x * kl_kernels.importance_weights(a["old"], a["returns"], a["mask"])[0]
     ).sum(),

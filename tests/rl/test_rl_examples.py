@@ -10,6 +10,7 @@ MODULES = {
     "advantages": 1,
     "controllers": 1,
     "early_stop": 1,
+    "group_advantages": 1,
     "masked": 3,
     "rewards": 1,
     "scores": 3,

@@ -74,12 +74,16 @@ def ppo_step(logits: Tensor, ref_logits: Tensor, ids: Tensor, mask: Tensor, scor
 
     packed = kl_kernels.compute_gae(rollout.rewards, rollout.kl, mask, cu_seqlens=ids)
     assert_type(packed, tuple[Tensor, Tensor])
+    kl_kernels.compute_gae(rollout.rewards, rollout.kl, mask, last_values=scores)
+    assert_type(kl_kernels.group_advantages(scores, group_size=8, kind="rloo"), Tensor)
     kl_kernels.aggregate(rollout.kl, mask, "seq-mean-token-sum", cu_seqlens=ids)
     controller.update(rollout.kl, len(scores), mask=mask, cu_seqlens=ids)
 
     kl_kernels.aggregate(rollout.kl, mask, cu_seqlens=[0, 4])  # type: ignore[arg-type]
     kl_kernels.kl_rewards(logits, ref_logits, ids, scores, mask)  # type: ignore[call-arg]
     kl_kernels.compute_gae(rollout, returns, mask)  # type: ignore[arg-type]
+    kl_kernels.group_advantages(scores, group_size=8, kind="ppo")  # type: ignore[arg-type]
+    kl_kernels.group_advantages(scores, group_ids=[0, 0])  # type: ignore[arg-type]
     kl_kernels.global_denominator(mask, "mean")  # type: ignore[arg-type]
     kl_kernels.AdaptiveKLController(0.1, target=6.0, horizon=1e4)  # type: ignore[call-arg]
     loss, metrics, _ = fused  # type: ignore[misc]

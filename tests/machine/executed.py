@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -15,21 +16,25 @@ from bench.common.machine import record
 from kl_kernels.files import write_text
 
 from .blocks import Block, Kernel
-from .counters import Counters, Traffic
+from .counters import SECTOR, Counters, Traffic
 from .cuda_launches import CudaLaunches, nvcc_version
 from .executed_jobs import Job, jobs
 from .launches import Launches, summary
 from .threads import WARP
 from .triton_launches import TritonLaunches
 
-RESULTS = Path(__file__).parents[2] / "bench/results/executed.json"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench/results/executed.json"
+FILES = {"fold.py": "kl_kernels/backends/triton/fold.py", "fold.cuh": "csrc/cuda/fold.cuh"}
+FOLDS = {"fold_anchored": "fast", "fold_running_max": "careful"}
+MOST = 0.9
 BACKENDS = {"triton": TritonLaunches, "cuda": CudaLaunches}
-ACCESSES = [(space, access) for space in ("global", "shared") for access in ("load", "store")]
-READS_LOGITS = 0.5  # of their bytes: kernels that read less work on tokens
+KINDS = [(space, access) for space in ("global", "shared") for access in ("load", "store")]
+KEY = ("job", "backend", "arch", "dtype", "vocab_size", "kernel")
 
 
 def count(wanted: Iterable[Job]) -> list[dict[str, Any]]:
-    """Rows of figures, one for each kernel of each job."""
+    """Figures of each kernel of each job."""
     rows = []
     by_target: dict[tuple[str, str], list[Job]] = {}
     for job in wanted:
@@ -44,82 +49,121 @@ def count(wanted: Iterable[Job]) -> list[dict[str, Any]]:
 
 def run(job: Job, launches: Launches, operators: Any) -> list[dict[str, Any]]:
     started = time.perf_counter()
-    getattr(operators, job.operator)(job.arguments())
-    faults = launches.take_faults()
-    if faults:
+    arguments = job.arguments()
+    getattr(operators, job.operator)(arguments)
+    if faults := launches.take_faults():
         raise RuntimeError(f"{job.label}: {summary(faults)}")
     counters = launches.counters.pop()
-    found = [figures(job, kernel, counters) for kernel in counters.kernels.values()]
+    found = [figures(job, arguments, kernel, counters) for kernel in counters.kernels.values()]
     print(f"{job.label}: {time.perf_counter() - started:.1f} s", flush=True)
     return found
 
 
-def figures(job: Job, kernel: Kernel, counters: Counters) -> dict[str, Any]:
+def figures(job: Job, arguments: Any, kernel: Kernel, counters: Counters) -> dict[str, Any]:
     name = kernel.function.name
-    logits = job.rows * job.vocab_size * job.dtype.itemsize * (1 + job.has_ref)
-    read = counters.total(name, "load", "global").n_bytes
-    over_logits = read >= READS_LOGITS * logits
-    units = job.rows * (job.vocab_size if over_logits else 1)
-    unit = ("pair" if job.has_ref else "logit") if over_logits else "token"
-    row = {
+    unit, units, n_bytes = unit_of(arguments)
+    if counters.total(name, "load", "global").n_bytes < n_bytes / 2:  # it does not read logits
+        unit = ""
+    if not unit:
+        unit, units = "thread", counters.blocks[name, 0]
+    parts = loops(kernel)
+    in_loops = [block for first, last, _ in parts for block in kernel.blocks[first : last + 1]]
+    traffic = {
+        f"{space} {access}": shown_traffic(name, space, access, counters, units)
+        for space, access in KINDS
+    }
+    return {
         "job": job.name,
         "backend": job.backend,
         "arch": job.arch,
         "dtype": str(job.dtype).removeprefix("torch."),
         "vocab_size": job.vocab_size,
-        "rows": job.rows,
         "kernel": plain(name),
         "unit": unit,
-        "instructions": WARP * counters.warp_instructions[name] / units,
-    }
-    for space, access in ACCESSES:
-        row[f"{space} {access}"] = per_request(counters.total(name, access, space), units)
-    row["loops"] = loops(kernel, counters, logits) if over_logits else []
-    return row
-
-
-def per_request(traffic: Traffic, units: int) -> dict[str, float]:
-    requests = max(traffic.requests, 1)
-    return {
-        "requests": traffic.requests,
-        "bytes per unit": traffic.n_bytes / units,
-        "bytes": traffic.n_bytes / requests,
-        "sectors": traffic.units / requests,
-        "conflicts": traffic.conflicts,
+        "instructions": round(WARP * counters.warp_instructions[name] / units, 3),
+        "in_loops": round(
+            sum(counters.blocks[name, b.index] * len(instructions(b)) for b in in_loops) / units, 3
+        ),
+        "read_in": shares(kernel, parts, counters, n_bytes) if unit != "thread" else {},
+        **traffic,
     }
 
 
-def loops(kernel: Kernel, counters: Counters, logits: int) -> list[dict[str, Any]]:
-    """The innermost loops that read memory, and what share of the logits each of them read."""
-    found = []
-    for first, last in innermost(kernel):
-        blocks = kernel.blocks[first : last + 1]
-        lines = {i.line: i for block in blocks for i in instructions(block)}
-        read = {
-            space: sum(
-                traffic.n_bytes
-                for (name, access, where, line), traffic in counters.traffic.items()
-                if (name, access, where) == (kernel.function.name, "load", space) and line in lines
-            )
-            for space in ("global", "shared")
-        }
-        reads = any(i.family in ("ld", "ldmatrix") for i in lines.values())
-        if reads:
-            end = blocks[-1].end
-            shares = {f"{space} share": n_bytes / logits for space, n_bytes in read.items()}
-            found.append({"line": end.line, "source": end.where, **shares})
-    return found
+def unit_of(arguments: Any) -> tuple[str, int, int]:
+    """What figures are per, how many of them there are, and their bytes."""
+    known = arguments._asdict()
+    logits, ref_logits = known.get("logits", known.get("gradient")), known.get("ref_logits")
+    if logits is None:
+        return "", 0, 0
+    if ref_logits is None:
+        return "logit", logits.numel(), logits.nbytes
+    return "pair", logits.numel(), 2 * logits.nbytes
 
 
-def innermost(kernel: Kernel) -> list[tuple[int, int]]:
-    """First and last blocks of loops without a loop inside."""
-    found = []
+def shown_traffic(
+    kernel: str, space: str, access: str, counters: Counters, units: int
+) -> dict[str, float]:
+    """A kernel's traffic of one kind. Bytes and sectors of a request are those of the instructions
+    that make up MOST of the sectors: what is asked for once per row would blur them.
+    """
+    whole, main = counters.total(kernel, access, space), Traffic()
+    lines = [found for key, found in counters.traffic.items() if key[:3] == (kernel, access, space)]
+    for found in sorted(lines, key=lambda found: -found.units):
+        if main.units < MOST * whole.units:
+            main.add(found)
+    result = {"requests_per_unit": round(whole.requests / units, 5)}
+    if space == "global":
+        result["sector_bytes_per_unit"] = round(SECTOR * whole.units / units, 3)
+        result["bytes"] = round(main.n_bytes / max(main.requests, 1), 2)
+        result["sectors"] = round(main.units / max(main.requests, 1), 2)
+    else:
+        result["conflicts"] = round(whole.conflicts / max(whole.requests, 1), 3)
+    return result
+
+
+def shares(
+    kernel: Kernel, parts: list[tuple[int, int, str]], counters: Counters, n_bytes: int
+) -> dict[str, float]:
+    """Shares of the logits that are read in each kind of loop."""
+    found = dict.fromkeys([kind for _, _, kind in parts], 0.0)
+    for first, last, kind in parts:
+        lines = {i.line for b in kernel.blocks[first : last + 1] for i in instructions(b)}
+        for (name, access, _, line), traffic in counters.traffic.items():
+            if name == kernel.function.name and access == "load" and line in lines:
+                found[kind] += traffic.n_bytes / n_bytes
+    return {kind: round(share, 4) for kind, share in found.items()}
+
+
+def loops(kernel: Kernel) -> list[tuple[int, int, str]]:
+    """First and last blocks of the loops that read memory and have no loop inside, and their kind:
+    that of a function in FOLDS that they come of, or "other".
+    """
+    found: list[tuple[int, int, str]] = []
+    start_of_last = -1
     for block in kernel.blocks:
-        if block.end is not None and block.end.family == "bra":
-            first = kernel.target(block.end)
-            if first <= block.index and not any(first <= start for start, _ in found):
-                found.append((first, block.index))
+        if block.end is None or block.end.family != "bra":
+            continue
+        first = kernel.target(block.end)
+        if start_of_last < first <= block.index:
+            start_of_last = first
+            body = [i for b in kernel.blocks[first : block.index + 1] for i in instructions(b)]
+            if any(i.family in ("ld", "ldmatrix", "cp") for i in body):
+                functions = {function_at(where) for where in {i.where for i in body}}
+                kind = next((kind for name, kind in FOLDS.items() if name in functions), "other")
+                found.append((first, block.index, kind))
     return found
+
+
+@functools.cache
+def function_at(where: str) -> str:
+    """The function that a line such as "fold.py:75" is in; "": not one of the folds' files."""
+    file, _, line = where.partition(":")
+    path = FILES.get(file)
+    if path is None:
+        return ""
+    before = "\n".join((ROOT / path).read_text().splitlines()[: int(line)])
+    names = re.findall(r"^(?:def|__device__) .*?(\w+)\(", before, re.MULTILINE)
+    return names[-1] if names else ""
 
 
 def instructions(block: Block) -> list[Any]:

@@ -26,6 +26,8 @@ ALIGNED, UNALIGNED = 50304, 50257
 BF16, FP32 = torch.bfloat16, torch.float32
 BACKENDS = ("triton", "cuda")
 PARTS = 8
+SCALED_ROWS = 64  # fewer would leave most programs without work
+LATE = [12000, 31000, 44000]  # behind the first tile of every split but the last
 GAE = {
     "rewards": torch.ones(8, 2048),
     "values": torch.ones(8, 2048),
@@ -63,16 +65,11 @@ class Job(NamedTuple):
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.backend}, {self.arch}, {self.name}, {dtype}, V = {self.vocab_size}"
 
-    @property
-    def has_ref(self) -> bool:
-        reads = "ref_logits" in OPERATORS[self.operator].args._fields
-        return reads and "ref_logits" not in self.changes
-
     def arguments(self) -> Any:
         known = operands(self.rows, self.vocab_size, self.dtype)
         if self.late_peak:
             for logits in (known["logits"], known["ref_logits"]):
-                logits[..., 9999::10000] = 300.0
+                logits[..., LATE] = 300.0
         return arguments(OPERATORS[self.operator].args, known | self.changes)
 
 
@@ -165,7 +162,7 @@ def operands(n_rows: int, vocab_size: int, dtype: torch.dtype) -> dict[str, Any]
         "policy_state": out.policy_state.float(),
         "ref_state": out.ref_state.float(),
         "grad_logits": aligned(torch.zeros_like(logits)),
-        "gradient": aligned(normal(*rows, vocab_size)),
+        "gradient": aligned(normal(1, SCALED_ROWS, vocab_size)),
         "skipped_ids": (700 * torch.arange(64)).expand(*rows, -1).contiguous(),
         "kl": out.kl.float(),
         "entropy": out.entropy.float(),

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kl_kernels.files import write_text
 from .blocks import Block, Kernel
 from .counters import SECTOR, Counters, Traffic
 from .cuda_launches import CudaLaunches, nvcc_version
-from .executed_jobs import Job, jobs
+from .executed_jobs import Job, jobs, quick
 from .launches import Launches, summary
 from .threads import WARP
 from .triton_launches import TritonLaunches
@@ -28,6 +29,18 @@ RESULTS = ROOT / "bench/results/executed.json"
 FILES = {"fold.py": "kl_kernels/backends/triton/fold.py", "fold.cuh": "csrc/cuda/fold.cuh"}
 FOLDS = {"fold_anchored": "fast", "fold_running_max": "careful"}
 MOST = 0.9
+# Counts are exact: the same compiler makes the same of them. Its next release may move an
+# instruction of a loop's fifty.
+SLACK = 0.02
+BETTER = [  # figures that must not become worse, and whether higher is
+    (("instructions",), True),
+    (("global load", "bytes"), False),
+    (("global load", "sector_bytes_per_unit"), True),
+    (("global store", "bytes"), False),
+    (("global store", "sector_bytes_per_unit"), True),
+    (("shared load", "conflicts"), True),
+    (("shared store", "conflicts"), True),
+]
 BACKENDS = {"triton": TritonLaunches, "cuda": CudaLaunches}
 KINDS = [(space, access) for space in ("global", "shared") for access in ("load", "store")]
 KEY = ("job", "backend", "arch", "dtype", "vocab_size", "kernel")
@@ -181,14 +194,34 @@ def plain(name: str) -> str:
     return found
 
 
+def worse(committed: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """What a kernel of `now` does worse than in the committed results, in words."""
+    known = {tuple(row[name] for name in KEY): row for row in committed}
+    found = []
+    for row in now:
+        key = tuple(row[name] for name in KEY)
+        if key not in known:
+            found.append(f"{key}: not in the committed results")
+            continue
+        for path, higher_is_worse in BETTER:
+            before, after = (functools.reduce(dict.__getitem__, path, r) for r in (known[key], row))
+            limit = before * (1 + SLACK if higher_is_worse else 1 - SLACK)
+            if after > limit if higher_is_worse else after < limit:
+                found.append(f"{key}: {' '.join(path)} {before} -> {after}")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="words of jobs' names; the results are shown")
+    parser.add_argument("--only", default="", help="words of jobs' names; results are only shown")
+    parser.add_argument("--check", action="store_true", help="compare a few with the committed")
     args = parser.parse_args()
-    import triton
-
+    if args.check:
+        found = worse(json.loads(RESULTS.read_text())["kernels"], count(quick()))
+        print("\n".join(found))
+        return 1 if found else 0
     wanted = [job for job in jobs() if all(word in job.label for word in args.only.split())]
-    results = record() | {"triton": triton.__version__, "nvcc": nvcc_version()}
+    results = record() | {"triton": version("triton"), "nvcc": nvcc_version()}
     results["kernels"] = count(wanted)
     text = json.dumps(results, indent=1) + "\n"
     if args.only:

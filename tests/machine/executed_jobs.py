@@ -22,7 +22,7 @@ from kl_kernels.schemas import (
     TokenKLArgs,
 )
 
-ALIGNED, UNALIGNED = 50304, 50257
+ALIGNED, UNALIGNED, LARGE = 50304, 50257, 128256
 BF16, FP32 = torch.bfloat16, torch.float32
 BACKENDS = ("triton", "cuda")
 PARTS = 8
@@ -102,6 +102,8 @@ def jobs() -> Iterator[Job]:
             for vocab_size in (ALIGNED, UNALIGNED):
                 for entry in OVER_LOGITS:
                     yield job(entry, backend, "sm_90", dtype, vocab_size)
+        for entry in OVER_LOGITS:
+            yield job(entry, backend, "sm_90", BF16, LARGE)
         for entry in FURTHER:
             yield job(entry, backend, "sm_90", BF16, ALIGNED)
         for name, operator, changes in OVER_LOGITS[:2]:
@@ -109,6 +111,24 @@ def jobs() -> Iterator[Job]:
             yield job(entry, backend, "sm_90", BF16, ALIGNED)._replace(late_peak=True)
         for entry in OVER_LOGITS:
             yield job(entry, backend, "sm_80", BF16, ALIGNED)
+
+
+def quick() -> list[Job]:
+    """Select jobs for a test: reads of both backends and of unaligned rows, writes, shared memory."""
+    wanted = [
+        ("triton", "forward, reference", UNALIGNED),
+        ("triton", "backward, reference", UNALIGNED),
+        ("triton", "policy loss, reference", ALIGNED),
+        ("cuda", "forward, reference", UNALIGNED),
+        ("cuda", "backward, reference", UNALIGNED),
+        ("cuda", "policy loss, reference", UNALIGNED),
+    ]
+    return [
+        job
+        for job in jobs()
+        if (job.backend, job.name, job.vocab_size) in wanted
+        and (job.arch, job.dtype) == ("sm_90", BF16)
+    ]
 
 
 def job(
@@ -119,7 +139,7 @@ def job(
     vocab_size: int,
 ) -> Job:
     name, operator, changes = entry
-    rows = 2 if vocab_size == ALIGNED else 8
+    rows = 8 if vocab_size == UNALIGNED else 2
     return Job(name, operator, backend, arch, dtype, vocab_size, changes, rows)
 
 

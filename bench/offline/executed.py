@@ -18,8 +18,8 @@ def blocks(results: dict[str, Any]) -> list[Block]:
     return [
         Heading("What kernels execute, counted while their PTX runs"),
         Text(
-            "The GPU backends' kernels run on the CPU, instruction by instruction, on a few rows and "
-            "with a GPU's launch sizes (`tests/machine/`). These are PTX instructions as the "
+            "The GPU backends' kernels run on the CPU, instruction by instruction, on a few rows "
+            "and with a GPU's launch sizes (`tests/machine/`). These are PTX instructions as the "
             "compilers emit them, not SASS, of which ptxas makes fewer; each is counted for all 32 "
             "threads of a warp, and with all work around the loops. **Sectors**: of 32 bytes, that "
             "a warp's request touches; a request of 512 bytes fills 16 of them. **Sector bytes**: "
@@ -56,9 +56,9 @@ def findings(results: dict[str, Any]) -> str:
         executed = [f"{row['instructions']:.1f}" for row in loss]
         conflicts = [f"{row['shared load']['conflicts']:.2f}" for row in loss]
         said.append(
-            f"{name}: a request of the forward pass reads {reads[0]}, of unaligned rows {reads[1]} "
-            f"({moved[0]} and {moved[1]} sector bytes per pair of bfloat16, which has 4); one of the "
-            f"gradient writes {writes[0]}, of unaligned rows {writes[1]}. The policy loss executes "
+            f"{name}: a request of the forward pass reads {reads[0]}, of unaligned rows "
+            f"{reads[1]} ({moved[0]} and {moved[1]} sector bytes per pair of bfloat16, which has "
+            f"4); one of the gradient writes {writes[0]}, of unaligned rows {writes[1]}. The policy loss executes "
             f"{executed[0]} instructions per pair, of unaligned rows {executed[1]}, with "
             f"{conflicts[0]} and {conflicts[1]} conflicts per read of shared memory."
         )

@@ -114,7 +114,7 @@ def jobs() -> Iterator[Job]:
 
 
 def quick() -> list[Job]:
-    """Select jobs for a test: reads of both backends and of unaligned rows, writes, shared memory."""
+    """Select jobs for a test, with reads, writes and shared memory of rows that cost most."""
     wanted = [
         ("triton", "forward, reference", UNALIGNED),
         ("triton", "backward, reference", UNALIGNED),

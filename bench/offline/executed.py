@@ -25,9 +25,15 @@ def blocks(results: dict[str, Any]) -> list[Block]:
             "a warp's request touches; a request of 512 bytes fills 16 of them. **Sector bytes**: "
             "bytes in the sectors of all requests, which L1 answers or asks the L2 for. "
             "**Conflicts**: more passes over shared memory than its bytes need, per request. "
-            "**Folded again**: share of the logits read by the careful loop after the fast one."
+            "**Folded again**: share of the logits read by the careful loop after the fast one; blank where the fast loop "
+            "is unrolled away or there is none."
         ),
         Text(findings(results)),
+        Text(
+            "A CUDA lane owns eight logits however they are aligned: where it reads them in words, "
+            "or sixteen bytes of float32 at a time, one request has a part of each sector, and the "
+            "next ones the rest, from L1."
+        ),
         table([row for row in results["kernels"] if row["unit"] != "thread"]),
         Text(
             f"Triton {results['triton']}, nvcc {results['nvcc']}; commit {results['commit']}. From "
@@ -58,9 +64,9 @@ def findings(results: dict[str, Any]) -> str:
         said.append(
             f"{name}: a request of the forward pass reads {reads[0]}, of unaligned rows "
             f"{reads[1]} ({moved[0]} and {moved[1]} sector bytes per pair of bfloat16, which has "
-            f"4); one of the gradient writes {writes[0]}, of unaligned rows {writes[1]}. The policy loss executes "
-            f"{executed[0]} instructions per pair, of unaligned rows {executed[1]}, with "
-            f"{conflicts[0]} and {conflicts[1]} conflicts per read of shared memory."
+            f"4); one of the gradient writes {writes[0]}, of unaligned rows {writes[1]}. The "
+            f"policy loss executes {executed[0]} instructions per pair, of unaligned rows "
+            f"{executed[1]}, with {conflicts[0]} and {conflicts[1]} conflicts per read of shared memory."
         )
     return f"V = {ALIGNED} and, unaligned, {UNALIGNED}, bfloat16, sm_90. " + " ".join(said)
 
@@ -98,7 +104,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row["unit"],
         f"{row['instructions']:.1f}",
         f"{row['in_loops']:.1f}",
-        f"{read['careful'] / read['fast']:.0%}" if read.get("fast") else "",
+        f"{min(1.0, read['careful'] / read['fast']):.0%}" if read.get("fast") else "",
         f"{load['bytes']:.0f}",
         f"{load['sectors']:.1f}",
         f"{load['sector_bytes_per_unit']:.1f}",

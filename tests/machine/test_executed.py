@@ -85,7 +85,7 @@ def test_loops_are_those_that_read_memory():
 
 def test_what_is_read_once_does_not_blur_a_request():
     """One word for all threads, of one sector, beside twelve requests of four."""
-    loads = "".join(f"ld.global.u32 %r1, [%d1 + {128 * i}];" for i in range(12))
+    loads = "".join(f"\nld.global.u32 %r1, [%d1 + {128 * i}];" for i in range(12))
     body = f"ld.global.u32 %r2, [%d0]; mul.wide.u32 %d2, %r0, 4; add.u64 %d1, %d0, %d2; {loads}"
     counters = launch(kernel(body), [aligned(12 * 32, np.uint32)], counting=True).counters
     found = shown_traffic("f", "global", "load", counters, 12 * 32)

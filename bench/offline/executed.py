@@ -25,8 +25,8 @@ def blocks(results: dict[str, Any]) -> list[Block]:
             "a warp's request touches; a request of 512 bytes fills 16 of them. **Sector bytes**: "
             "bytes in the sectors of all requests, which L1 answers or asks the L2 for. "
             "**Conflicts**: more passes over shared memory than its bytes need, per request. "
-            "**Folded again**: share of the logits read by the careful loop after the fast one; blank where the fast loop "
-            "is unrolled away or there is none."
+            "**Folded again**: share of the logits read by the careful loop after the fast one; "
+            "blank where the fast loop is unrolled away or there is none."
         ),
         Text(findings(results)),
         Text(
@@ -66,7 +66,8 @@ def findings(results: dict[str, Any]) -> str:
             f"{reads[1]} ({moved[0]} and {moved[1]} sector bytes per pair of bfloat16, which has "
             f"4); one of the gradient writes {writes[0]}, of unaligned rows {writes[1]}. The "
             f"policy loss executes {executed[0]} instructions per pair, of unaligned rows "
-            f"{executed[1]}, with {conflicts[0]} and {conflicts[1]} conflicts per read of shared memory."
+            f"{executed[1]}, with {conflicts[0]} and {conflicts[1]} conflicts per read of "
+            "shared memory."
         )
     return f"V = {ALIGNED} and, unaligned, {UNALIGNED}, bfloat16, sm_90. " + " ".join(said)
 

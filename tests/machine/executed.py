@@ -103,7 +103,7 @@ def figures(job: Job, arguments: Any, kernel: Kernel, counters: Counters) -> dic
 
 
 def unit_of(arguments: Any) -> tuple[str, int, int]:
-    """What figures are per, how many of them there are, and their bytes."""
+    """A logit or a pair of them, how many there are, and their bytes."""
     known = arguments._asdict()
     logits, ref_logits = known.get("logits", known.get("gradient")), known.get("ref_logits")
     if logits is None:
@@ -195,7 +195,7 @@ def plain(name: str) -> str:
 
 
 def worse(committed: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """What a kernel of `now` does worse than in the committed results, in words."""
+    """Figures of `now` that are worse than the committed ones, in words."""
     known = {tuple(row[name] for name in KEY): row for row in committed}
     found = []
     for row in now:

@@ -15,7 +15,7 @@ KL_KERNELS_CUDA ?= 0
 REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's|^git@([^:]+):|https://\1/|; s|\.git$$||; /^https:/p')
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11 liger-kernel-0.8
 
-.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants machine integrations validate numerics tools bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
+.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants machine counters integrations validate numerics tools bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -77,6 +77,12 @@ integration-%: build/trainers/%/ready
 # ARGS='--only "cuda sm_90"' for some of it, ARGS=--list for their names; TRITONS= for no other Triton.
 machine: $(READY) $(TRITONS:%=%/triton)
 	$(BIN)/python tests/machine/run.py --tritons $(TRITONS) $(ARGS)
+
+# What the kernels execute and ask of memory while the machine runs them, counted exactly.
+# ARGS='--only "cuda sm_90"' shows some of it, ARGS=--check compares a few with the results.
+counters: $(READY)
+	PYTHONPATH=tests:tests/backends $(BIN)/python -m machine.executed $(ARGS)
+	$(BIN)/python -m bench.readme
 
 build/tritons/%/triton: | $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target build/tritons/$* triton==$*

@@ -26,6 +26,7 @@ MODULES = {  # by results file, in the order of the page
     "peers": "bench.peers.page",
     "linear": "bench.cpu.linear_page",
     "offline": "bench.offline.measure",
+    "executed": "bench.offline.executed",
     "offline_heads": "bench.offline.heads",
     "growth": "bench.cpu.growth",
 }

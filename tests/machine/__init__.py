@@ -16,6 +16,7 @@ arrays with one value per thread.
 | `launches`, `triton_launches`, `cuda_launches` | this project's kernels on it | all above |
 | `plugin` | `pytest --machine ARCH`: the GPU backends' tests on it | all above |
 | `run` | `make machine` | |
+| `executed_jobs`, `executed` | `make counters` | |
 | `lint` | faults that can be read from the instructions, without running them | `parse` |
 
 Not modelled: weak memory order (the race detector stands in for it), the order of warps on

@@ -224,12 +224,15 @@ class Accesses(Group):
         marks = pieces(self.shared_written, size)[place // size].reshape(len(place), -1)
         return (marks == ONES[size]).all(1)
 
-    def _store_shared(self, place: ndarray, data: ndarray, threads: ndarray, line: int) -> None:
+    def _store_shared(
+        self, place: ndarray, data: ndarray, threads: ndarray, line: int, *, counted: bool = True
+    ) -> None:
         at = np.flatnonzero(place >= 0)
         if not len(at):
             return
         place, data, threads, size = place[at], data[at], threads[at], data.shape[1]
-        self._count("store", "shared", line, place, size, threads)
+        if counted:
+            self._count("store", "shared", line, place, size, threads)
         self._race_shared(place, size, threads, line, store=True)
         view = self.shared.reshape(-1, size)
         view[place // size] = data

@@ -67,7 +67,9 @@ class Copies(Accesses):
             done = waiting[copy.threads] & over
             if done.any():
                 arrived = copy.only(done)
-                self._store_shared(arrived.place, arrived.data, arrived.threads, line)
+                self._store_shared(
+                    arrived.place, arrived.data, arrived.threads, line, counted=False
+                )
             if not done.all():
                 left.append(copy.only(~done))
         self.pending = left

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy import ndarray
+
+if TYPE_CHECKING:
+    from .blocks import Kernel
 
 SECTOR = 32  # bytes that global memory is read and written in
 BANKS, WORD = 32, 4  # shared memory: banks, and the bytes of one
@@ -24,11 +28,19 @@ class Traffic:
         units: sectors of global memory; wavefronts of shared memory, of which a request takes
             more than one for more than 128 bytes, or for different words of a bank.
         n_bytes: asked for by all threads.
+        conflicts: wavefronts beyond one for each 128 bytes, of shared memory.
     """
 
     requests: int = 0
     units: int = 0
     n_bytes: int = 0
+    conflicts: int = 0
+
+    def add(self, other: Traffic) -> None:
+        self.requests += other.requests
+        self.units += other.units
+        self.n_bytes += other.n_bytes
+        self.conflicts += other.conflicts
 
 
 @dataclass
@@ -41,6 +53,7 @@ class Counters:
         warp_instructions: executed by warps with at least one thread.
         blocks: executions by threads, of each (kernel, block).
         traffic: by (kernel, "load" or "store", "global" or "shared", line).
+        kernels: by name.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -48,15 +61,14 @@ class Counters:
     warp_instructions: Counter[str] = field(default_factory=Counter)
     blocks: Counter[tuple[str, int]] = field(default_factory=Counter)
     traffic: dict[tuple[str, str, str, int], Traffic] = field(default_factory=dict)
+    kernels: dict[str, Kernel] = field(default_factory=dict)
 
     def total(self, kernel: str, access: str, space: str) -> Traffic:
         """Sum over the instructions of a kernel."""
         sums = Traffic()
         for (name, what, where, _), found in self.traffic.items():
             if (name, what, where) == (kernel, access, space):
-                sums.requests += found.requests
-                sums.units += found.units
-                sums.n_bytes += found.n_bytes
+                sums.add(found)
         return sums
 
     def count(
@@ -80,12 +92,13 @@ class Counters:
             size: bytes that each thread asks for.
             warps: [n] number of each thread's warp.
         """
-        found = self.traffic.setdefault((kernel, access, space, line), Traffic())
-        found.requests += len(np.unique(warps))
-        found.n_bytes += size * len(at)
-        found.units += (
-            sectors(at, size, warps) if space == "global" else wavefronts(at, size, warps)
-        )
+        counted = Traffic(len(np.unique(warps)), n_bytes=size * len(at))
+        if space == "global":
+            counted.units = sectors(at, size, warps)
+        else:
+            counted.units = wavefronts(at, size, warps)
+            counted.conflicts = counted.units - len(np.unique(portions(size, warps)))
+        self.traffic.setdefault((kernel, access, space, line), Traffic()).add(counted)
 
 
 def sectors(at: ndarray, size: int, warps: ndarray) -> int:
@@ -97,13 +110,19 @@ def sectors(at: ndarray, size: int, warps: ndarray) -> int:
     return len(np.unique(np.concatenate(touched)))
 
 
-def wavefronts(at: ndarray, size: int, warps: ndarray) -> int:
-    """The most distinct words of any bank, summed over groups of threads that ask for 128 bytes."""
+def portions(size: int, warps: ndarray) -> ndarray:  # [n]
+    """Number of the 128 bytes that each thread's access belongs to, which take a wavefront."""
     size = max(size, WORD)
     group = warps.astype(np.int64) * (size // WORD)
     if size > WORD:  # 8 and 16 bytes: halves and quarters of a warp
-        rank = np.arange(len(at)) - np.searchsorted(warps, warps)
+        rank = np.arange(len(warps)) - np.searchsorted(warps, warps)
         group = group + rank * size // (BANKS * WORD)
+    return group
+
+
+def wavefronts(at: ndarray, size: int, warps: ndarray) -> int:
+    """The most distinct words of any bank, summed over groups of threads that ask for 128 bytes."""
+    group, size = portions(size, warps), max(size, WORD)
     words = (at[:, None] // WORD + np.arange(size // WORD)).ravel()
     groups = np.repeat(group, size // WORD)
     distinct = np.unique(np.stack([groups, words % BANKS, words]), axis=1)

@@ -45,6 +45,12 @@ def nvcc() -> str:
     return found
 
 
+def nvcc_version() -> str:
+    said = subprocess.run([nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
+    (version,) = re.findall(r"\bV([\d.]+)", said)
+    return version
+
+
 def flags() -> list[str]:
     """The flags that setup.py compiles the backend with."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:

@@ -89,6 +89,7 @@ class Machine:
                 Running(launch, first, min(together, grid[0] - first)).run()
         if self.counting:
             self.counters.launches[kernel.function.name] += 1
+            self.counters.kernels[kernel.function.name] = kernel
 
 
 class Launch:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from .counters import sectors, wavefronts
+from .counters import Counters, sectors, wavefronts
 from .hand_made import aligned, kernel, launch
 
 WARP = np.zeros(32, np.int64)
@@ -40,6 +40,36 @@ def test_sectors_are_32_bytes(at, size, expected):
 )
 def test_wavefronts_are_of_distinct_words_in_a_bank(at, size, expected):
     assert wavefronts(at, size, WARP) == expected
+
+
+@pytest.mark.parametrize(
+    ("at", "size", "expected"),
+    [
+        (4 * LANES, 4, 0),
+        (0 * LANES, 4, 0),
+        (8 * LANES, 4, 1),
+        (128 * LANES, 4, 31),
+        (16 * LANES, 8, 2),  # each half of the warp takes two
+        (16 * LANES, 16, 0),
+        (32 * LANES, 16, 4),
+    ],
+)
+def test_conflicts_are_wavefronts_that_the_bytes_do_not_need(at, size, expected):
+    counters = Counters()
+    counters.count("f", "load", "shared", 1, at, size, WARP)
+    assert counters.total("f", "load", "shared").conflicts == expected
+
+
+def test_an_asynchronous_copy_stores_once():
+    body = (
+        "mul.wide.u32 %d1, %r0, 16; add.u64 %d1, %d0, %d1; shl.b32 %r1, %r0, 4;\n"
+        "mov.u32 %r2, memory; add.u32 %r1, %r1, %r2;\n"
+        "cp.async.cg.shared.global [%r1], [%d1], 16; cp.async.commit_group; cp.async.wait_group 0;"
+    )
+    code = kernel(body, shared=512)
+    counters = launch(code, [aligned(128, np.uint32)], counting=True).counters
+    stores = counters.total("f", "store", "shared")
+    assert (stores.requests, stores.units, stores.n_bytes) == (1, 4, 512)
 
 
 def test_warps_are_counted_apart():

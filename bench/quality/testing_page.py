@@ -53,7 +53,7 @@ def mutants(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# How a mutant of PTX is found: the columns of the table, by words in the machine's kinds of fault.
+# Columns of the table on mutants of PTX, by words in the machine's kinds of fault.
 FOUND_BY = {
     "by value": ("value",),
     "race": ("race", "double write"),

@@ -36,6 +36,7 @@ def run(backend, device, vocab_size, dtype):
     ref_logits = 3 * torch.randn(B, T, vocab_size, generator=g)
     logits[0, 1, -1] = 200.0  # a late peak: the loop that can take anything
     logits[1, 1, : vocab_size // 2] = -math.inf
+    ref_logits[1, 1, : vocab_size // 4] = -math.inf  # ruled out by both
     token_ids = torch.randint(vocab_size // 2, vocab_size, (B, T), generator=g)
     mask = torch.tensor([[True, True, False], [True, True, True]])
     rewards, values = torch.randn(2, B, T, generator=g)

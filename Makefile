@@ -15,7 +15,7 @@ KL_KERNELS_CUDA ?= 0
 REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's|^git@([^:]+):|https://\1/|; s|\.git$$||; /^https:/p')
 TRAINERS ?= trl-1.16 trl-1.12 trl-0.11 verl-0.9 openrlhf-0.11 liger-kernel-0.8
 
-.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants machine counters integrations validate numerics tools bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
+.PHONY: ppo study test coverage fuzz fuzz-sanitized mutants property-mutants ptx-mutants machine counters integrations validate numerics tools bench bench-cpu bench-traffic bench-study bench-linear bench-monitor bench-offline bench-growth bench-compare gpu dist dist-cuda abi wheel docs lint format clean
 
 ppo: $(READY)
 	$(BIN)/python -m kl_kernels study --betas 0,adaptive --seeds 1 --sequences 512 $(ARGS)
@@ -63,6 +63,12 @@ mutants: $(VENV)/dev-ready
 # For every property a change that has to make it fail. ARGS=entropy for some.
 property-mutants: $(READY)
 	$(BIN)/python tests/algebra/property_mutants.py $(ARGS)
+
+# Changes of the kernels' PTX that the machine must notice. ARGS='--only "cuda sm_90"' for some.
+ptx-mutants: export PYTHONPATH := tests:tests/backends:tests/gpu:$(PYTHONPATH)
+ptx-mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m machine.mutants $(ARGS)
+	$(BIN)/python -m bench.readme
 
 # Beside the trainers themselves, each in an environment of its own; TRAINERS="trl-1.16" for some.
 # CHECK=--check tells whether the compatibility matrix says what was run, instead of writing it.

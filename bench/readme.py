@@ -116,7 +116,11 @@ DOCUMENTS: dict[str, Sections] = {
     },
     "docs/study.md": {"study": study_document},
     "docs/concepts/beta.md": {"study": beta_table},
-    "docs/testing.md": {"coverage": testing_page.coverage, "mutants": testing_page.mutants},
+    "docs/testing.md": {
+        "coverage": testing_page.coverage,
+        "mutants": testing_page.mutants,
+        "ptx_mutants": testing_page.ptx_mutants,
+    },
     "docs/how-to/compatibility.md": {"compatibility": compatibility_tables},
     "docs/benchmarks.md": {
         **{name: partial(report.section, name) for name in report.MODULES},

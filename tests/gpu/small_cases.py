@@ -13,8 +13,11 @@ import math
 import torch
 
 import kl_kernels
+from kl_kernels.algebra.parts import local_token_ids
+from kl_kernels.schemas import ESTIMATORS, NO_TOKEN
 
 B, T = 2, 3
+LONG = 1300  # tokens: several blocks of a scan, the last not full
 # One logit; less than a tile; tiles and a tail, aligned and not; several splits of a row.
 CASES = [
     (1, torch.float32),
@@ -33,6 +36,7 @@ def run(backend, device, vocab_size, dtype):
     ref_logits = 3 * torch.randn(B, T, vocab_size, generator=g)
     logits[0, 1, -1] = 200.0  # a late peak: the loop that can take anything
     logits[1, 1, : vocab_size // 2] = -math.inf
+    ref_logits[1, 1, : vocab_size // 4] = -math.inf  # ruled out by both
     token_ids = torch.randint(vocab_size // 2, vocab_size, (B, T), generator=g)
     mask = torch.tensor([[True, True, False], [True, True, True]])
     rewards, values = torch.randn(2, B, T, generator=g)
@@ -41,6 +45,9 @@ def run(backend, device, vocab_size, dtype):
     extra = [weights, rewards, values]
     got = evaluate(backend, [t.to(device) for t in tensors], [t.to(device) for t in extra])
     expected = evaluate("reference", tensors, extra)
+    if vocab_size == 1:  # what needs no vocabulary, once
+        got |= long_advantages(backend, device)
+        expected |= long_advantages("reference", "cpu")
     for name, value in got.items():
         atol = 1e-5 if value.dtype == torch.float32 else 0.03
         value = value.cpu()
@@ -67,7 +74,11 @@ def evaluate(backend, tensors, extra):
     found = {f"kl_rewards.{name}": value for name, value in shaped._asdict().items()}
     advantages = torch.ops.kl_kernels.gae(rewards, values, mask, 0.99, 0.95, True, None, backend)
     found |= {"advantages": advantages[0], "returns": advantages[1]}
-    capped = {"softcap": 30.0, "temperature": 0.8}
+    if logits.shape[-1] == SOFTCAPPED:
+        found |= estimates(backend, *tensors)
+    found |= in_parts(backend, logits, ref_logits, token_ids, mask)
+    # A softcap that bends most logits: of a wide one, the small terms of tanh show in no float32.
+    capped = {"softcap": 5.0, "temperature": 0.8}
     ids = torch.arange(min(5, logits.shape[-1]), device=logits.device).expand(*mask.shape, -1)
     ref_logprobs = ref_logits.double().log_softmax(-1).gather(-1, ids).float()
     for options in ({}, capped) if logits.shape[-1] == SOFTCAPPED else ({},):
@@ -111,6 +122,56 @@ def evaluate(backend, tensors, extra):
             (grad,) = torch.autograd.grad(list(outputs.values()), x, upstream)
             found[f"{label}d {operator}"] = grad
     return found
+
+
+def long_advantages(backend, device):
+    """GAE of sequences longer than a block, with holes and of two lengths."""
+    g = torch.Generator().manual_seed(LONG)
+    rewards, values = torch.randn(2, B, LONG, generator=g).to(device)
+    mask = (torch.rand(B, LONG, generator=g) < 0.9).to(device)
+    mask[1, LONG // 2 :] = False
+    args = rewards, values, mask, 0.99, 0.95, True, None, backend
+    advantages, returns = torch.ops.kl_kernels.gae(*args)
+    return {"long advantages": advantages, "long returns": returns}
+
+
+def estimates(backend, logits, ref_logits, token_ids, scores, mask):
+    """Rewards by every estimate of the KL, of models near each other and not."""
+    found = {}
+    for estimator in ESTIMATORS:
+        for label, other in {"": ref_logits, "near ": logits + 0.01 * ref_logits}.items():
+            shaped = kl_kernels.kl_rewards(
+                logits, other, token_ids, scores, mask,
+                kl_coef=0.1, kl_estimator=estimator, biased=True, backend=backend,
+            )  # fmt: skip
+            found[f"{label}rewards by {estimator}"] = shaped.rewards
+    return found
+
+
+def in_parts(backend, logits, ref_logits, token_ids, mask):
+    """The statistics, merged from halves, and from a few tokens and all others."""
+    ops, size = torch.ops.kl_kernels, logits.shape[-1]
+    few = min(5, size)
+
+    def part(start, end, ref_logits):
+        ids = local_token_ids(token_ids, start, end - start)
+        other = None if ref_logits is None else ref_logits[..., start:end]
+        options = 1.0, 1.0, None, None, backend
+        return ops.fold_part(logits[..., start:end], other, ids, mask, *options)
+
+    ids = torch.arange(few, device=logits.device).expand(*mask.shape, -1).contiguous()
+    elsewhere = token_ids.masked_fill(token_ids < few, NO_TOKEN)
+    tail = ops.fold_tail(logits, elsewhere, ids, mask, 1.0, None, backend)
+    states = {"few": [part(0, few, None), tail]}
+    if size > 1:
+        states["halves"] = [part(0, size // 2, ref_logits), part(size // 2, size, ref_logits)]
+    names = "logprob", "ref_logprob", "kl", "forward_kl", "entropy"
+    return {
+        f"{label}.{name}": value
+        for label, of in states.items()
+        for name, value in zip(names, ops.finish_parts(torch.stack(of), None, mask, backend))
+        if label == "halves" or name in ("logprob", "entropy")
+    }
 
 
 def main():

@@ -17,6 +17,9 @@ arrays with one value per thread.
 | `plugin` | `pytest --machine ARCH`: the GPU backends' tests on it | all above |
 | `run` | `make machine` | |
 | `executed_jobs`, `executed` | `make counters` | |
+| `mutations` | PTX with one instruction changed | `parse` |
+| `replay` | calls of operators, made again with a changed kernel | `launches` and what it needs |
+| `mutants` | `make ptx-mutants` | all above |
 | `lint` | faults that can be read from the instructions, without running them | `parse` |
 
 Not modelled: weak memory order (the race detector stands in for it), the order of warps on

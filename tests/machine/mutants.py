@@ -1,7 +1,7 @@
 """`make ptx-mutants`: whether the machine and the small cases notice PTX that is wrong.
 
-python -m machine.mutants                          # into bench/results/ptx_mutants.json
-python -m machine.mutants --only "cuda sm_90" --each 1
+make ptx-mutants                                   # into bench/results/ptx_mutants.json
+make ptx-mutants ARGS='--only "cuda sm_90" --each 3'
 
 Mutants are drawn by chance, some of every kind for every kernel, from the instructions that small
 cases execute. Each runs in the calls that reach it, the smallest first, until one is found wrong:
@@ -135,7 +135,8 @@ def kernel_name(symbol: str) -> str:
     return mangled[1] if mangled else symbol
 
 
-def run_target(name: str, each: int, seed: int) -> tuple[str, dict[str, Any], float]:
+def run_target(task: tuple[str, int, int]) -> tuple[str, dict[str, Any], float]:
+    name, each, seed = task
     torch.set_num_threads(1)
     started = time.perf_counter()
     return name, Target(name).run(each, seed), time.perf_counter() - started
@@ -144,7 +145,7 @@ def run_target(name: str, each: int, seed: int) -> tuple[str, dict[str, Any], fl
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=TARGETS, help="one target, and nothing is written")
-    parser.add_argument("--each", type=int, default=3, help="mutants of a kind of a kernel")
+    parser.add_argument("--each", type=int, default=1, help="mutants of a kind of a kernel")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="at once")
     args = parser.parse_args()
@@ -152,7 +153,7 @@ def main() -> int:
     tasks = [(name, args.each, args.seed) for name in TARGETS if args.only in (None, name)]
     # A process for each, as a context of launches is entered once per process.
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
-        for name, found, seconds in pool.starmap(run_target, tasks, chunksize=1):
+        for name, found, seconds in pool.imap(run_target, tasks):
             results["targets"][name] = found
             report(name, found, seconds)
     if args.only is None:

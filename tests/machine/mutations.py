@@ -52,7 +52,7 @@ def applied(function: Function, mutation: Mutation) -> Function:
 
 
 def changes(instruction: Instruction) -> Iterator[tuple[str, tuple[Instruction, ...]]]:
-    """What may stand in an instruction's place, by the kind of change."""
+    """Possible successors of an instruction, by the kind of change."""
     op, args = instruction.op, instruction.args
     if op.startswith(BARRIERS):
         yield "barrier removed", ()

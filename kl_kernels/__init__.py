@@ -27,6 +27,7 @@ from kl_kernels.functional.logits import (
 )
 from kl_kernels.functional.policy_loss import fused_policy_loss
 from kl_kernels.functional.selective import selective_log_softmax
+from kl_kernels.functional.support import Support
 from kl_kernels.functional.topk import topk_kl
 from kl_kernels.monitor.audit import AuditLog
 from kl_kernels.monitor.constraint import UpdateConstraint
@@ -61,6 +62,7 @@ __all__ = [
     "KLMonitor",
     "KLRewards",
     "PIKLController",
+    "Support",
     "ThresholdKLController",
     "TokenKL",
     "TokenStats",

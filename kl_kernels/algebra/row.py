@@ -56,27 +56,30 @@ def empty_state(n_rows: int, device: torch.device) -> RowState:
 
 
 def fold(x: Tensor, y: Tensor) -> RowState:  # [n, block] scaled logits, log2 units
-    """The state of one block.
+    """The state of one block."""
+    anchor = x.amax(-1).clamp_min(EMPTY_ANCHOR)
+    ref_anchor = y.amax(-1).clamp_min(EMPTY_ANCHOR)
+    terms = summands(x, y, anchor, ref_anchor)
+    return RowState(anchor, ref_anchor, *(term.sum(-1) for term in terms))
+
+
+def summands(
+    x: Tensor,  # [n, block] scaled logits, log2 units
+    y: Tensor,
+    anchor: Tensor,  # [n]
+    ref_anchor: Tensor,
+) -> tuple[Tensor, ...]:
+    """The terms of a state's five sums, each [n, block].
 
     p = 0 adds nothing to anything. KL is infinite by support, not by size: some x > -inf where
     y = -inf; forward KL likewise with the roles exchanged.
     """
-    anchor = x.amax(-1).clamp_min(EMPTY_ANCHOR)
-    ref_anchor = y.amax(-1).clamp_min(EMPTY_ANCHOR)
     tx, ty = from_anchor(x, anchor), from_anchor(y, ref_anchor)
     w, u = torch.exp2(tx), torch.exp2(ty)
     no_x, no_y = x == -torch.inf, y == -torch.inf
     reverse = torch.where(no_y, torch.inf, w * (tx - ty)).masked_fill(no_x, 0.0)
     forward = torch.where(no_x, torch.inf, u * (ty - tx)).masked_fill(no_y, 0.0)
-    return RowState(
-        anchor,
-        ref_anchor,
-        sx=w.sum(-1),
-        sy=u.sum(-1),
-        ex=(w * tx).sum(-1),
-        rk=reverse.sum(-1),
-        fk=forward.sum(-1),
-    )
+    return w, u, w * tx, reverse, forward
 
 
 def from_anchor(x: Tensor, anchor: Tensor) -> Tensor:  # [n, block], [n]

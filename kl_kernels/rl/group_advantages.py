@@ -34,7 +34,7 @@ def group_advantages(
     group_ids: Tensor | None = None,  # [B]
     kind: GroupAdvantage = "grpo",
     eps: float = 1e-4,
-    process_group: ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """The advantage of each answer over the others of its group, those to the same prompt.
 
@@ -66,7 +66,7 @@ def group_advantages(
             they are. Either this or group_size.
         kind: "grpo", "dr_grpo", "rloo" or "reinforce++".
         eps: added to the std, in units of the score; 0 or above. "dr_grpo" and "rloo" have none.
-        process_group: ranks that share the batch, each with B of its own, 0 too. With group_ids a
+        group: ranks that share the batch, each with B of its own, 0 too. With group_ids a
             group may be spread over them: scores and ids are gathered, and B waited for. With
             group_size each rank's groups are whole, and only "reinforce++" has something to sum.
             A rank that fails leaves the others to the timeout. None: this process alone.
@@ -94,10 +94,8 @@ def group_advantages(
     if (group_size is None) == (group_ids is None):
         given = "neither" if group_size is None else "both"
         raise ValueError(f"group_size and group_ids: {given} given; pass one of the two")
-    if process_group is not None and dist.get_world_size(process_group) < 1:
-        raise ValueError(
-            "process_group does not hold this process; pass one that it is a member of"
-        )
+    if group is not None and dist.get_world_size(group) < 1:
+        raise ValueError("group does not hold this process; pass one that it is a member of")
     x = scores.detach().double()
     own = slice(None)
     if group_ids is None:
@@ -106,11 +104,11 @@ def group_advantages(
         check_like("group_ids", group_ids, "scores", scores)
         check_token_dtype(group_ids, "group_ids")
         ids = group_ids.long()
-        if process_group is not None:
-            x, ids, own = _gathered(x, ids, process_group)
+        if group is not None:
+            x, ids, own = _gathered(x, ids, group)
         groups = _of_ids(ids)
-        process_group = None  # all of its answers are here
-    advantages = _advantages(x, groups, kind, eps, process_group)
+        group = None  # all of its answers are here
+    advantages = _advantages(x, groups, kind, eps, group)
     return advantages[own].to(output_dtype(scores))
 
 
@@ -176,7 +174,7 @@ def _advantages(
     groups: _Groups,
     kind: str,
     eps: float,
-    process_group: ProcessGroup | None,
+    group: ProcessGroup | None,
 ) -> Tensor:  # [B] float64
     n = groups.sums(torch.ones_like(x))
     shifted = x - groups.least(x)  # equal scores are 0, and so is their mean
@@ -190,6 +188,6 @@ def _advantages(
         total = groups.sums(squares)
     else:
         both = torch.stack([squares.sum(), x.new_full((), float(len(x)))])
-        total, n = both if process_group is None else sum_over_ranks(both, process_group)
+        total, n = both if group is None else sum_over_ranks(both, group)
     std = (total / (n - 1).clamp_min(1)).sqrt()
     return torch.where(centered == 0, 0.0, centered / (std + eps))

@@ -254,7 +254,6 @@ FLAGS = (
     "unbiased",
     "biased",
     "group",
-    "process_group",
     "vocab_start",
     "dim",
 )

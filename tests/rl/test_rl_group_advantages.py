@@ -180,9 +180,7 @@ def own(x, group, sizes=SIZES):
 
 def of_spread_groups(group):
     return [
-        group_advantages(
-            own(scores, group), group_ids=own(IDS, group), kind=kind, process_group=group
-        )
+        group_advantages(own(scores, group), group_ids=own(IDS, group), kind=kind, group=group)
         for scores in STEPS
         for kind in KINDS
     ]
@@ -200,7 +198,7 @@ WHOLE = (6, 0, 3, 9)  # each group has three answers
 
 def of_whole_groups(group, scores):
     return [
-        group_advantages(own(scores, group, WHOLE), group_size=3, kind=kind, process_group=group)
+        group_advantages(own(scores, group, WHOLE), group_size=3, kind=kind, group=group)
         for kind in KINDS
     ]
 
@@ -217,7 +215,7 @@ def test_whole_groups_of_ranks_are_those_of_one_process(ranks):
 def without_answers(group):
     none = torch.zeros(0)
     return [
-        group_advantages(none, kind=kind, process_group=group, **groups).shape
+        group_advantages(none, kind=kind, group=group, **groups).shape
         for kind in KINDS
         for groups in ({"group_size": 2}, {"group_ids": none.long()})
     ]

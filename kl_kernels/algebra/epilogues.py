@@ -6,6 +6,7 @@ the row's backward starts from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,13 @@ def scored_rewards(f: Finished, a: KLRewardsArgs) -> tuple[Tensor, Tensor]:
     at_score = position == a.score_index[:, None]
     rewards = torch.where(a.mask, rewards, 0.0) + torch.where(at_score, a.scores[:, None], 0.0)
     return rewards, torch.where(a.mask, correction, 0.0)
+
+
+def rewards_of(outputs: Sequence[Tensor], a: KLRewardsArgs) -> tuple[Tensor, Tensor]:
+    """`scored_rewards` of results in the order of `Finished`, each [B, T], in their dtype."""
+    finished = Finished(*(value.detach().double() for value in outputs))
+    rewards, correction = scored_rewards(finished, a)
+    return rewards.to(outputs[0].dtype), correction.to(outputs[0].dtype)
 
 
 class PolicyLossInputs(NamedTuple):

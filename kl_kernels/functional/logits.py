@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from kl_kernels import checks
+from kl_kernels.algebra.epilogues import rewards_of
 from kl_kernels.functional.arguments import (
     as_tokens,
     check_batch_of_rows,
@@ -43,6 +44,8 @@ from kl_kernels.functional.arguments import (
     shaped,
 )
 from kl_kernels.functional.dtensors import takes_dtensors
+from kl_kernels.functional.kept import RefSupport, over_kept
+from kl_kernels.functional.support import Support
 from kl_kernels.partitioned.shards import operator_over
 from kl_kernels.rl.rewards import (
     ScorePosition,
@@ -151,6 +154,7 @@ def token_stats(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    support: Support | None = None,
     inplace_backward: bool = False,
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
@@ -171,6 +175,10 @@ def token_stats(
         temperature: divides the logits; finite and above 0.
         softcap: Gemma's soft cap, applied before the temperature; finite and above 0. `-inf` stays
             `-inf`. None: no cap.
+        support: the set that each token was sampled from, as a `Support` of one row for each of
+            `token_ids.flatten()`: p is the softmax over the row's set, and the gradient 0 outside.
+            A sampled token outside its set is refused on a CPU, and elsewhere has log-probability
+            -inf. Not with a group. None: the whole vocabulary.
         inplace_backward: write the gradient over the logits, in backward, instead of beside them.
             Another backward that needs them raises torch's error about tensors modified in place.
         group: the process group that the vocabulary is sharded over: logits are [..., V_local], and
@@ -204,8 +212,13 @@ def token_stats(
         temperature=models.temperature,
         softcap=models.softcap,
     )
-    operator = operator_over("token_stats", logits, group, vocab_start)
-    logprob, entropy, *_ = operator(*args, *Execution(inplace_backward, backend))
+    execution = Execution(inplace_backward, backend)
+    if support is None:
+        operator = operator_over("token_stats", logits, group, vocab_start)
+        logprob, entropy, *_ = operator(*args, *execution)
+    else:
+        kept = over_kept(support, args, execution, group)
+        logprob, entropy = kept.logprob, kept.entropy
     return TokenStats(shaped(logprob, token_ids.shape), shaped(entropy, token_ids.shape))
 
 
@@ -220,6 +233,8 @@ def token_kl(
     ref_temperature: float | None = None,
     softcap: float | None = None,
     ref_softcap: float | None = None,
+    support: Support | None = None,
+    ref_support: RefSupport = "same",
     inplace_backward: bool = False,
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
@@ -247,6 +262,13 @@ def token_kl(
         softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
             no cap.
         ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
+        support: the set that each token was sampled from, as a `Support` of one row for each of
+            `token_ids.flatten()`: p is the softmax over the row's set, and the gradient 0 outside.
+            A sampled token outside its set is refused on a CPU, and elsewhere has log-probability
+            -inf. Not with a group. None: the whole vocabulary.
+        ref_support: "same": the reference is over the same sets. "full": over the whole vocabulary,
+            which adds -log q(set) to the KL and makes forward KL infinite where a set leaves tokens
+            out.
         inplace_backward: write the gradient over the logits, in backward, instead of beside them.
             Another backward that needs them raises torch's error about tensors modified in place.
         group: the process group that the vocabulary is sharded over: logits are [..., V_local], and
@@ -283,9 +305,12 @@ def token_kl(
     ids, kept = prepare_token_ids(token_ids, logits), prepare_mask(mask, logits)
     # (By name it would take a microsecond longer.)
     args = TokenKLArgs(models.logits, models.ref_logits, ids, kept, *models.transforms)
-    operator = operator_over("token_kl", logits, group, vocab_start)
-    outputs = operator(*args, *Execution(inplace_backward, backend))[:5]
-    return TokenKL(*(shaped(output, token_ids.shape) for output in outputs))
+    execution = Execution(inplace_backward, backend)
+    if support is None:
+        outputs = operator_over("token_kl", logits, group, vocab_start)(*args, *execution)
+    else:
+        outputs = over_kept(support, args, execution, group, ref_support)
+    return TokenKL(*(shaped(output, token_ids.shape) for output in outputs[:5]))
 
 
 @takes_dtensors
@@ -306,6 +331,8 @@ def kl_rewards(
     ref_temperature: float | None = None,
     softcap: float | None = None,
     ref_softcap: float | None = None,
+    support: Support | None = None,
+    ref_support: RefSupport = "same",
     inplace_backward: bool = False,
     cu_seqlens: Tensor | None = None,  # [S + 1]
     group: ProcessGroup | None = None,
@@ -347,6 +374,13 @@ def kl_rewards(
         softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
             no cap.
         ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
+        support: the set that each token was sampled from, as a `Support` of one row for each of
+            `token_ids.flatten()`: p is the softmax over the row's set, and the gradient 0 outside.
+            A sampled token outside its set is refused on a CPU, and elsewhere has log-probability
+            -inf. Not with a group. None: the whole vocabulary.
+        ref_support: "same": the reference is over the same sets. "full": over the whole vocabulary,
+            which adds -log q(set) to the KL and makes forward KL infinite where a set leaves tokens
+            out.
         inplace_backward: write the gradient over the logits, in backward, instead of beside them.
             Another backward that needs them raises torch's error about tensors modified in place.
         cu_seqlens: [S + 1] int32 or int64 of packed sequences, ascending from 0 to N (looked at on
@@ -412,8 +446,13 @@ def kl_rewards(
         kl_clip=kl_clip,
         **models._asdict(),
     )
-    operator = operator_over("kl_rewards", logits, group, vocab_start)
-    rewards, correction, *outputs = operator(*args, *Execution(inplace_backward, backend))
+    execution = Execution(inplace_backward, backend)
+    if support is None:
+        operator = operator_over("kl_rewards", logits, group, vocab_start)
+        rewards, correction, *outputs = operator(*args, *execution)
+    else:
+        outputs = list(over_kept(support, args, execution, group, ref_support)[:5])
+        rewards, correction = rewards_of(outputs, args)
     logprob, ref_logprob, kl, _, entropy, *_ = outputs
     found = rewards, correction, kl, logprob, ref_logprob, entropy
     result = KLRewards(*(shaped(output, token_ids.shape) for output in found))

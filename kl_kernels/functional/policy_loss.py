@@ -12,6 +12,7 @@ from kl_kernels.functional.arguments import (
     prepare_policy,
 )
 from kl_kernels.functional.dtensors import loss_takes_dtensors
+from kl_kernels.functional.kept import RefSupport, kept_args
 from kl_kernels.functional.logits import token_stats
 from kl_kernels.functional.loss_arguments import (
     ImportanceSamplingLevel,
@@ -20,7 +21,9 @@ from kl_kernels.functional.loss_arguments import (
     metrics_of,
     prepare_loss,
 )
+from kl_kernels.functional.support import Support
 from kl_kernels.ops.autograd import PolicyLoss
+from kl_kernels.partitioned.kept_loss import KeptPolicyLoss
 from kl_kernels.rl.losses import Aggregation
 from kl_kernels.schemas import BackendName, Execution
 
@@ -51,6 +54,8 @@ def fused_policy_loss(
     ref_temperature: float | None = None,
     softcap: float | None = None,
     ref_softcap: float | None = None,
+    support: Support | None = None,
+    ref_support: RefSupport = "same",
     inplace_backward: bool = False,
     cu_seqlens: Tensor | None = None,  # [S + 1]
     backend: BackendName | None = None,
@@ -120,6 +125,13 @@ def fused_policy_loss(
         softcap: Gemma's soft cap of the policy, before the temperature; finite and above 0. None:
             no cap.
         ref_softcap: soft cap of the reference. None: no cap, whatever the policy's.
+        support: the set that each token was sampled from, as a `Support` of one row for each of
+            `token_ids.flatten()`: p is the softmax over the row's set, and the gradient 0 outside.
+            A sampled token outside its set is refused on a CPU, and elsewhere has log-probability
+            -inf. None: the whole vocabulary.
+        ref_support: "same": the reference is over the same sets. "full": over the whole vocabulary,
+            which adds -log q(set) to the KL and makes forward KL infinite where a set leaves tokens
+            out.
         inplace_backward: write the gradient over the logits, in this very call. They are gone then,
             and another backward that needs them raises torch's error about tensors modified in
             place. Rows outside the mask become 0. Where no gradient is asked for
@@ -177,6 +189,7 @@ def fused_policy_loss(
             mask=mask,
             temperature=models.ref_temperature,
             softcap=models.ref_softcap,
+            support=support if ref_support == "same" else None,
             backend=backend,
         )
         ref_logprobs = ref_stats.logprob
@@ -206,7 +219,13 @@ def fused_policy_loss(
         loss_scale=loss_scale,
         cu_seqlens=cu_seqlens,
     )
-    loss, terms = PolicyLoss.apply(*args, *Execution(inplace_backward, backend))
+    execution = Execution(inplace_backward, backend)
+    if support is None:
+        loss, terms = PolicyLoss.apply(*args, *execution)
+    else:
+        of_rows = args._replace(logits=args.logits.detach())
+        kept = kept_args(support, of_rows, ref_support)
+        loss, terms = KeptPolicyLoss.apply(args.logits, kept, of_rows, execution)
     if loss_scale is not None:
         loss = loss / loss_scale
     return loss, metrics_of(terms, args)

@@ -17,6 +17,7 @@ from kl_kernels.functional.arguments import (
 )
 from kl_kernels.functional.dtensors import takes_dtensors
 from kl_kernels.functional.logits import token_stats
+from kl_kernels.functional.support import Support
 from kl_kernels.ops.autograd import LATER, once, only_first
 from kl_kernels.schemas import (
     BackendName,
@@ -36,6 +37,7 @@ def selective_log_softmax(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,  # [...]
     *,
+    support: Support | None = None,
     backend: BackendName | None = None,
 ) -> Tensor:
     """Log-probabilities of `index` under softmax(logits / temperature), with TRL's signature.
@@ -52,6 +54,7 @@ def selective_log_softmax(
         temperature: divides the logits; finite and above 0.
         row_mask: [...] bool, or numbers that are 0 or 1 (looked at on a CPU alone); rows where it
             is 0 give 0 and have no gradient. None: all rows count.
+        support: as in `token_stats`; with one token per position alone.
         backend: "cuda", "triton", "cpu" or "reference". None: the best one that takes the tensors.
 
     Returns:
@@ -69,8 +72,14 @@ def selective_log_softmax(
     """
     checks.check_tensor("logits", logits)
     checks.check_tensor("index", index)
-    select = _sampled if index.ndim < logits.ndim else _selected
-    return select(logits, index, temperature, row_mask, backend)
+    if index.ndim < logits.ndim:
+        return _sampled(logits, index, temperature, row_mask, support, backend)
+    if support is not None:
+        raise ValueError(
+            f"support is given, but index of shape {tuple(index.shape)} chooses several tokens per "
+            "position; with a support it must choose one"
+        )
+    return _selected(logits, index, temperature, row_mask, backend)
 
 
 @takes_dtensors
@@ -79,6 +88,7 @@ def _sampled(
     index: Tensor,  # [...]
     temperature: float,
     row_mask: Tensor | None,  # [...]
+    support: Support | None,
     backend: BackendName | None,
     group: ProcessGroup | None = None,  # the group of DTensors that shard the vocabulary
     vocab_start: int | None = None,
@@ -93,6 +103,7 @@ def _sampled(
         index,
         row_mask,
         temperature=temperature,
+        support=support,
         group=group,
         vocab_start=vocab_start,
         backend=backend,

@@ -240,7 +240,7 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     pass
 
 
-def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
+def no_second_derivative(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError(
         "kl_kernels has no second derivatives: a fused operator is differentiable once"
     )
@@ -253,9 +253,9 @@ for _name, _setup, _backward in (
     ("token_kl", _token_kl_setup, _token_kl_backward),
     ("token_jsd", _token_jsd_setup, _token_jsd_backward),
     ("kl_rewards", _kl_rewards_setup, _kl_rewards_backward),
-    ("token_stats_backward", _backward_setup, _no_second_derivative),
-    ("token_kl_backward", _backward_setup, _no_second_derivative),
-    ("token_jsd_backward", _backward_setup, _no_second_derivative),
+    ("token_stats_backward", _backward_setup, no_second_derivative),
+    ("token_kl_backward", _backward_setup, no_second_derivative),
+    ("token_jsd_backward", _backward_setup, no_second_derivative),
 ):
     torch.library.register_autograd(
         f"kl_kernels::{_name}", _backward, setup_context=_setup, lib=library
@@ -279,7 +279,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:
-        _no_second_derivative(ctx, grad)
+        no_second_derivative(ctx, grad)
 
 
 def once(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
@@ -297,7 +297,7 @@ def once(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
 def given_away(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     """The saved gradients of a loss, each of up to three dimensions, times that of the loss."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-        _no_second_derivative(ctx, grad_loss)
+        no_second_derivative(ctx, grad_loss)
     gradients: tuple[Tensor | None, ...] = ctx.saved_tensors
     for gradient in gradients:
         if gradient is not None:

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kl_kernels.algebra import row
+from kl_kernels.algebra.epilogues import EXACT
 from kl_kernels.algebra.parts import Whole, any_token
 from kl_kernels.ops.autograd import once
+from kl_kernels.schemas import PolicyLossArgs
 
 Inputs = Sequence[Any]  # tensors, of which those of a reference may be None
 
@@ -26,6 +29,17 @@ class Upstream(NamedTuple):
     kl: Tensor | None
     forward_kl: Tensor | None
     entropy: Tensor | None
+
+
+def upstream_of(g: row.Upstream, a: PolicyLossArgs, dtype: torch.dtype) -> Upstream:
+    """The gradients that the loss has, and None for those that are 0 by its coefficients."""
+    kl_has_gradient = a.kl_coef != 0 and a.kl_estimator == EXACT
+    return Upstream(
+        g.logprob.to(dtype),
+        g.kl.to(dtype) if kl_has_gradient else None,
+        None,
+        g.entropy.to(dtype) if a.entropy_coef != 0 else None,
+    )
 
 
 class Saved(NamedTuple):

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kl_kernels.algebra.epilogues import EXACT, policy_losses
+from kl_kernels.algebra.epilogues import policy_losses
 from kl_kernels.algebra.parts import local_token_ids
-from kl_kernels.partitioned.functions import Saved, Upstream
+from kl_kernels.partitioned.functions import Saved, upstream_of
 from kl_kernels.partitioned.head_gradients import write_kl_gradient
 from kl_kernels.partitioned.heads import HeadOptions, fold_logits
 from kl_kernels.partitioned.shards import Shard, exchange
@@ -40,15 +40,9 @@ def _of_shards(a: PolicyLossArgs, options: HeadOptions, shard: Shard) -> Tensor:
     whole = exchange(state, shard, vocab_size, a.token_ids, None, options.backend)
     terms, g = policy_losses(whole.outputs, a)
     if a.grad_logits is not None:
-        kl_has_gradient = a.kl_coef != 0 and a.kl_estimator == EXACT
-        if not kl_has_gradient:
+        upstream = upstream_of(g, a, dtype)
+        if upstream.kl is None:
             del logits[1:]  # the reference's are not read a second time
-        upstream = Upstream(
-            g.logprob.to(dtype),
-            g.kl.to(dtype) if kl_has_gradient else None,
-            None,
-            g.entropy.to(dtype) if a.entropy_coef != 0 else None,
-        )
         saved = Saved(whole.policy_state, whole.ref_state, whole.outputs.kl, whole.outputs.entropy)
         write_kl_gradient(logits, ids, options, upstream, saved, a.grad_logits[0])
     return torch.stack(terms).to(dtype)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kl_kernels.algebra.epilogues import scored_rewards
+from kl_kernels.algebra.epilogues import rewards_of
 from kl_kernels.algebra.parts import (
     Whole,
     finish_parts,
@@ -317,9 +317,7 @@ def _token_jsd(shard: Shard, *inputs: Any) -> tuple[Tensor, ...]:
 def _kl_rewards(shard: Shard, *inputs: Any) -> tuple[Tensor, ...]:
     a, execution = autograd.with_execution(KLRewardsArgs, inputs)
     outputs = _token_kl(shard, *pick(TokenKLArgs, a), *execution)
-    finished = Finished(*(value.detach().double() for value in outputs))
-    shaped = (reward.to(outputs[0].dtype) for reward in scored_rewards(finished, a))
-    return *shaped, *outputs
+    return *rewards_of(outputs, a), *outputs
 
 
 _SHARDED: dict[str, Callable[..., Any]] = {

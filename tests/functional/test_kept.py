@@ -432,3 +432,8 @@ def test_torch_takes_the_operator(ref_is_whole):
         support.offsets, ref_is_whole, 0.7, 0.9, None, 5.0, False, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.kl_kernels.kept_kl.default, args)
+    logits, *constants = args[:6]
+    share = torch.rand(1, 5, dtype=torch.float64)
+    grads = *torch.rand(2, 1, 5, dtype=torch.float64), None, share
+    backward = (*grads, logits.detach(), *constants, ref_is_whole, share, *args[7:11])
+    torch.library.opcheck(torch.ops.kl_kernels.kept_kl_backward.default, backward)

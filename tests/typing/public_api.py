@@ -29,6 +29,12 @@ def operators(logits: Tensor, ref_logits: Tensor, ids: Tensor, mask: Tensor) -> 
     assert_type(kl_kernels.topk_kl(logits, ids, topk_logprobs=ref_logits), Tensor)
     assert_type(kl_kernels.selective_log_softmax(logits, ids), Tensor)
 
+    kept = kl_kernels.Support.of(logits, top_k=50, top_p=0.9)
+    assert_type(kept, kl_kernels.Support)
+    assert_type(kl_kernels.token_stats(logits, ids, support=kept), kl_kernels.TokenStats)
+    kl_kernels.token_stats(logits, ids, support=ids)  # type: ignore[arg-type]
+    kl_kernels.token_kl(logits, ref_logits, ids, ref_support="all")  # type: ignore[arg-type]
+
     kl_kernels.token_kl(logits, ref_logits)  # type: ignore[call-arg]
     kl_kernels.token_kl(logits, ref_logits, ids, mask)
     kl_kernels.token_kl(logits, ref_logits, ids, mask, 0.7)  # type: ignore[call-arg]

@@ -26,6 +26,10 @@ if TYPE_CHECKING:  # not in every build of torch
 RefSupport = Literal["same", "full"]
 
 
+def check_ref_support(ref_support: str) -> None:
+    checks.check_choice("ref_support", ref_support, get_args(RefSupport))
+
+
 def kept_args(
     support: Support,
     a: TokenStatsArgs | TokenKLArgs | KLRewardsArgs | PolicyLossArgs,
@@ -45,7 +49,6 @@ def kept_args(
     checks.refuse_transforms("support")
     if not isinstance(support, Support):
         raise TypeError(f"support is a {type(support).__name__}; it must be a kl_kernels.Support")
-    checks.check_choice("ref_support", ref_support, get_args(RefSupport))
     checks.check_device("support", support.token_ids, a.logits)
     if support.rows != a.token_ids.numel():
         raise ValueError(

@@ -44,7 +44,7 @@ from kl_kernels.functional.arguments import (
     shaped,
 )
 from kl_kernels.functional.dtensors import takes_dtensors
-from kl_kernels.functional.kept import RefSupport, over_kept
+from kl_kernels.functional.kept import RefSupport, check_ref_support, over_kept
 from kl_kernels.functional.support import Support
 from kl_kernels.partitioned.shards import operator_over
 from kl_kernels.rl.rewards import (
@@ -302,6 +302,7 @@ def token_kl(
         ref_softcap,
         inplace_backward,
     )
+    check_ref_support(ref_support)
     ids, kept = prepare_token_ids(token_ids, logits), prepare_mask(mask, logits)
     # (By name it would take a microsecond longer.)
     args = TokenKLArgs(models.logits, models.ref_logits, ids, kept, *models.transforms)
@@ -426,6 +427,7 @@ def kl_rewards(
     sequences = sequences_of("mask", mask, cu_seqlens)
     sequences.check_scores("scores", scores)
     mask = checks.check_mask("mask", mask)
+    check_ref_support(ref_support)
     kl_coef = checks.check_non_negative("kl_coef", kl_coef)
     check_reward_estimator(kl_estimator, biased=biased)
     if kl_clip is not None:

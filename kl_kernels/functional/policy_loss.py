@@ -12,7 +12,7 @@ from kl_kernels.functional.arguments import (
     prepare_policy,
 )
 from kl_kernels.functional.dtensors import loss_takes_dtensors
-from kl_kernels.functional.kept import RefSupport, kept_args
+from kl_kernels.functional.kept import RefSupport, check_ref_support, kept_args
 from kl_kernels.functional.logits import token_stats
 from kl_kernels.functional.loss_arguments import (
     ImportanceSamplingLevel,
@@ -181,6 +181,7 @@ def fused_policy_loss(
             ref_softcap,
             inplace_backward,
         )
+    check_ref_support(ref_support)
     check_kl(ref_logits is not None, ref_logprobs is not None, kl_loss_coef, kl_estimator)
     if ref_logits is not None and kl_estimator != "exact":
         ref_stats = token_stats(

@@ -70,22 +70,27 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
         **of_logits,
         **_options(random_, ref_temperature=(0.7, None), ref_softcap=(20.0, None)),
     }
+    listed = torch.rand((b, t, v), generator=g) < random_.choice((0.1, 0.5, 1.0))
+    listed &= torch.rand((b, t, 1), generator=g) < 0.8  # some rows list nothing
+    listed |= listed.any(-1, keepdim=True) & torch.nn.functional.one_hot(ids, v).bool()
+    support = _options(random_, support=(kl_kernels.Support.from_mask(listed),))
+    supports = {**support, **_options(random_, ref_support=("same", "full"))}
     jsd = {**of_both, **_options(random_, beta=(0, 1, 0.5, 0.1, 1e-6))}
     logits, ref_logits = normal(b, t, v), normal(b, t, v)
     float_tokens = {
         n: normal(b, t) for n in ("kl", "rewards", "values", "logprobs", "returns", "advantages")
     }
     if name == "token_stats":
-        return {"logits": logits, "token_ids": ids, **of_logits}
+        return {"logits": logits, "token_ids": ids, **of_logits, **support}
     if name == "token_kl":
-        return {"logits": logits, "ref_logits": ref_logits, "token_ids": ids, **of_both}
+        return {"logits": logits, "ref_logits": ref_logits, "token_ids": ids, **of_both, **supports}
     if name == "token_jsd":
         return {"logits": logits, "ref_logits": ref_logits, **jsd}
     if name == "kl_rewards":
         of_both.pop("mask", None)
         return {
             "logits": logits, "ref_logits": ref_logits, "token_ids": ids, "scores": normal(b),
-            "mask": mask, "kl_coef": 0.1, **of_both,
+            "mask": mask, "kl_coef": 0.1, **of_both, **supports,
             **_options(random_, kl_estimator=("k1", "exact"), kl_clip=(1.0, None),
                        score_position=("last_token", "after_last"), score_clip=(0.5, None)),
         }  # fmt: skip
@@ -93,7 +98,8 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
         several = torch.randint(v, (b, t, k), generator=g)
         options = {n: of_logits[n] for n in ("temperature", "backend") if n in of_logits}
         masks = _options(random_, row_mask=(mask, mask.long()))
-        return {"logits": logits, "index": random_.choice((ids, several)), **options, **masks}
+        index = random_.choice(({"index": ids, **support}, {"index": several}))
+        return {"logits": logits, **index, **options, **masks}
     if name == "topk_kl":
         size = v if k == v else v + 3  # a list of all tokens leaves nothing; another does
         whole = torch.randn((b, t, size), generator=g).log_softmax(-1)
@@ -117,10 +123,11 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
             models = {"hidden": normal(b, t, d), "weight": normal(v, d)}
             ref_models = {"ref_hidden": normal(b, t, d + 1), "ref_weight": normal(v, d + 1)}
             of_both.pop("inplace_backward", None)
+            supports = {}
         reference = random_.choice(({}, ref_models | {"kl_loss_coef": 0.1}))
         return {
             **models, "token_ids": ids, "old_logprobs": -normal(b, t).abs(), "mask": mask,
-            "advantages": normal(b, t), **reference, **of_both,
+            "advantages": normal(b, t), **reference, **of_both, **supports,
             **_options(random_, aggregation=("token-mean", "seq-mean-token-sum"), dual_clip=(3.0,),
                        entropy_coef=(0.01,), weights=(normal(b, t).abs(),)),
         }  # fmt: skip
@@ -194,6 +201,7 @@ def valid_arguments(name: str, random_: random.Random) -> dict[str, Any]:
 
 TENSORS = (
     "cu_seqlens",
+    "support",
     "mask",
     "row_mask",
     "ref_logits",
@@ -205,6 +213,7 @@ TENSORS = (
 OPTIONS = (
     "backend",
     "kl_estimator",
+    "ref_support",
     "score_position",
     "aggregation",
     "masked",

@@ -5,11 +5,22 @@ import math
 import torch
 
 
-def log_p(logits, temperature=1.0, softcap=None):
+def log_p(logits, temperature=1.0, softcap=None, support=None):
     z = logits.double()
     if softcap is not None:
         z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
-    return (z / temperature).log_softmax(-1)
+    return (z / temperature).masked_fill(_left_out(support, z), -torch.inf).log_softmax(-1)
+
+
+def _left_out(support, logits):  # [..., V] tokens that are not in a row's set
+    outside = torch.zeros(logits.shape, dtype=torch.bool)
+    if support is not None:
+        ends = support.offsets.tolist()
+        for row, first, last in zip(outside.flatten(0, -2), ends, ends[1:]):
+            if first < last:
+                row[:] = True
+                row[support.token_ids[first:last]] = False
+    return outside
 
 
 def _sum(weights, of):  # 0 log 0 is 0
@@ -22,8 +33,10 @@ def _other(a, name):
 
 
 def _two(a):
-    p = log_p(a["logits"], a.get("temperature", 1.0), a.get("softcap"))
-    return p, log_p(a["ref_logits"], _other(a, "temperature"), a.get("ref_softcap"))
+    support = a.get("support")
+    p = log_p(a["logits"], a.get("temperature", 1.0), a.get("softcap"), support)
+    of_ref = support if a.get("ref_support") != "full" else None
+    return p, log_p(a["ref_logits"], _other(a, "temperature"), a.get("ref_softcap"), of_ref)
 
 
 def _at(p, ids, mask):
@@ -32,15 +45,17 @@ def _at(p, ids, mask):
 
 
 def token_stats(a):
-    p = log_p(a["logits"], a.get("temperature", 1.0), a.get("softcap"))
+    p = log_p(a["logits"], a.get("temperature", 1.0), a.get("softcap"), a.get("support"))
     return _at(p, a["token_ids"], a.get("mask")), -_sum(p.exp(), p)
 
 
 def token_kl(a):
     p, q = _two(a)
     ids = a["token_ids"], a.get("mask")
-    entropy = -_sum(p.exp(), p)
-    return _at(p, *ids), _at(q, *ids), _sum(p.exp(), p - q), _sum(q.exp(), q - p), entropy
+    entropy, forward_kl = -_sum(p.exp(), p), _sum(q.exp(), q - p)
+    if a.get("ref_support") == "full":  # infinite by definition
+        forward_kl[_left_out(a.get("support"), p).any(-1)] = torch.inf
+    return _at(p, *ids), _at(q, *ids), _sum(p.exp(), p - q), forward_kl, entropy
 
 
 def jsd(p, q, beta):
@@ -57,7 +72,7 @@ def token_jsd(a):
 
 
 def selective_log_softmax(a):
-    p = log_p(a["logits"], a.get("temperature", 1.0))
+    p = log_p(a["logits"], a.get("temperature", 1.0), support=a.get("support"))
     index, mask = a["index"].long(), a.get("row_mask")
     if index.ndim < p.ndim:
         return (_at(p, index, mask),)

@@ -247,6 +247,8 @@ def test_the_policy_loss(inplace_backward, ref_support, kl_estimator):
     torch.testing.assert_close(
         leaf.grad.double(), kept_rows(exact.grad, mask), rtol=1e-4, atol=1e-6
     )
+    expected_ratio = ratio[mask].mean().detach().float()
+    torch.testing.assert_close(metrics["ratio_mean"], expected_ratio, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         metrics["kl"].double(), kl[mask].mean().detach(), rtol=1e-5, atol=1e-6
     )
@@ -437,3 +439,13 @@ def test_torch_takes_the_operator(ref_is_whole):
     grads = *torch.rand(2, 1, 5, dtype=torch.float64), None, share
     backward = (*grads, logits.detach(), *constants, ref_is_whole, share, *args[7:11])
     torch.library.opcheck(torch.ops.kl_kernels.kept_kl_backward.default, backward)
+
+
+def test_forward_kl_to_a_whole_reference_is_infinite_with_the_gradient_p_minus_q():
+    logits = torch.zeros(1, 3, requires_grad=True)
+    ref_logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    kept = {"support": support_of([[0, 1]]), "ref_support": "full"}
+    out = kl_kernels.token_kl(logits, ref_logits, torch.tensor([0]), **kept)
+    assert out.forward_kl.item() == INF
+    out.forward_kl.sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.5 - 0.5, 0.5 - 0.25, 0.0]]))

@@ -57,6 +57,10 @@ def test_a_samplers_sets_are_those_of_a_loop(bounds):
         assert kept == kept_by_a_sampler(row, temperature=0.7, **every)
 
 
+def test_as_likely_as_min_p_asks_is_enough():
+    assert sets_of(Support.of(torch.tensor([[2.0, 1.0, 2.0]]), min_p=1.0)) == [{0, 2}]
+
+
 def test_ties_with_the_last_of_top_k_stay():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
     assert sets_of(Support.of(logits, top_k=2)) == [{1, 2, 3}]

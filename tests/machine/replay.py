@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,16 +91,18 @@ class Replay:
         self.operators = launches.operators(launches.kernels())
         self.reference = dispatch.BACKENDS["reference"].kernels()
         self.calls: list[Call] = []
+        self.case: tuple[int, torch.dtype] | None = None  # whose calls are remembered now
+        # The same for every case, since the package remembers which it has chosen.
+        self.chosen = SimpleNamespace(
+            **{name: functools.partial(self._run, name) for name in vars(self.operators)}
+        )
 
     def record(self, cases: list[tuple[int, torch.dtype]]) -> None:
         """Run small cases without a change, and remember every call."""
-        for case in cases:
-            operators = {
-                name: self._recorded(case, name, operator)
-                for name, operator in vars(self.operators).items()
-            }
-            with self._dispatched(SimpleNamespace(**operators)):
-                small_cases.run(self.backend, "cpu", *case)
+        for self.case in cases:
+            with self._dispatched():
+                small_cases.run(self.backend, "cpu", *self.case)
+        self.case = None
 
     def verdict(self, key: str, kernel: Kernel, reached_by: list[Call]) -> str:
         """How a changed kernel is found: by "value", by a kind of fault, by an error, or not."""
@@ -123,24 +126,26 @@ class Replay:
 
     # ---
 
-    def _recorded(self, case: tuple[int, torch.dtype], name: str, operator: Any) -> Any:
-        def recorded(arguments: Any) -> Any:
-            call = Call(case, name, copied(arguments))
-            with spied(self.launches, call.executed), patch.object(machine, "STEPS", STEPS):
-                results = operator(arguments)
-            faults = self.launches.take_faults()
-            assert not faults, faults
-            # The tensors themselves belong to the caller, who may change them.
-            call.found = [tensor.clone() for tensor in outputs(results, arguments)]
-            true_arguments = copied(call.arguments)
-            true = outputs(getattr(self.reference, name)(true_arguments), true_arguments)
-            call.expected = [
-                value if close(found, value) else None for found, value in zip(call.found, true)
-            ]
-            self.calls.append(call)
-            return results
+    def _run(self, name: str, arguments: Any) -> Any:
+        operator = getattr(self.operators, name)
+        return operator(arguments) if self.case is None else self._recorded(name, arguments)
 
-        return recorded
+    def _recorded(self, name: str, arguments: Any) -> Any:
+        assert self.case is not None
+        call = Call(self.case, name, copied(arguments))
+        with spied(self.launches, call.executed), patch.object(machine, "STEPS", STEPS):
+            results = getattr(self.operators, name)(arguments)
+        faults = self.launches.take_faults()
+        assert not faults, faults
+        # The tensors themselves belong to the caller, who may change them.
+        call.found = [tensor.clone() for tensor in outputs(results, arguments)]
+        true_arguments = copied(call.arguments)
+        true = outputs(getattr(self.reference, name)(true_arguments), true_arguments)
+        call.expected = [
+            value if close(found, value) else None for found, value in zip(call.found, true)
+        ]
+        self.calls.append(call)
+        return results
 
     def _again(self, call: Call) -> str:
         arguments = copied(call.arguments)
@@ -159,7 +164,7 @@ class Replay:
         return SAME_BITS if same else SURVIVED
 
     def _whole(self, case: tuple[int, torch.dtype]) -> str | None:
-        with self._dispatched(self.operators):
+        with self._dispatched():
             try:
                 small_cases.run(self.backend, "cpu", *case)
             except Exception as error:
@@ -170,11 +175,11 @@ class Replay:
         return faults[0].kind if faults else None
 
     @contextmanager
-    def _dispatched(self, operators: Any) -> Iterator[None]:
+    def _dispatched(self) -> Iterator[None]:
         plain = dispatch.BACKENDS[self.backend]
         on_machine = dataclasses.replace(
             plain,
-            kernels=lambda: operators,
+            kernels=lambda: self.chosen,
             unavailable_reason=lambda: None,
             device_types=("cuda", "cpu"),
         )

@@ -11,7 +11,7 @@ import torch
 from hypothesis import Phase, settings
 
 # Folders with helpers, and with cases that other tests ask more backends about.
-SHARED = ("algebra", "backends", "functional", "fuzz")
+SHARED = ("algebra", "backends", "functional", "fuzz", "gpu")
 sys.path[:0] = [str(Path(__file__).with_name(folder)) for folder in SHARED]
 
 # The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.

@@ -45,7 +45,7 @@ def run(backend, device, vocab_size, dtype):
     extra = [weights, rewards, values]
     got = evaluate(backend, [t.to(device) for t in tensors], [t.to(device) for t in extra])
     expected = evaluate("reference", tensors, extra)
-    if vocab_size == 1:  # what needs no vocabulary, once
+    if vocab_size == 1:  # once, for it needs no vocabulary
         got |= long_advantages(backend, device)
         expected |= long_advantages("reference", "cpu")
     for name, value in got.items():

@@ -40,7 +40,7 @@ TARGETS = ["triton sm_90", "cuda sm_90", "triton sm_80", "cuda sm_80"]
 
 
 class Site(NamedTuple):
-    key: str  # of the kernel, among all that were launched
+    key: str  # the kernel's, among all that were launched
     mutation: Mutation
 
 

@@ -105,7 +105,7 @@ class Replay:
         self.case = None
 
     def verdict(self, key: str, kernel: Kernel, reached_by: list[Call]) -> str:
-        """How a changed kernel is found: by "value", by a kind of fault, by an error, or not."""
+        """The way a changed kernel is found: by "value", by a kind of fault, by an error, or not."""
         survived = SAME_BITS
         with (
             patch.dict(self.launches.lowered, {key: kernel}),
@@ -119,7 +119,7 @@ class Replay:
                     cases.add(call.case)
                 elif how != SAME_BITS:
                     return how
-            for case in cases:  # what is not compared alone, such as a state, is so in its use
+            for case in cases:  # a state, which is not compared alone, is so in its use
                 if how := self._whole(case):
                     return how
         return survived

@@ -20,15 +20,16 @@ VOCAB_SIZE = 2973
 A100 = 163 << 10, 164 << 10, 0
 NARROW = *H200[:2], 9  # SMs in a group
 PLENTY = 1 << 20  # limits of an SM in which any number of blocks fits
+SUMS = 300  # bytes that a block keeps its sums in
 
 
 def device_for(n_blocks, logits, ref_logits):
     """Describe a GPU where a row takes `n_blocks`; 0: a cluster reads it again, -1: one block."""
     if n_blocks <= 0:
-        return 0, PLENTY, 16 * (n_blocks == 0)
+        return SUMS, PLENTY, 16 * (n_blocks == 0)
     part = -(-logits.shape[-1] // (64 * n_blocks)) * 64
     n_models = 1 if ref_logits is None else 2
-    return n_models * logits.itemsize * (part + 8) + 300, PLENTY, 16 * (n_blocks > 1)
+    return n_models * logits.itemsize * (part + 8) + SUMS, PLENTY, 16 * (n_blocks > 1)
 
 
 PLACES = (1, 2, 4, 16, 0, -1)
@@ -270,8 +271,8 @@ def test_a_cluster_that_finds_no_room_is_not_asked_for(sms_of_group, n_blocks):
         ((13 << 10, 80 << 10, 1), 2),
         ((8 << 10, 15 << 10, 3), 8),  # three to an SM
         ((8 << 10, 15 << 10, 2), 4),  # two to an SM, as six of 8 would find room
-        ((0, 15 << 10, 1), 4),  # the row is read again
-        ((0, 4 << 10, 1), 2),
+        ((SUMS, 15 << 10, 1), 4),  # the row is read again
+        ((SUMS, 4 << 10, 1), 2),
     ],
 )
 def test_losses_are_true_where_groups_of_sms_are_small(device, n_blocks):

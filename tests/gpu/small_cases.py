@@ -18,12 +18,14 @@ from kl_kernels.schemas import ESTIMATORS, NO_TOKEN
 
 B, T = 2, 3
 LONG = 1300  # tokens: several blocks of a scan, the last not full
-# One logit; less than a tile; tiles and a tail, aligned and not; several splits of a row.
+# One logit; less than a tile; tiles and a tail, aligned and not; every stage of a row that is copied
+# to shared memory in stages; several splits of a row.
 CASES = [
     (1, torch.float32),
     (301, torch.bfloat16),
     (2601, torch.float32),
     (4112, torch.bfloat16),
+    (20011, torch.bfloat16),
     (70000, torch.bfloat16),
 ]
 SOFTCAPPED = 301  # kernels of their own, which take their time to compile: once is enough

@@ -105,7 +105,7 @@ class Replay:
         self.case = None
 
     def verdict(self, key: str, kernel: Kernel, reached_by: list[Call]) -> str:
-        """The way a changed kernel is found: by "value", by a kind of fault, by an error, or not."""
+        """The way a changed kernel is found: by "value", a kind of fault, an error, or not."""
         survived = SAME_BITS
         with (
             patch.dict(self.launches.lowered, {key: kernel}),
@@ -142,7 +142,8 @@ class Replay:
         true_arguments = copied(call.arguments)
         true = outputs(getattr(self.reference, name)(true_arguments), true_arguments)
         call.expected = [
-            value if close(found, value) else None for found, value in zip(call.found, true)
+            value if small_cases.close(found, value) else None
+            for found, value in zip(call.found, true)
         ]
         self.calls.append(call)
         return results
@@ -158,7 +159,7 @@ class Replay:
             return faults[0].kind
         found = outputs(results, arguments)
         pairs = zip(found, call.expected)
-        if not all(value is None or close(mine, value) for mine, value in pairs):
+        if not all(value is None or small_cases.close(mine, value) for mine, value in pairs):
             return "value"
         same = all(map(equal, found, call.found))
         return SAME_BITS if same else SURVIVED
@@ -233,14 +234,6 @@ def copied(arguments: Any) -> Any:
 def outputs(results: Any, arguments: Any) -> list[Tensor]:
     written = [getattr(arguments, name, None) for name in WRITTEN]
     return tensors_in([*(results if isinstance(results, tuple) else [results]), *written])
-
-
-def close(found: Tensor, true: Tensor) -> bool:
-    """By the tolerance of the small cases."""
-    atol = 1e-5 if found.dtype in (torch.float32, torch.float64) else 0.03
-    return found.shape == true.shape and torch.allclose(
-        found.double(), true.double(), atol=atol, rtol=atol
-    )
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

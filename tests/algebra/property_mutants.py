@@ -46,14 +46,14 @@ MUTANTS = {
         OUTPUTS, ROW, "logprob=LN2 * (xt - s.anchor)", "logprob=LN2 * xt"
     ),
     "test_the_order_of_the_vocabulary_is_of_no_account": Mutant(
-        OUTPUTS, ROW, "sx=w.sum(-1)", "sx=w.sum(-1) + w[:, -1]"
+        OUTPUTS, ROW, "return w, u, w * tx", "return torch.cat((w, w[:, -1:]), -1), u, w * tx"
     ),
     "test_columns_that_both_models_rule_out_change_nothing": Mutant(
         OUTPUTS, ROW, "w * (tx - ty)).masked_fill(no_x,",
         "w * (tx - ty)).masked_fill(no_x & ~no_y,",
     ),
     "test_a_vocabulary_of_copies_has_as_many_more_choices": Mutant(
-        OUTPUTS, ROW, "sx=w.sum(-1)", "sx=w.mean(-1)"
+        OUTPUTS, ROW, "return w, u, w * tx", "return w / w.shape[-1], u, w * tx"
     ),
     "test_divergences_are_never_negative": Mutant(
         OUTPUTS, ROW, "(ln_sx - ln_sy)).clamp_min(0.0),\n        forward_kl",
@@ -69,7 +69,7 @@ MUTANTS = {
         OUTPUTS, ROW, "kl=(LN2 * s.rk", "kl=(0.5 * s.rk"
     ),
     "test_models_that_change_places_exchange_their_divergences": Mutant(
-        OUTPUTS, ROW, "fk=forward.sum(-1)", "fk=reverse.sum(-1)"
+        OUTPUTS, ROW, "w * tx, reverse, forward", "w * tx, reverse, reverse"
     ),
     "test_jsd_of_equal_weights_is_symmetric": Mutant(
         OUTPUTS, "algebra/mixture.py", "of_larger, of_larger + d)", "of_larger, of_larger)"
@@ -84,7 +84,7 @@ MUTANTS = {
         OUTPUTS, ROW, "logprob=LN2 * (xt - s.anchor)", "logprob=(xt - s.anchor)"
     ),
     "test_kl_is_cross_entropy_minus_entropy": Mutant(
-        OUTPUTS, ROW, "ex=(w * tx)", "ex=(w * ty)"
+        OUTPUTS, ROW, "u, w * tx, reverse", "u, w * ty, reverse"
     ),
     "test_probabilities_of_all_tokens_add_up_to_one": Mutant(
         OUTPUTS, "functional/selective.py", "(chosen - first) / temperature", "(chosen - first)"

@@ -91,8 +91,7 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
                         policy_state, ref_state, value(5), value(6), part_states.values};
   const RewardParams params{scores.values, score_index.values, 0.1f, Estimator::exact, INFINITY};
   Array<char> scratch(host_scratch_bytes(&rows));
-  check(launch_forward<Launch>(rows, policy, reference, outputs, params, scratch.values,
-                                    nullptr));
+  check(launch_forward<Launch>(rows, policy, reference, outputs, params, scratch.values, nullptr));
 
   Array<T> grad(kRows * vocab_size);
   Saved saved{ones.values, nullptr,  nullptr,  ones.values, policy_state,
@@ -109,22 +108,21 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   Outputs states_only{};
   states_only.policy_state = policy_state;
   states_only.ref_state = ref_state;
-  check(launch_forward<Launch>(no_token, policy, reference, states_only, params,
-                                    scratch.values, nullptr));
+  check(launch_forward<Launch>(no_token, policy, reference, states_only, params, scratch.values,
+                               nullptr));
   const FinishedRows finished{policy_state, ref_state, 0.3};
   const MixtureOutputs mixture{value(0), value(1), false};
   Array<char> mix_scratch(host_mix_scratch_bytes(&rows));
   check(launch_mix<Launch>(no_token, policy, reference, finished, mixture, mix_scratch.values,
-                                nullptr));
+                           nullptr));
   const SavedMixture saved_mixture{ones.values, value(1), 1.1};
-  check(launch_mix_backward<Launch>(no_token, policy, reference, finished, saved_mixture,
-                                         separate, nullptr));
+  check(launch_mix_backward<Launch>(no_token, policy, reference, finished, saved_mixture, separate,
+                                    nullptr));
 
   Outputs alone{};
   alone.logprob = value(0);
   alone.policy_state = policy_state;
-  check(
-      launch_forward<Launch>(rows, policy, Logits{}, alone, params, scratch.values, nullptr));
+  check(launch_forward<Launch>(rows, policy, Logits{}, alone, params, scratch.values, nullptr));
 
   Outputs tail{};
   tail.part_state = part_states.values;
@@ -141,7 +139,7 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   Array<float> terms(kPolicyLossTerms * kRows);
   const auto policy_loss = [&](const Logits& against, const GradLogits& to) {
     check(launch_policy_loss<PolicyLossLaunches>(rows, policy, against, tokens, loss, 1.1, to,
-                                                    terms.values, nullptr));
+                                                 terms.values, nullptr));
   };
   on_devices(2 * sizeof(T) * vocab_size, [&] { policy_loss(reference, separate); });
   policy_loss(Logits{}, separate);
@@ -151,8 +149,8 @@ void run(Dtype dtype, Dtype ref_dtype, int64_t vocab_size, int64_t shift, float 
   const GradLogits in_place{logits.at, kTokens * vocab_size, vocab_size};
   check(launch_backward<Launch>(rows, policy, reference, saved, in_place, nullptr));
   policy_loss(reference, in_place);
-  check(launch_mix_backward<Launch>(no_token, policy, reference, finished, saved_mixture,
-                                         in_place, nullptr));
+  check(launch_mix_backward<Launch>(no_token, policy, reference, finished, saved_mixture, in_place,
+                                    nullptr));
   float factor = 1;
   check(launch_scale<Launch>(rows, in_place, dtype, &factor, nullptr));
   factor = 0.5f;

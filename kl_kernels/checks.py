@@ -222,6 +222,11 @@ def check_per_sequence(name: str, tensor: Tensor, batch_name: str, batch: Tensor
     check_same_device(name, tensor, batch_name, batch)
 
 
+def first_true(wrong: Tensor) -> int | None:  # [n] bool
+    """The first place that is True, for an error about it; None where there is none."""
+    return int(wrong.int().argmax()) if wrong.any() else None
+
+
 def check_cu_seqlens(name: str, shape: torch.Size, cu_seqlens: Tensor) -> None:
     """`cu_seqlens` must say where the sequences of tokens of that shape begin and end."""
     check_tensor("cu_seqlens", cu_seqlens)
@@ -246,9 +251,8 @@ def check_cu_seqlens(name: str, shape: torch.Size, cu_seqlens: Tensor) -> None:
         raise ValueError(f"cu_seqlens begins with {first}; it must begin with 0")
     if last != n:
         raise ValueError(f"cu_seqlens ends with {last}; {name} of shape {tuple(shape)} needs {n}")
-    falls = cu_seqlens[1:] < cu_seqlens[:-1]
-    if falls.any():
-        at = int(falls.int().argmax())
+    at = first_true(cu_seqlens[1:] < cu_seqlens[:-1])
+    if at is not None:
         raise ValueError(
             f"cu_seqlens falls from {int(cu_seqlens[at])} to {int(cu_seqlens[at + 1])} at index "
             f"{at + 1}; it must ascend"

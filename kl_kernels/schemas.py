@@ -362,11 +362,22 @@ def schema(name: str, *options: str, returns_gradient: bool = False) -> str:
     if returns_gradient:
         types = {field: kind for field, kind in types.items() if field != "grad_logits"}
         outputs = "grad_logits"
-    arguments = ", ".join([*(f"{kind} {field}" for field, kind in types.items()), *options])
-    return f"({arguments}) -> {_returned(outputs)}"
+    arguments = ", ".join([*_declared(types), *options])
+    return f"({arguments}) -> {returned(outputs)}"
 
 
-def _returned(outputs: Any) -> str:
+def schema_of(returns: str, *classes: type[Any]) -> str:
+    """The schema of an operator that takes the fields of `classes`, one after the other."""
+    arguments = [text for cls in classes for text in _declared(argument_types(cls))]
+    return f"({', '.join(arguments)}) -> {returns}"
+
+
+def _declared(types: dict[str, str]) -> list[str]:
+    return [f"{kind} {field}" for field, kind in types.items()]
+
+
+def returned(outputs: Any) -> str:
+    """The results as a schema declares them: of a class, the only one by its name, or None."""
     if outputs is None:
         return "()"
     if isinstance(outputs, str):

@@ -1,6 +1,6 @@
 """The verbs of `row.py` on rows that list a few entries each, one row's after the other's.
 
-Of a row without entries nothing that is computed here is a number. Sums are in the order of the
+Nothing that is computed here of a row without entries is a number. Sums are in the order of the
 entries, so that they depend on their own row alone.
 """
 

@@ -81,9 +81,8 @@ def _check_values(
     if not checks.values_are_at_hand(ids):
         return
     vocab_size, row = a.logits.shape[-1], Segments.of(offsets, len(ids)).row
-    above = ids >= vocab_size
-    if above.any():
-        at = int(above.int().argmax())
+    at = checks.first_true(ids >= vocab_size)
+    if at is not None:
         raise ValueError(
             f"support holds {int(ids[at])} in row {int(row[at])}; accepted: 0 to {vocab_size - 1}"
         )
@@ -92,8 +91,8 @@ def _check_values(
     missing[row[ids == tokens[row]]] = False
     if a.mask is not None:
         missing &= a.mask.flatten()
-    if missing.any():
-        at = int(missing.int().argmax())
+    at = checks.first_true(missing)
+    if at is not None:
         raise ValueError(
             f"token_ids holds {int(tokens[at])} in row {at}, which is not in the support of that "
             "row; a sampled token must be in the set that it was sampled from"

@@ -171,9 +171,8 @@ def _check_offsets(offsets: Tensor, n_entries: int) -> None:
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0:
         raise ValueError(f"offsets begins with {first}; it must begin with 0")
-    falls = offsets.diff() < 0
-    if falls.any():
-        row = int(falls.int().argmax())
+    row = checks.first_true(offsets.diff() < 0)
+    if row is not None:
         raise ValueError(
             f"offsets falls from {int(offsets[row])} to {int(offsets[row + 1])} at row {row}; "
             "it must ascend"
@@ -183,17 +182,15 @@ def _check_offsets(offsets: Tensor, n_entries: int) -> None:
 
 
 def _check_ids(ids: Tensor, rows: Tensor) -> None:  # [nnz] each
-    below = ids < 0
-    if below.any():
-        at = int(below.int().argmax())
+    at = checks.first_true(ids < 0)
+    if at is not None:
         raise ValueError(
             f"token_ids holds {int(ids[at])} in row {int(rows[at])}; it must hold tokens, from 0 on"
         )
     ordered, order = ids.sort(stable=True)
     row = rows[order]  # ascending where the ids are equal
-    twice = (ordered[1:] == ordered[:-1]) & (row[1:] == row[:-1])
-    if twice.any():
-        at = int(twice.int().argmax())
+    at = checks.first_true((ordered[1:] == ordered[:-1]) & (row[1:] == row[:-1]))
+    if at is not None:
         raise ValueError(
             f"token_ids holds {int(ordered[at])} twice in row {int(row[at])}; the ids of a row "
             "must be distinct"

@@ -153,11 +153,23 @@ def _token_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _keep_token_kl(ctx: Any, a: TokenKLArgs, out: TokenKLOutputs) -> None:
     ctx.set_materialize_grads(False)
-    backward = TokenKLBackwardArgs(
-        grad_logprob=LATER,
-        grad_kl=LATER,
-        grad_forward_kl=LATER,
-        grad_entropy=LATER,
+    keep(ctx, kl_backward_args(a, out, LATER, LATER, LATER, LATER))
+
+
+def kl_backward_args(
+    a: TokenKLArgs,
+    out: TokenKLOutputs,
+    grad_logprob: Tensor | None,  # [B, T]
+    grad_kl: Tensor | None,
+    grad_forward_kl: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> TokenKLBackwardArgs:
+    """Arguments that lack `grad_logits`."""
+    return TokenKLBackwardArgs(
+        grad_logprob=grad_logprob,
+        grad_kl=grad_kl,
+        grad_forward_kl=grad_forward_kl,
+        grad_entropy=grad_entropy,
         logits=a.logits,
         ref_logits=a.ref_logits,
         token_ids=a.token_ids,
@@ -173,7 +185,6 @@ def _keep_token_kl(ctx: Any, a: TokenKLArgs, out: TokenKLOutputs) -> None:
         part=False,
         grad_logits=LATER,
     )
-    keep(ctx, backward)
 
 
 def _token_kl_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:

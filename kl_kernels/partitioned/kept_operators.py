@@ -17,7 +17,16 @@ from kl_kernels.partitioned.kept import (
     kept_kl_backward,
     places_of,
 )
-from kl_kernels.schemas import Execution, TokenKLBackwardArgs, argument_types, output_dtype
+from kl_kernels.schemas import (
+    Execution,
+    TokenKLArgs,
+    TokenKLOutputs,
+    output_dtype,
+    pick,
+    returned,
+    schema_of,
+    tensor_fields,
+)
 
 
 def kept_gradient(
@@ -26,41 +35,12 @@ def kept_gradient(
     """The gradient of the logits, [B, T, V]; None if no upstream gradient is given."""
     if all(grad is None for grad in upstream):
         return None
-    of_entries = KeptBackwardArgs(
-        *upstream,
-        logits=a.logits,
-        ref_logits=a.ref_logits,
-        token_ids=a.token_ids,
-        mask=a.mask,
-        kept_ids=a.kept_ids,
-        offsets=a.offsets,
-        ref_is_whole=a.ref_is_whole,
-        ref_share=out.ref_share,
-        temperature=a.temperature,
-        ref_temperature=a.ref_temperature,
-        softcap=a.softcap,
-        ref_softcap=a.ref_softcap,
-    )
+    of_entries = KeptBackwardArgs(*upstream, ref_share=out.ref_share, **a._asdict())
     entries = torch.ops.kl_kernels.kept_kl_backward(*of_entries)  # before logits are written over
-    ref_logits: Any = a.ref_logits  # None only where no KL has a gradient
-    of_rows = TokenKLBackwardArgs(
-        *upstream,
-        logits=a.logits,
-        ref_logits=ref_logits,
-        token_ids=a.token_ids,
-        mask=a.rows(listed=False),
-        policy_state=out.policy_state,
-        ref_state=out.ref_state,
-        kl=out.kl,
-        entropy=out.entropy,
-        temperature=a.temperature,
-        ref_temperature=a.ref_temperature,
-        softcap=a.softcap,
-        ref_softcap=a.ref_softcap,
-        part=False,
-        grad_logits=autograd.LATER,
-    )
-    gradient = autograd.kl_gradient(of_rows, execution)
+    # (Reference logits are None only where no KL has a gradient.)
+    of_rows = pick(TokenKLArgs, a._replace(mask=a.rows(listed=False)))
+    backward = autograd.kl_backward_args(of_rows, pick(TokenKLOutputs, out), *upstream)
+    gradient = autograd.kl_gradient(backward, execution)
     if gradient is not None:
         gradient[places_of(a.segments().row, a.kept_ids, a.logits.shape)] = entries
     return gradient
@@ -97,24 +77,17 @@ def _fake_entries(*args: Any) -> Tensor:
     return a.logits.new_empty(a.kept_ids.shape)
 
 
-def _schema(returns: str, *classes: type[Any]) -> str:
-    fields = (f"{kind} {name}" for cls in classes for name, kind in argument_types(cls).items())
-    return f"({', '.join(fields)}) -> {returns}"
-
-
-TENSORS = [name for name, kind in argument_types(KeptArgs).items() if "Tensor" in kind]
+TENSORS = [KeptArgs._fields[i] for i in tensor_fields(KeptArgs)]
 
 library.define(
     "kept_kl",
-    _schema(
-        f"({', '.join(f'Tensor {field}' for field in KeptOutputs._fields)})", KeptArgs, Execution
-    ),
+    schema_of(returned(KeptOutputs), KeptArgs, Execution),
     kept_kl,
     _fake_outputs,
 )
 library.define(
     "kept_kl_backward",
-    _schema("Tensor gradient", KeptBackwardArgs),
+    schema_of(returned("gradient"), KeptBackwardArgs),
     kept_kl_backward,
     _fake_entries,
 )

@@ -27,7 +27,7 @@ from kl_kernels.partitioned.heads import (
     mixture_sums,
 )
 from kl_kernels.partitioned.tiles import Rows, positions
-from kl_kernels.schemas import MIXTURE_SUMS, TokenKLOutputs, argument_types
+from kl_kernels.schemas import MIXTURE_SUMS, TokenKLOutputs, returned, schema_of
 
 
 class FoldHeadsArgs(NamedTuple):
@@ -87,9 +87,6 @@ def define_of_heads(
     name: str, own: type[Any], returns: str, implementation: Any, fake: Any, products: Any
 ) -> None:
     classes = (Factors, own, HeadOptions)
-    arguments = [
-        f"{kind} {field}" for cls in classes for field, kind in argument_types(cls).items()
-    ]
     ends = len(Factors._fields), len(Factors._fields) + len(own._fields)
 
     def apart(args: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -102,8 +99,7 @@ def define_of_heads(
             return implementation(factors, a, options)
 
     IMPLEMENTATIONS[name] = run
-    schema = f"({', '.join(arguments)}) -> {returns}"
-    define(name, schema, run, lambda *args: fake(*apart(args)))
+    define(name, schema_of(returns, *classes), run, lambda *args: fake(*apart(args)))
     flops.register(name, lambda args: products(apart(args)[1]))
 
 
@@ -171,7 +167,7 @@ def new_gradients(factors: Factors, a: Any, options: HeadOptions) -> list[Tensor
 define_of_heads(
     "fold_heads",
     FoldHeadsArgs,
-    f"({', '.join(f'Tensor {field}' for field in TokenKLOutputs._fields)})",
+    returned(TokenKLOutputs),
     _fold,
     _folded,
     _once_each,

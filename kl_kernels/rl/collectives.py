@@ -19,6 +19,14 @@ if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
 
 
+def n_ranks_of(group: ProcessGroup | None) -> int:
+    """The number of ranks of a group, None: of all; an error where this process is none of them."""
+    n_ranks = dist.get_world_size(group)
+    if n_ranks < 1:
+        raise ValueError("group does not hold this process; pass one that it is a member of")
+    return n_ranks
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kl_kernels.checks import check_choice, check_mask, check_plain
+from kl_kernels.rl.collectives import n_ranks_of
 from kl_kernels.rl.losses import AGGREGATIONS, Aggregation, count
 from kl_kernels.rl.sequences import sequences_of
 
@@ -69,8 +70,6 @@ def global_denominator(
     total = count(check_mask("mask", mask), aggregation, sequences)
     n_ranks = 1
     if group is not None or (dist.is_available() and dist.is_initialized()):
-        n_ranks = dist.get_world_size(group)
-        if n_ranks < 1:
-            raise ValueError("group does not hold this process; pass one that it is a member of")
+        n_ranks = n_ranks_of(group)
         dist.all_reduce(total, group=group)
     return total.to(torch.float32) / n_ranks

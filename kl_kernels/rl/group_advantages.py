@@ -16,9 +16,10 @@ from kl_kernels.checks import (
     check_plain,
     check_tensor,
     check_token_dtype,
+    first_true,
     values_are_at_hand,
 )
-from kl_kernels.rl.collectives import from_all_ranks, sum_over_ranks
+from kl_kernels.rl.collectives import from_all_ranks, n_ranks_of, sum_over_ranks
 from kl_kernels.schemas import output_dtype
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -94,8 +95,8 @@ def group_advantages(
     if (group_size is None) == (group_ids is None):
         given = "neither" if group_size is None else "both"
         raise ValueError(f"group_size and group_ids: {given} given; pass one of the two")
-    if group is not None and dist.get_world_size(group) < 1:
-        raise ValueError("group does not hold this process; pass one that it is a member of")
+    if group is not None:
+        n_ranks_of(group)
     x = scores.detach().double()
     own = slice(None)
     if group_ids is None:
@@ -133,8 +134,10 @@ def _check_scores(scores: Tensor) -> None:
     check_plain("scores", scores)
     if scores.ndim != 1:
         raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be [B]")
-    if values_are_at_hand(scores) and not (finite := scores.detach().double().isfinite()).all():
-        at = int((~finite).int().argmax())
+    if not values_are_at_hand(scores):
+        return
+    at = first_true(~scores.detach().double().isfinite())
+    if at is not None:
         raise ValueError(f"scores holds {scores[at].item()} at index {at}; it must be finite")
 
 
